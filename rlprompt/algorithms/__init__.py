@@ -1,0 +1,1 @@
+"""Algorithms: where their samples come from, and a per-token signal."""

@@ -1,0 +1,48 @@
+"""What an engine is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from rlprompt.engines.sampling import SamplingSettings
+from rlprompt.prompts.base import Prompt
+from rlprompt.types import Group, Query
+
+
+class Engine(Protocol):
+    """Generates completions of queries under a prompt.
+
+    An engine that cannot apply a prompt refuses it: `supports` says so beforehand, `sync` raises.
+    """
+
+    def supports(self, prompt: Prompt) -> bool:
+        """Whether this engine can apply the prompt exactly."""
+        ...
+
+    def sync(self, prompt: Prompt) -> None:
+        """Take over the prompt as it is now; call it after every update.
+
+        Raises:
+            InputError: the prompt is not supported.
+        """
+        ...
+
+    def generate(
+        self,
+        queries: Sequence[Query],
+        num_completions: int,
+        sampling: SamplingSettings,
+        seed: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Group]:
+        """Draw completions of each query under the synced prompt.
+
+        Args:
+            queries: at least one.
+            num_completions: per query.
+            sampling: how tokens are drawn.
+            seed: equal seeds and inputs give equal completions.
+            progress: called with (tokens drawn in the longest row, max_tokens).
+        """
+        ...

@@ -1,0 +1,143 @@
+"""The attention hook: every layer of a frozen base attends through a context that we hand in.
+
+transformers lets a caller register an attention function and passes unknown keyword arguments of the
+model's forward through to it. rlprompt registers one function, `rlprompt`; the keyword
+`attention_context` carries an object that knows what the tokens of this forward may attend to. The
+model's own masks and caches are switched off, so there is one place that decides, whatever the
+family.
+
+Letters: B rows, N packed tokens, G groups, Q padded query length, T padded completion length,
+P prefix tokens, H heads, H_kv key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rlprompt.errors import InputError
+from rlprompt.kernels.reference import masked_attention
+
+ATTENTION_NAME = "rlprompt"
+
+_IGNORED = frozenset({"position_ids", "cache_position", "is_causal", "use_cache", "position_bias"})
+"""Keywords of transformers' attention interface that change nothing here: positions are already in
+the keys, and the context owns mask and cache."""
+
+
+class LayerCall:
+    """One layer's request: tensors and the settings that its architecture asks for."""
+
+    __slots__ = ("key", "layer", "query", "scaling", "softcap", "value", "window")
+
+    def __init__(
+        self,
+        layer: int,
+        tensors: tuple[Tensor, Tensor, Tensor],
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> None:
+        """Store; query is [B, H, T, D], key and value are [B, H_kv, T, D]."""
+        self.layer = layer
+        self.query, self.key, self.value = tensors
+        self.scaling = scaling
+        self.window = window
+        self.softcap = softcap
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Masked attention with this layer's scaling and soft cap; see `masked_attention`."""
+        return masked_attention(query, key, value, mask, self.scaling, self.softcap)
+
+
+class AttentionContext(Protocol):
+    """What the tokens of one forward may attend to."""
+
+    def attend(self, call: LayerCall) -> Tensor:
+        """The attention output of one layer, [B, H, T, D]."""
+        ...
+
+
+def windowed(mask: Tensor, query_pos: Tensor, key_pos: Tensor, window: int | None) -> Tensor:
+    """Restrict a mask to a sliding window: keys at most `window - 1` positions back.
+
+    Args:
+        mask: bool [B, T, S].
+        query_pos: int64 [B, T] absolute positions.
+        key_pos: int64 [B, S].
+        window: number of positions seen, the query's own included; None = unlimited.
+    """
+    if window is None:
+        return mask
+    return mask & ((query_pos[:, :, None] - key_pos[:, None, :]) < window)
+
+
+class CausalContext:
+    """Plain causal attention of rows without padding that start at position 0; records keys.
+
+    Used to prefill a prompt: `keys[l]` and `values[l]` are [B, H_kv, T, D] and carry gradients.
+    """
+
+    def __init__(self) -> None:
+        """Start with nothing recorded."""
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def attend(self, call: LayerCall) -> Tensor:
+        """Causal attention within the call's own tokens."""
+        self.keys.append(call.key)
+        self.values.append(call.value)
+        tokens = call.query.shape[2]
+        place = torch.arange(tokens, device=call.query.device)[None]
+        mask = place[:, None, :] <= place[:, :, None]
+        mask = windowed(mask, place, place, call.window)
+        return call.attend(call.query, call.key, call.value, mask)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    attention_context: AttentionContext | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """The function registered with transformers; see `AttentionInterface` there."""
+    if attention_context is None:
+        raise InputError(
+            f"{type(module).__name__} called rlprompt's attention without its context; run the "
+            "base through a Policy, or load a second copy of the model for other use"
+        )
+    unknown = [name for name, given in others.items() if given is not None and name not in _IGNORED]
+    if unknown:
+        raise InputError(
+            f"{type(module).__name__} asks for attention features that rlprompt does not implement "
+            f"({', '.join(sorted(unknown))}); choose a base model without them"
+        )
+    layer = getattr(module, "layer_idx", None)
+    if layer is None:
+        raise InputError(f"{type(module).__name__} has no layer_idx; choose another base model")
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    call = LayerCall(int(layer), (query, key, value), scaling, sliding_window, softcap)
+    out = attention_context.attend(call)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """Masks belong to the context; transformers builds none."""
+
+
+def register() -> None:
+    """Make `rlprompt` known to transformers as an attention implementation; safe to repeat."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(ATTENTION_NAME, _attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)

@@ -1,0 +1,212 @@
+"""The policy: a frozen base under a prompt.
+
+The prompt's prefix is computed once per update with batch 1; gradients of all micro-batches arrive
+summed at its keys and values, and one more backward carries them into the prompt (`SharedPrefix`).
+
+Letters: G groups, B completions, T tokens, P prefix tokens, L layers, H_kv key/value heads,
+D head dim, d model width. Masks: True = the position counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rlprompt.errors import InputError
+from rlprompt.kernels.lm_head import head_scores
+from rlprompt.model.base import FrozenBase
+from rlprompt.model.forward import PrefixForward
+from rlprompt.model.slot import ChatSlot
+from rlprompt.model.tree import TokenTree, TreeContext, build_tree
+from rlprompt.prompts.base import Prompt
+from rlprompt.types import Completion, Message, PrefixKV, Query
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Per-token results of a policy forward, padded to [B, T]."""
+
+    logprobs: Tensor
+    """[B, T] log-probability of each completion token, float32, 0 in the padding."""
+    entropy: Tensor
+    """[B, T] entropy in nats of the distribution it was drawn from, 0 in the padding."""
+    mask: Tensor
+    """bool [B, T]."""
+
+
+class SharedPrefix:
+    """A prefix with a gradient account: leaves that micro-batches use, and one backward at the end.
+
+    The leaves are float32 copies, so that the sum over micro-batches does not round in bf16.
+    """
+
+    def __init__(self, made: PrefixKV) -> None:
+        """Cut the graph between `made` and the leaves."""
+        self._made = made
+        self.leaves = PrefixKV(
+            [k.detach().float().requires_grad_() for k in made.keys],
+            [v.detach().float().requires_grad_() for v in made.values],
+        )
+
+    def backward(self) -> None:
+        """Carry the leaves' summed gradients into the prompt's parameters."""
+        pairs = [
+            (made, leaf.grad.to(made.dtype))
+            for made, leaf in zip(
+                [*self._made.keys, *self._made.values],
+                [*self.leaves.keys, *self.leaves.values],
+                strict=True,
+            )
+            if leaf.grad is not None and made.requires_grad
+        ]
+        torch.autograd.backward([m for m, _ in pairs], [g for _, g in pairs])
+
+
+class Policy:
+    """A frozen base, the chat template's slot, and the prompt that is trained."""
+
+    def __init__(self, base: FrozenBase, slot: ChatSlot, prompt: Prompt | None = None) -> None:
+        """Join the parts.
+
+        Raises:
+            InputError: the base cannot be run exactly (see `PrefixForward`).
+        """
+        self.base = base
+        self.slot = slot
+        self.forward = PrefixForward(base)
+        self._prompt = prompt
+
+    @property
+    def prompt(self) -> Prompt:
+        """The prompt that is trained or applied."""
+        if self._prompt is None:
+            raise ValueError("this policy has no prompt yet; set policy.prompt")
+        return self._prompt
+
+    @prompt.setter
+    def prompt(self, prompt: Prompt) -> None:
+        self._prompt = prompt
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base lives."""
+        return self.base.device
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end a completion."""
+        return self.slot.stop_ids | self.base.stop_ids
+
+    # What a prompt may ask of us (prompts.base.Conditioner).
+
+    @property
+    def head_ids(self) -> Sequence[int]:
+        """Tokens before the slot."""
+        return self.slot.head_ids
+
+    @property
+    def none_head_ids(self) -> Sequence[int]:
+        """Tokens before the first user turn when no system message is given."""
+        return self.slot.none_head_ids
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of tokens that have a name; embeddings may have unused rows beyond."""
+        return min(self.base.vocab_size, len(self.base.tokenizer))
+
+    def slot_ids(self, text: str) -> list[int]:
+        """A text as tokens of the slot."""
+        return self.slot.slot_ids(text)
+
+    def tail_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens after the slot."""
+        return self.slot.tail_ids(messages)
+
+    def none_tail_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens after `none_head_ids`."""
+        return self.slot.none_tail_ids(messages)
+
+    def embed(self, token_ids: Sequence[int]) -> Tensor:
+        """Input embeddings [n, d]."""
+        return self.forward.embed(token_ids)
+
+    def prefill(self, embeddings: Tensor) -> PrefixKV:
+        """Keys and values of [P, d] embeddings."""
+        return self.forward.prefill(embeddings)
+
+    # What algorithms, engines and evaluations ask of us.
+
+    def prefix(self, prompt: Prompt | None = None) -> PrefixKV:
+        """Keys and values of head and slot, differentiable in the prompt's parameters.
+
+        Args:
+            prompt: the policy's own prompt when None.
+        """
+        return (prompt or self.prompt).prefix(self)
+
+    def query_ids(self, query: Query, prompt: Prompt | None = None) -> list[int]:
+        """The tokens between the prompt and the completion."""
+        return (prompt or self.prompt).query_ids(self, query.messages)
+
+    def tree(
+        self,
+        queries: Sequence[Query],
+        completions: Sequence[Sequence[Completion]],
+        prefix: PrefixKV,
+        prompt: Prompt | None = None,
+    ) -> TokenTree:
+        """Pack queries and their completions under a prompt; see `build_tree`.
+
+        Raises:
+            InputError: a conversation is longer than the base's positions.
+        """
+        ids = [self.query_ids(query, prompt) for query in queries]
+        rows = [[list(c.token_ids) for c in group] for group in completions]
+        for query, tokens, group in zip(queries, ids, rows, strict=True):
+            longest = prefix.num_tokens + len(tokens) + max((len(r) for r in group), default=0)
+            if longest > self.base.max_positions:
+                raise InputError(
+                    f"query {query.index} needs {longest} positions with its prompt and completion, "
+                    f"{self.base.id} has {self.base.max_positions}; shorten the query or max_tokens"
+                )
+        return build_tree(ids, rows, prefix.num_tokens, self.device)
+
+    def hidden(self, tree: TokenTree, prefix: PrefixKV) -> Tensor:
+        """Final hidden states [N, d] of a tree's packed tokens."""
+        context = TreeContext(tree, prefix)
+        return self.forward.hidden(self.embed_ids(tree.token_ids), tree.positions, context)
+
+    def embed_ids(self, token_ids: Tensor) -> Tensor:
+        """Input embeddings of a tensor of ids; they carry no gradient."""
+        return self.forward.embed(token_ids).detach()
+
+    def logprobs(
+        self,
+        tree: TokenTree,
+        prefix: PrefixKV,
+        temperature: float = 1.0,
+        entropy_grad: bool = False,
+    ) -> TokenScores:
+        """Log-probabilities and entropies of all completion tokens of a tree.
+
+        The LM head runs on completion positions only, in chunks; [B, T, V] logits never exist.
+
+        Args:
+            tree: packed tokens, built for the same prompt as `prefix`.
+            prefix: keys and values, usually `SharedPrefix.leaves`; gradients flow into them.
+            temperature: the sampling temperature; log-probabilities are those of the tempered,
+                untruncated distribution.
+            entropy_grad: whether the entropy takes part in the loss.
+        """
+        states = self.hidden(tree, prefix)
+        scored = states.index_select(0, tree.predictors)
+        out = head_scores(scored, tree.targets, self.forward.head, temperature, entropy_grad)
+        mask = tree.target_mask
+        return TokenScores(tree.unflatten(out.logprobs), tree.unflatten(out.entropy), mask)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Everything that trains: the prompt's parameters, never the base's."""
+        return self.prompt.parameters()

@@ -1,0 +1,1 @@
+"""Representations of a learned system prompt; each makes a `PrefixKV`."""

@@ -1,0 +1,179 @@
+"""The contract of a reward, and what scoring a batch gives back.
+
+A reward is any TRL reward function, unchanged (checked against TRL 1.16): a callable that is called
+with keywords only and returns one float or None per completion.
+
+    prompts         the queries: lists of messages, or strings when the dataset rows were strings
+    completions     the same shape: `[{"role": "assistant", "content": text}]`, or strings
+    completion_ids  lists of token ids, the stop token included
+    **columns       every extra dataset column, one value per completion
+    trainer_state   a `TrainerState`
+    log_extra       `log_extra(column, values)`: one value per completion, for completions.jsonl
+    log_metric      `log_metric(name, value)`: one number per batch
+
+A function without `**kwargs` is handed only the keywords that it names. It may be a coroutine
+function. None means "cannot be scored". What TRL calls a prompt is our query: it holds no system
+turn, because that place is the learned prompt's.
+
+Letters: B completions, flattened group by group.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, model_validator
+
+from rlprompt.errors import InputError
+from rlprompt.settings import Settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RewardFunction = Callable[..., Any]
+"""A TRL reward function, or a coroutine function of the same signature."""
+
+Role = Literal["score", "gate", "metric"]
+
+BATCH_KEYWORDS = ("prompts", "completions", "completion_ids")
+RESERVED_KEYWORDS = (*BATCH_KEYWORDS, "trainer_state", "log_extra", "log_metric")
+"""Keywords a reward is called with; no dataset column and no option may carry these names."""
+
+GATE_THRESHOLD = 0.5
+"""A gate vetoes a completion whose value lies below this."""
+
+_NAME = re.compile(r"[A-Za-z0-9_.\-]+")
+
+
+class RewardSettings(Settings):
+    """One reward of a recipe: where its code is, and what its values are used for."""
+
+    path: str
+    """`path/file.py:object` (relative to the recipe's folder, then to the working directory),
+    `package.module:object` or `package.module.object`, or `builtin:NAME`."""
+    name: str = ""
+    """Name in logs and metrics; by default the built-in's name, the object's name, or the file's
+    name when the object is called `reward`."""
+    weight: float = 1.0
+    """Factor of this reward in the weighted sum; only for the role `score`."""
+    role: Role = "score"
+    """`score` enters the weighted sum; `gate` vetoes a completion when its value is below 0.5;
+    `metric` is logged and never trained on."""
+    gate_floor: float = -1.0
+    """For the role `gate`: a vetoed completion's total is lowered to this value (and left alone
+    when it is lower already). Choose a value below what an honest bad answer gets."""
+    timeout: float | None = Field(default=60.0, gt=0)
+    """Seconds that one call on a batch may take; null waits for ever."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What a failed call does: `raise` stops the run; `skip` leaves this reward out of the batch,
+    counts it in `rewards/{name}/failures` and logs a warning."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments: for the constructor of a class, for a function that makes a reward, or
+    bound to the reward function itself."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _derive_name(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and not data.get("name") and isinstance(data.get("path"), str):
+            return {**data, "name": default_name(data["path"])}
+        return data
+
+    @model_validator(mode="after")
+    def _reject_settings_without_effect(self) -> RewardSettings:
+        if not _NAME.fullmatch(self.name):
+            raise InputError(
+                f"reward name {self.name!r} must consist of letters, digits, '_', '-' and '.', "
+                f"because metrics are named after it; set another name"
+            )
+        if not math.isfinite(self.weight) or not math.isfinite(self.gate_floor):
+            raise InputError(f"reward '{self.name}': weight and gate_floor must be finite numbers")
+        if self.role == "score" and self.weight == 0.0:
+            raise InputError(
+                f"reward '{self.name}' has weight 0 and so no effect; set role: metric to watch it"
+            )
+        if self.role != "score" and self.weight != 1.0:
+            raise InputError(
+                f"reward '{self.name}' has role '{self.role}', where a weight has no effect; "
+                f"remove the weight or set role: score"
+            )
+        if self.role != "gate" and self.gate_floor != -1.0:
+            raise InputError(
+                f"reward '{self.name}' has role '{self.role}', where gate_floor has no effect; "
+                f"remove it or set role: gate"
+            )
+        return self
+
+
+def default_name(path: str) -> str:
+    """The name of a reward that the recipe does not name, from its path alone."""
+    location, colon, attribute = path.removesuffix(".py").rpartition(":")
+    if not colon:
+        location, _, attribute = attribute.rpartition(".")
+    if attribute == "reward" and location:
+        attribute = re.split(r"[./\\]", location.removesuffix(".py"))[-1]
+    return re.sub(r"[^A-Za-z0-9_\-]+", "_", attribute.rpartition(".")[2]) or "reward"
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """What a reward may know of the run: the one field of TRL's state that every loop has."""
+
+    global_step: int
+    """Updates of the prompt made so far."""
+
+
+@dataclass(frozen=True)
+class RewardFailure:
+    """One call that failed under `on_error: skip`."""
+
+    name: str
+    """The reward's name."""
+    kind: Literal["exception", "timeout", "values"]
+    """It raised, it took too long, or what it returned or logged is not usable."""
+    message: str
+    """The sentence that `on_error: raise` would have stopped the run with."""
+
+
+@dataclass(frozen=True)
+class RewardBatch:
+    """The scores of a batch of B completions, in the order of the flattened groups."""
+
+    total: Tensor
+    """[B] float32: weighted sum of the `score` rewards after the gates; NaN where none scored."""
+    values: dict[str, Tensor]
+    """Per reward [B] float32, unweighted; NaN where it returned None."""
+    weights: dict[str, float]
+    """Per reward: its weight (1.0 for gates and metrics)."""
+    roles: dict[str, Role]
+    """Per reward: its role."""
+    extras: dict[str, list[Any]]
+    """Columns logged with `log_extra`, B values each."""
+    metrics: dict[str, float]
+    """`rewards/{name}/...` and what was logged with `log_metric`; a mean over no values is left
+    out, never NaN."""
+    errors: list[RewardFailure]
+    """The calls that failed under `on_error: skip`."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A completion that a reward's author has judged; `EXAMPLES` in a reward's module lists them.
+
+    For each query (and its columns and options) every good example must score above every bad one,
+    and each must lie in [low, high].
+    """
+
+    query: str
+    completion: str
+    good: bool
+    """True for what a person would accept; False for bad answers and for hacks of the reward."""
+    low: float = 0.0
+    high: float = 1.0
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """Dataset columns of this row."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options that the reward is built with."""

@@ -1,0 +1,240 @@
+"""From the path in a recipe to a callable reward, with one clear sentence for each way to fail.
+
+User code runs only when a recipe names it. A reward file is executed under a module name of its own
+(made from its path and contents, so that editing it gives a new module and pickling works within
+the process); its folder never enters `sys.path`, so it cannot import its neighbours. To use a
+reward in another process, send its settings and load it there.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pydantic import ValidationError
+
+from rlprompt.errors import InputError
+from rlprompt.rewards.base import (
+    BATCH_KEYWORDS,
+    RESERVED_KEYWORDS,
+    RewardFunction,
+    RewardSettings,
+)
+from rlprompt.rewards.messages import describe_error, shorten, user_frame
+
+
+def load_reward(
+    settings: RewardSettings, base_dir: Path, builtin: Mapping[str, str]
+) -> RewardFunction:
+    """Resolve `settings.path` and give it `settings.options`.
+
+    A class is constructed with the options. A function that takes none of `prompts`, `completions`,
+    `completion_ids` and has no `**kwargs` cannot be a reward, so it is called with the options and
+    must return one (TRL's `get_..._reward` functions work so). Any other callable is the reward,
+    and the options are bound to it.
+
+    Args:
+        settings: path and options of one reward.
+        base_dir: folder that file paths are relative to; the working directory comes second.
+        builtin: built-in name -> `package.module:object`.
+
+    Raises:
+        InputError: the file, module or object is missing, importing it raised, it is not callable,
+            or an option is unknown or wrong.
+    """
+    try:
+        target = _resolve(settings.path, base_dir, builtin)
+        return _configure(target, settings)
+    except InputError as error:
+        raise InputError(f"reward '{settings.name}': {error}") from error
+
+
+def _resolve(path: str, base_dir: Path, builtin: Mapping[str, str]) -> Any:
+    location, _, attribute = path.rpartition(":")
+    if location == "builtin":
+        if attribute not in builtin:
+            raise InputError(f"there is no built-in {attribute!r}; {_choices(attribute, builtin)}")
+        return _resolve(builtin[attribute], base_dir, builtin)
+    if location.endswith(".py"):
+        file = _find_file(location, base_dir)
+        return _attribute(_import_file(file), attribute, str(file))
+    if path.endswith(".py"):
+        raise InputError(f"{path} names no object; write {path}:reward, or its object's name")
+    if not location:
+        location, _, attribute = path.rpartition(".")
+    parts = f"{location}.{attribute}".split(".")
+    if not location or not all(part.isidentifier() for part in parts):
+        raise InputError(
+            f"{path!r} is not a reward path; write path/file.py:object, package.module:object "
+            f"or builtin:NAME with {_choices(path, builtin)}"
+        )
+    return _attribute(_import_module(location), attribute, f"module {location}")
+
+
+def _find_file(location: str, base_dir: Path) -> Path:
+    given = Path(location).expanduser()
+    places = [base_dir / given, Path.cwd() / given]  # an absolute path replaces the folder
+    for place in places:
+        if place.is_file():
+            return place.resolve()
+    tried = " nor ".join(dict.fromkeys(str(place) for place in places))
+    raise InputError(f"there is no file {tried}; correct the path, relative to the recipe's folder")
+
+
+def _import_file(file: Path) -> ModuleType:
+    digest = hashlib.sha256(str(file).encode() + b"\0" + file.read_bytes()).hexdigest()[:12]
+    name = f"rlprompt_reward_{file.stem}_{digest}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise InputError(f"{file} cannot be loaded as Python source; give a .py file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # before it runs: dataclasses and pickle look their module up
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise InputError(_import_failure(str(file), error, file)) from error
+    return module
+
+
+def _import_module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if name == missing or name.startswith(f"{missing}."):
+            raise InputError(
+                f"there is no module {missing!r}; install it or correct the path"
+            ) from error
+        raise InputError(_import_failure(f"module {name}", error, None)) from error
+    except (Exception, SystemExit) as error:
+        raise InputError(_import_failure(f"module {name}", error, None)) from error
+
+
+def _import_failure(where: str, error: BaseException, file: Path | None) -> str:
+    advice = "mend it"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        advice = f"install {error.name!r} or correct the import"
+        if file is not None and (file.parent / f"{error.name.split('.')[0]}.py").is_file():
+            advice = (
+                "a reward file cannot import its neighbours: move the code into it or a package"
+            )
+    place = user_frame(error, str(file) if file else None)
+    return f"importing {where} raised {describe_error(error)} at {place}; {advice}"
+
+
+def _attribute(module: ModuleType, attribute: str, where: str) -> Any:
+    target: Any = module
+    for part in attribute.split("."):
+        if not hasattr(target, part):
+            public = [
+                name
+                for name, value in vars(target).items()
+                if callable(value)
+                and not name.startswith("_")
+                and getattr(value, "__module__", None) == module.__name__
+            ]
+            raise InputError(f"{where} has no object {part!r}; {_choices(part, public)}")
+        target = getattr(target, part)
+    if not callable(target):
+        raise InputError(
+            f"{attribute!r} in {where} is of type {type(target).__name__}, which cannot be called; "
+            f"name a function or a class with __call__"
+        )
+    return target
+
+
+def _configure(target: Any, settings: RewardSettings) -> RewardFunction:
+    options = settings.options
+    if inspect.isclass(target) or _is_factory(target):
+        reward = _construct(target, options)
+    else:
+        reward = _bind(target, options)
+    if not callable(reward):
+        raise InputError(
+            f"{settings.path} makes an object of type {type(reward).__name__}, which cannot be "
+            f"called; define __call__(self, completions, **kwargs)"
+        )
+    return reward  # type: ignore[no-any-return]
+
+
+def _is_factory(target: Any) -> bool:
+    parameters = _parameters(target)
+    if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        return False
+    return inspect.isfunction(target) and not set(parameters) & set(BATCH_KEYWORDS)
+
+
+def _construct(maker: Any, options: Mapping[str, Any]) -> Any:
+    parameters = _parameters(maker)
+    if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        _require_known(options, parameters)
+    try:
+        inspect.signature(maker).bind(**options)
+    except TypeError as error:
+        raise InputError(f"wrong options for {maker.__name__}: {error}; set them") from error
+    except ValueError:
+        pass  # no signature to check against: the constructor itself will say
+    try:
+        return maker(**options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "options"
+        raise InputError(
+            f"option '{key}' is wrong: {first['msg'].removeprefix('Value error, ')} "
+            f"(got {shorten(repr(first['input']))}); correct it"
+        ) from error
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"making {maker.__name__} from options {shorten(repr(dict(options)))} raised "
+            f"{describe_error(error)} at {user_frame(error)}; correct the options"
+        ) from error
+
+
+def _bind(function: Any, options: Mapping[str, Any]) -> Any:
+    if not options:
+        return function
+    _require_known(options, _parameters(function))
+    return functools.partial(function, **options)
+
+
+def _require_known(options: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
+    known = [
+        name
+        for name, each in parameters.items()
+        if name not in RESERVED_KEYWORDS
+        and each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD)
+    ]
+    for key in options:
+        if key in RESERVED_KEYWORDS:
+            raise InputError(f"option '{key}' is reserved for the batch; remove it")
+        if key not in known:
+            raise InputError(f"there is no option '{key}'; {_choices(key, known)}")
+
+
+def _parameters(target: Any) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(target).parameters
+    except (TypeError, ValueError):
+        return {}
+
+
+def _choices(wrong: str, known: Iterable[str]) -> str:
+    names = sorted(known)
+    near = get_close_matches(wrong, names, n=1, cutoff=0.5)
+    if near:
+        return f"did you mean '{near[0]}'?"
+    return f"choose from {', '.join(names)}" if names else "it has none"

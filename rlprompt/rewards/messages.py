@@ -1,0 +1,37 @@
+"""Pieces of error messages: user text and user code on one short line."""
+
+from __future__ import annotations
+
+import linecache
+import traceback
+
+
+def shorten(text: str, limit: int = 80) -> str:
+    """The text on one line, cut to `limit` characters."""
+    line = " ".join(text[: 4 * limit].split())
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
+def quote(text: str) -> str:
+    """The shortened text in quotes."""
+    return f"'{shorten(text)}'"
+
+
+def describe_error(error: BaseException) -> str:
+    """Type and message of an exception, on one line."""
+    return f"{type(error).__name__}: {shorten(str(error), 300)}"
+
+
+def user_frame(error: BaseException, filename: str | None = None) -> str:
+    """`path:line (source)` of the deepest frame in `filename`, or of the deepest one at all."""
+    # The file of a SyntaxError is the one that was parsed; "<unknown>" when that was a string.
+    if isinstance(error, SyntaxError) and error.filename and not error.filename.startswith("<"):
+        return f"{error.filename}:{error.lineno} ({(error.text or '').strip()})"
+    frames = traceback.extract_tb(error.__traceback__)
+    chosen = [frame for frame in frames if frame.filename == filename] or list(frames)
+    if not chosen:
+        return "an unknown line"
+    # Not frame.line: linecache is stale when the file was edited since its module was last loaded.
+    linecache.checkcache(chosen[-1].filename)
+    source = linecache.getline(chosen[-1].filename, chosen[-1].lineno or 0).strip()
+    return f"{chosen[-1].filename}:{chosen[-1].lineno} ({source})"

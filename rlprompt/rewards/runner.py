@@ -1,0 +1,257 @@
+"""Scores a batch with every reward of a recipe and combines the values into one total.
+
+Total of a completion (as in TRL's "sum then normalise"): the sum of weight * value over the `score`
+rewards that returned a value; NaN when none did. Then the gates: a completion that a gate vetoes
+(value < 0.5) gets min(total, gate_floor), or gate_floor when nothing scored it, so a veto can never
+raise a total. A gate that returned None abstains. Metrics take no part.
+
+Sync rewards run one after another, then all async ones together.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlprompt.errors import InputError
+from rlprompt.rewards.base import (
+    GATE_THRESHOLD,
+    RESERVED_KEYWORDS,
+    RewardBatch,
+    RewardFailure,
+    RewardFunction,
+    RewardSettings,
+    TrainerState,
+)
+from rlprompt.rewards.execution import Call, Executor, Outcome, is_async
+from rlprompt.rewards.validation import (
+    InvalidValuesError,
+    Row,
+    Sink,
+    describe_failure,
+    parse_values,
+    select_keywords,
+)
+from rlprompt.types import Group
+
+logger = logging.getLogger(__name__)
+
+_DROPPED_COLUMNS = ("prompt", "completion")  # what TRL leaves out: it passes their plurals
+
+
+class RewardRunner:
+    """Calls the rewards of a recipe on batches; see the module for how values become a total.
+
+    Args:
+        rewards: settings and callable of each reward, in the order of calls and logs.
+
+    Raises:
+        InputError: two rewards share a name, or none has the role `score`.
+    """
+
+    def __init__(self, rewards: Sequence[tuple[RewardSettings, RewardFunction]]) -> None:
+        for name, count in Counter(settings.name for settings, _ in rewards).items():
+            if count > 1:
+                raise InputError(
+                    f"{count} rewards are named '{name}'; give each its own name in the recipe"
+                )
+        if not any(settings.role == "score" for settings, _ in rewards):
+            raise InputError("no reward has role: score, so nothing can be learned; add one")
+        self._rewards = list(rewards)
+        self._executor = Executor()
+
+    @property
+    def settings(self) -> list[RewardSettings]:
+        """The settings of the rewards, in order."""
+        return [settings for settings, _ in self._rewards]
+
+    def score(self, groups: Sequence[Group], *, step: int) -> RewardBatch:
+        """Score every completion of every group.
+
+        A query's columns are repeated for each of its completions; a column that some queries of
+        the batch lack is None there. Columns `prompt` and `completion` are left out, as in TRL.
+
+        Args:
+            groups: queries with their completions; B completions in all.
+            step: updates made so far; rewards see it as `trainer_state.global_step`.
+
+        Returns:
+            The scores in the order of the flattened groups.
+
+        Raises:
+            InputError: a column has a reserved name, a reward needs a column that is not there, a
+                reward raised InputError itself, or a call failed under `on_error: raise` (it
+                raised, took too long, or returned or logged something unusable).
+        """
+        rows = [(group.query, completion) for group in groups for completion in group.completions]
+        columns = _columns(rows)
+        sinks = {each.name: Sink() for each in self.settings}
+        values = {each.name: torch.full((len(rows),), torch.nan) for each in self.settings}  # [B]
+        metrics: dict[str, float] = {}
+        errors: list[RewardFailure] = []
+        calls = [
+            self._call(settings, function, rows, columns, sinks[settings.name], step)
+            for settings, function in self._rewards
+            if rows
+        ]
+        for call, outcome in self._run(calls):
+            result = _evaluate(call, outcome, rows, sinks[call.name])
+            if isinstance(result, RewardFailure):
+                self._tolerate(result, outcome.error)
+                errors.append(result)
+                sinks[call.name] = Sink()
+            else:
+                values[call.name] = torch.tensor(result, dtype=torch.float32)
+            metrics[f"rewards/{call.name}/seconds"] = outcome.seconds
+            metrics[f"rewards/{call.name}/failures"] = float(isinstance(result, RewardFailure))
+        metrics |= _statistics(self.settings, values) | _logged_metrics(sinks)
+        return RewardBatch(
+            total=_combine(self.settings, values),
+            values=values,
+            weights={each.name: each.weight for each in self.settings},
+            roles={each.name: each.role for each in self.settings},
+            extras=_merge_extras(sinks),
+            metrics=metrics,
+            errors=errors,
+        )
+
+    def close(self) -> None:
+        """Stop idle worker threads; the runner stays usable."""
+        self._executor.close()
+
+    def _call(
+        self,
+        settings: RewardSettings,
+        function: RewardFunction,
+        rows: Sequence[Row],
+        columns: Mapping[str, list[Any]],
+        sink: Sink,
+        step: int,
+    ) -> Call:
+        # Fresh lists for every reward: one that changes its arguments must not change another's.
+        available = {
+            "prompts": [
+                [dict(message) for message in query.messages]
+                if query.conversational
+                else query.text
+                for query, _ in rows
+            ],
+            "completions": [
+                [{"role": "assistant", "content": completion.text}]
+                if query.conversational
+                else completion.text
+                for query, completion in rows
+            ],
+            "completion_ids": [list(completion.token_ids) for _, completion in rows],
+            **{key: list(column) for key, column in columns.items()},
+            "trainer_state": TrainerState(global_step=step),
+            "log_extra": sink.log_extra,
+            "log_metric": sink.log_metric,
+        }
+        kwargs = select_keywords(settings.name, function, available)
+        return Call(settings.name, function, kwargs, settings.timeout)
+
+    def _run(self, calls: Sequence[Call]) -> list[tuple[Call, Outcome]]:
+        waiting = [call for call in calls if is_async(call.function)]
+        outcomes = {
+            call.name: self._executor.run_sync(call)
+            for call in calls
+            if not is_async(call.function)
+        }
+        if waiting:
+            awaited = self._executor.run_async(waiting)
+            outcomes |= {call.name: each for call, each in zip(waiting, awaited, strict=True)}
+        return [(call, outcomes[call.name]) for call in calls]
+
+    def _tolerate(self, failure: RewardFailure, cause: BaseException | None) -> None:
+        policy = {each.name: each.on_error for each in self.settings}
+        if policy[failure.name] == "raise":
+            raise InputError(failure.message) from cause
+        logger.warning("skipped for this batch (on_error: skip): %s", failure.message)
+
+
+def _columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
+    """Columns of the queries, each repeated per completion: name -> [B]."""
+    names = dict.fromkeys(name for query, _ in rows for name in query.columns)
+    for name in names:
+        if name in RESERVED_KEYWORDS:
+            raise InputError(
+                f"the dataset column '{name}' has the name of a keyword that rewards are called "
+                f"with; rename the column"
+            )
+    return {
+        name: [query.columns.get(name) for query, _ in rows]
+        for name in names
+        if name not in _DROPPED_COLUMNS
+    }
+
+
+def _evaluate(
+    call: Call, outcome: Outcome, rows: Sequence[Row], sink: Sink
+) -> list[float] | RewardFailure:
+    if isinstance(outcome.error, InputError):  # a wrong input is the user's to mend, not to skip
+        raise InputError(f"reward '{call.name}': {outcome.error}") from outcome.error
+    if outcome.timed_out or outcome.error is not None:
+        message = describe_failure(call, outcome, rows)
+        return RewardFailure(call.name, "timeout" if outcome.timed_out else "exception", message)
+    try:
+        values = parse_values(outcome.output, rows)
+        sink.check(len(rows))
+    except InvalidValuesError as error:
+        return RewardFailure(call.name, "values", f"reward '{call.name}' {error}")
+    return values
+
+
+def _combine(settings: Sequence[RewardSettings], values: Mapping[str, Tensor]) -> Tensor:
+    scores = [each for each in settings if each.role == "score"]
+    table = torch.stack([values[each.name] for each in scores])  # [R, B]
+    weights = torch.tensor([each.weight for each in scores]).unsqueeze(1)  # [R, 1]
+    total = (table * weights).nansum(dim=0)  # [B]
+    total[table.isnan().all(dim=0)] = torch.nan
+    for gate in (each for each in settings if each.role == "gate"):
+        floor = torch.full_like(total, gate.gate_floor)
+        # fmin: the floor also replaces NaN, because the veto itself is a verdict
+        total = torch.where(_vetoed(values[gate.name]), torch.fmin(total, floor), total)
+    return total
+
+
+def _vetoed(values: Tensor) -> Tensor:
+    return values < GATE_THRESHOLD  # [B], False for NaN
+
+
+def _statistics(
+    settings: Sequence[RewardSettings], values: Mapping[str, Tensor]
+) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for each in settings:
+        known = values[each.name][~values[each.name].isnan()]
+        prefix = f"rewards/{each.name}"
+        if known.numel() > 0:
+            metrics[f"{prefix}/mean"] = known.mean().item()
+        if known.numel() > 1:
+            metrics[f"{prefix}/std"] = known.std().item()  # with Bessel's correction, as in TRL
+        if each.role == "gate" and known.numel() > 0:
+            metrics[f"{prefix}/veto_rate"] = _vetoed(known).float().mean().item()
+    return metrics
+
+
+def _logged_metrics(sinks: Mapping[str, Sink]) -> dict[str, float]:
+    collected: dict[str, list[float]] = {}
+    for sink in sinks.values():
+        for name, numbers in sink.metrics.items():
+            collected.setdefault(name, []).extend(float(number) for number in numbers)
+    return {name: sum(numbers) / len(numbers) for name, numbers in collected.items()}
+
+
+def _merge_extras(sinks: Mapping[str, Sink]) -> dict[str, list[Any]]:
+    """Columns by name; one that several rewards log is named `reward.column` after the first."""
+    extras: dict[str, list[Any]] = {}
+    for reward, sink in sinks.items():
+        for column, logged in sink.extras.items():
+            extras[f"{reward}.{column}" if column in extras else column] = logged
+    return extras

@@ -1,0 +1,178 @@
+"""Turning what user code returned, logged or raised into numbers, or into one clear sentence."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlprompt.errors import InputError
+from rlprompt.rewards.base import RESERVED_KEYWORDS, RewardFunction
+from rlprompt.rewards.execution import Call, Outcome
+from rlprompt.rewards.messages import describe_error, quote, shorten, user_frame
+from rlprompt.types import Completion, Query
+
+Row = tuple[Query, Completion]
+"""One completion with its query."""
+
+
+_FLOAT32_MAX = 3.4028234e38
+
+
+class InvalidValuesError(Exception):
+    """What a reward returned or logged is not usable; the message says why, without its name."""
+
+
+@dataclass
+class Sink:
+    """Receives `log_extra` and `log_metric` of one call; dropped when the call fails."""
+
+    extras: dict[str, list[Any]] = field(default_factory=dict)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+
+    def log_extra(self, column: str, values: Sequence[Any]) -> None:
+        """Add values of a column; over the whole call one per completion."""
+        self.extras.setdefault(str(column), []).extend(values)
+
+    def log_metric(self, name: str, value: float) -> None:
+        """Add a number; calls with the same name are averaged."""
+        self.metrics.setdefault(str(name), []).append(value)
+
+    def check(self, num_completions: int) -> None:
+        """Raise InvalidValuesError for columns of the wrong length and numbers that are none."""
+        for column, values in self.extras.items():
+            if len(values) != num_completions:
+                raise InvalidValuesError(
+                    f"logged {len(values)} values in column '{column}' for {num_completions} "
+                    f"completions; call log_extra with one value per completion"
+                )
+        for name, values in self.metrics.items():
+            if name.startswith("rewards/"):
+                raise InvalidValuesError(
+                    f"logged a metric '{name}'; names under rewards/ are taken, choose another"
+                )
+            for value in values:
+                if _as_float(value) is None or not math.isfinite(value):
+                    raise InvalidValuesError(
+                        f"logged {shorten(repr(value))} as metric '{name}'; log a finite number"
+                    )
+
+
+def parse_values(output: Any, rows: Sequence[Row]) -> list[float]:
+    """One float per completion, NaN for None.
+
+    Accepts lists and tuples, and one-dimensional tensors and arrays as TRL does; elements may be
+    bools, numbers, or zero-dimensional tensors and arrays.
+
+    Raises:
+        InvalidValuesError: another type or length, or an element that is no finite number.
+    """
+    if getattr(output, "ndim", None) == 1 and hasattr(output, "tolist"):
+        output = output.tolist()
+    if not isinstance(output, list | tuple):
+        advice = "return a list with one float or None per completion"
+        if inspect.iscoroutine(output):
+            output.close()
+            advice = "define it with async def, so that it is awaited"
+        raise InvalidValuesError(
+            f"returned a value of type {type(output).__name__}, not a list; {advice}"
+        )
+    if len(output) != len(rows):
+        raise InvalidValuesError(
+            f"returned {len(output)} values for {len(rows)} completions "
+            f"(first query: {quote(rows[0][0].text)}); return one float or None per completion"
+        )
+    return [_parse_value(value, position, rows) for position, value in enumerate(output)]
+
+
+def describe_failure(call: Call, outcome: Outcome, rows: Sequence[Row]) -> str:
+    """The sentence for a call that raised or timed out, with the batch's first row as example."""
+    example = f"for example on {_describe(rows[0])}"
+    if outcome.timed_out:
+        return (
+            f"reward '{call.name}' took longer than its timeout of {call.timeout:g} s for "
+            f"{len(rows)} completions, {example}; make it faster or raise the timeout"
+        )
+    error = outcome.error
+    assert error is not None
+    return (
+        f"reward '{call.name}' raised {describe_error(error)} at "
+        f"{user_frame(error, _source_file(call.function))}, {example}; mend it"
+    )
+
+
+def select_keywords(
+    name: str, function: RewardFunction, available: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The keywords that `function` accepts.
+
+    Raises:
+        InputError: it needs a keyword that is neither reserved nor a column, it takes one by
+            position only, or an option of the recipe has the name of a column.
+    """
+    bound = getattr(function, "keywords", {})
+    for key in bound:
+        if key in available:
+            raise InputError(
+                f"reward '{name}': '{key}' is both an option and a dataset column; rename one"
+            )
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return dict(available)
+    for each in parameters:
+        if each.default is not each.empty or each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD):
+            continue
+        if each.kind is each.POSITIONAL_ONLY:
+            raise InputError(
+                f"reward '{name}' takes '{each.name}' by position only, but rewards are called "
+                f"with keywords; remove the '/' from its signature"
+            )
+        if each.name not in available:
+            columns = [key for key in available if key not in RESERVED_KEYWORDS]
+            raise InputError(
+                f"reward '{name}' needs the dataset column '{each.name}', but the columns are "
+                f"{', '.join(columns) or 'none'}; add the column, give '{each.name}' as an option "
+                f"or give it a default"
+            )
+    if any(each.kind is each.VAR_KEYWORD for each in parameters):
+        return dict(available)
+    accepted = {each.name for each in parameters}
+    return {key: value for key, value in available.items() if key in accepted}
+
+
+def _parse_value(value: Any, position: int, rows: Sequence[Row]) -> float:
+    if value is None:
+        return math.nan
+    number = _as_float(value)
+    if number is not None and abs(number) <= _FLOAT32_MAX:  # False for NaN
+        return number
+    raise InvalidValuesError(
+        f"returned {shorten(repr(value))} for completion {position + 1} of {len(rows)} "
+        f"({_describe(rows[position])}); return a finite number, or None for what cannot be scored"
+    )
+
+
+def _as_float(value: Any) -> float | None:
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    if not isinstance(value, bool | int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _describe(row: Row) -> str:
+    query, completion = row
+    return f"query {quote(query.text)} with completion {quote(completion.text)}"
+
+
+def _source_file(function: RewardFunction) -> str | None:
+    """The file that defines the reward, to find its line in a traceback."""
+    function = getattr(function, "func", function)  # a partial binds the recipe's options
+    called = function if inspect.isfunction(function) else type(function).__call__
+    return getattr(getattr(called, "__code__", None), "co_filename", None)

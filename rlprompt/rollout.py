@@ -1,0 +1,129 @@
+"""From queries to scored completions.
+
+Letters: B completions, G groups.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlprompt.engines.base import Engine
+from rlprompt.engines.sampling import SamplingSettings
+from rlprompt.rewards.base import RewardBatch
+from rlprompt.rewards.runner import RewardRunner
+from rlprompt.types import Completion, Group, Query
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """Scored completions of one step."""
+
+    groups: tuple[Group, ...]
+    rewards: RewardBatch
+    rollout_seconds: float
+    reward_seconds: float
+
+    @property
+    def completions(self) -> list[Completion]:
+        """All B completions, group by group."""
+        return [completion for group in self.groups for completion in group.completions]
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [B], tokens of each completion."""
+        return torch.tensor([len(c.token_ids) for c in self.completions])
+
+    @property
+    def terminated(self) -> Tensor:
+        """bool [B], False where the token limit cut a completion."""
+        return torch.tensor([c.terminated for c in self.completions])
+
+
+def collect(
+    engine: Engine,
+    queries: Sequence[Query],
+    group_size: int,
+    sampling: SamplingSettings,
+    rewards: RewardRunner,
+    *,
+    step: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> RolloutBatch:
+    """Draw a group of completions per query under the engine's prompt, and score them.
+
+    Args:
+        engine: synced with the prompt to sample under.
+        queries: at least one.
+        group_size: completions per query.
+        sampling: how tokens are drawn.
+        rewards: scores the whole batch at once.
+        step: updates made so far; rewards see it.
+        seed: of the sampling.
+        progress: see `Engine.generate`.
+
+    Raises:
+        InputError: a reward failed under `on_error: raise`.
+    """
+    start = time.perf_counter()
+    groups = engine.generate(queries, group_size, sampling, seed, progress)
+    generated = time.perf_counter()
+    scored = rewards.score(groups, step=step)
+    return RolloutBatch(
+        tuple(groups), scored, generated - start, time.perf_counter() - generated
+    )
+
+
+def completion_metrics(batch: RolloutBatch) -> dict[str, float]:
+    """Lengths, truncation and reward of a batch under TRL's metric names."""
+    lengths, ended = batch.lengths.float(), batch.terminated
+    metrics = {
+        "completions/mean_length": float(lengths.mean()),
+        "completions/min_length": float(lengths.min()),
+        "completions/max_length": float(lengths.max()),
+        "completions/clipped_ratio": float((~ended).float().mean()),
+    }
+    if bool(ended.any()):
+        metrics["completions/mean_terminated_length"] = float(lengths[ended].mean())
+        metrics["completions/min_terminated_length"] = float(lengths[ended].min())
+        metrics["completions/max_terminated_length"] = float(lengths[ended].max())
+    total = batch.rewards.total
+    known = total[~total.isnan()]
+    if known.numel():
+        metrics["reward"] = float(known.mean())
+        grouped = total.view(len(batch.groups), -1)
+        deviation = (grouped - grouped.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
+        metrics["reward_std"] = float(deviation.nanmean())
+    return {**metrics, **batch.rewards.metrics}
+
+
+def completion_rows(
+    batch: RolloutBatch, split: str, who: str, advantages: Tensor | None = None
+) -> list[dict[str, object]]:
+    """Rows of `completions.jsonl`, one per completion."""
+    rows: list[dict[str, object]] = []
+    position = 0
+    for group in batch.groups:
+        for completion in group.completions:
+            rows.append(
+                {
+                    "split": split,
+                    "who": who,
+                    "query_index": group.query.index,
+                    "query": group.query.text,
+                    "completion": completion.text,
+                    "reward": float(batch.rewards.total[position]),
+                    "rewards": {k: float(v[position]) for k, v in batch.rewards.values.items()},
+                    "terminated": completion.terminated,
+                    "num_tokens": len(completion.token_ids),
+                    "advantage": None if advantages is None else float(advantages[position]),
+                    **{k: v[position] for k, v in batch.rewards.extras.items()},
+                }
+            )
+            position += 1
+    return rows

@@ -1,0 +1,77 @@
+"""AdamW over the prompt's parameters, its learning rate course, and gradient clipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from rlprompt.training.settings import OptimizerSettings
+
+DEFAULT_LR_RELATIVE = 0.05
+
+
+def learning_rate(settings: OptimizerSettings, embedding_rms: float) -> float:
+    """The peak learning rate.
+
+    Args:
+        settings: absolute or relative rate.
+        embedding_rms: root mean square of the base's embedding entries.
+    """
+    if settings.lr is not None:
+        return settings.lr
+    relative = DEFAULT_LR_RELATIVE if settings.lr_relative is None else settings.lr_relative
+    return relative * embedding_rms
+
+
+def lr_factor(settings: OptimizerSettings, update: int, total: int) -> float:
+    """The share of the peak rate at an update.
+
+    Args:
+        settings: schedule, warm-up and floor.
+        update: updates made before this one, from 0.
+        total: updates of the whole run.
+    """
+    if update < settings.warmup_steps:
+        return (update + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        return 1.0
+    done = (update - settings.warmup_steps) / max(1, total - settings.warmup_steps)
+    done = min(1.0, done)
+    left = 1.0 - done if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return settings.min_lr_ratio + (1.0 - settings.min_lr_ratio) * left
+
+
+def build_optimizer(
+    parameters: Sequence[nn.Parameter], settings: OptimizerSettings, peak_lr: float
+) -> torch.optim.AdamW:
+    """AdamW in one group.
+
+    Raises:
+        ValueError: there is nothing to train.
+    """
+    return torch.optim.AdamW(
+        parameters,
+        lr=peak_lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        foreach=False,
+    )
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -> float:
+    """Scale gradients to at most `max_norm`; returns the norm before.
+
+    A gradient that is not finite is left as it is, for the guard to report.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not grads:
+        return 0.0
+    norm = float(torch.linalg.vector_norm(torch.stack([g.norm() for g in grads])))
+    if max_norm is not None and math.isfinite(norm) and norm > max_norm:
+        for grad in grads:
+            grad.mul_(max_norm / (norm + 1e-6))
+    return norm

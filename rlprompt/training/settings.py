@@ -1,0 +1,63 @@
+"""How a prompt is trained: steps, optimizer, schedule, checkpoints."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from rlprompt.settings import Settings
+
+
+class OptimizerSettings(Settings):
+    """AdamW on the prompt's parameters (Loshchilov and Hutter, 2019)."""
+
+    lr: float | None = Field(default=None, gt=0.0)
+    """Learning rate. Give this or `lr_relative`."""
+    lr_relative: float | None = Field(default=None, gt=0.0)
+    """Learning rate as a share of the root mean square of the base's embedding entries, so that one
+    value serves bases of any scale. 0.05 when neither is given."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's moments."""
+    eps: float = Field(default=1e-8, gt=0.0)
+    """AdamW's epsilon."""
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    """AdamW's decoupled weight decay."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Course of the learning rate after the warm-up."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Updates over which the learning rate rises linearly from 0."""
+    min_lr_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
+    """Where linear and cosine schedules end, as a share of the learning rate."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0.0)
+    """Gradients are scaled down to this norm; null = never."""
+
+    @model_validator(mode="after")
+    def _one_rate(self) -> OptimizerSettings:
+        if self.lr is not None and self.lr_relative is not None:
+            raise ValueError("lr and lr_relative are both given; keep one")
+        if self.schedule == "constant" and "min_lr_ratio" in self.model_fields_set:
+            if self.min_lr_ratio != OptimizerSettings.model_fields["min_lr_ratio"].default:
+                raise ValueError("min_lr_ratio has no effect with schedule: constant; remove it")
+        return self
+
+
+class TrainingSettings(Settings):
+    """The course of a run."""
+
+    steps: int = Field(default=30, ge=1)
+    """Rollout batches."""
+    queries_per_step: int = Field(default=6, ge=1)
+    """Queries per rollout batch; each gets `algorithm.group_size` completions."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    """Optimizer and learning rate."""
+    token_budget: int = Field(default=2048, ge=64)
+    """Most packed tokens per micro-batch: bounds activation memory, changes no result."""
+    gradient_checkpointing: bool = False
+    """Recompute activations layer by layer in the backward: less memory, a third more compute."""
+    save_every: int = Field(default=10, ge=1)
+    """Steps between checkpoints."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Newest checkpoints that stay on disk."""
+    early_stopping: int | None = Field(default=None, ge=1)
+    """Stop after this many held-out evaluations without a better one; null = never."""

@@ -1,0 +1,73 @@
+"""The plain values that layers hand to each other.
+
+Letters: B completions, G group size, T tokens, P prefix tokens, m virtual tokens, L layers,
+H_kv key/value heads, D head dimension, V vocabulary. Masks: True = the position counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+Message = dict[str, str]
+"""One turn of a conversation: `{"role": "user" | "assistant" | "system", "content": text}`."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """The conversation given by a dataset or a user; what the completions answer."""
+
+    messages: tuple[Message, ...]
+    """Turns in order; the last one is the user's. No system turn: that is the prompt's place."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """Extra dataset columns of this row, handed to rewards by name."""
+    index: int = 0
+    """Row number in its dataset before splitting; identifies the query in logs."""
+    conversational: bool = True
+    """False when the dataset row was a plain string: rewards then see strings, not messages."""
+
+    @property
+    def text(self) -> str:
+        """The last user turn."""
+        return self.messages[-1]["content"]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the model wrote for one query, with the engine's own log-probabilities."""
+
+    token_ids: tuple[int, ...]
+    """Generated tokens, the stop token included when there was one. At least one."""
+    sampling_logprobs: tuple[float, ...]
+    """Natural-log probability of each token under the tempered, untruncated distribution."""
+    text: str
+    """Decoded tokens without control tokens."""
+    terminated: bool
+    """True when a stop token ended it, False when it ran into the token limit."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The completions of one query."""
+
+    query: Query
+    completions: tuple[Completion, ...]
+
+
+@dataclass(frozen=True)
+class PrefixKV:
+    """Keys and values of the tokens that every row of a batch shares.
+
+    keys, values: one tensor per layer, [H_kv, P, D], rotary embedding already applied to keys.
+    """
+
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+
+    @property
+    def num_tokens(self) -> int:
+        """P, the number of shared positions."""
+        return int(self.keys[0].shape[1])

@@ -1,0 +1,43 @@
+"""What every test shares: no network, fixed seeds, two threads, and the real model on request."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it at import, which follows
+os.environ["WANDB_MODE"] = "offline"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+import torch
+
+from rlprompt.errors import InputError
+from rlprompt.model.base import FrozenBase, ModelSettings, load_base
+from rlprompt.model.fetch import fetch
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """The folder of the real 135M model, fetched through rlprompt itself."""
+    try:
+        return fetch("smollm2-135m")
+    except InputError as error:
+        pytest.fail(f"tests marked `model` need the embedded model: {error}")
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_dir: Path) -> FrozenBase:
+    """The real model as a run gets it: dtype and device chosen for this machine."""
+    return load_base(ModelSettings(path="smollm2-135m"))
