@@ -11,7 +11,7 @@ product: being short pays only as much as the answer is complete, on the topic, 
 
     brevity    1 up to `target_words`, then falling with log2 of the excess, 0 at eight times it
     substance  n / (n + 1), n = content words that neither the query nor empty talk holds
-    topic      0.35 + 0.65 * word overlap with the query (a noisy sign, so it never rules alone)
+    topic      0.25 + 0.75 * word overlap with the query (a noisy sign, so it never rules alone)
     complete   1.0 when the last sentence ends, 0.3 when it is cut off
     distinct   share of three-word sequences that are not repetitions
 
@@ -51,7 +51,7 @@ def score(query: str, completion: str, target_words: int) -> float:
     brevity = max(0.0, 1.0 - math.log2(max(1.0, len(tokens) / target_words)) / 3)
     new = own_stems(query, completion)
     overlap = relevance(query, completion)
-    topic = 1.0 if overlap is None else 0.35 + 0.65 * overlap
+    topic = 1.0 if overlap is None else 0.25 + 0.75 * overlap
     complete = 1.0 if ends_complete(completion) else 0.3
     return brevity * len(new) / (len(new) + 1) * topic * complete * distinct_share(tokens, 3)
 
@@ -73,6 +73,7 @@ EXAMPLES = [
     Example(_QUERY, "A volcano is a volcano.", False, high=0.0),
     Example(_QUERY, "What is a volcano?", False, high=0.0),
     Example(_QUERY, "A volcano is an important and interesting topic.", False, high=0.3),
+    Example(_QUERY, "This happens every day in many places.", False, high=0.25),
     Example(_QUERY, "I am a helpful assistant.", False, high=0.3),
     Example(_QUERY, "Volcano lava magma", False, high=0.3),
     Example(_QUERY, "A volcano erupts lava. " * 10, False, high=0.25),

@@ -10,8 +10,8 @@ The dataset's column `label` holds the right label of each row (None: the row is
 
     exact  1.0 when the first line is the right label, 0.9 when the answer begins with it, at most
            0.3 when it comes later or beside another label, else 0 (see rlprompt.rewards.exact)
-    form   1.0 when the answer is one of the labels and nothing else, right or wrong: a small
-           step towards the form for a model that does not yet know what a label is
+    form   min(1, 2 / words), halved unless the answer is one of the labels, right or wrong: a
+           slope towards short answers for a model that does not yet know that a label is wanted
 """
 
 from __future__ import annotations
@@ -34,12 +34,18 @@ def reward(
 ) -> list[float | None]:
     """One value in [0, 1] per completion, None where the row has no label."""
     exact = Exact(column="label", labels=list(labels))(completions, label=label)
-    forms = [" ".join(words(each)) for each in labels]
+    known = [" ".join(words(each)) for each in labels]
     answers = [" ".join(words(text)) for text in message_texts(completions)]
     return [
-        None if value is None else 0.9 * value + 0.1 * (answer in forms)
+        None if value is None else 0.9 * value + 0.1 * form(answer, known)
         for value, answer in zip(exact, answers, strict=True)
     ]
+
+
+def form(answer: str, labels: Sequence[str]) -> float:
+    """How much an answer looks like a label, in [0, 1]."""
+    length = len(answer.split())
+    return min(1.0, 2 / length) * (1.0 if answer in labels else 0.5) if length else 0.0
 
 
 _QUERY = "The striker scored twice in the second half."
@@ -51,8 +57,8 @@ EXAMPLES = [
     Example(_QUERY, "The topic is sports.", False, 0.2, 0.3, columns=_ROW),
     Example(_QUERY, "Technology", False, 0.1, 0.1, columns=_ROW),
     Example(_QUERY, "sports food technology travel money", False, high=0.3, columns=_ROW),
-    Example(_QUERY, "money or sports", False, high=0.0, columns=_ROW),
-    Example(_QUERY, "sportswear", False, high=0.0, columns=_ROW),
-    Example(_QUERY, "The striker scored twice in the second half.", False, high=0.0, columns=_ROW),
+    Example(_QUERY, "money or sports", False, high=0.1, columns=_ROW),
+    Example(_QUERY, "sportswear", False, high=0.05, columns=_ROW),
+    Example(_QUERY, "The striker scored twice in the second half.", False, high=0.05, columns=_ROW),
     Example(_QUERY, "", False, high=0.0, columns=_ROW),
 ]

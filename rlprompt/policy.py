@@ -100,6 +100,15 @@ class Policy:
         """Tokens that end a completion."""
         return self.slot.stop_ids | self.base.stop_ids
 
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether activations are recomputed layer by layer in the backward."""
+        return self.forward.gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        self.forward.gradient_checkpointing = on
+
     # What a prompt may ask of us (prompts.base.Conditioner).
 
     @property
@@ -136,6 +145,18 @@ class Policy:
     def prefill(self, embeddings: Tensor) -> PrefixKV:
         """Keys and values of [P, d] embeddings."""
         return self.forward.prefill(embeddings)
+
+    def embedding_rms(self) -> float:
+        """Root mean square of the entries of named tokens' embeddings: the scale of a soft prompt."""
+        return self._embedding_norms().square().mean().sqrt().item() / self.base.hidden_size**0.5
+
+    def embedding_norm(self) -> float:
+        """Median norm of a named token's embedding."""
+        return self._embedding_norms().median().item()
+
+    def _embedding_norms(self) -> Tensor:
+        with torch.no_grad():
+            return self.forward.embed(torch.arange(self.vocab_size)).float().norm(dim=1)
 
     # What algorithms, engines and evaluations ask of us.
 

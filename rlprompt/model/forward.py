@@ -91,6 +91,24 @@ class PrefixForward:
         """Where the base lives."""
         return self.base.device
 
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether activations are recomputed layer by layer in the backward."""
+        return bool(self.base.model.is_gradient_checkpointing)
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        model = self.base.model
+        if on:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_disable()
+        # transformers recomputes only in layers that are in training mode. The flag is set on the
+        # layer alone: its submodules stay in evaluation mode, so no dropout wakes up.
+        for module in model.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.training = on
+
     def embed(self, token_ids: Sequence[int] | Tensor) -> Tensor:
         """Input embeddings [n, d] of tokens, scaled as the architecture scales them."""
         ids = torch.as_tensor(token_ids, dtype=torch.int64, device=self.device)

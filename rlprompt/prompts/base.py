@@ -32,6 +32,10 @@ class Conditioner(Protocol):
         """V, the number of embeddings."""
         ...
 
+    def embedding_norm(self) -> float:
+        """Median norm of a vocabulary embedding."""
+        ...
+
     def slot_ids(self, text: str) -> list[int]:
         """A text as tokens of the slot."""
         ...
@@ -76,6 +80,10 @@ class Prompt(ABC):
     def parameters(self) -> list[nn.Parameter]:
         """What an optimizer trains; empty for a fixed prompt."""
         return []
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers worth watching in training, such as norms."""
+        return {}
 
     def constrain(self) -> None:
         """Return to the trust region after an update; nothing by default."""

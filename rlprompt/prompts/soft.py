@@ -30,6 +30,9 @@ class SoftSettings(Settings):
     init_text: str | None = "You are a helpful assistant."
     """Text whose embeddings the prompt starts from, repeated or cut to m tokens; null = random
     vocabulary embeddings."""
+    max_norm_ratio: float | None = Field(default=1.5, gt=0.0)
+    """Trust region: after each update a token longer than this multiple of the median vocabulary
+    embedding is scaled back to it; null = no limit."""
 
     @model_validator(mode="after")
     def _length_is_known(self) -> SoftSettings:
@@ -43,10 +46,23 @@ class SoftPrompt(Prompt):
 
     kind: ClassVar[str] = "soft"
 
-    def __init__(self, embeddings: Tensor, init_text: str = "") -> None:
-        """Start from embeddings [m, d], which are copied."""
+    def __init__(
+        self, embeddings: Tensor, init_text: str = "", max_norm: float | None = None
+    ) -> None:
+        """Start from embeddings [m, d], which are copied.
+
+        Args:
+            embeddings: the start.
+            init_text: where they come from, for the record.
+            max_norm: longest token that `constrain` leaves alone. Tokens that start longer may stay
+                as long as they are.
+        """
         self.embeddings = nn.Parameter(embeddings.detach().float().clone())
         self.init_text = init_text
+        self._start = self.embeddings.detach().clone()
+        self._max_norm = (
+            None if max_norm is None else self._start.norm(dim=1, keepdim=True).clamp_min(max_norm)
+        )
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -65,17 +81,19 @@ class SoftPrompt(Prompt):
             InputError: the text has no tokens.
         """
         length = settings.num_virtual_tokens
+        ratio = settings.max_norm_ratio
+        max_norm = None if ratio is None else ratio * conditioner.embedding_norm()
         if settings.init_text is None:
             assert length is not None  # settings refuse both being null
             generator = torch.Generator().manual_seed(seed)
             drawn = torch.randint(conditioner.vocab_size, (length,), generator=generator)
-            return cls(conditioner.embed(drawn.tolist()))
+            return cls(conditioner.embed(drawn.tolist()), max_norm=max_norm)
         ids = conditioner.slot_ids(settings.init_text)
         if not ids:
             raise InputError("prompt.init_text is empty; write a text, or null for a random start")
         length = len(ids) if length is None else length
         tiled = [ids[i % len(ids)] for i in range(length)]
-        return cls(conditioner.embed(tiled), settings.init_text)
+        return cls(conditioner.embed(tiled), settings.init_text, max_norm)
 
     def prefix(self, conditioner: Conditioner) -> PrefixKV:
         """Head and embeddings, prefilled; gradients reach the embeddings."""
@@ -86,6 +104,23 @@ class SoftPrompt(Prompt):
     def parameters(self) -> list[nn.Parameter]:
         """The embeddings."""
         return [self.embeddings]
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """Scale tokens that have grown past the trust region back to its border."""
+        if self._max_norm is None:
+            return
+        norms = self.embeddings.norm(dim=1, keepdim=True)
+        limit = self._max_norm.to(norms.device)
+        self.embeddings.mul_((limit / norms.clamp_min(1e-12)).clamp_max(1.0))
+
+    @torch.no_grad()
+    def metrics(self) -> dict[str, float]:
+        """Mean token norm, and mean distance of tokens from their start relative to its norm."""
+        start = self._start.to(self.embeddings.device)
+        drift = (self.embeddings - start).norm(dim=1) / start.norm(dim=1).clamp_min(1e-12)
+        norm = self.embeddings.norm(dim=1).mean()
+        return {"norm": float(norm), "drift_from_init": float(drift.mean())}
 
     def state_dict(self) -> dict[str, Tensor]:
         """`embeddings`, float32 [m, d]."""

@@ -2,7 +2,8 @@
 
 Everything that TRL lets one choose is chosen here: weights loaded in bfloat16 and computed in
 bfloat16, no autocast, no gradient checkpointing, one micro-batch per update, one update per
-rollout, KV cache in generation, no logging, no saving. TRL itself is not patched.
+rollout, KV cache in generation, no logging, no saving. TRL itself is not patched unless
+`compact_head` asks for it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import trl.trainer.utils
 from datasets import Dataset
 from peft import PromptTuningConfig, PromptTuningInit, TaskType
 from transformers import AutoTokenizer, PrinterCallback
@@ -92,6 +94,9 @@ class TrlSettings:
     default_system: bool = setting(False, "Keep the system message that the template adds.")
     system_text: str = setting("", "System message of every query, in front of the user turn.")
     autocast: bool = setting(False, "TRL's bf16=True: autocast around the bfloat16 model.")
+    compact_head: bool = setting(
+        False, "Patch TRL to score completion positions only, as it does on GPUs; off = as shipped."
+    )
     seed: int = setting(0, "Seed of data order, sampling and initialisation.")
     threads: int = setting(0, "torch.set_num_threads; 0 leaves torch's choice.")
     steps: int = setting(0, "Train this many steps and stop; 0 = be a worker.")
@@ -177,6 +182,9 @@ def build_trainer(settings: TrlSettings) -> Trainer:
     """Load the base in bfloat16, wrap it in PEFT prompt tuning and construct the trainer."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    if settings.compact_head:
+        # TRL 1.16 sends every position through the LM head where there is no Triton.
+        vars(trl.trainer.utils)["_use_triton"] = lambda device: True
     tokenizer = AutoTokenizer.from_pretrained(settings.model, padding_side="left")
     if not settings.default_system:
         tokenizer.chat_template = CHATML_WITHOUT_DEFAULT

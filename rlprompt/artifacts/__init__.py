@@ -1,0 +1,1 @@
+"""The published prompt: a directory of safetensors, JSON and a card."""

@@ -1,0 +1,49 @@
+"""The card of an artifact: README.md in the style of model cards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def card(info: Mapping[str, Any]) -> str:
+    """Markdown that says what the prompt is, what it was made on, and how it did.
+
+    Args:
+        info: the fields of `ArtifactInfo`.
+    """
+    lines = [
+        f"# {info['name']}: a learned system prompt",
+        "",
+        f"A {info['representation']} prompt of {info['num_virtual_tokens']} positions for the system "
+        f"slot of `{info['base']}`, learned by rlprompt with the model frozen.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| base | `{info['base']}` |",
+        f"| base fingerprint | `{info['base_fingerprint']}` |",
+        f"| chat template hash | `{info['template_hash']}` |",
+        f"| started from | {_cell(info['init_text']) or 'random embeddings'} |",
+        f"| created | {info['created']} |",
+        "",
+    ]
+    if info["metrics"]:
+        lines += ["## Held-out results", "", "| | |", "|---|---|"]
+        lines += [f"| {_cell(k)} | {_cell(v)} |" for k, v in info["metrics"].items()]
+        lines.append("")
+    lines += [
+        "## Use",
+        "",
+        "```bash",
+        "rlprompt chat . --compare",
+        "```",
+        "",
+        "It acts on this base and chat template only; elsewhere its tensors mean something else.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")

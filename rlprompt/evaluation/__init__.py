@@ -1,0 +1,1 @@
+"""Evaluation of prompts on held-out queries."""

@@ -1,0 +1,308 @@
+"""The training loop: rollouts, updates, held-out evaluation, checkpoints. Blind to the algorithm."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlprompt.algorithms.base import Algorithm
+from rlprompt.artifacts.format import save_artifact
+from rlprompt.data import QuerySampler, QuerySplit
+from rlprompt.engines.base import Engine
+from rlprompt.engines.sampling import SamplingSettings
+from rlprompt.errors import InputError
+from rlprompt.evaluation.heldout import EvaluationSettings, HeldoutEvaluator, HeldoutResult
+from rlprompt.model.base import verify_unchanged
+from rlprompt.policy import Policy
+from rlprompt.prompts.base import Prompt
+from rlprompt.prompts.text import NonePrompt, TextPrompt
+from rlprompt.rewards.runner import RewardRunner
+from rlprompt.rollout import RolloutBatch, collect, completion_metrics, completion_rows
+from rlprompt.training.checkpoint import checkpoint_steps, load_checkpoint, save_checkpoint
+from rlprompt.training.files import to_json, write_atomic
+from rlprompt.training.interrupt import StopRequest
+from rlprompt.training.optimizer import build_optimizer, learning_rate, lr_factor
+from rlprompt.training.report import write_report
+from rlprompt.training.settings import TrainingSettings
+from rlprompt.training.startup import check_trainable
+from rlprompt.training.state import RunState
+from rlprompt.training.summary import build_summary
+from rlprompt.training.tracker import RunInfo, TrackerGroup
+from rlprompt.training.update import NotFiniteError, PhaseClock, Updater
+
+logger = logging.getLogger(__name__)
+
+_HELDOUT_SEED = 1_000_003
+"""Keeps held-out draws apart from those of every training step."""
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """Everything a run is made of; `rlprompt.recipe` builds it."""
+
+    name: str
+    policy: Policy
+    engine: Engine
+    algorithm: Algorithm
+    reference: Prompt | None
+    """Prompt of the reference policy; None when the algorithm needs none."""
+    rewards: RewardRunner
+    data: QuerySplit
+    sampling: SamplingSettings
+    training: TrainingSettings
+    evaluation: EvaluationSettings
+    trackers: TrackerGroup
+    seed: int
+    recipe: Mapping[str, Any]
+    """The resolved recipe as plain values."""
+
+
+class Trainer:
+    """Runs one recipe into one output folder."""
+
+    def __init__(self, parts: RunParts, output: Path) -> None:
+        """Join the parts and prove that the prompt can be learned; nothing is written yet.
+
+        Raises:
+            InputError: it cannot (see `check_trainable`), or the dataset is too small.
+        """
+        self.parts = parts
+        self.output = output
+        settings = parts.training
+        queries = parts.data.train
+        if settings.queries_per_step > len(queries):
+            raise InputError(
+                f"training.queries_per_step is {settings.queries_per_step}, the dataset has "
+                f"{len(queries)} training queries; lower it or add queries"
+            )
+        parameters = parts.policy.parameters()
+        if not parameters:
+            raise InputError(
+                f"a {parts.policy.prompt.kind} prompt has nothing to train; set prompt.type: soft"
+            )
+        self._peak_lr = learning_rate(settings.optimizer, parts.policy.embedding_rms())
+        optimizer = build_optimizer(parameters, settings.optimizer, self._peak_lr)
+        check_trainable(parts.policy, optimizer, queries[0])
+        sampler = QuerySampler(len(queries), settings.queries_per_step, parts.seed)
+        self.state = RunState(parts.policy.prompt, optimizer, sampler)
+        self._updater = Updater(
+            parts.policy,
+            parts.algorithm,
+            parts.reference,
+            temperature=parts.sampling.temperature,
+            token_budget=settings.token_budget,
+        )
+        self._evaluator = HeldoutEvaluator(
+            parts.policy,
+            parts.engine,
+            parts.rewards,
+            parts.data.heldout[: parts.evaluation.max_queries],
+            parts.sampling,
+            completions_per_query=parts.evaluation.completions_per_query,
+            seed=parts.seed + _HELDOUT_SEED,
+            token_budget=settings.token_budget,
+        )
+
+    def run(self, *, resume: bool = False) -> dict[str, Any]:
+        """Train to the end, or until a stop signal; returns the content of summary.json.
+
+        Args:
+            resume: go on from the newest checkpoint in the output folder.
+
+        Raises:
+            InputError: nothing to resume, or the checkpoint belongs to another run.
+            NotFiniteError: loss or gradient was not finite; the step's data is in
+                `failed_step_N/` and the last good prompt in the newest checkpoint.
+        """
+        steps = checkpoint_steps(self.output / "checkpoints")
+        if resume and steps:
+            checkpoint = load_checkpoint(self.output / "checkpoints")
+            self.state.restore(checkpoint, self.parts.data.fingerprint)
+        resume_step = (steps[-1] if steps else -1) if resume else None
+        summary: dict[str, Any] = {}
+        parts = self.parts
+        info = RunInfo(
+            name=parts.name,
+            output_dir=self.output,
+            steps=parts.training.steps,
+            base=parts.policy.base.id,
+            recipe=parts.recipe,
+            resume_step=resume_step,
+        )
+        parts.trackers.start(info)
+        try:
+            with StopRequest() as stop:
+                reason = self._steps(stop)
+            summary = self._finish(reason)
+        finally:
+            parts.trackers.finish(summary)
+            parts.rewards.close()
+        return summary
+
+    def _steps(self, stop: StopRequest) -> str:
+        """The loop; returns why it ended."""
+        progress, settings = self.state.progress, self.parts.training
+        if progress.step == 0 and self.parts.data.heldout:
+            self._baselines()
+        while progress.step < settings.steps:
+            if stop.reason is not None:
+                self._save()
+                return stop.reason
+            start = time.perf_counter()
+            self._step()
+            if self._evaluation_is_due():
+                self._evaluate_learned()
+            progress.seconds += time.perf_counter() - start
+            if self._is_stale():
+                self._save()
+                return "early_stopping"
+            if progress.step % settings.save_every == 0 or progress.step == settings.steps:
+                self._save()
+        return "finished"
+
+    def _step(self) -> None:
+        """One rollout batch and its updates."""
+        parts, progress = self.parts, self.state.progress
+        start = time.perf_counter()
+        clock = PhaseClock()
+        position = self.state.sampler.state_dict()
+        queries = [parts.data.train[i] for i in self.state.sampler.next()]
+        parts.engine.sync(parts.policy.prompt)
+        batch = collect(
+            parts.engine,
+            queries,
+            parts.algorithm.group_size,
+            parts.sampling,
+            parts.rewards,
+            step=progress.step,
+            seed=_step_seed(parts.seed, progress.step),
+        )
+        settings = parts.training.optimizer
+        try:
+            signal, learned = self._updater.learn(
+                batch, self.state.optimizer, self._next_lr, settings.max_grad_norm, clock
+            )
+        except NotFiniteError as error:
+            self.state.sampler.load_state_dict(position)
+            self._save_failure(batch, error)
+            raise
+        progress.step += 1
+        seconds = time.perf_counter() - start
+        progress.num_tokens += int(batch.lengths.sum())
+        progress.rollout_seconds += batch.rollout_seconds
+        progress.step_seconds.append(seconds)
+        metrics = {**completion_metrics(batch), **learned, **self._prompt_metrics()}
+        metrics |= _times(batch, clock, seconds)
+        metrics["num_tokens"] = float(progress.num_tokens)
+        metrics["epoch"] = self.state.sampler.epoch
+        parts.trackers.log_completions(
+            progress.step, completion_rows(batch, "train", "learned", signal.advantages)
+        )
+        parts.trackers.log_metrics(progress.step, metrics)
+
+    def _next_lr(self) -> float:
+        """Set the rate of the coming update."""
+        settings, progress = self.parts.training, self.state.progress
+        total = settings.steps * self.parts.algorithm.num_updates
+        lr = self._peak_lr * lr_factor(settings.optimizer, progress.updates, total)
+        for group in self.state.optimizer.param_groups:
+            group["lr"] = lr
+        progress.updates += 1
+        return lr
+
+    def _prompt_metrics(self) -> dict[str, float]:
+        return {f"prompt/{k}": v for k, v in self.parts.policy.prompt.metrics().items()}
+
+    def _baselines(self) -> None:
+        """Evaluate base, hand-written text and the initial prompt."""
+        start = time.perf_counter()
+        prompts: dict[str, Prompt] = {"base": NonePrompt()}
+        if self.parts.evaluation.handwritten is not None:
+            prompts["handwritten"] = TextPrompt(self.parts.evaluation.handwritten)
+        for who, prompt in prompts.items():
+            result = self._evaluator.evaluate(prompt, 0)
+            self.state.progress.heldout[who] = result.metrics
+            self._log_evaluation(who, result)
+        self._evaluate_learned()
+        self.state.progress.seconds += time.perf_counter() - start
+
+    def _evaluation_is_due(self) -> bool:
+        step = self.state.progress.step
+        due = step % self.parts.evaluation.every == 0 or step == self.parts.training.steps
+        return due and bool(self.parts.data.heldout)
+
+    def _evaluate_learned(self) -> None:
+        result = self._evaluator.evaluate(self.parts.policy.prompt, self.state.progress.step)
+        self._log_evaluation("learned", result)
+        self.state.remember_best(result.reward, result.metrics)
+
+    def _log_evaluation(self, who: str, result: HeldoutResult) -> None:
+        step = self.state.progress.step
+        self.parts.trackers.log_completions(step, completion_rows(result.batch, "heldout", who))
+        self.parts.trackers.log_evaluation(step, who, result.metrics)
+
+    def _is_stale(self) -> bool:
+        patience = self.parts.training.early_stopping
+        return patience is not None and self.state.progress.stale_evaluations >= patience
+
+    def _save(self) -> None:
+        checkpoint = self.state.checkpoint(self.parts.data.fingerprint)
+        folder = self.output / "checkpoints"
+        save_checkpoint(folder, checkpoint, self.parts.training.keep_checkpoints)
+
+    def _save_failure(self, batch: RolloutBatch, error: NotFiniteError) -> None:
+        """Keep what led to a loss that is not finite; the prompt is still the one before it."""
+        step = self.state.progress.step + 1
+        folder = self.output / f"failed_step_{step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = completion_rows(batch, "train", "learned")
+        lines = "".join(to_json(row) + "\n" for row in rows)
+        write_atomic(folder / "completions.jsonl", lines)
+        write_atomic(folder / "error.json", to_json({"step": step, "error": str(error)}, indent=1))
+        self._save()
+        logger.error("step %d: %s; its data is in %s", step, error, folder)
+
+    def _finish(self, reason: str) -> dict[str, Any]:
+        """Write artifact, summary and report with the best prompt."""
+        parts = self.parts
+        last = {k: v.clone() for k, v in parts.policy.prompt.state_dict().items()}
+        if self.state.progress.best_reward is not None:
+            parts.policy.prompt.load_state_dict(self.state.best)
+        summary = build_summary(
+            self.state.progress,
+            parts.policy,
+            artifact=self.output / "artifact",
+            fingerprint_after=verify_unchanged(parts.policy.base),
+            reason=reason,
+        )
+        shown = ("heldout_reward_before", "heldout_reward_handwritten", "heldout_reward_after")
+        save_artifact(
+            self.output / "artifact",
+            parts.policy,
+            parts.policy.prompt,
+            name=parts.name,
+            recipe=parts.recipe,
+            metrics={k: summary[k] for k in (*shown, "best_step", "steps")},
+        )
+        parts.policy.prompt.load_state_dict(last)
+        write_atomic(self.output / "summary.json", to_json(summary, indent=2))
+        write_report(self.output)
+        return summary
+
+
+def _step_seed(seed: int, step: int) -> int:
+    """A seed of its own for every step, so that a resumed run draws what it would have drawn."""
+    return (seed * 1_000_033 + step * 7919 + 1) % 2**63
+
+
+def _times(batch: RolloutBatch, clock: PhaseClock, seconds: float) -> dict[str, float]:
+    """Seconds by phase; `time/other` is what no phase claims."""
+    phases = {"rollout": batch.rollout_seconds, "reward": batch.reward_seconds, **clock.seconds}
+    times = {f"time/{name}": value for name, value in phases.items()}
+    times["time/other"] = seconds - sum(phases.values())
+    times["step_time"] = seconds
+    return times

@@ -1,0 +1,124 @@
+"""What changes while a run goes on, and how it goes into a checkpoint and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlprompt.data.sampler import QuerySampler
+from rlprompt.errors import InputError
+from rlprompt.prompts.base import Prompt
+from rlprompt.training.checkpoint import (
+    Checkpoint,
+    global_random_state,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    restore_global_random_state,
+)
+
+
+@dataclass
+class Progress:
+    """Counters of a run; plain values."""
+
+    step: int = 0
+    """Finished steps."""
+    updates: int = 0
+    """Optimizer updates made."""
+    best_step: int = 0
+    """Step whose prompt did best on held-out queries."""
+    best_reward: float | None = None
+    """Its held-out reward."""
+    stale_evaluations: int = 0
+    """Evaluations since then."""
+    seconds: float = 0.0
+    """Time spent, summed over resumed parts."""
+    num_tokens: int = 0
+    """Completion tokens drawn in training."""
+    rollout_seconds: float = 0.0
+    """Time spent drawing them."""
+    step_seconds: list[float] = field(default_factory=list)
+    """Duration of every step."""
+    heldout: dict[str, Any] = field(default_factory=dict)
+    """First evaluation of `base` and `handwritten`, and the best of `learned`: their metrics."""
+
+
+class RunState:
+    """Prompt, optimizer, data position and counters of a run."""
+
+    def __init__(
+        self, prompt: Prompt, optimizer: torch.optim.Optimizer, sampler: QuerySampler
+    ) -> None:
+        """The state of a run that has not begun."""
+        self.prompt = prompt
+        self.optimizer = optimizer
+        self.sampler = sampler
+        self.progress = Progress()
+        self.best = _copy(prompt.state_dict())
+
+    def remember_best(self, reward: float, metrics: Mapping[str, Any]) -> bool:
+        """Keep the present prompt if its held-out reward is the best; says whether it is."""
+        best = self.progress.best_reward
+        if best is not None and not reward > best:
+            self.progress.stale_evaluations += 1
+            return False
+        self.progress.best_reward = reward
+        self.progress.best_step = self.progress.step
+        self.progress.stale_evaluations = 0
+        self.progress.heldout["learned"] = dict(metrics)
+        self.best = _copy(self.prompt.state_dict())
+        return True
+
+    def checkpoint(self, data_fingerprint: str) -> Checkpoint:
+        """Everything as a checkpoint."""
+        random_tensors, random_state = global_random_state()
+        tensors = {
+            **{f"prompt/{k}": v for k, v in self.prompt.state_dict().items()},
+            **{f"best/{k}": v for k, v in self.best.items()},
+            **optimizer_tensors(self.optimizer, "optimizer"),
+            **random_tensors,
+        }
+        state = {
+            "progress": asdict(self.progress),
+            "sampler": self.sampler.state_dict(),
+            "random": random_state,
+            "data_fingerprint": data_fingerprint,
+        }
+        return Checkpoint(self.progress.step, tensors, state)
+
+    def restore(self, checkpoint: Checkpoint, data_fingerprint: str) -> None:
+        """Take over a checkpoint made by `checkpoint`.
+
+        Raises:
+            InputError: it belongs to other data or another prompt.
+        """
+        if checkpoint.state["data_fingerprint"] != data_fingerprint:
+            raise InputError(
+                "the dataset has changed since the checkpoint was written; restore it, or start a "
+                "new run in another output folder"
+            )
+        try:
+            self.prompt.load_state_dict(_under(checkpoint.tensors, "prompt"))
+        except ValueError as error:
+            raise InputError(
+                f"the checkpoint holds another prompt ({error}); start a new run in another output "
+                "folder"
+            ) from error
+        self.best = _under(checkpoint.tensors, "best")
+        load_optimizer_tensors(self.optimizer, checkpoint.tensors, "optimizer")
+        self.sampler.load_state_dict(checkpoint.state["sampler"])
+        self.progress = Progress(**checkpoint.state["progress"])
+        restore_global_random_state(checkpoint.tensors, checkpoint.state["random"])
+
+
+def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    start = f"{prefix}/"
+    return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
