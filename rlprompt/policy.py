@@ -40,15 +40,16 @@ class TokenScores:
 class SharedPrefix:
     """A prefix with a gradient account: leaves that micro-batches use, and one backward at the end.
 
-    The leaves are float32 copies, so that the sum over micro-batches does not round in bf16.
+    The leaves are copies in float32 (float64 of a float64 base), so that the sum over micro-batches
+    does not round in bf16.
     """
 
     def __init__(self, made: PrefixKV) -> None:
         """Cut the graph between `made` and the leaves."""
         self._made = made
         self.leaves = PrefixKV(
-            [k.detach().float().requires_grad_() for k in made.keys],
-            [v.detach().float().requires_grad_() for v in made.values],
+            [_leaf(key) for key in made.keys],
+            [_leaf(value) for value in made.values],
         )
 
     def backward(self) -> None:
@@ -63,6 +64,11 @@ class SharedPrefix:
             if leaf.grad is not None and made.requires_grad
         ]
         torch.autograd.backward([m for m, _ in pairs], [g for _, g in pairs])
+
+
+def _leaf(made: Tensor) -> Tensor:
+    wide = torch.promote_types(made.dtype, torch.float32)
+    return made.detach().to(wide, copy=True).requires_grad_()
 
 
 class Policy:
@@ -147,16 +153,18 @@ class Policy:
         return self.forward.prefill(embeddings)
 
     def embedding_rms(self) -> float:
-        """Root mean square of the entries of named tokens' embeddings: the scale of a soft prompt."""
-        return self._embedding_norms().square().mean().sqrt().item() / self.base.hidden_size**0.5
+        """Root mean square of the entries of named tokens' embeddings: a soft prompt's scale."""
+        mean_square = self._embedding_norms().square().mean() / self.base.hidden_size
+        return float(mean_square.sqrt())
 
     def embedding_norm(self) -> float:
         """Median norm of a named token's embedding."""
-        return self._embedding_norms().median().item()
+        return float(self._embedding_norms().median())
 
     def _embedding_norms(self) -> Tensor:
         with torch.no_grad():
-            return self.forward.embed(torch.arange(self.vocab_size)).float().norm(dim=1)
+            norms: Tensor = self.forward.embed(torch.arange(self.vocab_size)).float().norm(dim=1)
+        return norms
 
     # What algorithms, engines and evaluations ask of us.
 
@@ -168,6 +176,11 @@ class Policy:
         """
         return (prompt or self.prompt).prefix(self)
 
+    def prefix_length(self, prompt: Prompt | None = None) -> int:
+        """P, the number of positions that head and slot take."""
+        with torch.no_grad():
+            return self.prefix(prompt).num_tokens
+
     def query_ids(self, query: Query, prompt: Prompt | None = None) -> list[int]:
         """The tokens between the prompt and the completion."""
         return (prompt or self.prompt).query_ids(self, query.messages)
@@ -178,8 +191,16 @@ class Policy:
         completions: Sequence[Sequence[Completion]],
         prefix: PrefixKV,
         prompt: Prompt | None = None,
+        room: int = 0,
     ) -> TokenTree:
         """Pack queries and their completions under a prompt; see `build_tree`.
+
+        Args:
+            queries: one per group.
+            completions: per group; empty for a prefill.
+            prefix: of the prompt.
+            prompt: the policy's own prompt when None.
+            room: positions to leave for tokens that are decoded later.
 
         Raises:
             InputError: a conversation is longer than the base's positions.
@@ -187,11 +208,12 @@ class Policy:
         ids = [self.query_ids(query, prompt) for query in queries]
         rows = [[list(c.token_ids) for c in group] for group in completions]
         for query, tokens, group in zip(queries, ids, rows, strict=True):
-            longest = prefix.num_tokens + len(tokens) + max((len(r) for r in group), default=0)
-            if longest > self.base.max_positions:
+            longest = prefix.num_tokens + len(tokens) + max((len(r) for r in group), default=room)
+            if longest > self.forward.max_positions:
                 raise InputError(
-                    f"query {query.index} needs {longest} positions with its prompt and completion, "
-                    f"{self.base.id} has {self.base.max_positions}; shorten the query or max_tokens"
+                    f"query {query.index} needs {longest} positions with prompt and completion, "
+                    f"{self.base.id} has {self.forward.max_positions}; shorten the query or "
+                    "max_tokens"
                 )
         return build_tree(ids, rows, prefix.num_tokens, self.device)
 

@@ -40,7 +40,7 @@ class RolloutBatch:
 
     @property
     def terminated(self) -> Tensor:
-        """bool [B], False where the token limit cut a completion."""
+        """Bool [B], False where the token limit cut a completion."""
         return torch.tensor([c.terminated for c in self.completions])
 
 
@@ -74,13 +74,15 @@ def collect(
     groups = engine.generate(queries, group_size, sampling, seed, progress)
     generated = time.perf_counter()
     scored = rewards.score(groups, step=step)
-    return RolloutBatch(
-        tuple(groups), scored, generated - start, time.perf_counter() - generated
-    )
+    return RolloutBatch(tuple(groups), scored, generated - start, time.perf_counter() - generated)
 
 
 def completion_metrics(batch: RolloutBatch) -> dict[str, float]:
-    """Lengths, truncation and reward of a batch under TRL's metric names."""
+    """Lengths, truncation and reward of a batch under TRL's metric names.
+
+    A mean over nothing is left out: the reward when none was scored, the length of terminated
+    completions when all were cut.
+    """
     lengths, ended = batch.lengths.float(), batch.terminated
     metrics = {
         "completions/mean_length": float(lengths.mean()),
@@ -96,34 +98,38 @@ def completion_metrics(batch: RolloutBatch) -> dict[str, float]:
     known = total[~total.isnan()]
     if known.numel():
         metrics["reward"] = float(known.mean())
-        grouped = total.view(len(batch.groups), -1)
-        deviation = (grouped - grouped.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
-        metrics["reward_std"] = float(deviation.nanmean())
+    if known.numel() > 1:
+        metrics["reward_std"] = float(known.std())
     return {**metrics, **batch.rewards.metrics}
 
 
 def completion_rows(
     batch: RolloutBatch, split: str, who: str, advantages: Tensor | None = None
 ) -> list[dict[str, object]]:
-    """Rows of `completions.jsonl`, one per completion."""
+    """Rows of `completions.jsonl`, one per completion.
+
+    What rewards logged with `log_extra` follows under its own name, or `extra.name` where the row
+    has that name already.
+    """
     rows: list[dict[str, object]] = []
-    position = 0
-    for group in batch.groups:
-        for completion in group.completions:
-            rows.append(
-                {
-                    "split": split,
-                    "who": who,
-                    "query_index": group.query.index,
-                    "query": group.query.text,
-                    "completion": completion.text,
-                    "reward": float(batch.rewards.total[position]),
-                    "rewards": {k: float(v[position]) for k, v in batch.rewards.values.items()},
-                    "terminated": completion.terminated,
-                    "num_tokens": len(completion.token_ids),
-                    "advantage": None if advantages is None else float(advantages[position]),
-                    **{k: v[position] for k, v in batch.rewards.extras.items()},
-                }
-            )
-            position += 1
+    pairs = [
+        (group.query, completion) for group in batch.groups for completion in group.completions
+    ]
+    for position, (query, completion) in enumerate(pairs):
+        row: dict[str, object] = {
+            "split": split,
+            "who": who,
+            "query_index": query.index,
+            "query": query.text,
+            "completion": completion.text,
+            "reward": float(batch.rewards.total[position]),
+            "rewards": {k: float(v[position]) for k, v in batch.rewards.values.items()},
+            "terminated": completion.terminated,
+            "num_tokens": len(completion.token_ids),
+            "advantage": None if advantages is None else float(advantages[position]),
+        }
+        for name, values in batch.rewards.extras.items():
+            taken = name == "step" or name in row
+            row[f"extra.{name}" if taken else name] = values[position]
+        rows.append(row)
     return rows

@@ -1,4 +1,4 @@
-"""What every test shares: no network, fixed seeds, two threads, and the real model on request."""
+"""What every test shares: no network, fixed seeds, few threads, and the real model on request."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ from rlprompt.errors import InputError
 from rlprompt.model.base import FrozenBase, ModelSettings, load_base
 from rlprompt.model.fetch import fetch
 
-torch.set_num_threads(2)
+
+@pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest) -> None:
+    """Two threads for the real model; a second one slows tiny tensors down a hundredfold on a busy
+    machine."""
+    torch.set_num_threads(2 if request.node.get_closest_marker("model") else 1)
 
 
 @pytest.fixture(autouse=True)

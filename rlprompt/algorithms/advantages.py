@@ -1,6 +1,7 @@
 """Advantages of scored completions: pure functions of tensors.
 
-Letters: B completions, G group size. A reward of NaN means that no reward could score the completion.
+Letters: B completions, G group size. A reward of NaN means that no reward could score the
+completion.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Literal
 from torch import Tensor
 
 Scale = Literal["group", "batch", "none"]
+Normalizer = Literal["sequence", "token", "constant"]
 
 STD_FLOOR = 1e-4
 """Added to standard deviations, as TRL does."""
@@ -18,6 +20,9 @@ STD_FLOOR = 1e-4
 def group_advantages(rewards: Tensor, group_size: int, scale: Scale) -> Tensor:
     """Rewards relative to their group's mean (Shao et al., 2024, arXiv 2402.03300, section 4.1.2).
 
+    Computed in float64: the mean of equal float32 rewards is then exactly their value, where a
+    float32 mean of large ones is off by about `STD_FLOOR` and would teach its rounding error.
+
     Args:
         rewards: [B] float32, completions of a group beside each other; NaN = not scored.
         group_size: G; B is a multiple of it.
@@ -25,20 +30,20 @@ def group_advantages(rewards: Tensor, group_size: int, scale: Scale) -> Tensor:
             (Dr. GRPO, arXiv 2503.20783). Standard deviations are the unbiased ones.
 
     Returns:
-        [B]; 0 where the reward is NaN, and everywhere in a group with equal rewards.
+        float32 [B]; 0 where the reward is NaN, and everywhere in a group with equal rewards.
 
     Raises:
         ValueError: B is not a multiple of G.
     """
     if rewards.numel() % group_size:
         raise ValueError(f"{rewards.numel()} rewards do not fill groups of {group_size}")
-    grouped = rewards.view(-1, group_size)
+    grouped = rewards.double().view(-1, group_size)
     centred = grouped - grouped.nanmean(dim=1, keepdim=True)
     if scale == "group":
         centred = centred / (_nanstd(grouped) + STD_FLOOR)
     elif scale == "batch":
-        centred = centred / (_nanstd(rewards[None]) + STD_FLOOR)
-    return centred.nan_to_num(nan=0.0).view(-1)
+        centred = centred / (_nanstd(rewards.double()[None]) + STD_FLOOR)
+    return centred.nan_to_num(nan=0.0).view(-1).float()
 
 
 def _nanstd(values: Tensor) -> Tensor:
@@ -51,12 +56,12 @@ def _nanstd(values: Tensor) -> Tensor:
 
 
 def share_without_spread(rewards: Tensor, group_size: int) -> Tensor:
-    """The share of groups whose rewards are all equal: they teach nothing. A scalar in [0, 1]."""
-    spread = _nanstd(rewards.view(-1, group_size))
+    """The share of groups without two different rewards: they teach nothing. A scalar in [0, 1]."""
+    spread = _nanstd(rewards.double().view(-1, group_size))
     return (spread < 1e-8).float().mean()
 
 
-def row_weights(lengths: Tensor, normalizer: str, max_tokens: int) -> Tensor:
+def row_weights(lengths: Tensor, normalizer: Normalizer, max_tokens: int) -> Tensor:
     """What one token of each completion counts for in the loss, [B].
 
     Summed over all tokens of all micro-batches, weighted token losses give the batch loss, however
@@ -68,17 +73,11 @@ def row_weights(lengths: Tensor, normalizer: str, max_tokens: int) -> Tensor:
             mean over all tokens (DAPO, arXiv 2503.14476); `constant`, the sum over all tokens
             divided by B * max_tokens (Dr. GRPO).
         max_tokens: the longest completion allowed.
-
-    Raises:
-        KeyError: an unknown normaliser.
     """
     count = lengths.shape[0]
     active = (lengths > 0).float()
-    makers = {
-        "sequence": lambda: active / (count * lengths.clamp_min(1)),
-        "token": lambda: active / lengths.sum().clamp_min(1),
-        "constant": lambda: active / (count * max_tokens),
-    }
-    weights: Tensor = makers[normalizer]()
-    return weights
-
+    if normalizer == "sequence":
+        return active / (count * lengths.clamp_min(1))
+    if normalizer == "token":
+        return active / lengths.sum().clamp_min(1)
+    return active / (count * max_tokens)

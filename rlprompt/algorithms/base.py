@@ -1,7 +1,7 @@
 """What an algorithm is: a source of samples and a per-token signal.
 
-The loop is blind to it. It asks for the per-completion `Signal` of a rollout batch once, and for the
-token losses of each micro-batch; what it minimises is the weighted sum of their parts.
+The loop is blind to it. It asks for the per-completion `Signal` of a rollout batch once, and for
+the token losses of each micro-batch; what it minimises is the weighted sum of their parts.
 
 Letters: B completions, T tokens. Masks: True = the position counts.
 """
@@ -57,7 +57,8 @@ class TokenLosses:
     value: Tensor | None = None
     """Value regression."""
     metrics: Mapping[str, Tensor] | None = None
-    """Weighted sums over this micro-batch's tokens with weights that sum to 1 over the batch."""
+    """Per token, [B, T], without gradient; logged as means over the tokens of the batch that have a
+    weight."""
 
     def total(self) -> Tensor:
         """The scalar to differentiate.

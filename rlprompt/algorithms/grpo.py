@@ -13,7 +13,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlprompt.algorithms.advantages import group_advantages, row_weights, share_without_spread
+from rlprompt.algorithms.advantages import (
+    Normalizer,
+    Scale,
+    group_advantages,
+    row_weights,
+    share_without_spread,
+)
 from rlprompt.algorithms.base import MicroSignal, Signal, TokenLosses
 from rlprompt.algorithms.losses import clipped_surrogate, kl_k3
 from rlprompt.policy import TokenScores
@@ -37,9 +43,9 @@ class GRPOSettings(Settings):
     """Weight of the k3 KL to the reference; 0 computes no reference."""
     entropy_coef: float = Field(default=0.0, ge=0.0)
     """Weight of the entropy bonus."""
-    scale_rewards: Literal["group", "batch", "none"] = "group"
+    scale_rewards: Scale = "group"
     """Divide advantages by the standard deviation of the group, of the batch, or not at all."""
-    normalizer: Literal["sequence", "token", "constant"] = "sequence"
+    normalizer: Normalizer = "sequence"
     """Mean over completions of token means (GRPO), mean over tokens (DAPO), or a constant
     (Dr. GRPO)."""
     mask_truncated: bool = False
@@ -106,6 +112,4 @@ class GRPO:
         ce = None
         if self.entropy_grad:
             ce = -settings.entropy_coef * (weights * scores.entropy).sum()
-        return TokenLosses(
-            rl=(weights * surrogate.loss).sum(), kl=kl, ce=ce, metrics=metrics
-        )
+        return TokenLosses(rl=(weights * surrogate.loss).sum(), kl=kl, ce=ce, metrics=metrics)

@@ -1,7 +1,7 @@
 """Per-token losses: pure functions of tensors, any shape that broadcasts to [B, T].
 
-They return a value per token; weighting and summing belong to the caller, so that a batch may be cut
-into micro-batches anywhere without changing the loss.
+They return a value per token; weighting and summing belong to the caller, so that a batch may be
+cut into micro-batches anywhere without changing the loss.
 """
 
 from __future__ import annotations

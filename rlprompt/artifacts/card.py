@@ -1,7 +1,13 @@
-"""The card of an artifact: README.md in the style of model cards."""
+"""The card of an artifact: README.md in the style of model cards.
+
+Names and texts come from users; they are escaped, so that they neither break the tables nor act as
+markup.
+"""
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,14 +19,14 @@ def card(info: Mapping[str, Any]) -> str:
         info: the fields of `ArtifactInfo`.
     """
     lines = [
-        f"# {info['name']}: a learned system prompt",
+        f"# {_cell(info['name'])}: a learned system prompt",
         "",
-        f"A {info['representation']} prompt of {info['num_virtual_tokens']} positions for the system "
-        f"slot of `{info['base']}`, learned by rlprompt with the model frozen.",
+        f"A {info['representation']} prompt of {info['num_virtual_tokens']} positions for the "
+        f"system slot of {_cell(info['base'])}, learned by rlprompt with the model frozen.",
         "",
         "| | |",
         "|---|---|",
-        f"| base | `{info['base']}` |",
+        f"| base | {_cell(info['base'])} |",
         f"| base fingerprint | `{info['base_fingerprint']}` |",
         f"| chat template hash | `{info['template_hash']}` |",
         f"| started from | {_cell(info['init_text']) or 'random embeddings'} |",
@@ -45,5 +51,7 @@ def card(info: Mapping[str, Any]) -> str:
 
 
 def _cell(value: Any) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    if value is None:
+        return "-"
+    text = f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", html.escape(text, quote=False))

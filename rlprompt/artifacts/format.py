@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
@@ -57,9 +57,9 @@ class ArtifactInfo(Settings):
     """Hash over the chat template."""
     created: str
     """UTC time, ISO 8601."""
-    recipe: dict[str, Any] = {}
+    recipe: dict[str, Any] = Field(default_factory=dict)
     """The resolved recipe."""
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, Any] = Field(default_factory=dict)
     """Held-out results."""
     certificate: dict[str, Any] | None = None
     """Risk certificate, when one was issued."""
@@ -171,28 +171,32 @@ def load_artifact(folder: Path, policy: Policy, *, force: bool = False) -> Promp
         prompt = _LOADERS[info.representation](tensors, info)
     except (OSError, SafetensorError, KeyError) as error:
         raise InputError(f"'{path}' cannot be read ({error}); copy the artifact again") from error
-    _check_tensors(tensors, path, policy)
+    _check_tensors(tensors, info, path, policy)
     return prompt
 
 
 def _check_belongs(info: ArtifactInfo, folder: Path, policy: Policy, force: bool) -> None:
     differs = []
     if info.base_fingerprint != policy.base.fingerprint:
-        differs.append(f"base {info.base} ({info.base_fingerprint[:12]})")
+        differs.append(
+            f"base {info.base} ({info.base_fingerprint[:12]}), not {policy.base.id} "
+            f"({policy.base.fingerprint[:12]})"
+        )
     if info.template_hash != policy.slot.template_hash:
-        differs.append(f"chat template {info.template_hash[:12]}")
+        differs.append(
+            f"chat template {info.template_hash[:12]}, not {policy.slot.template_hash[:12]}"
+        )
     if not differs:
         return
-    message = (
-        f"artifact '{folder}' was made on another {' and another '.join(differs)}, not on "
-        f"{policy.base.id} ({policy.base.fingerprint[:12]})"
-    )
+    message = f"artifact '{folder}' was made on {' and on '.join(differs)}"
     if not force:
-        raise InputError(f"{message}; use its own base, or --force to load it all the same")
+        raise InputError(f"{message}; use what it was made on, or --force to load it all the same")
     logger.warning("%s; loaded because it was forced", message)
 
 
-def _check_tensors(tensors: Mapping[str, torch.Tensor], path: Path, policy: Policy) -> None:
+def _check_tensors(
+    tensors: Mapping[str, torch.Tensor], info: ArtifactInfo, path: Path, policy: Policy
+) -> None:
     embeddings = tensors.get("embeddings")
     if embeddings is None:
         return
@@ -201,6 +205,11 @@ def _check_tensors(tensors: Mapping[str, torch.Tensor], path: Path, policy: Poli
         raise InputError(
             f"'{path}' holds embeddings of shape {tuple(embeddings.shape)}, {policy.base.id} needs "
             f"width {width}; use the base it was made on"
+        )
+    if embeddings.shape[0] != info.num_virtual_tokens:
+        raise InputError(
+            f"'{path}' holds {embeddings.shape[0]} embeddings, prompt.json says "
+            f"{info.num_virtual_tokens}; copy the artifact again"
         )
     if not bool(embeddings.isfinite().all()):
         raise InputError(f"'{path}' holds values that are not finite; copy the artifact again")

@@ -39,33 +39,35 @@ def next_tokens(
     """Draw one token per row by inverting the cumulative distribution.
 
     Args:
-        logits: float32 [B, V]; changed in place.
-        uniform: float32 [B] in [0, 1): the only randomness, so a row's draw does not depend on the
+        logits: float32 or float64 [B, V]; changed in place.
+        uniform: [B] in [0, 1), float32 or float64: the only randomness, so a row's draw does not depend on the
             rows beside it.
         settings: temperature and truncations.
         banned: int64 ids that cannot be drawn now (stop tokens before `min_tokens`).
 
     Returns:
-        Token ids int64 [B], and their log-probabilities float32 [B] under the tempered distribution
+        Token ids int64 [B], and their log-probabilities [B] under the tempered distribution
         before truncation and banning: what `Policy.logprobs` gives for the same token.
     """
     greedy = settings.temperature == 0.0
     if not greedy and settings.temperature != 1.0:
         logits.div_(settings.temperature)
-    top = logits.max(dim=1, keepdim=True).values
+    top = logits.amax(dim=1, keepdim=True)
     weights = torch.exp(logits - top)
     sums = _block_sums(weights)
     log_total = sums.sum(1).log()
-    if banned is not None or greedy or _truncates(settings):
-        weights = weights.clone() if banned is not None else weights
-        if banned is not None:
-            weights[:, banned] = 0.0
-        if greedy:
-            tokens = weights.argmax(1)
-            return tokens, _gathered(logits, tokens) - top.squeeze(1) - log_total
-        weights = truncate(weights, settings)
-        sums = _block_sums(weights)
-    tokens = _invert(weights, sums, uniform)
+    allowed = logits
+    if banned is not None:
+        allowed = logits.index_fill(1, banned, -torch.inf)
+        # Relative to the most likely token that is left: the banned ones may have all the mass.
+        weights = torch.exp(allowed - allowed.amax(dim=1, keepdim=True))
+    if greedy:
+        tokens = allowed.argmax(1)
+    else:
+        if banned is not None or _truncates(settings):
+            weights = truncate(weights, settings)
+            sums = _block_sums(weights)
+        tokens = _invert(weights, sums, uniform)
     return tokens, _gathered(logits, tokens) - top.squeeze(1) - log_total
 
 
@@ -127,7 +129,9 @@ def _invert(weights: Tensor, sums: Tensor, uniform: Tensor) -> Tensor:
     column = block * _BLOCK + torch.arange(_BLOCK, device=weights.device)[None]
     inside = weights.gather(1, column.clamp_max(vocab - 1)) * (column < vocab)
     steps = inside.double().cumsum(1)
-    offset = torch.searchsorted(steps, goal - before, right=True)
+    # Rounding may make the rest negative, for which the block's first token would be found even
+    # when it is impossible.
+    offset = torch.searchsorted(steps, (goal - before).clamp_min_(0.0), right=True)
     # Rounding may point past the block's last possible token: step back to it.
     last = _BLOCK - 1 - (inside > 0).flip(1).int().argmax(1, keepdim=True)
     token = block * _BLOCK + torch.minimum(offset, last)

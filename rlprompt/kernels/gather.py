@@ -74,13 +74,13 @@ def unfold(packed: Tensor, index: Tensor, place: Tensor) -> Tensor:
     Returns:
         [M, ...].
     """
-    out: Tensor = _Unfold.apply(packed, index, place)
+    out: Tensor = _Unfold.apply(packed, index, place)  # type: ignore[no-untyped-call]
     return out
 
 
 def fold(padded: Tensor, place: Tensor) -> Tensor:
     """Padded places [M, ...] back into packed tokens [N, ...]; padding gets zero gradient."""
-    out: Tensor = _Fold.apply(padded, place)
+    out: Tensor = _Fold.apply(padded, place)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -94,5 +94,5 @@ def repeat_rows(source: Tensor, index: Tensor) -> Tensor:
     Returns:
         [B, ...].
     """
-    out: Tensor = _RepeatRows.apply(source, index)
+    out: Tensor = _RepeatRows.apply(source, index)  # type: ignore[no-untyped-call]
     return out

@@ -28,8 +28,8 @@ def masked_attention(
         query: [B, H, T, D].
         key: [B, H_kv, S, D]; H is a multiple of H_kv (grouped-query attention).
         value: [B, H_kv, S, D].
-        mask: bool, broadcastable to [B, T, S], True = the key is seen; None = all keys are seen.
-            A query that sees no key returns the mean of the values, never NaN.
+        mask: bool, broadcastable to [B, T, S], True = the key is seen; or the same as an additive
+            bias made by `mask_bias`, where many layers share one; None = all keys are seen. A query that sees no key returns about the mean of the values, never NaN.
         scaling: factor on the scores, usually D ** -0.5.
         softcap: when given, scores become softcap * tanh(scores / softcap) before masking (Gemma 2).
 
@@ -45,15 +45,17 @@ def masked_attention(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
-        bias = mask_bias(mask, scores.dtype)
-        view = scores.view(rows, kv_heads, share, queries, keys)
-        scores = (view + bias[:, None, None]).view_as(scores)
+        bias = mask_bias(mask, scores.dtype) if mask.dtype == torch.bool else mask
+        scores.view(rows, kv_heads, share, queries, keys).add_(bias[:, None, None])
     weights = torch.softmax(scores, dim=-1)
     out = torch.bmm(weights, value.reshape(rows * kv_heads, keys, dim))
     return out.view(rows, heads, queries, dim)
 
 
 def mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bool mask as an additive bias: 0 where seen, the dtype's lowest finite value elsewhere."""
+    """A bool mask as an additive bias: 0 where seen, half the dtype's lowest value elsewhere.
+
+    The other half is left for the score: a sum of -inf everywhere would make a row NaN (float16).
+    """
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    return bias.masked_fill_(~mask, torch.finfo(dtype).min)
+    return bias.masked_fill_(~mask, torch.finfo(dtype).min / 2)

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from rlprompt.errors import InputError
 from rlprompt.kernels.reference import masked_attention
+from rlprompt.types import PrefixKV
 
 ATTENTION_NAME = "rlprompt"
 
-_IGNORED = frozenset({"position_ids", "cache_position", "is_causal", "use_cache", "position_bias"})
+_IGNORED = frozenset({"position_ids", "cache_position", "use_cache"})
 """Keywords of transformers' attention interface that change nothing here: positions are already in
 the keys, and the context owns mask and cache."""
 
@@ -84,9 +85,12 @@ class CausalContext:
         """Start with nothing recorded."""
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self.layers: list[tuple[int, int | None]] = []
+        """Layer and window of each call."""
 
     def attend(self, call: LayerCall) -> Tensor:
         """Causal attention within the call's own tokens."""
+        self.layers.append((call.layer, call.window))
         self.keys.append(call.key)
         self.values.append(call.value)
         tokens = call.query.shape[2]
@@ -94,6 +98,10 @@ class CausalContext:
         mask = place[:, None, :] <= place[:, :, None]
         mask = windowed(mask, place, place, call.window)
         return call.attend(call.query, call.key, call.value, mask)
+
+    def prefix(self) -> PrefixKV:
+        """What was recorded of the first row, as a prefix."""
+        return PrefixKV([k[0] for k in self.keys], [v[0] for v in self.values])
 
 
 def _attention(
@@ -112,14 +120,20 @@ def _attention(
     """The function registered with transformers; see `AttentionInterface` there."""
     if attention_context is None:
         raise InputError(
-            f"{type(module).__name__} called rlprompt's attention without its context; run the "
-            "base through a Policy, or load a second copy of the model for other use"
+            f"{type(module).__name__} called rlprompt's attention without its context: run the base "
+            "through a Policy (or load a second copy for other use); if you do, its family drops "
+            "the context on the way, so choose another base model"
         )
-    unknown = [name for name, given in others.items() if given is not None and name not in _IGNORED]
+    unknown = _unknown_features({"attention_mask": attention_mask, **others})
     if unknown:
         raise InputError(
             f"{type(module).__name__} asks for attention features that rlprompt does not implement "
-            f"({', '.join(sorted(unknown))}); choose a base model without them"
+            f"({', '.join(unknown)}); choose a base model without them"
+        )
+    if key.shape != value.shape:
+        raise InputError(
+            f"{type(module).__name__} has keys and values of different shapes, which rlprompt does "
+            "not support; choose another base model"
         )
     layer = getattr(module, "layer_idx", None)
     if layer is None:
@@ -129,6 +143,20 @@ def _attention(
     call = LayerCall(int(layer), (query, key, value), scaling, sliding_window, softcap)
     out = attention_context.attend(call)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _unknown_features(given: dict[str, Any]) -> list[str]:
+    """Names of keywords that ask for something; a flag that is off asks for nothing.
+
+    `is_causal` is the other way round: attention that is not causal is what we do not have.
+    """
+    asked = {name for name, value in given.items() if value is not None and value is not False}
+    asked -= _IGNORED
+    if given.get("is_causal", True) in (True, None):
+        asked.discard("is_causal")
+    else:
+        asked.add("is_causal")
+    return sorted(asked)
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlprompt.errors import InputError
 from rlprompt.kernels.lm_head import head_logits
 from rlprompt.model.attention import ATTENTION_NAME, AttentionContext, CausalContext, register
 from rlprompt.model.base import FrozenBase
 from rlprompt.model.frozen import head_of, pack_linears
+from rlprompt.model.tree import TreeContext, build_tree
 from rlprompt.types import PrefixKV
 
 logger = logging.getLogger(__name__)
@@ -41,24 +42,50 @@ class PrefixForward:
             InputError: the architecture cannot be run exactly (see the class docstring).
         """
         self.base = base
-        self._body = base.model.base_model
+        self._body = base.model.get_decoder()
+        if self._body is base.model:
+            raise InputError(
+                f"the layers of {base.id} cannot be run without its head; choose a base of a "
+                "supported family (docs/models.md)"
+            )
         output = base.model.get_output_embeddings()
         if output is None or getattr(output, "bias", None) is not None:
             raise InputError(
                 f"the LM head of {base.id} is missing or has a bias, which rlprompt does not "
                 "support; choose another base model"
             )
-        fresh = base.model.config._attn_implementation != ATTENTION_NAME
-        own = self._own_logits() if fresh else None
-        if fresh:
+        before = base.model.config._attn_implementation
+        own = self._own_logits() if before != ATTENTION_NAME else None
+        if own is not None:
             register()
             base.model.set_attn_implementation(ATTENTION_NAME)
             logger.info("%s: %d linear layers packed", base.id, pack_linears(base.model))
         config = base.model.config.get_text_config()
         softcap = getattr(config, "final_logit_softcapping", None)
-        self.head = head_of(base.model.get_output_embeddings(), softcap)
+        self.head = head_of(base.model.get_output_embeddings(), softcap, _logit_scale(config))
         if own is not None:
-            self._compare(own)
+            try:
+                self._compare(own)
+            except BaseException:
+                # Left switched, the model would pass for compared at the next attempt.
+                base.model.set_attn_implementation(before)
+                raise
+
+    @property
+    def max_positions(self) -> int:
+        """The longest sequence that the base computes exactly.
+
+        LongRoPE (Phi-3) changes the rotary frequencies of all tokens when a sequence outgrows the
+        original length, so keys computed once would no longer be those of the longer sequence.
+        """
+        config = self.base.model.config.get_text_config()
+        rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+        limits = [
+            int(part["original_max_position_embeddings"])
+            for part in (rope, *(r for r in rope.values() if isinstance(r, dict)))
+            if part.get("rope_type") == "longrope"
+        ]
+        return min([self.base.max_positions, *limits])
 
     def _probe(self) -> Tensor:
         return torch.arange(_PROBE_TOKENS, device=self.base.device) * 7 % self.base.vocab_size
@@ -69,17 +96,43 @@ class PrefixForward:
         return logits[0]
 
     def _compare(self, own: Tensor) -> None:
+        """Compare through a tree: state that layers carry beside keys and values would show."""
         probe = self._probe()
+        prompt, query, completion = probe.split(_PROBE_TOKENS // 3)
         with torch.no_grad():
-            hidden = self.hidden(self.embed(probe), torch.arange(_PROBE_TOKENS), CausalContext())
+            start = CausalContext()
+            self.hidden(self.embed(prompt), torch.arange(len(prompt)), start)
+            self._check_layers(start)
+            answers = [[*completion.tolist(), 0]]  # the last token predicts nothing
+            tree = build_tree([query.tolist()], [answers], len(prompt), self.device)
+            context = TreeContext(tree, start.prefix())
+            hidden = self.hidden(self.embed(tree.token_ids), tree.positions, context)
             ours = head_logits(hidden, self.head)
-        gap = (own.float().log_softmax(-1) - ours.log_softmax(-1)).abs().mean().item()
+        own = own[len(prompt) :].to(ours.dtype)
+        gap = (own.log_softmax(-1) - ours.log_softmax(-1)).abs().mean().item()
         if not gap <= _TOLERANCE[self.base.dtype]:
             raise InputError(
                 f"{self.base.id} computes something that rlprompt's forward does not "
                 f"(log-probabilities differ by {gap:.3g} on average); choose a base of a supported "
                 "family (docs/models.md)"
             )
+
+    def _check_layers(self, context: CausalContext) -> None:
+        """Refuse what a short probe cannot show: layers without keys, and windows kept from us."""
+        config = self.base.model.config.get_text_config()
+        if [layer for layer, _ in context.layers] != list(range(self.base.num_layers)):
+            raise InputError(
+                f"{self.base.id} has layers without keys and values of their own, which a shared "
+                "prefix needs; choose a base of a supported family (docs/models.md)"
+            )
+        for layer, window in context.layers:
+            kind, needed = _layer_window(config, layer)
+            known = kind == "full_attention" or needed == window
+            if not known and (needed is None or needed < self.max_positions):
+                raise InputError(
+                    f"layer {layer} of {self.base.id} has {kind} that it does not tell rlprompt's "
+                    "attention of; choose a base of a supported family (docs/models.md)"
+                )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,26 +147,38 @@ class PrefixForward:
     @property
     def gradient_checkpointing(self) -> bool:
         """Whether activations are recomputed layer by layer in the backward."""
-        return bool(self.base.model.is_gradient_checkpointing)
+        modules = self.base.model.modules()
+        return any(getattr(module, "gradient_checkpointing", False) for module in modules)
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, on: bool) -> None:
         model = self.base.model
+        # transformers 5.23 has a new name for the switch, and warns of the old one.
+        name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
         if on:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
         else:
-            model.gradient_checkpointing_disable()
+            getattr(model, f"{name}_checkpointing_disable")()
         # transformers recomputes only in layers that are in training mode. The flag is set on the
-        # layer alone: its submodules stay in evaluation mode, so no dropout wakes up.
-        for module in model.modules():
-            if hasattr(module, "gradient_checkpointing"):
-                module.training = on
+        # layer alone: its submodules stay in evaluation mode, so none of their dropout wakes up.
+        layers = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+        if on and any(_own_dropout(layer) for layer in layers):
+            self.gradient_checkpointing = False
+            raise InputError(
+                f"layers of {self.base.id} drop activations out while they are recomputed; turn "
+                "gradient checkpointing off"
+            )
+        for layer in layers:
+            layer.training = on
 
     def embed(self, token_ids: Sequence[int] | Tensor) -> Tensor:
-        """Input embeddings [n, d] of tokens, scaled as the architecture scales them."""
+        """Input embeddings [n, d] of tokens, scaled as the architecture scales them.
+
+        They carry no gradient, though transformers lets embeddings want one when it recomputes.
+        """
         ids = torch.as_tensor(token_ids, dtype=torch.int64, device=self.device)
         out: Tensor = self.base.model.get_input_embeddings()(ids)
-        return out
+        return out.detach()
 
     def hidden(self, embeddings: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
         """Final hidden states of packed tokens.
@@ -139,8 +204,34 @@ class PrefixForward:
         """Keys and values of a prompt, with gradients back to its embeddings.
 
         Args:
-            embeddings: [P, d] of head and slot together.
+            embeddings: [P, d] of head and slot together; P may be 0 (a plain template without a
+                system message).
         """
+        if embeddings.shape[0] == 0:
+            one = self.prefill(self.embed([0]))  # for the shapes
+            return PrefixKV([k[:, :0] for k in one.keys], [v[:, :0] for v in one.values])
         context = CausalContext()
         self.hidden(embeddings, torch.arange(embeddings.shape[0]), context)
-        return PrefixKV([k[0] for k in context.keys], [v[0] for v in context.values])
+        return context.prefix()
+
+
+def _logit_scale(config: Any) -> float:
+    """What an architecture multiplies its logits by: Cohere's scale, Granite's divisor."""
+    scale = getattr(config, "logit_scale", None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    return float(scale) / float(divisor)
+
+
+def _own_dropout(layer: nn.Module) -> bool:
+    """Whether a layer applies dropout itself rather than through a submodule."""
+    own = [value for name, value in vars(layer).items() if "drop" in name]
+    return any(isinstance(value, float) and value > 0.0 for value in own)
+
+
+def _layer_window(config: Any, layer: int) -> tuple[str, int | None]:
+    """A layer's kind of attention by its config, and its sliding window."""
+    window: int | None = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return ("full_attention" if window is None else "sliding_attention"), window
+    return kinds[layer], window if kinds[layer] == "sliding_attention" else None

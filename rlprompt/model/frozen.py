@@ -10,6 +10,7 @@ two more copies of each linear weight in memory and saves a fifth to a third of 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,15 +53,13 @@ class FrozenLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply to [..., in_features]; the gradient reaches the input only."""
         if torch.is_grad_enabled() and x.requires_grad:
-            out: Tensor = _PackedLinear.apply(x, self)
+            out: Tensor = _PackedLinear.apply(x, self)  # type: ignore[no-untyped-call]
             return out
         return self.packed_forward(x)
 
     def packed_forward(self, x: Tensor) -> Tensor:
         """The product without autograd."""
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, self._packed, self.bias, "none", [], ""
-        )
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
         return out
 
     def packed_input_gradient(self, grad: Tensor) -> Tensor:
@@ -119,12 +118,30 @@ def pack_linears(model: nn.Module) -> int:
     return replaced
 
 
-def head_of(output: nn.Module, softcap: float | None) -> Head:
-    """The LM head of a model after `pack_linears`, packed or plain."""
-    weight: Tensor = output.weight  # type: ignore[assignment]
-    if isinstance(output, FrozenLinear):
-        return Head(output.packed_forward, output.packed_input_gradient, weight.dtype, softcap)
-    weight = weight.detach()
+def head_of(output: nn.Module, softcap: float | None, scale: float = 1.0) -> Head:
+    """The LM head of a model after `pack_linears`, packed or plain.
+
+    Args:
+        output: the head, without bias.
+        softcap: see `Head`.
+        scale: factor on the logits, before the soft cap.
+    """
+    weight: Tensor = output.weight.detach()  # type: ignore[operator]
+    project, pull_back = _both_directions(output, weight)
+    if scale == 1.0:
+        return Head(project, pull_back, weight.dtype, weight.shape[0], softcap)
     return Head(
-        lambda hidden: hidden @ weight.t(), lambda grad: grad @ weight, weight.dtype, softcap
+        lambda hidden: project(hidden * scale),  # the narrow side: [M, d], not [M, V]
+        lambda grad: pull_back(grad) * scale,
+        weight.dtype,
+        weight.shape[0],
+        softcap,
     )
+
+
+def _both_directions(
+    output: nn.Module, weight: Tensor
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    if isinstance(output, FrozenLinear):
+        return output.packed_forward, output.packed_input_gradient
+    return lambda hidden: hidden @ weight.t(), lambda grad: grad @ weight

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rlprompt.kernels.gather import fold, repeat_rows, unfold
+from rlprompt.kernels.reference import mask_bias
 from rlprompt.model.attention import LayerCall, windowed
 from rlprompt.types import PrefixKV
 
@@ -171,13 +172,15 @@ def _to_device(tree: TokenTree, device: torch.device) -> TokenTree:
         )
 
     return TokenTree(
-        tree.token_ids.to(device),
-        tree.positions.to(device),
-        tree.prefix_length,
-        move(tree.queries),
-        move(tree.completions) if tree.completions is not None else None,
-        *(t.to(device) for t in (tree.group_of_row, tree.predictors, tree.targets)),
-        tree.target_mask.to(device),
+        token_ids=tree.token_ids.to(device),
+        positions=tree.positions.to(device),
+        prefix_length=tree.prefix_length,
+        queries=move(tree.queries),
+        completions=move(tree.completions) if tree.completions is not None else None,
+        group_of_row=tree.group_of_row.to(device),
+        predictors=tree.predictors.to(device),
+        targets=tree.targets.to(device),
+        target_mask=tree.target_mask.to(device),
     )
 
 
@@ -194,19 +197,21 @@ class TreeContext:
                 ([G, H_kv, Q, D], right padded), for decoding to go on from.
         """
         if prefix.num_tokens != tree.prefix_length:
-            raise ValueError(f"tree is built for {tree.prefix_length} prefix tokens, prefix has "
-                             f"{prefix.num_tokens}")
+            raise ValueError(
+                f"tree is built for {tree.prefix_length} prefix tokens, prefix has "
+                f"{prefix.num_tokens}"
+            )
         self._tree = tree
         self._prefix = prefix
         self._record = record
-        self._masks: dict[int | None, tuple[Tensor, Tensor | None]] = {}
+        self._biases: dict[int | None, tuple[Tensor, Tensor | None]] = {}
         self.query_keys: list[Tensor] = []
         self.query_values: list[Tensor] = []
 
     def attend(self, call: LayerCall) -> Tensor:
         """Both levels of the tree, packed again: [1, H, N, D]."""
         tree = self._tree
-        query_mask, completion_mask = self._mask(call.window)
+        query_bias, completion_bias = self._bias(call.window, call.query.dtype)
         queries, keys, values = (self._split(t) for t in (call.query, call.key, call.value))
         key, value = tree.queries.unfold(keys[0]), tree.queries.unfold(values[0])
         if self._record:
@@ -215,27 +220,31 @@ class TreeContext:
         shared_key = _after(self._prefix.keys[call.layer], key)
         shared_value = _after(self._prefix.values[call.layer], value)
         attended = call.attend(
-            tree.queries.unfold(queries[0]), shared_key, shared_value, query_mask
+            tree.queries.unfold(queries[0]), shared_key, shared_value, query_bias
         )
         packed = [tree.queries.fold(attended)]
         if tree.completions is not None:
             rows, group = tree.completions, tree.group_of_row
             row_key = torch.cat([repeat_rows(shared_key, group), rows.unfold(keys[1])], dim=2)
             row_value = torch.cat([repeat_rows(shared_value, group), rows.unfold(values[1])], dim=2)
-            attended = call.attend(rows.unfold(queries[1]), row_key, row_value, completion_mask)
+            attended = call.attend(rows.unfold(queries[1]), row_key, row_value, completion_bias)
             packed.append(rows.fold(attended))
         return torch.cat(packed, dim=0).transpose(0, 1)[None]
 
-    def _split(self, packed: Tensor) -> Sequence[Tensor]:
+    def _split(self, packed: Tensor) -> tuple[Tensor, Tensor]:
         """[1, H, N, D] -> query tokens and completion tokens, each [n, H, D]."""
         tokens = packed[0].transpose(0, 1)
         first = self._tree.queries.num_tokens
-        return tokens.split([first, tokens.shape[0] - first])
+        of_queries, of_completions = tokens.split([first, tokens.shape[0] - first])
+        return of_queries, of_completions
 
-    def _mask(self, window: int | None) -> tuple[Tensor, Tensor | None]:
-        if window not in self._masks:
-            self._masks[window] = _tree_masks(self._tree, window)
-        return self._masks[window]
+    def _bias(self, window: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Masks of both levels as additive biases, made once for all layers."""
+        if window not in self._biases:
+            queries, completions = _tree_masks(self._tree, window)
+            bias = None if completions is None else mask_bias(completions, dtype)
+            self._biases[window] = (mask_bias(queries, dtype), bias)
+        return self._biases[window]
 
 
 def _after(prefix: Tensor, own: Tensor) -> Tensor:

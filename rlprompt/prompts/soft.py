@@ -123,8 +123,8 @@ class SoftPrompt(Prompt):
         return {"norm": float(norm), "drift_from_init": float(drift.mean())}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`embeddings`, float32 [m, d]."""
-        return {"embeddings": self.embeddings.detach().cpu().contiguous()}
+        """`embeddings`, a float32 [m, d] copy on the CPU."""
+        return {"embeddings": self.embeddings.detach().cpu().clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over `embeddings`; see the base class."""

@@ -1,8 +1,9 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped.
 
 A checkpoint is a folder `step_000010` with `tensors.safetensors` (prompt, best prompt, optimizer,
-random generator) and `state.json` (counters, data position, history). It is written beside its final
-place and renamed, so a folder that has the final name is whole.
+random generator) and `state.json` (counters, data position, history). It is written beside its
+final place and renamed, so a folder that has the final name is whole; what a crash left beside it
+begins with a dot and is removed by the next save.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from rlprompt.errors import InputError
 from rlprompt.training.files import to_json, write_atomic
 
 _NAME = re.compile(r"step_(\d+)")
+_LEFTOVERS = ".step_*"
 FORMAT = 1
 
 
@@ -66,12 +68,13 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         _sync(temporary / "tensors.safetensors")
         state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
         write_atomic(temporary / "state.json", to_json(state, indent=1))
-        if target.exists():
-            shutil.rmtree(target)
+        if target.exists():  # renamed, not deleted: that leaves no time in which neither is whole
+            os.replace(target, folder / f".{target.name}.{uuid.uuid4().hex}")
         os.replace(temporary, target)
         _sync(folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for leftover in folder.glob(_LEFTOVERS):
+            shutil.rmtree(leftover, ignore_errors=True)
     for step in checkpoint_steps(folder)[:-keep]:
         shutil.rmtree(folder / f"step_{step:06d}", ignore_errors=True)
     return target
@@ -89,16 +92,18 @@ def load_checkpoint(folder: Path, step: int | None = None) -> Checkpoint:
     step = steps[-1] if step is None else step
     path = folder / f"step_{step:06d}"
     try:
-        state = json.loads((path / "state.json").read_bytes())
+        state = dict(json.loads((path / "state.json").read_bytes()))
+        written = state.pop("format", None)
+        number = int(state.pop("step"))
         tensors = load_file(path / "tensors.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise InputError(
             f"checkpoint '{path}' is damaged ({error}); delete that folder to resume from the one "
             "before"
         ) from error
-    if state.pop("format", None) != FORMAT:
+    if written != FORMAT:
         raise InputError(f"checkpoint '{path}' was written by another version; start a new run")
-    return Checkpoint(int(state.pop("step")), tensors, state)
+    return Checkpoint(number, tensors, state)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
@@ -122,6 +127,15 @@ def load_optimizer_tensors(
             state.setdefault(int(index), {})[name] = value.clone()
     whole = optimizer.state_dict()
     optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
+
+
+def seed_global_random(seed: int) -> None:
+    """Seed the process-wide generators, so that rewards that draw from them can be repeated."""
+    import numpy
+
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def global_random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -149,7 +163,8 @@ def restore_global_random_state(tensors: Mapping[str, Tensor], state: Mapping[st
 def _numpy_state() -> list[Any]:
     import numpy
 
-    name, keys, place, has_gauss, cached = numpy.random.get_state(legacy=True)
+    state: Any = numpy.random.get_state(legacy=True)
+    name, keys, place, has_gauss, cached = state
     return [name, keys.tolist(), place, has_gauss, cached]
 
 

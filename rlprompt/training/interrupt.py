@@ -37,7 +37,10 @@ class StopRequest:
     ) -> None:
         """Put the former handlers back."""
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if (
+                handler is not None
+            ):  # None: it was not set from Python, so Python cannot set it back
+                signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.reason is not None:

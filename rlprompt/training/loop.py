@@ -1,64 +1,41 @@
-"""The training loop: rollouts, updates, held-out evaluation, checkpoints. Blind to the algorithm."""
+"""The training loop: rollouts, updates, evaluation, checkpoints; blind to the algorithm."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlprompt.algorithms.base import Algorithm
 from rlprompt.artifacts.format import save_artifact
-from rlprompt.data import QuerySampler, QuerySplit
-from rlprompt.engines.base import Engine
-from rlprompt.engines.sampling import SamplingSettings
+from rlprompt.data import QuerySampler
 from rlprompt.errors import InputError
-from rlprompt.evaluation.heldout import EvaluationSettings, HeldoutEvaluator, HeldoutResult
+from rlprompt.evaluation.heldout import HeldoutEvaluator, HeldoutResult
 from rlprompt.model.base import verify_unchanged
-from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.text import NonePrompt, TextPrompt
-from rlprompt.rewards.runner import RewardRunner
 from rlprompt.rollout import RolloutBatch, collect, completion_metrics, completion_rows
-from rlprompt.training.checkpoint import checkpoint_steps, load_checkpoint, save_checkpoint
+from rlprompt.training.checkpoint import (
+    checkpoint_steps,
+    load_checkpoint,
+    save_checkpoint,
+    seed_global_random,
+)
 from rlprompt.training.files import to_json, write_atomic
 from rlprompt.training.interrupt import StopRequest
 from rlprompt.training.optimizer import build_optimizer, learning_rate, lr_factor
+from rlprompt.training.parts import RunParts
 from rlprompt.training.report import write_report
-from rlprompt.training.settings import TrainingSettings
 from rlprompt.training.startup import check_trainable
 from rlprompt.training.state import RunState
 from rlprompt.training.summary import build_summary
-from rlprompt.training.tracker import RunInfo, TrackerGroup
+from rlprompt.training.tracker import RunInfo
 from rlprompt.training.update import NotFiniteError, PhaseClock, Updater
 
 logger = logging.getLogger(__name__)
 
 _HELDOUT_SEED = 1_000_003
 """Keeps held-out draws apart from those of every training step."""
-
-
-@dataclass(frozen=True)
-class RunParts:
-    """Everything a run is made of; `rlprompt.recipe` builds it."""
-
-    name: str
-    policy: Policy
-    engine: Engine
-    algorithm: Algorithm
-    reference: Prompt | None
-    """Prompt of the reference policy; None when the algorithm needs none."""
-    rewards: RewardRunner
-    data: QuerySplit
-    sampling: SamplingSettings
-    training: TrainingSettings
-    evaluation: EvaluationSettings
-    trackers: TrackerGroup
-    seed: int
-    recipe: Mapping[str, Any]
-    """The resolved recipe as plain values."""
 
 
 class Trainer:
@@ -111,18 +88,23 @@ class Trainer:
         """Train to the end, or until a stop signal; returns the content of summary.json.
 
         Args:
-            resume: go on from the newest checkpoint in the output folder.
+            resume: go on from the newest checkpoint in the output folder, or from the start when
+                there is none yet.
 
         Raises:
-            InputError: nothing to resume, or the checkpoint belongs to another run.
-            NotFiniteError: loss or gradient was not finite; the step's data is in
-                `failed_step_N/` and the last good prompt in the newest checkpoint.
+            InputError: the folder holds another run, or its newest checkpoint is damaged or belongs
+                to other data, another base or another prompt.
+            NotFiniteError: loss, gradient or prompt was not finite; the step's data is in
+                `failed_step_N/` and the state before that step in the newest checkpoint.
         """
-        steps = checkpoint_steps(self.output / "checkpoints")
-        if resume and steps:
-            checkpoint = load_checkpoint(self.output / "checkpoints")
-            self.state.restore(checkpoint, self.parts.data.fingerprint)
-        resume_step = (steps[-1] if steps else -1) if resume else None
+        seed_global_random(self.parts.seed)
+        resume_step = self._resume() if resume else None
+        folder = self.output / "checkpoints"
+        if not resume and checkpoint_steps(folder):
+            raise InputError(
+                f"'{folder}' holds checkpoints of another run; resume that run, or choose another "
+                "output folder"
+            )
         summary: dict[str, Any] = {}
         parts = self.parts
         info = RunInfo(
@@ -136,40 +118,46 @@ class Trainer:
         parts.trackers.start(info)
         try:
             with StopRequest() as stop:
-                reason = self._steps(stop)
-            summary = self._finish(reason)
+                summary = self._finish(self._steps(stop))
         finally:
             parts.trackers.finish(summary)
             parts.rewards.close()
         return summary
 
+    def _resume(self) -> int:
+        """Restore the newest checkpoint; gives its step, or -1 when there is none."""
+        folder = self.output / "checkpoints"
+        if not checkpoint_steps(folder):
+            return -1
+        checkpoint = load_checkpoint(folder)
+        self.state.restore(checkpoint, self._identity)
+        return checkpoint.step
+
     def _steps(self, stop: StopRequest) -> str:
-        """The loop; returns why it ended."""
+        """The loop; returns why it ended, with everything saved."""
         progress, settings = self.state.progress, self.parts.training
-        if progress.step == 0 and self.parts.data.heldout:
+        if self.parts.data.heldout and "base" not in progress.heldout:
             self._baselines()
-        while progress.step < settings.steps:
-            if stop.reason is not None:
-                self._save()
-                return stop.reason
+        while progress.step < settings.steps and stop.reason is None and not self._is_stale():
             start = time.perf_counter()
             self._step()
             if self._evaluation_is_due():
                 self._evaluate_learned()
             progress.seconds += time.perf_counter() - start
-            if self._is_stale():
+            if progress.step % settings.save_every == 0:
                 self._save()
-                return "early_stopping"
-            if progress.step % settings.save_every == 0 or progress.step == settings.steps:
-                self._save()
-        return "finished"
+        if checkpoint_steps(self.output / "checkpoints")[-1:] != [progress.step]:
+            self._save()
+        if progress.step >= settings.steps:
+            return "finished"
+        return stop.reason or "early_stopping"
 
     def _step(self) -> None:
         """One rollout batch and its updates."""
         parts, progress = self.parts, self.state.progress
         start = time.perf_counter()
         clock = PhaseClock()
-        position = self.state.sampler.state_dict()
+        before = self.state.checkpoint(self._identity)
         queries = [parts.data.train[i] for i in self.state.sampler.next()]
         parts.engine.sync(parts.policy.prompt)
         batch = collect(
@@ -187,7 +175,7 @@ class Trainer:
                 batch, self.state.optimizer, self._next_lr, settings.max_grad_norm, clock
             )
         except NotFiniteError as error:
-            self.state.sampler.load_state_dict(position)
+            self.state.restore(before, self._identity)
             self._save_failure(batch, error)
             raise
         progress.step += 1
@@ -195,10 +183,9 @@ class Trainer:
         progress.num_tokens += int(batch.lengths.sum())
         progress.rollout_seconds += batch.rollout_seconds
         progress.step_seconds.append(seconds)
-        metrics = {**completion_metrics(batch), **learned, **self._prompt_metrics()}
-        metrics |= _times(batch, clock, seconds)
-        metrics["num_tokens"] = float(progress.num_tokens)
-        metrics["epoch"] = self.state.sampler.epoch
+        metrics = {**completion_metrics(batch), **learned, **_times(batch, clock, seconds)}
+        metrics |= {f"prompt/{k}": v for k, v in parts.policy.prompt.metrics().items()}
+        metrics |= {"num_tokens": float(progress.num_tokens), "epoch": self.state.sampler.epoch}
         parts.trackers.log_completions(
             progress.step, completion_rows(batch, "train", "learned", signal.advantages)
         )
@@ -213,9 +200,6 @@ class Trainer:
             group["lr"] = lr
         progress.updates += 1
         return lr
-
-    def _prompt_metrics(self) -> dict[str, float]:
-        return {f"prompt/{k}": v for k, v in self.parts.policy.prompt.metrics().items()}
 
     def _baselines(self) -> None:
         """Evaluate base, hand-written text and the initial prompt."""
@@ -250,12 +234,22 @@ class Trainer:
         return patience is not None and self.state.progress.stale_evaluations >= patience
 
     def _save(self) -> None:
-        checkpoint = self.state.checkpoint(self.parts.data.fingerprint)
+        checkpoint = self.state.checkpoint(self._identity)
         folder = self.output / "checkpoints"
         save_checkpoint(folder, checkpoint, self.parts.training.keep_checkpoints)
 
+    @property
+    def _identity(self) -> dict[str, str]:
+        """What a checkpoint must find again to go on."""
+        policy = self.parts.policy
+        return {
+            "dataset": self.parts.data.fingerprint,
+            "base": policy.base.fingerprint,
+            "chat template": policy.slot.template_hash,
+        }
+
     def _save_failure(self, batch: RolloutBatch, error: NotFiniteError) -> None:
-        """Keep what led to a loss that is not finite; the prompt is still the one before it."""
+        """Keep what led to a loss that is not finite; the state is that before the step again."""
         step = self.state.progress.step + 1
         folder = self.output / f"failed_step_{step}"
         folder.mkdir(parents=True, exist_ok=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from rlprompt.settings import Settings
+
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class OptimizerSettings(Settings):
@@ -17,7 +19,7 @@ class OptimizerSettings(Settings):
     lr_relative: float | None = Field(default=None, gt=0.0)
     """Learning rate as a share of the root mean square of the base's embedding entries, so that one
     value serves bases of any scale. 0.05 when neither is given."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay rates of AdamW's moments."""
     eps: float = Field(default=1e-8, gt=0.0)
     """AdamW's epsilon."""
@@ -36,9 +38,9 @@ class OptimizerSettings(Settings):
     def _one_rate(self) -> OptimizerSettings:
         if self.lr is not None and self.lr_relative is not None:
             raise ValueError("lr and lr_relative are both given; keep one")
-        if self.schedule == "constant" and "min_lr_ratio" in self.model_fields_set:
-            if self.min_lr_ratio != OptimizerSettings.model_fields["min_lr_ratio"].default:
-                raise ValueError("min_lr_ratio has no effect with schedule: constant; remove it")
+        default = OptimizerSettings.model_fields["min_lr_ratio"].default
+        if self.schedule == "constant" and self.min_lr_ratio != default:
+            raise ValueError("min_lr_ratio has no effect with schedule: constant; remove it")
         return self
 
 

@@ -15,9 +15,9 @@ _PROBE = 4
 def check_trainable(policy: Policy, optimizer: torch.optim.Optimizer, query: Query) -> None:
     """Prove that the prompt acts and can be learned.
 
-    A probe completion is scored under the prompt: every parameter must get a finite gradient that is
-    not zero, a change of the parameters must change the log-probabilities, no parameter of the base
-    may have a gradient, and the optimizer must hold exactly the prompt's parameters.
+    A probe completion is scored under the prompt: every parameter must get a finite gradient that
+    is not zero, a change of the parameters must change the log-probabilities, no parameter of the
+    base may have a gradient, and the optimizer must hold exactly the prompt's parameters.
 
     Args:
         policy: with the prompt that is trained.
@@ -30,10 +30,6 @@ def check_trainable(policy: Policy, optimizer: torch.optim.Optimizer, query: Que
             something else than the prompt.
     """
     parameters = policy.parameters()
-    if not parameters:
-        raise InputError(
-            f"a {policy.prompt.kind} prompt has nothing to train; choose prompt.type: soft"
-        )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if held != {id(p) for p in parameters}:
         raise RuntimeError("the optimizer does not hold exactly the prompt's parameters")
@@ -51,7 +47,7 @@ def check_trainable(policy: Policy, optimizer: torch.optim.Optimizer, query: Que
     saved = [p.detach().clone() for p in parameters]
     with torch.no_grad():
         for parameter in parameters:
-            parameter.mul_(1.5)
+            parameter.mul_(-1.5)  # the sign too: a norm would undo a change of length alone
         after = _probe(policy, query, with_gradient=False)
         for parameter, value in zip(parameters, saved, strict=True):
             parameter.copy_(value)
@@ -70,6 +66,6 @@ def _probe(policy: Policy, query: Query, with_gradient: bool) -> torch.Tensor:
         tree = policy.tree([query], [[completion]], shared.leaves)
         logprobs = policy.logprobs(tree, shared.leaves).logprobs
         if with_gradient:
-            logprobs.sum().backward()  # type: ignore[no-untyped-call]
+            logprobs.sum().backward()
             shared.backward()
     return logprobs.detach()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -61,9 +63,12 @@ class RunState:
         self.best = _copy(prompt.state_dict())
 
     def remember_best(self, reward: float, metrics: Mapping[str, Any]) -> bool:
-        """Keep the present prompt if its held-out reward is the best; says whether it is."""
+        """Keep the present prompt if its held-out reward is the best; says whether it is.
+
+        A reward of NaN (nothing could be scored) is never the best.
+        """
         best = self.progress.best_reward
-        if best is not None and not reward > best:
+        if math.isnan(reward) or (best is not None and reward <= best):
             self.progress.stale_evaluations += 1
             return False
         self.progress.best_reward = reward
@@ -73,8 +78,12 @@ class RunState:
         self.best = _copy(self.prompt.state_dict())
         return True
 
-    def checkpoint(self, data_fingerprint: str) -> Checkpoint:
-        """Everything as a checkpoint."""
+    def checkpoint(self, identity: Mapping[str, str]) -> Checkpoint:
+        """Everything as a checkpoint, which later changes of the run do not touch.
+
+        Args:
+            identity: what the run must find again to go on, such as the dataset's fingerprint.
+        """
         random_tensors, random_state = global_random_state()
         tensors = {
             **{f"prompt/{k}": v for k, v in self.prompt.state_dict().items()},
@@ -86,21 +95,22 @@ class RunState:
             "progress": asdict(self.progress),
             "sampler": self.sampler.state_dict(),
             "random": random_state,
-            "data_fingerprint": data_fingerprint,
+            "identity": dict(identity),
         }
-        return Checkpoint(self.progress.step, tensors, state)
+        return Checkpoint(self.progress.step, _copy(tensors), state)
 
-    def restore(self, checkpoint: Checkpoint, data_fingerprint: str) -> None:
+    def restore(self, checkpoint: Checkpoint, identity: Mapping[str, str]) -> None:
         """Take over a checkpoint made by `checkpoint`.
 
         Raises:
-            InputError: it belongs to other data or another prompt.
+            InputError: its identity differs (other data, another base), or it holds another prompt.
         """
-        if checkpoint.state["data_fingerprint"] != data_fingerprint:
-            raise InputError(
-                "the dataset has changed since the checkpoint was written; restore it, or start a "
-                "new run in another output folder"
-            )
+        for name, value in identity.items():
+            if checkpoint.state["identity"].get(name) != value:
+                raise InputError(
+                    f"the {name} has changed since the checkpoint was written; restore it, or "
+                    "start a new run in another output folder"
+                )
         try:
             self.prompt.load_state_dict(_under(checkpoint.tensors, "prompt"))
         except ValueError as error:
@@ -108,10 +118,10 @@ class RunState:
                 f"the checkpoint holds another prompt ({error}); start a new run in another output "
                 "folder"
             ) from error
-        self.best = _under(checkpoint.tensors, "best")
+        self.best = _copy(_under(checkpoint.tensors, "best"))
         load_optimizer_tensors(self.optimizer, checkpoint.tensors, "optimizer")
         self.sampler.load_state_dict(checkpoint.state["sampler"])
-        self.progress = Progress(**checkpoint.state["progress"])
+        self.progress = Progress(**copy.deepcopy(checkpoint.state["progress"]))
         restore_global_random_state(checkpoint.tensors, checkpoint.state["random"])
 
 

@@ -25,20 +25,22 @@ def build_summary(
 ) -> dict[str, Any]:
     """The content of summary.json.
 
-    Seconds are wall-clock; rewards are held-out means of the total; `peak_rss_mb` is the process's
-    peak resident memory in MiB, model loading included.
+    Seconds are wall-clock of the loop; rewards are held-out means of the total, null without
+    held-out queries; `best_step` is the step whose prompt the artifact holds (the last one where
+    nothing was held out); `peak_rss_mb` is the process's peak resident memory in MiB, model loading
+    included.
     """
     heldout = progress.heldout
-    rewards = {who: heldout.get(who, {}).get("reward") for who in ("base", "handwritten", "learned")}
+    rewards = {who: metrics.get("reward") for who, metrics in heldout.items()}
     spent = progress.rollout_seconds
     return {
         "steps": progress.step,
         "seconds": progress.seconds,
         "stopped_because": reason,
-        "heldout_reward_before": rewards["base"],
-        "heldout_reward_after": rewards["learned"],
-        "heldout_reward_handwritten": rewards["handwritten"],
-        "best_step": progress.best_step,
+        "heldout_reward_before": rewards.get("base"),
+        "heldout_reward_after": rewards.get("learned"),
+        "heldout_reward_handwritten": rewards.get("handwritten"),
+        "best_step": progress.step if progress.best_reward is None else progress.best_step,
         "heldout": heldout,
         "completion_tokens_per_second": progress.num_tokens / spent if spent else None,
         "step_seconds_median": (

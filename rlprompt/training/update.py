@@ -27,7 +27,7 @@ from rlprompt.types import Completion, PrefixKV
 
 
 class NotFiniteError(RuntimeError):
-    """Loss or gradient is NaN or infinite; the prompt has not been changed by it."""
+    """Loss, gradient or updated prompt is NaN or infinite; the caller goes back to a good state."""
 
 
 class PhaseClock:
@@ -62,10 +62,15 @@ class UpdateResult:
 
     losses: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     token_sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """Metrics summed over tokens."""
+    """The algorithm's metrics, summed over the tokens that have a weight."""
+    num_weighted: int = 0
+    """How many those are: TRL's masks too leave out what the loss does not see."""
     num_tokens: int = 0
+    """Tokens of all completions."""
+    gap_sum: float = 0.0
+    """Absolute differences between sampling and training log-probabilities, over all tokens."""
     largest_gap: float = 0.0
-    """Largest difference between sampling and training log-probability."""
+    """The largest of them."""
     grad_norm: float = 0.0
     lr: float = 0.0
 
@@ -118,7 +123,8 @@ class Updater:
             The signal, and metrics under their logged names (means over the updates).
 
         Raises:
-            NotFiniteError: before the optimizer would have applied such a gradient.
+            NotFiniteError: the loss or its gradient is not finite, or an update made the prompt so.
+                Earlier updates on this batch have been applied.
         """
         clock.lap(None)
         signal = self._algorithm.signal(batch.rewards.total, batch.lengths, batch.terminated)
@@ -134,6 +140,10 @@ class Updater:
             self._check_finite(result)
             optimizer.step()
             self._policy.prompt.constrain()
+            if not all(bool(p.isfinite().all()) for p in self._policy.parameters()):
+                raise NotFiniteError(
+                    f"the prompt after an update at learning rate {lr:g} is not finite"
+                )
             result.lr = lr
             clock.lap("optimizer")
             results.append(result)
@@ -155,11 +165,12 @@ class Updater:
             chosen = [[rows[g][i] for i in places] for g, places in micro.rows]
             scores = self._scores(batch, micro, chosen, shared.leaves, policy.prompt)
             flat = [row for group in chosen for row in group]
-            losses = self._algorithm.losses(scores, _micro_signal(flat, signal, scores))
+            micro_signal = _micro_signal(flat, signal, scores)
+            losses = self._algorithm.losses(scores, micro_signal)
             clock.lap("forward")
-            losses.total().backward()  # type: ignore[no-untyped-call]
+            losses.total().backward()
             clock.lap("backward")
-            _account(result, losses, scores, flat)
+            _account(result, losses, scores, micro_signal, flat)
             for row, logprobs in zip(flat, scores.logprobs.detach(), strict=True):
                 if row.old_logprobs is None:
                     row.old_logprobs = logprobs[: len(row.completion.token_ids)].clone()
@@ -194,9 +205,7 @@ class Updater:
             prefix,
             prompt,
         )
-        return self._policy.logprobs(
-            tree, prefix, self._temperature, self._algorithm.entropy_grad
-        )
+        return self._policy.logprobs(tree, prefix, self._temperature, self._algorithm.entropy_grad)
 
     @torch.no_grad()
     def _score_reference(
@@ -242,38 +251,43 @@ def _padded(rows: Sequence[Tensor | None], scores: TokenScores) -> Tensor | None
 
 
 def _account(
-    result: UpdateResult, losses: TokenLosses, scores: TokenScores, rows: Sequence[_Row]
+    result: UpdateResult,
+    losses: TokenLosses,
+    scores: TokenScores,
+    signal: MicroSignal,
+    rows: Sequence[_Row],
 ) -> None:
     """Add a micro-batch's losses and token sums to the update's."""
     for name in ("rl", "kl", "ce", "value"):
         part = getattr(losses, name)
         if part is not None:
             result.losses[f"loss/{name}"] += float(part.detach())
+    weighted = signal.weights > 0
     for name, values in (losses.metrics or {}).items():
-        result.token_sums[name] += float((values * scores.mask).sum())
+        result.token_sums[name] += float((values * weighted).sum())
+    result.num_weighted += int(weighted.sum())
     sampled = _padded([torch.tensor(r.completion.sampling_logprobs) for r in rows], scores)
     assert sampled is not None
     gap = ((scores.logprobs.detach() - sampled) * scores.mask).abs()
-    result.token_sums["sampling/sampling_logp_difference/mean"] += float(gap.sum())
+    result.gap_sum += float(gap.sum())
     result.largest_gap = max(result.largest_gap, float(gap.max()))
     result.num_tokens += int(scores.mask.sum())
 
 
 def _merge(results: Sequence[UpdateResult], signal: Signal) -> dict[str, float]:
-    """Means over tokens, then over updates."""
+    """Means over tokens, then over updates; a mean over no tokens is left out."""
     out: dict[str, float] = defaultdict(float)
     for result in results:
         share = 1.0 / len(results)
-        for name, value in result.token_sums.items():
-            out[name] += share * value / result.num_tokens
+        for name, value in result.token_sums.items() if result.num_weighted else ():
+            out[name] += share * value / result.num_weighted
         for name, value in result.losses.items():
             out[name] += share * value
         out["loss"] += share * sum(result.losses.values())
         out["prompt/grad_norm"] += share * result.grad_norm
     # Later updates are off-policy on purpose: only the first compares like with like.
     first = results[0]
-    name = "sampling/sampling_logp_difference"
-    out[f"{name}/mean"] = first.token_sums[f"{name}/mean"] / first.num_tokens
-    out[f"{name}/max"] = first.largest_gap
+    out["sampling/sampling_logp_difference/mean"] = first.gap_sum / first.num_tokens
+    out["sampling/sampling_logp_difference/max"] = first.largest_gap
     out["lr"] = results[-1].lr
     return {**out, **signal.metrics}

@@ -32,7 +32,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn.functional import linear
 
-from scripts.peers.worker import claim_stdout, parse_settings, serve, setting, versions
+from scripts.peers.worker import claim_stdout, environment, parse_settings, serve, setting, versions
 
 HEAD_CHUNKS = (128, 256, 512)
 """Completion positions per LM head product; chunked because the whole output leaves the cache."""
@@ -220,6 +220,7 @@ def gemm_floor_seconds(
         "num_head_tokens": num_head_tokens,
         "repeats": repeats,
         "threads": torch.get_num_threads(),
+        "environment": environment(),
     }
     return {**settings, **summarise(timings)}
 
@@ -277,8 +278,12 @@ def main(argv: list[str] | None = None) -> None:
         out.write(json.dumps({**result, "versions": versions("torch")}) + "\n")
         return
     floor = GemmFloor(settings.model, settings.tokens, settings.head_tokens)
-    ready = {"settings": asdict(settings), "versions": versions("torch")}
-    serve(lambda: {"parts": floor.measure()}, ready, out)
+    ready = {
+        "settings": asdict(settings),
+        "environment": environment(),
+        "versions": versions("torch"),
+    }
+    serve(lambda: {"parts": floor.measure()}, {"settings": asdict(settings), **ready}, out)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from scripts.peers.worker import (
     CHATML_WITHOUT_DEFAULT,
     claim_stdout,
     conversation,
+    environment,
     load_queries,
     measured,
     parse_settings,
@@ -88,6 +89,7 @@ class Generator:
             "dtype": str(self._model.dtype),
             "attention": self._model.config._attn_implementation,
             "threads": torch.get_num_threads(),
+            "environment": environment(),
             "versions": versions("torch", "transformers"),
         }
 

@@ -27,6 +27,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from scripts.peers.worker import (
     CHATML_WITHOUT_DEFAULT,
     conversation,
+    environment,
     load_queries,
     setting,
     versions,
@@ -239,6 +240,7 @@ def describe(settings: TrlSettings, trainer: Trainer, dtypes: dict[str, str]) ->
         "attention": trainer.model.config._attn_implementation,
         "trainable_parameters": trainer.model.get_nb_trainable_parameters()[0],
         "threads": torch.get_num_threads(),
+        "environment": environment(),
         "versions": versions(*PACKAGES),
     }
 

@@ -163,6 +163,12 @@ def conversation(query: str, system_text: str = "") -> list[dict[str, str]]:
     return [*system, {"role": "user", "content": query}]
 
 
+def environment() -> dict[str, str]:
+    """Return the set variables that change how threads wait or memory is allocated."""
+    prefixes = ("OMP_", "GOMP_", "KMP_", "MKL_", "DNNL_", "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
+    return {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
+
+
 def versions(*packages: str) -> dict[str, str]:
     """Return the installed version of each package."""
     return {name: metadata.version(name) for name in packages}

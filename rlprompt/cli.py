@@ -1,0 +1,183 @@
+"""The command line: names and arguments of the commands. What they do is in `rlprompt.commands`.
+
+`main` is the entry point. Exit codes: 0 done (also when a signal ended a run cleanly), 1 the run or
+the machine failed, 2 wrong input, told in one line on stderr. Nothing heavy is imported before a
+command runs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+
+from rlprompt import __version__
+from rlprompt.errors import InputError
+
+_CONTEXT = {"help_option_names": ["-h", "--help"]}
+_VERBOSE = typer.Option(False, "--verbose", "-v", help="Show more of what happens.")
+
+app = typer.Typer(
+    name="rlprompt",
+    help="Learn the system prompt of a frozen language model with reinforcement learning.",
+    context_settings=_CONTEXT,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+model_app = typer.Typer(
+    help="Fetch and list the embedded models.",
+    context_settings=_CONTEXT,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(model_app, name="model")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit.
+
+    Args:
+        arguments: in place of those of the process.
+
+    Raises:
+        SystemExit: always, with the exit code.
+    """
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="rlprompt")
+    except InputError as error:
+        from rlprompt.commands.terminal import report_error
+
+        report_error(error)
+        sys.exit(2)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rlprompt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+    ),
+) -> None:
+    del version  # the callback has shown it
+
+
+@app.command()
+def train(
+    recipe: Path = typer.Argument(..., metavar="RECIPE", help="A YAML file; see docs/recipe.md."),
+    overrides: list[str] = typer.Argument(
+        None,
+        metavar="KEY=VALUE",
+        help="Changes to the recipe, such as training.steps=50 or rewards.0.weight=2.",
+    ),
+    output: Path | None = typer.Option(
+        None, "--output", "-o", metavar="DIR", help="The run folder; by default runs/<name>."
+    ),
+    resume: bool = typer.Option(
+        False, "--resume", help="Go on with the run in the output folder from its last checkpoint."
+    ),
+    verbose: bool = _VERBOSE,
+) -> None:
+    """Learn a prompt as a recipe says, and compare it with the base before and after.
+
+    Ctrl-C, SIGTERM and SIGUSR1 end the run after the step in progress, with a checkpoint.
+    """
+    from rlprompt.commands.train import run
+
+    raise typer.Exit(run(recipe, overrides or [], output, resume=resume, verbose=verbose))
+
+
+@app.command()
+def chat(
+    artifact: Path = typer.Argument(..., metavar="ARTIFACT", help="The artifact/ folder of a run."),
+    compare: bool = typer.Option(
+        False,
+        "--compare",
+        help="Also answer without a prompt and with the recipe's hand-written one; each keeps a "
+        "history of its own.",
+    ),
+    model: str | None = typer.Option(
+        None, "--model", metavar="PATH", help="Base in place of the one that the artifact names."
+    ),
+    force: bool = typer.Option(
+        False, "--force", help="Load the artifact although it was made on another base."
+    ),
+    max_tokens: int | None = typer.Option(
+        None, min=1, metavar="N", help="Longest answer; by default as in training."
+    ),
+    temperature: float | None = typer.Option(
+        None, min=0.0, max=10.0, metavar="T", help="0 = the likeliest; by default as in training."
+    ),
+    seed: int = typer.Option(
+        0, min=0, max=2**31 - 1, metavar="S", help="Equal seeds give equal answers."
+    ),
+    query: list[str] = typer.Option(
+        None,
+        "--query",
+        "-q",
+        metavar="TEXT",
+        help="Answer this and exit; may be given again, each is a conversation of its own.",
+    ),
+    trust_remote_code: bool = typer.Option(
+        False, "--trust-remote-code", help="Let Python code that comes with the base run."
+    ),
+    verbose: bool = _VERBOSE,
+) -> None:
+    """Talk to a base under a learned prompt. /reset forgets the conversation, /quit ends it."""
+    from rlprompt.chat import ChatOptions
+    from rlprompt.commands.chat import run
+
+    run(
+        artifact,
+        query or [],
+        ChatOptions(compare, model, force, max_tokens, temperature, seed, trust_remote_code),
+        verbose=verbose,
+    )
+
+
+@model_app.command("fetch")
+def model_fetch(
+    name: str = typer.Argument(..., metavar="NAME", help="As in `rlprompt model list`."),
+    verbose: bool = _VERBOSE,
+) -> None:
+    """Put an embedded model into the cache; says where it is."""
+    from rlprompt.commands.model import fetch_model
+
+    fetch_model(name, verbose=verbose)
+
+
+@model_app.command("list")
+def model_list() -> None:
+    """List the embedded models."""
+    from rlprompt.commands.model import show_models
+
+    show_models()
+
+
+@app.command()
+def schema(
+    output: Path | None = typer.Option(
+        None, "--output", "-o", metavar="FILE", help="Write there in place of stdout."
+    ),
+) -> None:
+    """Print the JSON schema of a recipe, with which editors complete and check recipes."""
+    from rlprompt.commands.schema import write_schema
+
+    write_schema(output)
+
+
+@app.command()
+def doctor(
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    """Say what this machine has, and whether a run could start (exit code 0) or not (1)."""
+    from rlprompt.commands.doctor import run
+
+    raise typer.Exit(run(as_json=as_json))

@@ -1,0 +1,155 @@
+"""The decode cache: keys and values of the rows that are still decoding.
+
+Columns: [prefix | query, right-aligned | completion], so that all rows write the same column at the
+same time. A layer's keys are handed out whole, unwritten columns included: a slice of them would be
+copied by every matrix product, and hiding a few columns by the mask costs nothing. Memory therefore
+grows in small blocks.
+
+Letters: B rows, G groups, L layers, H heads, H_kv key/value heads, P prefix tokens, Q padded query
+length, S columns, D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlprompt.kernels.reference import mask_bias
+from rlprompt.model.attention import LayerCall
+from rlprompt.model.tree import TokenTree, TreeContext
+from rlprompt.types import PrefixKV
+
+_BLOCK = 32
+"""Columns by which memory grows; all of it is copied then, once in so many tokens."""
+
+
+class DecodeCache:
+    """Keys and values of B rows in one block of memory, and which columns each row sees."""
+
+    def __init__(
+        self, tree: TokenTree, context: TreeContext, prefix: PrefixKV, copies: int, max_tokens: int
+    ) -> None:
+        """Lay out prefix and queries for `copies` rows per group.
+
+        Args:
+            tree: the prefilled queries.
+            context: the prefill's context, with recorded query keys and values.
+            prefix: the shared prefix.
+            copies: completions per group.
+            max_tokens: longest completion.
+        """
+        mask = tree.queries.mask
+        groups, width = mask.shape
+        self.prefix_tokens = prefix.num_tokens
+        self.column = self.prefix_tokens + width
+        self.padding = (width - mask.sum(1)).repeat_interleave(copies)
+        """int64 [B], unseen columns between prefix and query."""
+        self._rows = groups * copies
+        self._most_columns = self.column + max_tokens
+        like = context.query_keys[0]
+        kv_heads, _, dim = prefix.keys[0].shape
+        layers = len(prefix.keys)
+        self._data = like.new_zeros(2 * layers, self._rows, kv_heads, self._capacity(), dim)
+        align = _right_aligned(mask)[:, None, :, None].expand(-1, kv_heads, -1, dim)
+        shared = [*prefix.keys, *prefix.values]
+        own = [*context.query_keys, *context.query_values]
+        for block, front, back in zip(self._data, shared, own, strict=True):
+            block[:, :, : self.prefix_tokens] = front.to(like.dtype)
+            aligned = back.gather(2, align).repeat_interleave(copies, 0)
+            block[:, :, self.prefix_tokens : self.column] = aligned
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What keys and values are stored in."""
+        return self._data.dtype
+
+    @property
+    def num_rows(self) -> int:
+        """Rows still decoding."""
+        return self._rows
+
+    def _capacity(self) -> int:
+        """Columns to hold from now on: whole blocks, at most what the longest row needs."""
+        return min(self._most_columns, (self.column // _BLOCK + 1) * _BLOCK)
+
+    def reserve(self) -> None:
+        """Make room for the column about to be written."""
+        if self.column < self._data.shape[3]:
+            return
+        parts, rows, kv_heads, columns, dim = self._data[:, : self._rows].shape
+        grown = self._data.new_zeros(parts, rows, kv_heads, self._capacity(), dim)
+        grown[:, :, :, :columns] = self._data[:, : self._rows]
+        self._data = grown
+
+    def positions(self) -> Tensor:
+        """Absolute position [B] of the column about to be written."""
+        return self.column - self.padding[: self._rows]
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, [B, H_kv, S, D], contiguous views."""
+        layers = self._data.shape[0] // 2
+        return self._data[layer, : self._rows], self._data[layers + layer, : self._rows]
+
+    def seen(self, window: int | None) -> Tensor:
+        """bool [B, 1, S]: the columns that the token about to be written may see."""
+        place = torch.arange(self._data.shape[3], device=self.padding.device)[None]
+        padding = self.padding[: self._rows, None]
+        hidden = (place >= self.prefix_tokens) & (place < self.prefix_tokens + padding)
+        seen = ~hidden & (place <= self.column)
+        if window is not None:
+            positions = torch.where(place < self.prefix_tokens, place, place - padding)
+            seen = seen & (self.positions()[:, None] - positions < window)
+        return seen[:, None]
+
+    def drop(self, finished: Tensor) -> Tensor:
+        """Drop finished rows: the last rows that go on move into their places.
+
+        Args:
+            finished: bool [B].
+
+        Returns:
+            int64: which of the present rows stand where from now on.
+        """
+        remaining = int((~finished).sum())
+        order = torch.arange(self._rows, device=finished.device)
+        holes = torch.nonzero(finished[:remaining]).flatten()
+        movers = remaining + torch.nonzero(~finished[remaining:]).flatten()
+        order[holes] = movers
+        if holes.numel():
+            filled = self.column
+            self._data[:, holes, :, :filled] = self._data[:, movers, :, :filled]
+            self.padding[holes] = self.padding[movers]
+        self._rows = remaining
+        return order[:remaining]
+
+
+class DecodeContext:
+    """Attention of one new token per row over its cache."""
+
+    def __init__(self, cache: DecodeCache) -> None:
+        """Attend over `cache`, whose `column` is written by this forward."""
+        cache.reserve()
+        self._cache = cache
+        self._biases: dict[int | None, Tensor] = {}
+
+    def attend(self, call: LayerCall) -> Tensor:
+        """Write the column, then attend: packed [1, H, B, D] in and out."""
+        cache = self._cache
+        key, value = cache.layer(call.layer)
+        key[:, :, cache.column] = call.key[0].transpose(0, 1)
+        value[:, :, cache.column] = call.value[0].transpose(0, 1)
+        query = call.query[0].transpose(0, 1)[:, :, None]  # [B, H, 1, D]
+        out = call.attend(query, key, value, self._bias(call.window))
+        return out.squeeze(2).transpose(0, 1)[None]
+
+    def _bias(self, window: int | None) -> Tensor:
+        if window not in self._biases:
+            self._biases[window] = mask_bias(self._cache.seen(window), self._cache.dtype)
+        return self._biases[window]
+
+
+def _right_aligned(mask: Tensor) -> Tensor:
+    """Gather index [G, Q] that moves right-padded rows to the right edge."""
+    width = mask.shape[1]
+    shift = width - mask.sum(1, keepdim=True)
+    return (torch.arange(width, device=mask.device)[None] - shift).clamp_min(0)

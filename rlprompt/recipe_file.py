@@ -1,0 +1,251 @@
+"""From the text of a recipe to plain values, and from what is wrong in it to one sentence.
+
+YAML is read more strictly than PyYAML does (a key that is given twice is an error) and its numbers
+as YAML 1.2 has them (`1e-3` is a number). What the settings classes object to is explained with the
+YAML path and, for a name, the nearest one that exists.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from rlprompt.errors import InputError
+
+Schema = Mapping[str, Any]
+"""A JSON schema, or a node of one."""
+
+_NEEDS = {
+    "int_type": "an integer",
+    "int_parsing": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text (put it in quotes)",
+    "model_type": "a mapping of keys",
+    "model_attributes_type": "a mapping of keys",
+    "dict_type": "a mapping of keys",
+    "list_type": "a list (begin each entry with '- ')",
+    "tuple_type": "a list (begin each entry with '- ')",
+    "greater_than": "above {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "below {lt}",
+    "less_than_equal": "at most {le}",
+    "too_short": "a list of at least {min_length}",
+    "too_long": "a list of at most {max_length}",
+    "string_too_short": "text of at least {min_length} character(s)",
+}
+"""What a value must be, by pydantic's error type."""
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key.value}' is given twice", key.start_mark
+                )
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+\Z"),
+    list("-+.0123456789"),
+)
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        InputError: the file is not there, cannot be read, or is not a YAML mapping.
+    """
+    if path.is_dir():
+        raise InputError(f"recipe '{path}' is a folder; name the YAML file in it")
+    if not path.is_file():
+        raise InputError(f"recipe '{path}' does not exist; {_neighbour(path)}")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"recipe '{path}' is not UTF-8 text; save it with that encoding"
+        ) from error
+    except OSError as error:
+        raise InputError(
+            f"recipe '{path}' cannot be read ({error.strerror}); check its permissions"
+        ) from error
+    except yaml.YAMLError as error:
+        raise InputError(f"recipe '{path}' is not valid YAML: {_reason(error)}") from error
+    if not isinstance(tree, dict):
+        raise InputError(
+            f"recipe '{path}' is not a mapping of keys; begin with 'name:', see docs/recipe.md"
+        )
+    return tree
+
+
+def _neighbour(path: Path) -> str:
+    names = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"did you mean '{path.parent / near[0]}'?" if near else "check the path"
+
+
+def _reason(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = " ".join(str(getattr(error, "problem", None) or error).split())
+    if mark is None:
+        return f"{problem}; mend it"
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}; mend that line"
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one `key.path=value` in a tree, in place; the value is parsed as YAML.
+
+    Entries of lists are named by their index. Keys that are not there are made; whether they may be
+    is for the settings classes to say.
+
+    Raises:
+        InputError: it is not of that form, or the path leads through a plain value or past a list.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise InputError(f"override '{override}' is not of the form key=value; write one")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise InputError(
+            f"override '{override}' has a value that is not YAML; put it in quotes"
+        ) from error
+    *parents, last = key.strip().split(".")
+    node: Any = tree
+    for part in parents:
+        if isinstance(node, dict) and node.get(part) is None:
+            node[part] = {}
+        node = node[_place(node, part, override)]
+    node[_place(node, last, override)] = value
+
+
+def _place(node: Any, part: str, override: str) -> Any:
+    """The key or index under which a mapping or list holds `part`."""
+    if isinstance(node, dict):
+        return part
+    if not isinstance(node, list):
+        raise InputError(
+            f"override '{override}' looks for '{part}' below a plain value; check the key"
+        )
+    if not part.isdecimal() or int(part) >= len(node):
+        last = f"the entries are 0 to {len(node) - 1}" if node else "the list is empty"
+        raise InputError(f"override '{override}': '{part}' is not an index; {last}")
+    return int(part)
+
+
+def explain(error: ValidationError, schema: Schema) -> tuple[str, str]:
+    """The first thing that the settings classes object to; unknown keys come before all else.
+
+    Args:
+        error: raised by the class that `schema` belongs to.
+        schema: its JSON schema.
+
+    Returns:
+        The YAML path, such as `rewards.0.weight`, and one sentence that names it.
+    """
+    # A list of which every entry is wrong is not also too short.
+    wrong = error.errors()
+    problems = [p for p in wrong if p["type"] != "too_short"] or wrong
+    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    place, node = _follow(first["loc"], schema)
+    more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
+    return place, _sentence(first, place, node, schema) + more
+
+
+def _sentence(problem: Any, place: str, node: Schema, schema: Schema) -> str:
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "extra_forbidden":
+        _, parent = _follow(problem["loc"][:-1], schema)
+        known = list(parent.get("properties", {}))
+        return f"unknown key '{place}'; {_nearest(problem['loc'][-1], known, 'known keys: ')}"
+    if kind == "missing":
+        return f"'{place}' is missing; add it"
+    if kind == "invalid_key":
+        return f"the key {place} is not text; put it in quotes or remove it"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        tags = [_tag(option) for option in _options(node, schema)]
+        if kind == "union_tag_not_found":
+            return f"'{place}.type' is missing; add one of {', '.join(tags)}"
+        return f"'{place}.type' is {context['tag']!r}; {_nearest(context['tag'], tags, 'use ')}"
+    if kind in _NEEDS:
+        need = _NEEDS[kind].format(**context)
+        return f"'{place}' must be {need}, given {_shown(problem['input'])}"
+    if kind == "literal_error":
+        choices = [str(each) for each in node.get("enum", [node.get("const")])]
+        given = _shown(problem["input"])
+        return f"'{place}' is {given}; {_nearest(problem['input'], choices, 'use one of ')}"
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    return f"'{place}': {message}" if place else str(message)
+
+
+def _follow(location: Sequence[int | str], schema: Schema) -> tuple[str, Schema]:
+    """The YAML path of a place, and its schema. Tags of unions are no part of the path."""
+    parts: list[str] = []
+    node = _resolved(schema, schema)
+    for part in location:
+        tagged = {_tag(option): option for option in _options(node, schema)}
+        if part in tagged:
+            node = tagged[str(part)]
+            continue
+        if isinstance(part, int) and "items" in node:
+            node = node["items"]
+        else:
+            node = node.get("properties", {}).get(part, {})
+        parts.append(str(part))
+        node = _resolved(node, schema)
+    return ".".join(parts), node
+
+
+def _resolved(node: Schema, schema: Schema) -> Schema:
+    """A node without indirections: what `$ref` points to, what may be null beside null."""
+    while True:
+        choices = [each for each in node.get("anyOf", ()) if each.get("type") != "null"]
+        if "$ref" in node:
+            node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
+        elif len(choices) == 1:
+            node = choices[0]
+        else:
+            return node
+
+
+def _options(node: Schema, schema: Schema) -> list[Schema]:
+    """The members of a tagged union; none for any other node."""
+    return [_resolved(option, schema) for option in node.get("oneOf", ())]
+
+
+def _tag(option: Schema) -> str:
+    return str(option.get("properties", {}).get("type", {}).get("const", ""))
+
+
+def _nearest(wrong: object, known: Sequence[str], otherwise: str) -> str:
+    near = _close(wrong, known)
+    if near:
+        return f"did you mean {near}?"
+    return otherwise + ", ".join(known) if known else "remove it"
+
+
+def _close(wrong: object, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(str(wrong).lower(), known, n=1)
+    return f"'{near[0]}'" if near else ""
+
+
+def _shown(value: object) -> str:
+    text = " ".join(repr(value)[:240].split())
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,50 @@
+"""What a run is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rlprompt.algorithms.base import Algorithm
+from rlprompt.data.base import QuerySplit
+from rlprompt.engines.base import Engine
+from rlprompt.engines.sampling import SamplingSettings
+from rlprompt.evaluation.heldout import EvaluationSettings
+from rlprompt.policy import Policy
+from rlprompt.prompts.base import Prompt
+from rlprompt.rewards.runner import RewardRunner
+from rlprompt.training.settings import TrainingSettings
+from rlprompt.training.tracker import TrackerGroup
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """Everything a run is made of; `rlprompt.recipe` builds it."""
+
+    name: str
+    """What the run is called in reports and artifacts."""
+    policy: Policy
+    """With the prompt that is trained."""
+    engine: Engine
+    """What draws completions."""
+    algorithm: Algorithm
+    """How the prompt learns."""
+    reference: Prompt | None
+    """Prompt of the reference policy; None when the algorithm needs none."""
+    rewards: RewardRunner
+    """What is rewarded."""
+    data: QuerySplit
+    """Training and held-out queries."""
+    sampling: SamplingSettings
+    """How completions are drawn."""
+    training: TrainingSettings
+    """Steps, optimizer, checkpoints."""
+    evaluation: EvaluationSettings
+    """Held-out evaluation."""
+    trackers: TrackerGroup
+    """Where the run reports to."""
+    seed: int
+    """Of everything drawn at random."""
+    recipe: Mapping[str, Any]
+    """The resolved recipe as plain values."""

@@ -1,0 +1,251 @@
+"""rlprompt against TRL + PEFT prompt tuning: one GRPO step, rollout, memory, and the GEMM floor.
+
+    python scripts/bench_peers.py [--json FILE] [--rounds 5] [--max-new-tokens 48]
+
+Four processes take turns (TRL, rlprompt, HF generate, bare matrix products; A B C D A B C D ...) on
+the same model, dtype, queries, reward and number of completion tokens; the others sleep meanwhile.
+Each does one warm-up that does not count. Ratios are of medians. Every setting of every side is in
+the JSON.
+
+    step_ratio     TRL's seconds per step / ours               (goal: at least 4)
+    rollout_ratio  our completion tokens per second / HF's     (goal: at least 3)
+    rss_ratio      our peak resident memory / TRL's            (goal: at most 0.4)
+    floor_ratio    our forward + backward / bare products      (goal: at most 1.6)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+REWARD = "reward_models/concise.py:reward"
+GOALS = {
+    "step_ratio": (4.0, "at least"),
+    "rollout_ratio": (3.0, "at least"),
+    "rss_ratio": (0.4, "at most"),
+    "floor_ratio": (1.6, "at most"),
+}
+
+
+class Worker:
+    """A peer process that does one unit of work per command."""
+
+    def __init__(self, name: str, module: str, flags: dict[str, Any]) -> None:
+        """Start it and wait until it is ready."""
+        self.name = name
+        command = [sys.executable, "-m", f"scripts.peers.{module}"]
+        for key, value in flags.items():
+            command += [f"--{key}", str(value)]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+        )
+        self.ready = self._read()
+        self.steps: list[dict[str, Any]] = []
+
+    def step(self, *, counts: bool) -> dict[str, Any]:
+        """One unit of work; `counts` = it belongs to the medians."""
+        assert self._process.stdin is not None
+        self._process.stdin.write('{"cmd": "step"}\n')
+        self._process.stdin.flush()
+        report = self._read()
+        if counts:
+            self.steps.append(report)
+        return report
+
+    def quit(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.write('{"cmd": "quit"}\n')
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+    def median(self, *keys: str) -> float:
+        """Median over counted steps of a nested number."""
+        values = []
+        for step in self.steps:
+            value: Any = step
+            for key in keys:
+                value = value.get(key, 0.0)
+            values.append(float(value))
+        return statistics.median(values)
+
+    def phases(self) -> dict[str, float]:
+        """Median seconds by phase."""
+        names = dict.fromkeys(name for step in self.steps for name in step["phases"])
+        return {name: self.median("phases", name) for name in names}
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._log.seek(0)
+            tail = "".join(self._log.readlines()[-15:])
+            raise SystemExit(f"the {self.name} process ended:\n{tail}")
+        report: dict[str, Any] = json.loads(line)
+        if report["event"] == "error":
+            raise SystemExit(f"{self.name}: {report['message']}")
+        return report
+
+
+def model_folder() -> Path:
+    """The embedded default model, fetched if need be."""
+    from rlprompt.model.fetch import fetch
+
+    return fetch("smollm2-135m", progress=lambda line: print(line, file=sys.stderr))
+
+
+def write_queries(folder: Path) -> Path:
+    """The training queries of `everyday.jsonl` in a file of their own."""
+    rows = (ROOT / "recipes/data/everyday.jsonl").read_text(encoding="utf-8").splitlines()
+    kept = [row for row in rows if json.loads(row)["split"] == "train"]
+    path = folder / "queries.jsonl"
+    path.write_text("\n".join(kept) + "\n", encoding="utf-8")
+    return path
+
+
+def start_workers(options: argparse.Namespace, queries: Path) -> dict[str, Worker]:
+    """All four processes, ready."""
+    model = str(model_folder())
+    tokens = options.max_new_tokens
+    work = {
+        "model": model,
+        "queries": queries,
+        "max-new-tokens": tokens,
+        "min-new-tokens": tokens,
+        "num-queries": options.num_queries,
+        "group-size": options.group_size,
+    }
+    train = {**work, "reward": REWARD, "num-virtual-tokens": options.num_virtual_tokens}
+    workers = {
+        "trl": Worker("TRL + PEFT", "trl_grpo", train),
+        "rlprompt": Worker("rlprompt", "rlprompt_grpo", train),
+        "generate": Worker("HF generate", "hf_generate", work),
+    }
+    first = workers["rlprompt"].step(counts=False)["tokens"]
+    floor = {
+        "model": model,
+        "tokens": first["forward_positions"],
+        "head-tokens": first["completion"],
+    }
+    workers["floor"] = Worker("GEMM floor", "gemm_floor", floor)
+    return workers
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Run all rounds and return everything that was measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        workers = start_workers(options, write_queries(Path(folder)))
+        for turn in range(options.rounds + 1):
+            for worker in workers.values():
+                report = worker.step(counts=turn > 0)
+                label = "warm-up" if turn == 0 else f"round {turn}/{options.rounds}"
+                print(f"{label:12} {worker.name:12} {report['seconds']:7.2f} s", file=sys.stderr)
+        for worker in workers.values():
+            worker.quit()
+    return summarise(workers, options)
+
+
+def summarise(workers: dict[str, Worker], options: argparse.Namespace) -> dict[str, Any]:
+    """Medians, ratios and settings."""
+    from scripts.peers.gemm_floor import summarise as summarise_floor
+
+    trl, ours, generate = workers["trl"], workers["rlprompt"], workers["generate"]
+    floor = summarise_floor([step["parts"] for step in workers["floor"].steps])
+    phases = ours.phases()
+    learned = sum(phases[name] for name in ("prefill", "forward", "backward"))
+    our_rate = statistics.median(
+        step["tokens"]["completion"] / step["phases"]["rollout"] for step in ours.steps
+    )
+    peer_rate = generate.median("tokens_per_second")
+    return {
+        "step_ratio": trl.median("seconds") / ours.median("seconds"),
+        "rollout_ratio": our_rate / peer_rate,
+        "rss_ratio": ours.steps[-1]["peak_rss_mb"] / trl.steps[-1]["peak_rss_mb"],
+        "floor_ratio": learned / floor["floor_seconds"],
+        "rounds": options.rounds,
+        "trl": {
+            "seconds": trl.median("seconds"),
+            "phases": trl.phases(),
+            "peak_rss_mb": trl.steps[-1]["peak_rss_mb"],
+            "tokens": trl.steps[-1]["tokens"],
+            "all_seconds": [s["seconds"] for s in trl.steps],
+            **trl.ready,
+        },
+        "rlprompt": {
+            "seconds": ours.median("seconds"),
+            "phases": phases,
+            "peak_rss_mb": ours.steps[-1]["peak_rss_mb"],
+            "tokens": ours.steps[-1]["tokens"],
+            "tokens_per_second": our_rate,
+            "all_seconds": [s["seconds"] for s in ours.steps],
+            **ours.ready,
+        },
+        "generate": {"tokens_per_second": peer_rate, **generate.ready},
+        "floor": {**floor, "forward_backward_seconds": learned, **workers["floor"].ready},
+        "machine": {
+            "cores": os.cpu_count(),
+            "processor": platform.processor() or platform.machine(),
+            "python": platform.python_version(),
+        },
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print ratios and phases."""
+    print(f"\n{'':14}{'measured':>10}   goal")
+    for key, (goal, sense) in GOALS.items():
+        met = result[key] >= goal if sense == "at least" else result[key] <= goal
+        print(f"{key:14}{result[key]:10.2f}   {sense} {goal} {'(met)' if met else '(NOT met)'}")
+    print("\nmedian seconds per step by phase")
+    for side in ("trl", "rlprompt"):
+        entry = result[side]
+        parts = ", ".join(f"{k} {v:.2f}" for k, v in entry["phases"].items() if v >= 0.005)
+        print(f"  {side:9}{entry['seconds']:7.2f}  ({parts}); peak {entry['peak_rss_mb']:.0f} MiB")
+    print(
+        f"\nrollout: rlprompt {result['rlprompt']['tokens_per_second']:.0f} tokens/s, HF generate "
+        f"{result['generate']['tokens_per_second']:.0f} tokens/s"
+    )
+    print(
+        f"forward + backward {result['floor']['forward_backward_seconds']:.2f} s, bare products "
+        f"{result['floor']['floor_seconds']:.2f} s"
+    )
+
+
+def main() -> None:
+    """Measure, print, and write the JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, help="where the result goes")
+    parser.add_argument("--rounds", type=int, default=5, help="counted steps of each side")
+    parser.add_argument("--num-queries", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=8)
+    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--num-virtual-tokens", type=int, default=16)
+    options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    sys.path.insert(0, str(ROOT))
+    result = measure(options)
+    show(result)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

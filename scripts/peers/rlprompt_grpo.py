@@ -1,0 +1,229 @@
+"""rlprompt's side of the benchmark: one GRPO step, as a worker.
+
+python -m scripts.peers.rlprompt_grpo --model DIR --queries FILE --reward FILE.py:NAME
+    a worker (see `worker.py`): one line `{"cmd": "step"}` = one GRPO step
+
+python -m scripts.peers.rlprompt_grpo ... --steps 20 --heldout FILE --eval-every 2 --json OUT
+    trains and writes the held-out reward by step
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlprompt.algorithms.grpo import GRPO, GRPOSettings
+from rlprompt.data import QuerySampler
+from rlprompt.engines.native import NativeEngine
+from rlprompt.engines.sampling import SamplingSettings
+from rlprompt.evaluation.heldout import HeldoutEvaluator
+from rlprompt.model.base import ModelSettings
+from rlprompt.prompts.soft import SoftPrompt, SoftSettings
+from rlprompt.recipe import build_policy
+from rlprompt.rewards import RewardSettings, build_rewards
+from rlprompt.rollout import collect
+from rlprompt.training.optimizer import build_optimizer
+from rlprompt.training.settings import OptimizerSettings
+from rlprompt.training.update import PhaseClock, Updater
+from rlprompt.types import Query
+from scripts.peers.worker import (
+    claim_stdout,
+    cpu_seconds,
+    emit,
+    load_queries,
+    memory,
+    parse_settings,
+    serve,
+    setting,
+    versions,
+)
+
+PACKAGES = ("rlprompt", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """The same choices as `TrlSettings`, by the same names."""
+
+    model: str = field(metadata={"help": "Folder of the base model."})
+    queries: str = field(metadata={"help": "JSONL of training queries (field `query`)."})
+    reward: str = field(metadata={"help": "Reward function, FILE.py:NAME or module:NAME."})
+    init_text: str = setting("You are a helpful assistant.", "Text that initialises the prompt.")
+    num_virtual_tokens: int = setting(16, "Trained embeddings; the init text is tiled or cut.")
+    num_queries: int = setting(4, "Queries per step.")
+    group_size: int = setting(8, "Completions per query.")
+    max_new_tokens: int = setting(48, "Longest completion.")
+    min_new_tokens: int = setting(0, "Shortest completion; equal to the longest = fixed work.")
+    temperature: float = setting(1.0, "Sampling temperature.")
+    lr: float = setting(0.01, "Learning rate of AdamW; constant unless --cosine-steps is given.")
+    cosine_steps: int = setting(0, "Length of a cosine schedule; 0 = constant.")
+    max_grad_norm: float = setting(1.0, "Gradient clipping; 0 switches it off.")
+    beta: float = setting(0.0, "KL coefficient against the base without a prompt.")
+    max_norm_ratio: float = setting(1.5, "Trust region of the soft tokens; 0 switches it off.")
+    token_budget: int = setting(2048, "Packed tokens per micro-batch.")
+    seed: int = setting(0, "Seed of data order, sampling and initialisation.")
+    threads: int = setting(0, "torch.set_num_threads; 0 leaves torch's choice.")
+    steps: int = setting(0, "Train this many steps and stop; 0 = be a worker.")
+    heldout: str = setting("", "JSONL of held-out queries, for --steps.")
+    eval_every: int = setting(1, "Evaluate before the first and after every n-th step.")
+    heldout_samples: int = setting(1, "Completions per held-out query.")
+    eval_seed: int = setting(1234, "Sampling seed of every evaluation.")
+    json: str = setting("", "Where --steps writes its result; empty = stdout.")
+
+
+class Stepper:
+    """One training step at a time, built from the parts that `rlprompt train` uses."""
+
+    def __init__(self, settings: StepSettings) -> None:
+        """Load the base and join the parts."""
+        self.settings = settings
+        threads = settings.threads or None
+        self.policy = build_policy(ModelSettings(path=settings.model, threads=threads))
+        soft = SoftSettings(
+            num_virtual_tokens=settings.num_virtual_tokens,
+            init_text=settings.init_text,
+            max_norm_ratio=settings.max_norm_ratio or None,
+        )
+        self.policy.prompt = SoftPrompt.create(soft, self.policy, settings.seed)
+        self.engine = NativeEngine(self.policy)
+        self.sampling = SamplingSettings(
+            temperature=settings.temperature,
+            max_tokens=settings.max_new_tokens,
+            min_tokens=settings.min_new_tokens,
+        )
+        reward = RewardSettings(path=str(Path(settings.reward).absolute()), name="reward")
+        self.rewards = build_rewards([reward], Path.cwd())
+        grpo = GRPOSettings(group_size=settings.group_size, kl_coef=settings.beta)
+        self.optimizer = build_optimizer(
+            self.policy.parameters(), OptimizerSettings(lr=settings.lr), settings.lr
+        )
+        self.queries = as_queries(load_queries(settings.queries))
+        self.sampler = QuerySampler(len(self.queries), settings.num_queries, settings.seed)
+        self.updater = Updater(
+            self.policy,
+            GRPO(grpo, settings.max_new_tokens),
+            None,
+            temperature=settings.temperature,
+            token_budget=settings.token_budget,
+        )
+        self.step_number = 0
+
+    def step(self) -> dict[str, Any]:
+        """One rollout batch and its update."""
+        settings = self.settings
+        wall, cpu = time.perf_counter(), cpu_seconds()
+        clock = PhaseClock()
+        self.engine.sync(self.policy.prompt)
+        sync = time.perf_counter() - wall
+        batch = collect(
+            self.engine,
+            [self.queries[i] for i in self.sampler.next()],
+            settings.group_size,
+            self.sampling,
+            self.rewards,
+            step=self.step_number,
+            seed=settings.seed * 100_003 + self.step_number,
+        )
+        _, metrics = self.updater.learn(
+            batch, self.optimizer, self._set_lr, settings.max_grad_norm or None, clock
+        )
+        self.step_number += 1
+        seconds = time.perf_counter() - wall
+        phases = {"rollout": batch.rollout_seconds + sync, "reward": batch.reward_seconds}
+        phases |= dict(clock.seconds)
+        queries = [self.policy.query_ids(group.query) for group in batch.groups]
+        completion = int(batch.lengths.sum())
+        return {
+            "seconds": seconds,
+            "cpu_seconds": cpu_seconds() - cpu,
+            "phases": {**phases, "other": seconds - sum(phases.values())},
+            "tokens": {
+                "rows": len(batch.completions),
+                "query": sum(map(len, queries)) * settings.group_size,
+                "prefix": self.policy.prefix_length(),
+                "completion": completion,
+                "forward_positions": sum(map(len, queries)) + completion - len(batch.completions),
+            },
+            "reward": float(batch.rewards.total.nanmean()),
+            "sampling_logp_difference": metrics["sampling/sampling_logp_difference/mean"],
+        }
+
+    def evaluator(self) -> HeldoutEvaluator:
+        """Held-out evaluation with the sampling of training."""
+        settings = self.settings
+        return HeldoutEvaluator(
+            self.policy,
+            self.engine,
+            self.rewards,
+            as_queries(load_queries(settings.heldout)),
+            self.sampling,
+            completions_per_query=settings.heldout_samples,
+            seed=settings.eval_seed,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Settings and versions."""
+        threads = {"threads_used": torch.get_num_threads(), "dtype": str(self.policy.base.dtype)}
+        return {"settings": {**asdict(self.settings), **threads}, "versions": versions(*PACKAGES)}
+
+    def _set_lr(self) -> float:
+        lr, total = self.settings.lr, self.settings.cosine_steps
+        if total:
+            lr *= 0.1 + 0.45 * (1.0 + math.cos(math.pi * min(1.0, self.step_number / total)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+
+def as_queries(rows: list[dict[str, Any]]) -> list[Query]:
+    """Rows with a `query` text as conversations of one turn."""
+    return [
+        Query(
+            ({"role": "user", "content": row["query"]},),
+            {key: value for key, value in row.items() if key != "query"},
+            index,
+        )
+        for index, row in enumerate(rows)
+    ]
+
+
+def train_and_evaluate(settings: StepSettings) -> dict[str, Any]:
+    """Train `settings.steps` steps; return settings, one report per step and held-out reward."""
+    stepper = Stepper(settings)
+    evaluator = stepper.evaluator()
+    reports: list[dict[str, Any]] = []
+    curve = []
+    for number in range(settings.steps + 1):
+        if number:
+            reports.append(stepper.step())
+        if number % settings.eval_every == 0 or number == settings.steps:
+            result = evaluator.evaluate(stepper.policy.prompt, number)
+            curve.append({"step": number, **result.metrics})
+            sys.stderr.write(f"step {number}: held-out reward {result.reward:.3f}\n")
+    return {**stepper.describe(), "steps": reports, "heldout": curve}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read the flags and run as worker or as a short training."""
+    settings = parse_settings(StepSettings, __doc__ or "", argv)
+    out = claim_stdout()
+    if not settings.steps:
+        stepper = Stepper(settings)
+        serve(stepper.step, stepper.describe(), out)
+        return
+    result = train_and_evaluate(settings)
+    if settings.json:
+        Path(settings.json).write_text(json.dumps(result) + "\n", encoding="utf-8")
+    else:
+        emit(out, "result", {**result, **memory()})
+
+
+if __name__ == "__main__":
+    main()

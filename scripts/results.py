@@ -1,0 +1,198 @@
+"""docs/results.jsonl (one row per run) and docs/results.md (made from it).
+
+python scripts/results.py add RUN_DIR ... --recipe recipes/concise/smollm2_grpo.yaml
+    append the finished runs in these folders to docs/results.jsonl (a run of the same recipe,
+    method and seed is replaced) and keep ten held-out answers of the first one
+python scripts/results.py render
+    write docs/results.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS, ANSWERS, PAGE = (
+    ROOT / "docs" / f"results.{kind}" for kind in ("jsonl", "answers.json", "md")
+)
+WHO = {"base": "base", "handwritten": "hand-written", "learned": "learned"}
+
+
+def read_run(folder: Path, recipe: str) -> dict[str, Any]:
+    """One row of results.jsonl from a run folder."""
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    resolved = yaml.safe_load((folder / "recipe.resolved.yaml").read_text(encoding="utf-8"))
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").open(encoding="utf-8")]
+    seed = resolved["seed"]
+    best = [row for row in metrics if row["step"] <= max(1, summary["best_step"])][-1]
+    heldout = summary["heldout"]
+    return {
+        "recipe": recipe,
+        "method": resolved["algorithm"]["type"],
+        "representation": resolved["prompt"]["type"],
+        "seed": seed,
+        "heldout_reward_base": summary["heldout_reward_before"],
+        "heldout_reward_handwritten": summary["heldout_reward_handwritten"],
+        "heldout_reward_learned": summary["heldout_reward_after"],
+        "kl": best.get("kl"),
+        "seconds": round(summary["seconds"], 1),
+        "steps": summary["steps"],
+        "best_step": summary["best_step"],
+        "command": f"rlprompt train {recipe} seed={seed}",
+        "handwritten": resolved["evaluation"]["handwritten"],
+        "heldout": {
+            who: {
+                key: heldout[who][key]
+                for key in (
+                    "reward_sem",
+                    "rewards",
+                    "mean_length",
+                    "terminated_share",
+                    "base_logprob",
+                    "num_completions",
+                )
+            }
+            for who in WHO
+            if who in heldout
+        },
+        "base_unchanged": summary["base_fingerprint_before"] == summary["base_fingerprint_after"],
+    }
+
+
+def answers_of(folder: Path, best_step: int, count: int = 10) -> list[dict[str, str]]:
+    """Held-out answers side by side: the first completion of each of the first queries."""
+    rows = [json.loads(line) for line in (folder / "completions.jsonl").open(encoding="utf-8")]
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for row in rows:
+        if row["split"] != "heldout" or (row["who"] == "learned" and row["step"] != best_step):
+            continue
+        found[row["query"]].setdefault(row["who"], f"({row['reward']:.2f}) {row['completion']}")
+    return [{"query": query, **texts} for query, texts in list(found.items())[:count]]
+
+
+def add(folders: list[Path], recipe: str) -> None:
+    """Put runs into results.jsonl."""
+    rows = [json.loads(line) for line in ROWS.open(encoding="utf-8")] if ROWS.exists() else []
+    answers = json.loads(ANSWERS.read_text(encoding="utf-8")) if ANSWERS.exists() else {}
+    for number, folder in enumerate(folders):
+        row = read_run(folder, recipe)
+        same = ("recipe", "method", "representation", "seed")
+        rows = [old for old in rows if any(old[key] != row[key] for key in same)] + [row]
+        if number == 0:
+            answers[recipe] = answers_of(folder, row["best_step"])
+    rows.sort(key=lambda row: (row["recipe"], row["method"], row["representation"], row["seed"]))
+    ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    ANSWERS.write_text(json.dumps(answers, indent=1) + "\n", encoding="utf-8")
+
+
+def spread(values: list[float]) -> str:
+    """`mean +- standard deviation`, or the value alone."""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+
+def cell(text: str) -> str:
+    """A completion as one Markdown table cell; nothing in it is markup."""
+    plain = " ".join(text.split())
+    for sign in "\\`*_{}[]<>#|~":
+        plain = plain.replace(sign, "\\" + sign if sign != "<" else "&lt;")
+    return plain
+
+
+def section(recipe: str, rows: list[dict[str, Any]], answers: list[dict[str, str]]) -> list[str]:
+    """One recipe: its table of held-out means, and ten answers."""
+    seeds = ", ".join(str(row["seed"]) for row in rows)
+    names = list(rows[0]["heldout"]["base"]["rewards"])
+    lines = [
+        f"## {recipe}",
+        "",
+        f"`rlprompt train {recipe} seed=N`, N = {seeds}; mean ± standard deviation over seeds "
+        f"({rows[0]['heldout']['base']['num_completions']} held-out completions each).",
+        "",
+        f"Hand-written: *{cell(rows[0]['handwritten'])}*",
+        "",
+        "| | reward | " + " | ".join(names) + " | tokens | ended | log-prob under the base |",
+        "|---" * (len(names) + 5) + "|",
+    ]
+    for who, label in WHO.items():
+        held = [row["heldout"][who] for row in rows]
+        values = [
+            spread([row[f"heldout_reward_{who}"] for row in rows]),
+            *(spread([h["rewards"][name] for h in held]) for name in names),
+            spread([h["mean_length"] for h in held]),
+            spread([h["terminated_share"] for h in held]),
+            spread([h["base_logprob"] for h in held]),
+        ]
+        lines.append(f"| {label} | " + " | ".join(values) + " |")
+    better = all(
+        row["heldout_reward_learned"]
+        > max(row["heldout_reward_base"], row["heldout_reward_handwritten"])
+        for row in rows
+    )
+    known = [row["kl"] for row in rows if row["kl"] is not None]
+    lines += [
+        "",
+        f"Learned above base and hand-written in every seed: {'yes' if better else 'no'}; best "
+        f"step {', '.join(str(row['best_step']) for row in rows)} of {rows[0]['steps']}; seconds "
+        f"{', '.join(str(round(row['seconds'])) for row in rows)}"
+        + (f"; KL to the base at the best step {spread(known)}" if known else "")
+        + "; base fingerprint unchanged: "
+        + ("yes." if all(row["base_unchanged"] for row in rows) else "no."),
+        "",
+        "| held-out query | base | hand-written | learned |",
+        "|---|---|---|---|",
+    ]
+    for answer in answers:
+        texts = (cell(answer.get(key, "")) for key in ("query", *WHO))
+        lines.append("| " + " | ".join(texts) + " |")
+    return [*lines, ""]
+
+
+def render() -> None:
+    """Write results.md."""
+    rows = [json.loads(line) for line in ROWS.open(encoding="utf-8")]
+    answers = json.loads(ANSWERS.read_text(encoding="utf-8"))
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[row["recipe"]].append(row)
+    lines = [
+        "# Results",
+        "",
+        "Made by `python scripts/results.py render` from `docs/results.jsonl`; do not edit. Base = "
+        "the frozen model as its template renders a conversation without a system message. All "
+        "three prompts meet the same queries, sampling and seed. The learned prompt is the one "
+        "that did best on these held-out queries in training, which flatters it a little. The ten "
+        "answers are the first ten held-out queries of the first seed, not chosen; their reward is "
+        "in brackets.",
+        "",
+    ]
+    for recipe, group in groups.items():
+        lines += section(recipe, group, answers[recipe])
+    PAGE.write_text("\n".join(lines), encoding="utf-8")
+
+
+def main() -> None:
+    """Add runs, or render."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    adder = commands.add_parser("add")
+    adder.add_argument("folders", nargs="+", type=Path)
+    adder.add_argument("--recipe", required=True)
+    commands.add_parser("render")
+    options = parser.parse_args()
+    if options.command == "add":
+        add(options.folders, options.recipe)
+    else:
+        render()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""The card is a page for people, whatever the names and texts in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlprompt.artifacts.card import card
+
+
+def card_of(**changes: Any) -> str:
+    info = {
+        "name": "concise",
+        "representation": "soft",
+        "num_virtual_tokens": 16,
+        "init_text": "Be brief.",
+        "base": "org/model",
+        "base_fingerprint": "f" * 64,
+        "template_hash": "t" * 64,
+        "created": "2026-01-01T00:00:00+00:00",
+        "metrics": {"heldout_reward_before": -1.23456, "heldout_reward_handwritten": None},
+    }
+    return card({**info, **changes})
+
+
+def test_it_says_what_the_prompt_is_and_how_it_did() -> None:
+    text = card_of()
+    assert text.startswith("# concise: a learned system prompt\n")
+    assert "soft prompt of 16 positions" in text and "org/model" in text
+    assert "| started from | Be brief. |" in text
+    assert "-1.235 |" in text and "| heldout\\_reward\\_handwritten | - |" in text
+    assert "rlprompt chat" in text and text.endswith("\n")
+
+
+def test_a_random_start_and_no_results() -> None:
+    text = card_of(init_text="", metrics={})
+    assert "| started from | random embeddings |" in text
+    assert "Held-out" not in text
+
+
+def test_texts_neither_break_the_table_nor_act_as_markup() -> None:
+    nasty = 'a | b\n\n# Heading\r\n<script>alert("x")</script> [link](http://evil) `code` *b* \\|'
+    text = card_of(name="x\n# y", init_text=nasty, base="b<i>")
+    row = next(line for line in text.splitlines() if line.startswith("| started from"))
+    assert row == (
+        '| started from | a \\| b # Heading &lt;script&gt;alert("x")&lt;/script&gt; '
+        "\\[link\\](http://evil) \\`code\\` \\*b\\* \\\\\\| |"
+    )
+    assert "<script" not in text and "<i>" not in text
+    assert [line for line in text.splitlines() if line.startswith("#")] == [
+        "# x # y: a learned system prompt",
+        "## Held-out results",
+        "## Use",
+    ]

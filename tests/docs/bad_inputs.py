@@ -1,0 +1,308 @@
+"""Wrong recipes, models, rewards, datasets, artifacts and run folders, each made to order."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from tests.cli.runs import with_changes, write_recipe
+from tests.fixtures.tiny import tiny_model, tiny_tokenizer
+
+TRAIN = ("train", "recipe.yaml")
+
+
+@dataclass(frozen=True)
+class Project:
+    """A folder with a model, a finished run, and a recipe that works."""
+
+    folder: Path
+
+    def recipe(self, **changes: Any) -> Sequence[str]:
+        """Change the recipe; `__` in a name stands for a dot, None deletes a key."""
+        write_recipe(self.folder, Path("model"), **changes)
+        return TRAIN
+
+    def model(self, **changes: Any) -> Sequence[str]:
+        """Change the model's config.json; None deletes a key."""
+        path = self.folder / "model" / "config.json"
+        config = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+        return TRAIN
+
+    def reward(self, source: str, **changes: Any) -> Sequence[str]:
+        """Write another reward.py."""
+        self.recipe(**changes)
+        (self.folder / "reward.py").write_text(source)
+        return TRAIN
+
+    def reward_returning(self, values: str, **changes: Any) -> Sequence[str]:
+        """Write a reward that returns an expression."""
+        source = f"def reward(completions, **kwargs):\n    return {values}\n"
+        return self.reward(source, **changes)
+
+    def write(self, name: str, text: str) -> Sequence[str]:
+        """Write a file."""
+        (self.folder / name).write_text(text)
+        return TRAIN
+
+    def rows(self, name: str, *rows: Any, **changes: Any) -> Sequence[str]:
+        """Write a JSONL dataset and name it in the recipe."""
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        (self.folder / name).write_text("\n".join(lines) + "\n")
+        return self.recipe(data={"path": name, **changes})
+
+    def artifact(self, **changes: Any) -> Sequence[str]:
+        """Change prompt.json of the run's artifact."""
+        path = self.folder / "run" / "artifact" / "prompt.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        return chat()
+
+    def tensors(self, embeddings: torch.Tensor) -> Sequence[str]:
+        """Write other tensors into the run's artifact."""
+        path = self.folder / "run" / "artifact" / "prompt.safetensors"
+        save_file({"embeddings": embeddings}, path)
+        return chat()
+
+    def remove(self, *names: str, then: Sequence[str] = TRAIN) -> Sequence[str]:
+        """Remove files."""
+        for name in names:
+            (self.folder / name).unlink()
+        return then
+
+
+def chat(*options: str) -> Sequence[str]:
+    return ("chat", "run/artifact", "--query", "what is rain", *options)
+
+
+def train(*options: str) -> Sequence[str]:
+    return (*TRAIN, *options)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A wrong input: what a person did, and how to make it and run it."""
+
+    section: str
+    title: str
+    arguments: Callable[[Project], Sequence[str]]
+
+
+def _recipe_text(change: Callable[[str], str]) -> Callable[[Project], Sequence[str]]:
+    def arguments(project: Project) -> Sequence[str]:
+        text = yaml.safe_dump(with_changes({}), sort_keys=False)
+        return project.write("recipe.yaml", change(text))
+
+    return arguments
+
+
+def _other_base(project: Project) -> Sequence[str]:
+    other = project.folder / "other"
+    tiny_model("llama", seed=1).save_pretrained(other)
+    tiny_tokenizer().save_pretrained(other)
+    return chat("--model", "other")
+
+
+def _no_template(project: Project) -> Sequence[str]:
+    tokenizer = tiny_tokenizer()
+    shutil.rmtree(project.folder / "model")
+    tiny_model("llama").save_pretrained(project.folder / "model")
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(project.folder / "model")
+    return TRAIN
+
+
+def _pickled(project: Project) -> Sequence[str]:
+    model = project.folder / "model"
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    return TRAIN
+
+
+def _short_shape(project: Project) -> Sequence[str]:
+    return project.model(num_hidden_layers=3)
+
+
+def _changed_data(project: Project) -> Sequence[str]:
+    """Move the run's rows into a file that has one more, as if it had been trained on the file."""
+    rows = [*with_changes({})["data"]["rows"], "one more"]
+    project.rows("queries.jsonl", *rows, heldout=2)
+    stored = project.folder / "run" / "recipe.resolved.yaml"
+    tree = yaml.safe_load(stored.read_text())
+    tree["data"] |= {"path": "queries.jsonl", "rows": None}
+    stored.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return train("--output", "run", "--resume")
+
+
+RECIPES = [
+    ("a path with a typo", lambda p: ("train", "recipes.yaml")),
+    ("a folder in place of a file", lambda p: ("train", ".")),
+    ("a line that is not YAML", _recipe_text(lambda t: t.replace("name: tiny", "name: a: b"))),
+    ("a tab as indentation", _recipe_text(lambda t: t.replace("  path: model", "\tpath: model"))),
+    ("a key given twice", _recipe_text(lambda t: t + "name: again\n")),
+    ("a list in place of keys", _recipe_text(lambda t: "- name: tiny\n")),
+    ("no name", lambda p: p.recipe(name=None)),
+    ("no rewards", lambda p: p.recipe(rewards=[])),
+    ("a misspelt section", lambda p: p.recipe(trainig={"steps": 3})),
+    ("a misspelt key inside", lambda p: p.recipe(training__optimizer={"learning_rate": 0.1})),
+    ("a misspelt key of a list entry", lambda p: train("rewards.0.wieght=2")),
+    ("text where a number belongs", lambda p: p.recipe(training__steps="many")),
+    ("a fraction where a count belongs", lambda p: train("training.steps=1.5")),
+    ("a number out of range", lambda p: p.recipe(algorithm__group_size=1)),
+    ("a choice that does not exist", lambda p: p.recipe(model__dtype="bf16")),
+    ("a kind that does not exist", lambda p: p.recipe(reference={"type": "inital"})),
+    ("a kind left out", lambda p: p.recipe(reference={"text": "Be nice."})),
+    ("a name where keys belong", lambda p: p.recipe(reference="none")),
+    ("a setting without effect", lambda p: p.recipe(reference={"type": "initial"})),
+    (
+        "two settings that exclude each other",
+        lambda p: p.recipe(training__optimizer={"lr": 0.1, "lr_relative": 0.1}),
+    ),
+    ("greedy sampling in training", lambda p: p.recipe(sampling__temperature=0)),
+    ("an override without a value", lambda p: train("training.steps")),
+    ("an override past the end of a list", lambda p: train("rewards.2.weight=1")),
+    ("an override below a plain value", lambda p: train("name.first=a")),
+    ("a name that is no folder, and no --output", lambda p: p.recipe(name="a/b")),
+    ("more queries per step than there are", lambda p: p.recipe(training__queries_per_step=9)),
+    ("an empty prompt to start from", lambda p: p.recipe(prompt__init_text="")),
+]
+MODELS = [
+    ("a path with a typo", lambda p: p.recipe(model__path="modle")),
+    ("a file in place of a folder", lambda p: p.recipe(model__path="model/config.json")),
+    ("a folder that is no model", lambda p: p.remove("model/config.json")),
+    ("an artifact named as the model", lambda p: p.recipe(model__path="run/artifact")),
+    ("no weights", lambda p: p.remove("model/model.safetensors")),
+    ("pickled weights only", _pickled),
+    ("no tokenizer", lambda p: p.remove("model/tokenizer.json")),
+    ("weights of another shape", _short_shape),
+    ("a quantised model", lambda p: p.model(quantization_config={"quant_method": "gptq"})),
+    ("a model type that nobody knows", lambda p: p.model(model_type="lama")),
+    (
+        "a model with code of its own",
+        lambda p: p.model(model_type="mine", auto_map={"AutoModelForCausalLM": "mine.Mine"}),
+    ),
+    ("a revision of a local folder", lambda p: p.recipe(model__revision="main")),
+    ("a device that does not exist", lambda p: p.recipe(model__device="gpu")),
+    ("float16 on the CPU", lambda p: p.recipe(model__dtype="float16")),
+    ("a tokenizer without chat template", _no_template),
+    (
+        "a chat template without a place for the system message",
+        lambda p: p.recipe(model__template="{{ messages[-1]['content'] }}"),
+    ),
+    ("an embedded model with a typo", lambda p: ("model", "fetch", "smollm-135m")),
+]
+REWARDS = [
+    ("a file that is not there", lambda p: p.recipe(rewards=[{"path": "rewards.py:reward"}])),
+    ("an object that is not there", lambda p: p.recipe(rewards=[{"path": "reward.py:rewrad"}])),
+    ("a built-in that does not exist", lambda p: p.recipe(rewards=[{"path": "builtin:lenght"}])),
+    (
+        "an option that does not exist",
+        lambda p: p.recipe(rewards=[{"path": "builtin:length", "options": {"maximum": 5}}]),
+    ),
+    ("a module that is not installed", lambda p: p.reward("import absent_package\n")),
+    ("a weight of 0", lambda p: p.recipe(rewards__0__weight=0.0)),
+    ("an option left out", lambda p: p.recipe(rewards=[{"path": "builtin:length"}])),
+    ("only metrics", lambda p: p.recipe(rewards=[{"path": "reward.py:reward", "role": "metric"}])),
+    ("two of one name", lambda p: p.recipe(rewards=[{"path": "reward.py:reward"}] * 2)),
+    ("too few values", lambda p: p.reward_returning("[1.0]")),
+    ("NaN", lambda p: p.reward_returning("[float('nan')] * len(completions)")),
+    ("text in place of numbers", lambda p: p.reward_returning("['good'] * len(completions)")),
+    ("an exception", lambda p: p.reward_returning("[1 / 0]")),
+    (
+        "longer than its timeout",
+        lambda p: p.reward_returning("__import__('time').sleep(0.5)", rewards__0__timeout=0.1),
+    ),
+    (
+        "a column that the data does not have",
+        lambda p: p.reward("def reward(completions, answer):\n    return [0.0]\n"),
+    ),
+]
+DATA = [
+    ("a path with a typo", lambda p: p.rows("queries.jsonl", "a", path="querys.jsonl")),
+    ("a file of another type", lambda p: p.recipe(data={"path": "reward.py"})),
+    ("a line that is not JSON", lambda p: p.rows("queries.jsonl", '"a"', "{query: b}")),
+    (
+        "another name for the query column",
+        lambda p: p.rows("queries.jsonl", {"question": "a"}, {"question": "b"}),
+    ),
+    ("an empty query", lambda p: p.rows("queries.jsonl", {"query": "a"}, {"query": " "})),
+    (
+        "a column that some rows lack",
+        lambda p: p.rows("queries.jsonl", {"query": "a", "answer": 1}, {"query": "b"}),
+    ),
+    (
+        "a system message in the data",
+        lambda p: p.rows(
+            "queries.jsonl",
+            {"query": [{"role": "system", "content": "x"}, {"role": "user", "content": "a"}]},
+        ),
+    ),
+    (
+        "a conversation that ends with the assistant",
+        lambda p: p.rows(
+            "queries.jsonl",
+            {"query": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        ),
+    ),
+    (
+        "the same query in train and held-out",
+        lambda p: p.rows(
+            "queries.jsonl",
+            {"query": "What is snow?", "split": "train"},
+            {"query": "what is snow", "split": "heldout"},
+            split_column="split",
+        ),
+    ),
+    ("too few queries to hold some out", lambda p: p.recipe(data={"rows": ["a"]})),
+    ("neither a path nor rows", lambda p: p.recipe(data={"heldout": 2})),
+    ("a share above 1", lambda p: p.recipe(data__heldout=1.5)),
+    ("a query longer than the model", lambda p: p.recipe(data__rows=["rain " * 600, *"abcdef"])),
+]
+ARTIFACTS = [
+    ("the run folder in place of its artifact", lambda p: ("chat", "run")),
+    ("a damaged prompt.json", lambda p: (p.write("run/artifact/prompt.json", "{"), chat())[1]),
+    ("an artifact of a newer version", lambda p: p.artifact(schema_version=99)),
+    ("an unknown representation", lambda p: p.artifact(representation="hypernetwork")),
+    ("another base", _other_base),
+    ("another chat template", lambda p: p.artifact(template_hash="0" * 64)),
+    ("no tensors", lambda p: p.remove("run/artifact/prompt.safetensors", then=chat())),
+    ("tensors of another width", lambda p: p.tensors(torch.ones(3, 8))),
+    ("tensors that are not finite", lambda p: p.tensors(torch.full((3, 64), torch.inf))),
+    ("a base that is not there", lambda p: chat("--model", "./models/tiny")),
+]
+RUNS = [
+    ("a folder that holds another run", lambda p: train("--output", "run")),
+    ("--resume where there is no run", lambda p: train("--output", "new", "--resume")),
+    (
+        "--resume with another recipe",
+        lambda p: train("training.steps=9", "seed=1", "--output", "run", "--resume"),
+    ),
+    ("--resume after the dataset has changed", _changed_data),
+    (
+        "a damaged checkpoint",
+        lambda p: (
+            p.write("run/checkpoints/step_000003/state.json", "{"),
+            train("--output", "run", "--resume"),
+        )[1],
+    ),
+    ("a file as the output", lambda p: train("--output", "recipe.yaml")),
+]
+SECTIONS: dict[str, list[tuple[str, Callable[[Project], Sequence[str]]]]] = {
+    "Recipes": RECIPES,
+    "Models": MODELS,
+    "Rewards": REWARDS,
+    "Datasets": DATA,
+    "Artifacts": ARTIFACTS,
+    "Run folders": RUNS,
+}
+CASES = [
+    Case(section, title, arguments)
+    for section, cases in SECTIONS.items()
+    for title, arguments in cases
+]

@@ -1,0 +1,80 @@
+"""The decode cache: layout, growth and dropped rows."""
+
+from __future__ import annotations
+
+import torch
+
+from rlprompt.engines.cache import DecodeCache
+from rlprompt.model.tree import TreeContext
+from rlprompt.policy import Policy
+from rlprompt.prompts.text import TextPrompt
+from tests.invariants.oracle import QUERIES, TEXT, policy_of
+
+
+def _cache(policy: Policy, copies: int, max_tokens: int) -> DecodeCache:
+    with torch.no_grad():
+        prefix = policy.prefix(TextPrompt(TEXT))
+        tree = policy.tree(QUERIES, [[], [], []], prefix, TextPrompt(TEXT))
+        context = TreeContext(tree, prefix, record=True)
+        policy.forward.hidden(policy.embed_ids(tree.token_ids), tree.positions, context)
+        return DecodeCache(tree, context, prefix, copies, max_tokens)
+
+
+def test_dropped_rows_leave_the_others_whole() -> None:
+    cache = _cache(policy_of("llama"), copies=4, max_tokens=3)
+    rows = torch.arange(cache.num_rows)
+    layers = policy_of("llama").base.num_layers
+    end = cache.column
+    before = [[t[:, :, :end].clone() for t in cache.layer(i)] for i in range(layers)]
+    positions, seen = cache.positions().clone(), cache.seen(5)
+    generator = torch.Generator().manual_seed(0)
+    while cache.num_rows:
+        finished = torch.rand(cache.num_rows, generator=generator) < 0.3
+        if cache.num_rows < 3:
+            finished[:] = True
+        expected = set(rows[~finished].tolist())
+        rows = rows[cache.drop(finished)]
+        assert set(rows.tolist()) == expected
+        assert cache.num_rows == len(rows)
+        assert torch.equal(cache.positions(), positions[rows])
+        assert torch.equal(cache.seen(5), seen[rows])
+        for i in range(layers):
+            for now, then in zip(cache.layer(i), before[i], strict=True):
+                assert torch.equal(now[:, :, :end], then[rows])
+
+
+def test_cache_rows_hold_prefix_and_query_at_their_positions() -> None:
+    policy = policy_of("llama")
+    cache = _cache(policy, copies=2, max_tokens=1)
+    with torch.no_grad():
+        prefix = policy.prefix(TextPrompt(TEXT))
+        for place, asked in enumerate(QUERIES):
+            ids = [*policy.head_ids, *policy.slot_ids(TEXT), *policy.tail_ids(asked.messages)]
+            whole = policy.prefill(policy.embed(ids))
+            for row in (2 * place, 2 * place + 1):
+                assert cache.positions()[row] == len(ids)
+                columns = cache.seen(None)[row, 0].nonzero().flatten()
+                columns = columns[columns < cache.column]
+                for layer in range(policy.base.num_layers):
+                    key, value = cache.layer(layer)
+                    torch.testing.assert_close(key[row][:, columns], whole.keys[layer])
+                    torch.testing.assert_close(value[row][:, columns], whole.values[layer])
+    assert prefix.num_tokens == cache.prefix_tokens
+
+
+def test_growing_keeps_what_is_there() -> None:
+    cache = _cache(policy_of("llama"), copies=2, max_tokens=100)
+    start = cache.column
+    before = [t[:, :, :start].clone() for t in cache.layer(1)]
+    cache.drop(torch.tensor([False, True, False, False, False, False]))
+    rows = torch.tensor([0, 5, 2, 3, 4])
+    for column in range(start, start + 100):
+        cache.reserve()
+        for tensor in cache.layer(1):
+            tensor[:, :, column] = column
+        cache.column += 1
+    for now, then in zip(cache.layer(1), before, strict=True):
+        assert torch.equal(now[:, :, :start], then[rows])
+        written = torch.arange(start, start + 100).to(now.dtype)
+        assert torch.equal(now[2, 1, start:, 3], written)
+        assert now.shape[2] == start + 100

@@ -1,0 +1,121 @@
+"""The policy: its view of base and slot, its scores, and the shared prefix's account."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlprompt.errors import InputError
+from rlprompt.model.slot import ChatSlot
+from rlprompt.policy import Policy, SharedPrefix
+from rlprompt.prompts.text import NonePrompt, TextPrompt
+from tests.fixtures.tiny import IM_END_ID, TOKENIZER_SIZE, tiny_base
+from tests.invariants.oracle import (
+    QUERIES,
+    TEXT,
+    completions,
+    policy_of,
+    query,
+    scores,
+    soft_prompt,
+)
+
+
+def test_a_policy_shows_the_slot_and_the_base() -> None:
+    policy = policy_of("llama")
+    assert list(policy.head_ids) == policy.slot.head_ids
+    assert policy.vocab_size == TOKENIZER_SIZE  # the embedding's unused rows have no name
+    assert policy.stop_ids == {IM_END_ID}
+    rows = policy.embed(torch.arange(TOKENIZER_SIZE)).norm(dim=1)
+    assert policy.embedding_norm() == pytest.approx(rows.median().item())
+    rms = policy.embed(torch.arange(TOKENIZER_SIZE)).square().mean().sqrt().item()
+    assert policy.embedding_rms() == pytest.approx(rms)
+
+
+def test_the_own_prompt_is_the_default() -> None:
+    base = tiny_base("llama")
+    policy = Policy(base, ChatSlot.from_tokenizer(base.tokenizer))
+    with pytest.raises(ValueError, match="no prompt"):
+        policy.prefix()
+    policy.prompt = soft_prompt(policy)
+    own, other = policy.prefix(), policy.prefix(TextPrompt("rain"))
+    assert own.num_tokens != other.num_tokens
+    assert policy.parameters() == policy.prompt.parameters()
+    assert policy.query_ids(QUERIES[0]) == policy.tail_ids(QUERIES[0].messages)
+    none = policy.query_ids(QUERIES[0], NonePrompt())
+    assert none == policy.none_tail_ids(QUERIES[0].messages)
+
+
+def test_entropy_is_that_of_the_tempered_distribution() -> None:
+    policy = policy_of("llama", torch.float64)
+    group = completions(3, 6)
+    prompt = TextPrompt(TEXT)
+    got = scores(policy, prompt, QUERIES[:1], [group], temperature=0.5)
+    ids = [*policy.head_ids, *policy.slot_ids(TEXT), *policy.tail_ids(QUERIES[0].messages)]
+    for row, answer in enumerate(group):
+        with torch.no_grad():
+            from tests.invariants.oracle import model_of
+
+            sequence = torch.tensor([[*ids, *answer.token_ids]])
+            logits = model_of("llama", torch.float64)(input_ids=sequence).logits[0]
+        logprobs = (logits[len(ids) - 1 : -1] / 0.5).log_softmax(-1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        torch.testing.assert_close(got.entropy[row, : len(entropy)], entropy)
+
+
+@pytest.mark.parametrize("entropy_grad", [False, True])
+def test_the_entropy_wants_a_gradient_only_when_asked(entropy_grad: bool) -> None:
+    policy = policy_of("llama")
+    shared = SharedPrefix(policy.prefix(soft_prompt(policy)))
+    tree = policy.tree(QUERIES[:1], [completions(3)], shared.leaves, TextPrompt(TEXT))
+    got = policy.logprobs(tree, shared.leaves, entropy_grad=entropy_grad)
+    assert got.logprobs.requires_grad
+    assert got.entropy.requires_grad == entropy_grad
+
+
+def test_leaves_are_float32_copies_for_a_bfloat16_base() -> None:
+    policy = policy_of("llama", torch.bfloat16)
+    made = policy.prefix(soft_prompt(policy))
+    shared = SharedPrefix(made)
+    for leaf, tensor in zip(shared.leaves.keys, made.keys, strict=True):
+        assert leaf.dtype == torch.float32
+        assert leaf.is_leaf
+        assert leaf.requires_grad
+        assert torch.equal(leaf, tensor.float())
+        assert leaf.data_ptr() != tensor.data_ptr()
+
+
+def test_a_float32_prefix_is_copied_too() -> None:
+    policy = policy_of("llama")
+    made = policy.prefix(soft_prompt(policy))
+    shared = SharedPrefix(made)
+    assert shared.leaves.keys[0].data_ptr() != made.keys[0].data_ptr()
+
+
+def test_a_prefix_that_no_micro_batch_used_has_no_gradient() -> None:
+    policy = policy_of("llama")
+    prompt = soft_prompt(policy)
+    SharedPrefix(policy.prefix(prompt)).backward()
+    assert prompt.embeddings.grad is None
+
+
+def test_a_conversation_longer_than_the_base_is_refused_with_its_index() -> None:
+    policy = policy_of("llama")
+    long = query("rain " * 500)
+    prefix = policy.prefix(TextPrompt(TEXT))
+    with pytest.raises(InputError, match="query 0 needs .* positions .* has 512"):
+        policy.tree([long], [completions(1)], prefix, TextPrompt(TEXT))
+
+
+def test_the_longest_conversation_that_fits_is_taken() -> None:
+    policy = policy_of("llama")
+    prefix = policy.prefix(TextPrompt(TEXT))
+    used = prefix.num_tokens + len(policy.tail_ids(QUERIES[0].messages))
+    prompt = TextPrompt(TEXT)
+    tree = policy.tree(QUERIES[:1], [completions(512 - used)], prefix, prompt)
+    assert int(tree.positions.max()) == 510  # the last token predicts nothing
+    with pytest.raises(InputError, match="513 positions"):
+        policy.tree(QUERIES[:1], [completions(513 - used)], prefix, prompt)
+    policy.tree(QUERIES[:1], [[]], prefix, prompt, room=512 - used)
+    with pytest.raises(InputError, match="513 positions"):
+        policy.tree(QUERIES[:1], [[]], prefix, prompt, room=513 - used)

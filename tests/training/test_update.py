@@ -1,0 +1,254 @@
+"""Updates: micro-batches change nothing, clipping acts from the second update on, NaN is caught."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from rlprompt.algorithms.advantages import Normalizer
+from rlprompt.algorithms.grpo import GRPO, GRPOSettings
+from rlprompt.engines.native import NativeEngine
+from rlprompt.engines.sampling import SamplingSettings
+from rlprompt.policy import Policy
+from rlprompt.prompts.base import Prompt
+from rlprompt.prompts.soft import SoftSettings
+from rlprompt.prompts.text import NonePrompt, TextPrompt
+from rlprompt.rollout import RolloutBatch
+from rlprompt.training.update import NotFiniteError, PhaseClock, Updater
+from tests.fixtures.runs import completion, queries, sampled_batch, scored, tiny_policy
+
+ONE, MANY = 100_000, 64
+
+
+def learn(
+    policy: Policy,
+    batch: RolloutBatch,
+    *,
+    budget: int = ONE,
+    lr: float = 0.0,
+    reference: Prompt | None = None,
+    max_grad_norm: float | None = None,
+    temperature: float = 1.0,
+    **settings: Any,
+) -> dict[str, float]:
+    """One `Updater.learn` with plain gradient descent; its metrics."""
+    algorithm = GRPO(GRPOSettings(group_size=4, **settings), 10)
+    updater = Updater(policy, algorithm, reference, temperature=temperature, token_budget=budget)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=lr)
+    _, metrics = updater.learn(batch, optimizer, lambda: lr, max_grad_norm, PhaseClock())
+    return metrics
+
+
+def gradient(policy: Policy) -> torch.Tensor:
+    (parameter,) = policy.parameters()
+    assert parameter.grad is not None
+    return parameter.grad.clone()
+
+
+@pytest.mark.parametrize("normalizer", ["sequence", "token", "constant"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_many_micro_batches_give_the_gradient_of_one(family: str, normalizer: Normalizer) -> None:
+    policy = tiny_policy(family)
+    batch = sampled_batch(policy)
+    settings: dict[str, Any] = {
+        "normalizer": normalizer,
+        "kl_coef": 0.1,
+        "entropy_coef": 0.01,
+        "reference": NonePrompt(),
+    }
+    whole_metrics = learn(policy, batch, budget=ONE, **settings)
+    whole = gradient(policy)
+    cut_metrics = learn(policy, batch, budget=MANY, **settings)
+    cut = gradient(policy)
+    assert whole.norm() > 1e-4
+    torch.testing.assert_close(cut, whole, rtol=0, atol=1e-5 * float(whole.abs().max()))
+    assert cut_metrics == pytest.approx(whole_metrics, abs=2e-5)
+
+
+def test_gradient_is_that_of_the_plain_loss() -> None:
+    """The two-stage backward against autograd through prefix and completions in one graph."""
+    policy = tiny_policy()
+    batch = sampled_batch(policy)
+    learn(policy, batch, budget=MANY)
+    ours = gradient(policy)
+
+    signal = GRPO(GRPOSettings(group_size=4), 10).signal(
+        batch.rewards.total, batch.lengths, batch.terminated
+    )
+    policy.prompt.parameters()[0].grad = None
+    prefix = policy.prefix()
+    tree = policy.tree(
+        [group.query for group in batch.groups],
+        [group.completions for group in batch.groups],
+        prefix,
+    )
+    scores = policy.logprobs(tree, prefix)
+    # On policy the surrogate's gradient is that of -w * A * log p.
+    (
+        -(signal.weights * signal.advantages)[:, None] * scores.logprobs * scores.mask
+    ).sum().backward()
+    torch.testing.assert_close(ours, gradient(policy), rtol=0, atol=1e-6)
+
+
+def test_a_prompt_that_changes_between_sampling_and_learning_shows_in_the_gap() -> None:
+    policy = tiny_policy()
+    batch = sampled_batch(policy)
+    name = "sampling/sampling_logp_difference"
+    same = learn(policy, batch)
+    assert same[f"{name}/mean"] < same[f"{name}/max"] < 1e-4
+    with torch.no_grad():
+        policy.parameters()[0].mul_(-1)
+    assert learn(policy, batch)[f"{name}/mean"] > 1e-2
+
+
+def test_temperature_of_the_sampling_is_that_of_the_scores() -> None:
+    policy = tiny_policy()
+    batch = sampled_batch(policy, temperature=0.6)
+    name = "sampling/sampling_logp_difference/max"
+    assert learn(policy, batch, temperature=0.6)[name] < 1e-4
+    assert learn(policy, batch, temperature=1.0)[name] > 1e-2
+
+
+def test_clipping_acts_from_the_second_update_on() -> None:
+    policy = tiny_policy()
+    batch = sampled_batch(policy)
+    once = learn(policy, batch, lr=0.5, num_updates=1)
+    assert once["clip_ratio/region_mean"] == 0.0
+    policy = tiny_policy()
+    thrice = learn(policy, batch, lr=0.5, num_updates=3, budget=MANY)
+    assert thrice["clip_ratio/low_mean"] > 0 and thrice["clip_ratio/high_mean"] > 0
+    assert thrice["clip_ratio/region_mean"] == pytest.approx(
+        thrice["clip_ratio/low_mean"] + thrice["clip_ratio/high_mean"]
+    )
+    # What the engine sampled with is compared with the first update only.
+    assert thrice["sampling/sampling_logp_difference/max"] < 1e-4
+
+
+def test_every_update_gets_its_own_rate_and_moves_the_prompt() -> None:
+    policy = tiny_policy()
+    batch = sampled_batch(policy)
+    rates = iter([0.1, 0.2, 0.3])
+    updater = Updater(
+        policy, GRPO(GRPOSettings(group_size=4, num_updates=3), 10), None, temperature=1.0,
+        token_budget=ONE,
+    )  # fmt: skip
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+    before = policy.parameters()[0].detach().clone()
+    clock = PhaseClock()
+    _, metrics = updater.learn(batch, optimizer, lambda: next(rates), 1.0, clock)
+    assert metrics["lr"] == 0.3 and list(rates) == []
+    assert not torch.equal(policy.parameters()[0], before)
+    assert set(clock.seconds) == {"prefill", "forward", "backward", "optimizer"}
+
+
+def test_kl_is_measured_to_the_reference() -> None:
+    policy = tiny_policy(prompt=SoftSettings(num_virtual_tokens=None, init_text="the sun"))
+    batch = sampled_batch(policy)
+    itself = learn(policy, batch, reference=TextPrompt("the sun"), kl_coef=0.1, budget=MANY)
+    assert itself["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert itself["loss/kl"] == pytest.approx(0.0, abs=1e-6)
+    base = learn(policy, batch, reference=NonePrompt(), kl_coef=0.1, budget=MANY)
+    assert base["kl"] > 0.01
+    assert base["loss"] == pytest.approx(base["loss/rl"] + base["loss/kl"], abs=1e-6)
+    assert "kl" not in learn(policy, batch)
+
+
+def test_masked_completions_count_in_no_metric_and_no_gradient() -> None:
+    policy = tiny_policy()
+    batch = sampled_batch(policy)
+    assert not bool(batch.terminated.all())
+    masked = learn(policy, batch, mask_truncated=True)
+    everything = learn(policy, batch)
+    assert masked["entropy"] != everything["entropy"]
+    name = "sampling/sampling_logp_difference/mean"
+    assert masked[name] == pytest.approx(everything[name])
+
+
+def test_a_batch_of_truncated_completions_teaches_nothing_and_has_no_means() -> None:
+    policy = tiny_policy()
+    batch = sampled_batch(policy, max_tokens=3, min_tokens=3, stop_token_ids=())
+    assert not bool(batch.terminated.any())
+    metrics = learn(policy, batch, mask_truncated=True)
+    assert metrics["loss"] == metrics["prompt/grad_norm"] == 0.0
+    assert "entropy" not in metrics
+
+
+def test_completions_of_one_token_can_be_learned_from() -> None:
+    policy = tiny_policy()
+    batch = sampled_batch(policy, max_tokens=1)
+    assert learn(policy, batch, budget=MANY)["prompt/grad_norm"] > 0
+
+
+def test_equal_rewards_leave_the_prompt_alone() -> None:
+    policy = tiny_policy()
+    batch = scored(sampled_batch(policy).groups, [0.3] * 12)
+    before = policy.parameters()[0].detach().clone()
+    metrics = learn(policy, batch, lr=1.0)
+    assert metrics["frac_reward_zero_std"] == 1.0
+    assert torch.equal(policy.parameters()[0], before)
+
+
+def test_the_base_gets_no_gradient() -> None:
+    policy = tiny_policy()
+    learn(policy, sampled_batch(policy), lr=0.1, num_updates=2)
+    assert all(p.grad is None for p in policy.base.model.parameters())
+
+
+def test_a_loss_that_is_not_finite_is_caught_before_the_optimizer() -> None:
+    policy = tiny_policy()
+    batch = sampled_batch(policy)
+    (parameter,) = policy.parameters()
+    with torch.no_grad():
+        parameter[0, 0] = math.nan
+    before = parameter.detach().clone()
+    with pytest.raises(NotFiniteError, match="loss/rl, gradient norm is not finite"):
+        learn(policy, batch, lr=0.1, max_grad_norm=1.0)
+    assert torch.equal(parameter.nan_to_num(), before.nan_to_num())
+
+
+class Exploding(torch.optim.SGD):
+    """An optimizer whose update overflows."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data[0, 0] = math.inf
+
+
+def test_an_update_that_breaks_the_prompt_is_caught() -> None:
+    policy = tiny_policy(prompt=SoftSettings(num_virtual_tokens=4, max_norm_ratio=None))
+    optimizer = Exploding(policy.parameters(), lr=0.1)
+    updater = Updater(
+        policy, GRPO(GRPOSettings(group_size=4), 10), None, temperature=1.0, token_budget=ONE
+    )
+    with pytest.raises(NotFiniteError, match=r"learning rate 0\.1 is not finite"):
+        updater.learn(sampled_batch(policy), optimizer, lambda: 0.1, None, PhaseClock())
+
+
+def next_token_probability(policy: Policy, token: int) -> float:
+    """The mean probability that a completion starts with `token`, over the queries."""
+    prefix = policy.prefix()
+    asked = queries(3)
+    tree = policy.tree(asked, [[completion(token)] for _ in asked], prefix)
+    return float(policy.logprobs(tree, prefix).logprobs.detach().exp().mean())
+
+
+def test_grpo_finds_a_known_optimum() -> None:
+    """Reward 1 for completions that start with one token: its probability rises above 90 %."""
+    policy = tiny_policy(prompt=SoftSettings(num_virtual_tokens=8, max_norm_ratio=None))
+    token = 83
+    before = next_token_probability(policy, token)
+    engine = NativeEngine(policy)
+    algorithm = GRPO(GRPOSettings(group_size=16, num_updates=2), 1)
+    updater = Updater(policy, algorithm, None, temperature=1.0, token_budget=4096)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=0.05)
+    for step in range(40):
+        engine.sync(policy.prompt)
+        groups = engine.generate(queries(3), 16, SamplingSettings(max_tokens=1), step)
+        hits = [float(c.token_ids[0] == token) for g in groups for c in g.completions]
+        updater.learn(scored(groups, hits), optimizer, lambda: 0.05, 1.0, PhaseClock())
+    assert before < 0.1
+    assert next_token_probability(policy, token) > 0.9
