@@ -46,6 +46,8 @@ _NEEDS = {
 }
 """What a value must be, by pydantic's error type."""
 
+_WRONG_KEY = ("extra_forbidden", "invalid_key")
+
 
 class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -163,7 +165,7 @@ def explain(error: ValidationError, schema: Schema) -> tuple[str, str]:
     # A list of which every entry is wrong is not also too short.
     wrong = error.errors()
     problems = [p for p in wrong if p["type"] != "too_short"] or wrong
-    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    first = next((p for p in problems if p["type"] in _WRONG_KEY), problems[0])
     place, node = _follow(first["loc"], schema)
     more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
     return place, _sentence(first, place, node, schema) + more

@@ -14,6 +14,7 @@ from tests.invariants.oracle import (
     QUERIES,
     TEXT,
     completions,
+    model_of,
     policy_of,
     query,
     scores,
@@ -26,9 +27,9 @@ def test_a_policy_shows_the_slot_and_the_base() -> None:
     assert list(policy.head_ids) == policy.slot.head_ids
     assert policy.vocab_size == TOKENIZER_SIZE  # the embedding's unused rows have no name
     assert policy.stop_ids == {IM_END_ID}
-    rows = policy.embed(torch.arange(TOKENIZER_SIZE)).norm(dim=1)
+    rows = policy.embed(range(TOKENIZER_SIZE)).norm(dim=1)
     assert policy.embedding_norm() == pytest.approx(rows.median().item())
-    rms = policy.embed(torch.arange(TOKENIZER_SIZE)).square().mean().sqrt().item()
+    rms = policy.embed(range(TOKENIZER_SIZE)).square().mean().sqrt().item()
     assert policy.embedding_rms() == pytest.approx(rms)
 
 
@@ -54,8 +55,6 @@ def test_entropy_is_that_of_the_tempered_distribution() -> None:
     ids = [*policy.head_ids, *policy.slot_ids(TEXT), *policy.tail_ids(QUERIES[0].messages)]
     for row, answer in enumerate(group):
         with torch.no_grad():
-            from tests.invariants.oracle import model_of
-
             sequence = torch.tensor([[*ids, *answer.token_ids]])
             logits = model_of("llama", torch.float64)(input_ids=sequence).logits[0]
         logprobs = (logits[len(ids) - 1 : -1] / 0.5).log_softmax(-1)
@@ -103,7 +102,7 @@ def test_a_conversation_longer_than_the_base_is_refused_with_its_index() -> None
     policy = policy_of("llama")
     long = query("rain " * 500)
     prefix = policy.prefix(TextPrompt(TEXT))
-    with pytest.raises(InputError, match="query 0 needs .* positions .* has 512"):
+    with pytest.raises(InputError, match=r"query 0 needs .* positions .* has 512"):
         policy.tree([long], [completions(1)], prefix, TextPrompt(TEXT))
 
 

@@ -91,7 +91,7 @@ class DecodeCache:
         return self._data[layer, : self._rows], self._data[layers + layer, : self._rows]
 
     def seen(self, window: int | None) -> Tensor:
-        """bool [B, 1, S]: the columns that the token about to be written may see."""
+        """The columns that the token about to be written may see, bool [B, 1, S]."""
         place = torch.arange(self._data.shape[3], device=self.padding.device)[None]
         padding = self.padding[: self._rows, None]
         hidden = (place >= self.prefix_tokens) & (place < self.prefix_tokens + padding)

@@ -40,8 +40,8 @@ def next_tokens(
 
     Args:
         logits: float32 or float64 [B, V]; changed in place.
-        uniform: [B] in [0, 1), float32 or float64: the only randomness, so a row's draw does not depend on the
-            rows beside it.
+        uniform: [B] in [0, 1), float32 or float64: the only randomness, so a row's draw does not
+            depend on the rows beside it.
         settings: temperature and truncations.
         banned: int64 ids that cannot be drawn now (stop tokens before `min_tokens`).
 

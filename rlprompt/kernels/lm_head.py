@@ -51,8 +51,8 @@ class Head(NamedTuple):
 def head_logits(hidden: Tensor, head: Head, out: Tensor | None = None) -> Tensor:
     """Next-token logits [M, V] of hidden states [M, d], in float32 or the base's float64.
 
-    Hidden states that are a strided slice make the matrix product copy the weights (1.4 s instead of
-    0.1 s on SmolLM2), so they are made contiguous first.
+    Hidden states that are a strided slice make the matrix product copy the weights (1.4 s instead
+    of 0.1 s on SmolLM2), so they are made contiguous first.
 
     Args:
         hidden: [M, d].

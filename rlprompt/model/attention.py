@@ -1,7 +1,7 @@
 """The attention hook: every layer of a frozen base attends through a context that we hand in.
 
-transformers lets a caller register an attention function and passes unknown keyword arguments of the
-model's forward through to it. rlprompt registers one function, `rlprompt`; the keyword
+transformers lets a caller register an attention function and passes unknown keyword arguments of
+the model's forward through to it. rlprompt registers one function, `rlprompt`; the keyword
 `attention_context` carries an object that knows what the tokens of this forward may attend to. The
 model's own masks and caches are switched off, so there is one place that decides, whatever the
 family.
@@ -120,9 +120,9 @@ def _attention(
     """The function registered with transformers; see `AttentionInterface` there."""
     if attention_context is None:
         raise InputError(
-            f"{type(module).__name__} called rlprompt's attention without its context: run the base "
-            "through a Policy (or load a second copy for other use); if you do, its family drops "
-            "the context on the way, so choose another base model"
+            f"{type(module).__name__} called rlprompt's attention without its context: run the "
+            "base through a Policy (or load a second copy for other use); if you do, its family "
+            "drops the context on the way, so choose another base model"
         )
     unknown = _unknown_features({"attention_mask": attention_mask, **others})
     if unknown:

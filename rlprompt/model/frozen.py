@@ -1,10 +1,10 @@
 """Linear layers of a frozen model: no weight gradients, and packed weights on a bf16 CPU.
 
 oneDNN reorders a weight matrix into its own blocked layout at every call. A frozen weight never
-changes, so it is reordered once, for the forward and (transposed) for the input gradient. This costs
-two more copies of each linear weight in memory and saves a fifth to a third of the matrix time
-(docs/log.md). The original parameters stay where they were, under their names: fingerprints and
-`state_dict` do not change.
+changes, so it is reordered once, for the forward and (transposed) for the input gradient. This
+costs two more copies of each linear weight in memory and saves a fifth to a third of the matrix
+time (docs/log.md). The original parameters stay where they were, under their names: fingerprints
+and `state_dict` do not change.
 """
 
 from __future__ import annotations

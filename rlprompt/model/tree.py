@@ -4,8 +4,9 @@ A batch is a tree. The prompt's keys and values are shared by all rows, a query'
 of its group. All tokens stand packed behind each other in one row [1, N], so that linear layers see
 no padding; only attention unfolds them into padded rows.
 
-Letters: N packed tokens, G groups, Q padded query length, B completions, T padded completion length,
-P prefix tokens, H heads, H_kv key/value heads, D head dim. Masks: True = the position counts.
+Letters: N packed tokens, G groups, Q padded query length, B completions, T padded completion
+length, P prefix tokens, H heads, H_kv key/value heads, D head dim. Masks: True = the position
+counts.
 """
 
 from __future__ import annotations
@@ -185,7 +186,7 @@ def _to_device(tree: TokenTree, device: torch.device) -> TokenTree:
 
 
 class TreeContext:
-    """Attention of a `TokenTree`: queries see [prefix | own], completions [prefix | query | own]."""
+    """Attention in a `TokenTree`: queries see [prefix, own], completions [prefix, query, own]."""
 
     def __init__(self, tree: TokenTree, prefix: PrefixKV, record: bool = False) -> None:
         """Prepare for one forward.

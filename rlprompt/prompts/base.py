@@ -85,7 +85,7 @@ class Prompt(ABC):
         """Numbers worth watching in training, such as norms."""
         return {}
 
-    def constrain(self) -> None:
+    def constrain(self) -> None:  # noqa: B027 (a prompt need not have a trust region)
         """Return to the trust region after an update; nothing by default."""
 
     def state_dict(self) -> dict[str, Tensor]:

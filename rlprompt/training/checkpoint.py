@@ -60,7 +60,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"step_{checkpoint.step:06d}"
-    temporary = folder / f".{target.name}.{uuid.uuid4().hex}"
+    temporary, replaced = (folder / f".{target.name}.{uuid.uuid4().hex}" for _ in range(2))
     try:
         temporary.mkdir()
         tensors = {k: v.detach().cpu().contiguous() for k, v in checkpoint.tensors.items()}
@@ -68,13 +68,17 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         _sync(temporary / "tensors.safetensors")
         state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
         write_atomic(temporary / "state.json", to_json(state, indent=1))
-        if target.exists():  # renamed, not deleted: that leaves no time in which neither is whole
-            os.replace(target, folder / f".{target.name}.{uuid.uuid4().hex}")
+        if target.exists():
+            os.replace(target, replaced)
         os.replace(temporary, target)
-        _sync(folder)
-    finally:
-        for leftover in folder.glob(_LEFTOVERS):
-            shutil.rmtree(leftover, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if replaced.exists():
+            os.replace(replaced, target)
+        raise
+    _sync(folder)
+    for leftover in folder.glob(_LEFTOVERS):
+        shutil.rmtree(leftover, ignore_errors=True)
     for step in checkpoint_steps(folder)[:-keep]:
         shutil.rmtree(folder / f"step_{step:06d}", ignore_errors=True)
     return target

@@ -56,13 +56,8 @@ class Trainer:
                 f"training.queries_per_step is {settings.queries_per_step}, the dataset has "
                 f"{len(queries)} training queries; lower it or add queries"
             )
-        parameters = parts.policy.parameters()
-        if not parameters:
-            raise InputError(
-                f"a {parts.policy.prompt.kind} prompt has nothing to train; set prompt.type: soft"
-            )
         self._peak_lr = learning_rate(settings.optimizer, parts.policy.embedding_rms())
-        optimizer = build_optimizer(parameters, settings.optimizer, self._peak_lr)
+        optimizer = build_optimizer(parts.policy.parameters(), settings.optimizer, self._peak_lr)
         check_trainable(parts.policy, optimizer, queries[0])
         sampler = QuerySampler(len(queries), settings.queries_per_step, parts.seed)
         self.state = RunState(parts.policy.prompt, optimizer, sampler)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from rlprompt.errors import InputError
 from rlprompt.training.settings import OptimizerSettings
 
 DEFAULT_LR_RELATIVE = 0.05
@@ -50,8 +51,10 @@ def build_optimizer(
     """AdamW in one group.
 
     Raises:
-        ValueError: there is nothing to train.
+        InputError: there is nothing to train.
     """
+    if not parameters:
+        raise InputError("the prompt has nothing to train; set prompt.type: soft")
     return torch.optim.AdamW(
         parameters,
         lr=peak_lr,

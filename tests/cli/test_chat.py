@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from tests.cli.runs import rlprompt
 from tests.fixtures.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 SAMPLING = SamplingSettings(max_tokens=8)
-SETTINGS = {"device": "cpu", "dtype": "float32"}
+SETTINGS: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +184,7 @@ def test_code_that_comes_with_a_base_needs_leave_on_the_command_line(
 
 def test_a_recipe_of_another_version_is_told(artifact: Path, tmp_path: Path) -> None:
     copy = edited(artifact, tmp_path / "copy", sampling={"max_tokens": 8, "beam": 4})
-    with pytest.raises(InputError, match="sampling.beam: Extra inputs are not permitted"):
+    with pytest.raises(InputError, match=r"sampling\.beam: Extra inputs are not permitted"):
         open_chat(copy, ChatOptions())
 
 

@@ -132,7 +132,7 @@ def _short_shape(project: Project) -> Sequence[str]:
 def _changed_data(project: Project) -> Sequence[str]:
     """Move the run's rows into a file that has one more, as if it had been trained on the file."""
     rows = [*with_changes({})["data"]["rows"], "one more"]
-    project.rows("queries.jsonl", *rows, heldout=2)
+    project.rows("queries.jsonl", *({"query": text} for text in rows), heldout=2)
     stored = project.folder / "run" / "recipe.resolved.yaml"
     tree = yaml.safe_load(stored.read_text())
     tree["data"] |= {"path": "queries.jsonl", "rows": None}

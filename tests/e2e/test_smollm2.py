@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.model, pytest.mark.slow]
 def recipe(crash_at: int) -> Recipe:
     plain: dict[str, Any] = {
         "name": "small",
-        "model": {"path": "smollm2-135m"},
+        "model": {"path": "smollm2-135m", "threads": 1},
         "prompt": {"num_virtual_tokens": 8},
         "algorithm": {"group_size": 4},
         "sampling": {"max_tokens": 12},

@@ -37,11 +37,12 @@ def test_a_reward_rises_and_the_artifact_reproduces_it(tmp_path: Path) -> None:
     path = write_recipe(
         tmp_path,
         prompt={"num_virtual_tokens": 8, "max_norm_ratio": None},
-        algorithm={"group_size": 8, "num_updates": 2},
+        algorithm={"group_size": 16, "num_updates": 2},
+        sampling={"max_tokens": 2},
         training={
             "steps": 40,
             "queries_per_step": 4,
-            "optimizer": {"lr": 0.05, "lr_relative": None},
+            "optimizer": {"lr": 0.1, "lr_relative": None},
         },
         evaluation={"every": 5, "completions_per_query": 16, "handwritten": "the rain and the sun"},
         rewards=[{"path": "rewards.py:low_tokens"}],
@@ -52,8 +53,8 @@ def test_a_reward_rises_and_the_artifact_reproduces_it(tmp_path: Path) -> None:
     shown = StringIO()
     trainer = build_trainer(recipe, tmp_path, output, Console(file=shown, width=100))
     summary = trainer.run()
-    assert summary["heldout_reward_after"] > 2 * summary["heldout_reward_before"]
-    assert summary["heldout_reward_after"] > 2 * summary["heldout_reward_handwritten"]
+    assert summary["heldout_reward_before"] < 0.3 > summary["heldout_reward_handwritten"]
+    assert summary["heldout_reward_after"] > 0.6
     assert summary["base_fingerprint_before"] == summary["base_fingerprint_after"]
     assert "e2e" in shown.getvalue()
     assert (output / "report.html").stat().st_size > 10_000

@@ -6,12 +6,9 @@ import pytest
 import torch
 
 from rlprompt.engines.base import Engine
-from rlprompt.engines.cache import DecodeCache
 from rlprompt.engines.native import NativeEngine
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.errors import InputError
-from rlprompt.model.tree import TreeContext
-from rlprompt.policy import Policy
 from rlprompt.prompts.text import NonePrompt, TextPrompt
 from tests.invariants.oracle import QUERIES, TEXT, policy_of, query, soft_prompt
 

@@ -16,4 +16,6 @@ def smollm2_oracle(smollm2_dir: Path) -> PreTrainedModel:
         smollm2_dir, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
     )
     assert isinstance(model, PreTrainedModel)
-    return model.eval().requires_grad_(False)
+    model.eval()
+    model.requires_grad_(False)
+    return model

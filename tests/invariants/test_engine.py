@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -10,13 +11,13 @@ from transformers import PreTrainedModel
 
 from rlprompt.engines.native import NativeEngine, NativeSettings
 from rlprompt.engines.sampling import SamplingSettings
-from rlprompt.model.base import FrozenBase
-from rlprompt.model.slot import ChatSlot
+from rlprompt.model.base import FrozenBase, ModelSettings, load_base
+from rlprompt.model.slot import PLAIN, ChatSlot
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.types import Completion, Group, Query
-from tests.fixtures.tiny import FAMILIES
+from tests.fixtures.tiny import FAMILIES, tiny_tokenizer
 from tests.invariants.oracle import (
     QUERIES,
     TEXT,
@@ -60,7 +61,8 @@ def _own_greedy(
     model: PreTrainedModel, context: Sequence[int], count: int, eos: int | None = None
 ) -> list[int]:
     with torch.no_grad():
-        out = model.generate(
+        generate: Any = model.generate
+        out = generate(
             torch.tensor([list(context)]),
             attention_mask=torch.ones(1, len(context), dtype=torch.int64),
             do_sample=False,
@@ -120,7 +122,9 @@ def test_dropping_finished_rows_changes_no_other_row(family: str) -> None:
             assert short.token_ids == _until(full.token_ids, (*MANY_STOPS, 2))
             assert short.terminated == (short.token_ids[-1] in (*MANY_STOPS, 2))
             count = len(short.token_ids)
-            assert short.sampling_logprobs == pytest.approx(full.sampling_logprobs[:count], abs=1e-9)
+            assert short.sampling_logprobs == pytest.approx(
+                full.sampling_logprobs[:count], abs=1e-9
+            )
             ends.add(count)
     assert 1 in ends  # some row ends at its first token
     assert len(ends) > 4
@@ -140,7 +144,11 @@ def test_a_query_does_not_depend_on_the_others(family: str) -> None:
     policy = policy_of(family, torch.float64)
     whole = _tokens(_generate(policy))
     assert _tokens(_generate(policy, queries=QUERIES[:1])) == whole[:1]
-    others = [QUERIES[0], query("the hand and the land, is she out there and in one line?"), QUERIES[2]]
+    others = [
+        QUERIES[0],
+        query("the hand and the land, is she out there and in one line?"),
+        QUERIES[2],
+    ]
     replaced = _tokens(_generate(policy, queries=others))
     assert replaced[0] == whole[0]
     assert replaced[1] != whole[1]
@@ -151,15 +159,10 @@ def test_seeds_decide() -> None:
     policy = policy_of("llama")
     assert _generate(policy) == _generate(policy)
     assert _tokens(_generate(policy, seed=1)) != _tokens(_generate(policy))
-    (first, *_), *_ = _tokens(_generate(policy))
     assert len({row for group in _tokens(_generate(policy)) for row in group}) == 12
-    assert first
 
 
 def test_under_a_prefix_of_no_tokens() -> None:
-    from rlprompt.model.slot import PLAIN
-    from tests.fixtures.tiny import tiny_tokenizer
-
     policy = Policy(policy_of("mistral").base, ChatSlot.from_tokenizer(tiny_tokenizer(), PLAIN))
     sampling = SamplingSettings(temperature=0.0, max_tokens=12, min_tokens=12)
     groups = _generate(policy, sampling, count=1, prompt=NonePrompt())
@@ -171,30 +174,27 @@ def test_under_a_prefix_of_no_tokens() -> None:
 
 @pytest.mark.model
 def test_the_real_model_greedy(smollm2_oracle: PreTrainedModel) -> None:
-    from rlprompt.model.base import ModelSettings, load_base
-
     base = load_base(ModelSettings(path="smollm2-135m", dtype="float32"))
     policy = Policy(base, ChatSlot.from_tokenizer(base.tokenizer))
     text = "You are a pirate."
-    asked = [query("What is the capital of France?"), query("Hi"), query("Name two colours.")]
-    sampling = SamplingSettings(temperature=0.0, max_tokens=20, min_tokens=20)
+    asked = [query("What is the capital of France?"), query("Hi")]
+    sampling = SamplingSettings(temperature=0.0, max_tokens=12, min_tokens=12)
     groups = _generate(policy, sampling, asked, 1, TextPrompt(text))
     for one, group in zip(asked, groups, strict=True):
-        expected = _own_greedy(smollm2_oracle, context_ids(policy, text, one), 20)
+        expected = _own_greedy(smollm2_oracle, context_ids(policy, text, one), 12)
         assert list(group.completions[0].token_ids) == expected
 
 
 @pytest.mark.model
 def test_the_real_model_scores_what_it_samples(smollm2: FrozenBase) -> None:
-    """In bfloat16 the two forwards round in different places; this is how much (measured)."""
+    """In bfloat16 the two forwards round in different places: 0.013 on average, at most 0.15."""
     policy = Policy(smollm2, ChatSlot.from_tokenizer(smollm2.tokenizer))
     prompt = soft_prompt(policy, "You are a pirate. Answer in short sentences.")
     asked = [query("What is the capital of France?"), query("Hi"), query("Name two colours.")]
-    groups = _generate(policy, SamplingSettings(max_tokens=32), asked, 4, prompt)
+    groups = _generate(policy, SamplingSettings(max_tokens=24), asked, 4, prompt)
     drawn: list[list[Completion]] = [list(group.completions) for group in groups]
     got = scores(policy, prompt, asked, drawn)
     sampled = torch.tensor([x for row in drawn for c in row for x in c.sampling_logprobs])
     gap = (got.logprobs[got.mask] - sampled).abs()
-    print("GAP engine", gap.mean(), gap.max())
     assert gap.mean() < 0.05
     assert gap.max() < 1.0

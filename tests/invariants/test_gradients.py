@@ -1,13 +1,15 @@
-"""The gradient of the prompt: shared prefix, micro-batches and recomputation change nothing of it."""
+"""The gradient of the prompt: shared prefix, micro-batches, recomputation change nothing of it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from rlprompt.model.attention import CausalContext
 from rlprompt.model.base import verify_unchanged
 from rlprompt.policy import Policy, SharedPrefix
 from rlprompt.prompts.soft import SoftPrompt
@@ -59,18 +61,18 @@ def _gradient(
     policy: Policy, prompt: SoftPrompt, micros: Sequence[Micro] = (WHOLE,), entropy: float = 0.0
 ) -> Tensor:
     policy.prompt = prompt
-    prompt.embeddings.grad = None
+    (parameter,) = policy.parameters()
+    parameter.grad = torch.zeros_like(parameter)
     shared = SharedPrefix(policy.prefix())
     for micro in micros:
         _loss(policy, shared, micro, entropy).backward()
     shared.backward()
-    assert prompt.embeddings.grad is not None
-    return prompt.embeddings.grad.clone()
+    return parameter.grad.clone()
 
 
 def _unshared(policy: Policy, family: str, prompt: SoftPrompt) -> Tensor:
-    """Autograd through one forward of transformers per row over head + slot + query + completion."""
-    model = model_of(family, policy.base.dtype)
+    """Autograd through one forward of transformers per row, over all of its tokens."""
+    model: Any = model_of(family, policy.base.dtype)
     embed = model.get_input_embeddings()
     total = torch.zeros((), dtype=policy.base.dtype)
     for g, rows in WHOLE:
@@ -149,8 +151,6 @@ def test_gradient_checkpointing_changes_nothing(family: str, dtype: torch.dtype)
 
 def test_gradient_checkpointing_recomputes() -> None:
     """It does what it is for: every layer attends twice."""
-    from rlprompt.model.attention import CausalContext
-
     policy = policy_of("llama")
     prompt = soft_prompt(policy)
     embeddings = torch.cat([policy.embed(policy.head_ids), prompt.embeddings])

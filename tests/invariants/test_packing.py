@@ -8,12 +8,16 @@ from torch import Tensor
 
 from rlprompt.prompts.text import TextPrompt
 from rlprompt.training.packing import pack
+from rlprompt.types import Query
 from tests.fixtures.tiny import FAMILIES
 from tests.invariants.oracle import (
     QUERIES,
     TEXT,
     completions,
+    context_ids,
     flat,
+    model_of,
+    own_logprobs,
     policy_of,
     query,
     scores,
@@ -111,9 +115,6 @@ def test_a_window_shorter_than_every_part(family: str) -> None:
 
 
 def test_conversations_of_several_turns() -> None:
-    from rlprompt.types import Query
-    from tests.invariants.oracle import context_ids, model_of, own_logprobs
-
     turns = (
         {"role": "user", "content": "is she in here?"},
         {"role": "assistant", "content": "she is out there"},

@@ -86,7 +86,7 @@ def test_windows_are_felt(family: str) -> None:
     wide.config.sliding_window = 512
     for module in wide.modules():
         if getattr(module, "sliding_window", None) is not None:
-            module.sliding_window = 512
+            module.__dict__["sliding_window"] = 512
     gap = (_expected(policy, wide, TEXT) - _expected(policy, model, TEXT)).abs()
     assert gap.mean() > 0.01
 
@@ -142,11 +142,13 @@ def test_padding_in_transformers_changes_nothing_once_positions_are_explicit(
 
 
 @pytest.mark.model
-@pytest.mark.parametrize(("dtype", "largest", "mean"), [("float32", 1e-3, 1e-4), ("auto", 1.0, 0.1)])
+@pytest.mark.parametrize(
+    ("dtype", "largest", "mean"), [("float32", 1e-3, 1e-4), ("auto", 1.0, 0.1)]
+)
 def test_the_real_model(
     smollm2_oracle: PreTrainedModel, dtype: str, largest: float, mean: float
 ) -> None:
-    """In float32 to the last digits; in bfloat16 within what rounding does (measured)."""
+    """float32 to the last digits; bfloat16 within its rounding (measured: 0.07, at most 0.35)."""
     text = "You are a pirate. Answer in short sentences."
     asked = [query("What is the capital of France?"), query("Hi")]
     groups = [completions(20, 1, 33, seed=5), completions(8, seed=6)]
@@ -158,6 +160,5 @@ def test_the_real_model(
         for c in group
     ]
     gap = (flat(scores(policy, TextPrompt(text), asked, groups)) - torch.cat(rows)).abs()
-    print("GAP", dtype, gap.mean(), gap.max())
     assert gap.mean() < mean
     assert gap.max() < largest

@@ -24,9 +24,7 @@ needs_packing = pytest.mark.skipif(
 @needs_packing
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 48), (3, 48), (1, 7, 48), (1, 200, 48), (2, 3, 5, 48)])
-def test_forward_and_input_gradient_are_those_of_linear(
-    bias: bool, shape: tuple[int, ...]
-) -> None:
+def test_forward_and_input_gradient_are_those_of_linear(bias: bool, shape: tuple[int, ...]) -> None:
     linear = _linear(bias)
     packed = FrozenLinear(linear)
     x = torch.randn(shape, dtype=torch.bfloat16, requires_grad=True)

@@ -54,6 +54,8 @@ class Accelerator:
 
 def bare_trainer(loss_type: str, scale: str, beta: float, low: float, high: float) -> Any:
     """A `GRPOTrainer` without a model, with the attributes that its two methods read."""
+    logs: dict[str, Any] = defaultdict(list)
+    logs |= {"rewards": defaultdict(list), "extra": defaultdict(list)}
     trainer = object.__new__(trl.GRPOTrainer)
     trainer.__dict__.update(
         accelerator=Accelerator(),
@@ -98,7 +100,7 @@ def bare_trainer(loss_type: str, scale: str, beta: float, low: float, high: floa
         _tokenizer=SimpleNamespace(pad_token_id=PAD),
         processing_class=SimpleNamespace(batch_decode=lambda *a, **k: [""] * len(LENGTHS)),
         _metrics={"train": defaultdict(list)},
-        _logs=defaultdict(list, rewards=defaultdict(list), extra=defaultdict(list)),
+        _logs=logs,
         _pending_extra_logs={},
         _pending_metrics={},
     )

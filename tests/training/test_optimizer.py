@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from rlprompt.errors import InputError
 from rlprompt.training.optimizer import (
     build_optimizer,
     clip_gradients,
@@ -78,7 +79,7 @@ def test_the_optimizer_takes_the_settings() -> None:
     (group,) = build_optimizer([parameter], settings, 0.02).param_groups
     assert (group["lr"], group["betas"], group["eps"]) == (0.02, (0.5, 0.6), 1e-6)
     assert group["weight_decay"] == 0.1
-    with pytest.raises(ValueError, match="empty parameter list"):
+    with pytest.raises(InputError, match="nothing to train"):
         build_optimizer([], settings, 0.1)
 
 
