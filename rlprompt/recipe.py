@@ -1,7 +1,7 @@
 """The recipe: one YAML that names a run in full, and the one place that builds its objects.
 
-Errors name the YAML path and suggest the nearest key. Paths of data and rewards are relative to the
-recipe's folder.
+Errors name the YAML path and suggest the nearest key. Paths of data, rewards and templates are
+relative to the recipe's folder.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from rlprompt.errors import InputError
 from rlprompt.evaluation.heldout import EvaluationSettings
 from rlprompt.model.base import ModelSettings, load_base
 from rlprompt.model.slot import ChatSlot
+from rlprompt.model.template import read_template
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.soft import SoftPrompt, SoftSettings
@@ -125,17 +126,18 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises:
         InputError: the file is not there or not YAML, or a key or value is wrong; the sentence
-            names file or override, and the YAML path.
+            names file or override, and the YAML path. Also if the template cannot be read.
     """
     path = Path(path)
     tree = read_tree(path)
     for override in overrides:
         apply_override(tree, override)
     try:
-        return Recipe.model_validate(tree)
+        recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         place, sentence = explain(error, Recipe.model_json_schema())
         raise InputError(f"{_at_fault(path, overrides, place)}: {sentence}") from error
+    return _with_template_text(recipe, path.parent)
 
 
 def _at_fault(path: Path, overrides: Sequence[str], place: str) -> str:
@@ -161,13 +163,14 @@ def build_trainer(
 
     Args:
         recipe: what to run.
-        base_dir: the recipe's folder; data and reward paths are relative to it.
+        base_dir: the recipe's folder; its paths are relative to it.
         output: the run folder.
         console: where the live display goes.
 
     Raises:
         InputError: anything named by the recipe cannot be had.
     """
+    recipe = _with_template_text(recipe, base_dir)
     data = load_queries(recipe.data, base_dir)
     rewards = build_rewards(recipe.rewards, base_dir)
     trackers = build_trackers(recipe.tracking, console)
@@ -197,11 +200,26 @@ def build_trainer(
 def build_policy(settings: ModelSettings) -> Policy:
     """A base with its chat slot, and no prompt yet.
 
+    A template's path in these settings is relative to the working directory.
+
     Raises:
         InputError: see `load_base`, `ChatSlot.from_tokenizer` and `Policy`.
     """
     base = load_base(settings)
     return Policy(base, ChatSlot.from_tokenizer(base.tokenizer, settings.template))
+
+
+def _with_template_text(recipe: Recipe, base_dir: Path) -> Recipe:
+    """The recipe with a template's text in place of its path.
+
+    Artifacts carry the recipe to places where the file is not, and a resumed run must find the
+    template it began with.
+    """
+    if recipe.model.template is None:
+        return recipe
+    text = read_template(recipe.model.template, base_dir)
+    model = recipe.model.model_copy(update={"template": text})
+    return recipe.model_copy(update={"model": model})
 
 
 def _reference(reference: Reference, prompt: SoftPrompt) -> Prompt:

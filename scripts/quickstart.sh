@@ -29,6 +29,16 @@ phase() { # NAME COMMAND...: run the command and keep its time
   TIMES+=("$(printf '%6d s  %s' $((SECONDS - start)) "$name")")
 }
 
+is_finished() { # a run that a signal stopped has a summary too
+  [[ -f "$RUN/summary.json" ]] && "$VENV/bin/python" - "$RUN/summary.json" <<'PY'
+import json
+import sys
+
+reason = json.load(open(sys.argv[1], encoding="utf-8")).get("stopped_because")
+sys.exit(reason not in ("finished", "early_stopping"))
+PY
+}
+
 show_results() {
   printf '%s holds a finished run; its results again (--force trains anew):\n\n' "$RUN"
   "$VENV/bin/python" - "$RUN/summary.json" <<'PY'
@@ -53,7 +63,7 @@ train() {
   if [[ "$FORCE" == yes ]]; then
     rm -rf "$RUN"
   fi
-  if [[ -f "$RUN/summary.json" ]]; then
+  if is_finished; then
     show_results
   elif [[ -n "$(ls -A "$RUN/checkpoints" 2>/dev/null)" ]]; then
     printf '%s was interrupted; resuming it (--force trains anew).\n' "$RUN"

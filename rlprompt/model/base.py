@@ -43,7 +43,8 @@ class ModelSettings(Settings):
     trust_remote_code: bool = False
     """Whether Python code that comes with the model may run."""
     template: str | None = None
-    """A Jinja chat template to use in place of the tokenizer's."""
+    """A chat template to use in place of the tokenizer's: `plain` (for a base model that has none),
+    the path of a .jinja file relative to the recipe's folder, or the text of a template."""
     threads: PositiveInt | None = None
     """CPU threads of torch; none = torch's choice."""
 

@@ -8,41 +8,22 @@ header. How a query's text is kept free of control tokens is told in `tokenizati
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from rlprompt.errors import InputError
-from rlprompt.model.tokenization import (
+from rlprompt.model.conversation import checked_text, contents_of
+from rlprompt.model.template import (
+    PLAIN,
     SYSTEM,
     ChatTemplate,
-    Control,
     Hole,
     Layout,
-    Pieces,
-    TextEncoder,
-    strip_beside,
+    plain_variables,
+    template_source,
 )
+from rlprompt.model.tokenization import Control, Pieces, TextEncoder, strip_beside
 from rlprompt.types import Message
-
-PLAIN = "plain"
-"""Name of the template for base models that have none."""
-
-# The space before a blank line keeps tokenizers that join punctuation with line breaks from joining
-# the end of the system text with the template.
-PLAIN_TEMPLATE = """\
-{{ bos_token }}
-{%- if messages[0]['role'] == 'system' %}
-{{- 'System:\\n' + (messages[0]['content'] | trim) + ' \\n\\n' }}
-{%- endif %}
-{%- for message in messages %}
-{%- if message['role'] == 'user' %}
-{{- 'User: ' + (message['content'] | trim) + '\\nAssistant:' }}
-{%- elif message['role'] == 'assistant' %}
-{{- ' ' + (message['content'] | trim) + '\\n\\n' }}
-{%- endif %}
-{%- endfor %}"""
 
 _SYSTEM_PROBES = (
     "You are a helpful assistant.",
@@ -55,7 +36,6 @@ _SYSTEM_PROBES = (
     "d\u00e9j\u00e0 vu",
     "x",
 )
-_KEYS = ("role", "content")
 _CONTENT_PROBES = ("What is 2 + 2? Answer now.", "It is four.", "Why?\n\nExplain in two lines.")
 
 
@@ -65,8 +45,8 @@ class ChatSlot:
     `head_ids + slot_ids(text) + tail_ids(messages)` are the tokens of the template's text for the
     messages under the system text `text`; `none_head_ids + none_tail_ids(messages)` those without a
     system message, a default of the template included. Either way contents give no control tokens.
-    Templates that ask for the date get `tokenization.RENDER_DATE`; those without a system role get
-    the system text before the first user content (`tokenization.FOLD_SEPARATOR` between).
+    Templates that ask for the date get `template.RENDER_DATE`; those without a system role get
+    the system text before the first user content (`template.FOLD_SEPARATOR` between).
 
     Attributes:
         head_ids: Tokens before the slot.
@@ -117,8 +97,8 @@ class ChatSlot:
             InputError: There is no template, it has no usable slot, or the tokenizer cannot
                 tokenise the parts on their own; the sentence says which.
         """
-        source = _template_source(tokenizer, template)
-        variables = _plain_variables(tokenizer) if template == PLAIN else {}
+        source = template_source(tokenizer, template)
+        variables = plain_variables(tokenizer) if template == PLAIN else {}
         return cls(tokenizer, ChatTemplate(tokenizer, source, variables), TextEncoder(tokenizer))
 
     def tail_ids(self, messages: Sequence[Message]) -> list[int]:
@@ -130,13 +110,13 @@ class ChatSlot:
         Raises:
             InputError: The messages are not such turns, or the template cannot take this many.
         """
-        contents = _contents(messages)
+        contents = contents_of(messages)
         layout, _, tail = self._split(len(contents))
         return self._encoder.encode_pieces(self._fill(layout, tail, contents), inside=True)
 
     def none_tail_ids(self, messages: Sequence[Message]) -> list[int]:
         """Tokens after `none_head_ids`; arguments and errors as for `tail_ids`."""
-        contents = _contents(messages)
+        contents = contents_of(messages)
         layout, head = self._none_split(len(contents))
         pieces = self._fill(layout, layout.parts, contents)
         return self._encoder.encode_pieces(pieces[len(head) :], _last_control(head))
@@ -149,7 +129,7 @@ class ChatSlot:
         Raises:
             InputError: The text cannot be encoded, or runs into the template around it.
         """
-        text = _checked_text(text, "The system text").strip()
+        text = checked_text(text, "The system text").strip()
         if not text:
             return []
         ids = self._encoder.encode(self._left + self._lead + text + self._right, self._before)
@@ -308,84 +288,6 @@ class ChatSlot:
                 "The tokenizer reads the chat template's text in a way that rlprompt cannot "
                 "reproduce piece by piece; pass another template or use another model."
             )
-
-
-def _template_source(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
-    """The Jinja source that a `template` argument names."""
-    if template == PLAIN:
-        return PLAIN_TEMPLATE
-    if template is not None:
-        return template if "{{" in template or "{%" in template else _read_template(template)
-    own = tokenizer.chat_template
-    if isinstance(own, dict):
-        own = own.get("default")
-    if not own:
-        raise InputError(
-            f"The tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template; pass "
-            f"template: {PLAIN} for a base model, or the path of a Jinja file."
-        )
-    return str(own)
-
-
-def _read_template(path: str) -> str:
-    try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"The template {path!r} is neither {PLAIN!r} nor Jinja source nor a file that can be "
-            f"read ({type(error).__name__}); check the path."
-        ) from error
-
-
-def _plain_variables(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """The plain template starts with BOS exactly where the tokenizer itself would write one."""
-    starts = tokenizer("x")["input_ids"][:1]
-    writes_bos = tokenizer.bos_token_id is not None and starts == [tokenizer.bos_token_id]
-    return {"bos_token": str(tokenizer.bos_token) if writes_bos else ""}
-
-
-def _contents(messages: Sequence[Message]) -> list[str]:
-    """The checked contents of turns user, assistant, ..., user."""
-    if not messages:
-        raise InputError("A query has no messages; give it at least one user message.")
-    for index, message in enumerate(messages):
-        role = message.get("role")
-        if role == "system":
-            raise InputError(
-                f"Message {index} of a query has the role system, which is the learned prompt's "
-                "place; remove it from the query."
-            )
-        expected = ("user", "assistant")[index % 2]
-        if role != expected:
-            raise InputError(
-                f"Message {index} of a query has the role {role!r} where {expected!r} is due; let "
-                "user and assistant take turns, the user first."
-            )
-        extra = sorted(k for k, v in message.items() if k not in _KEYS and v is not None)
-        if extra:
-            raise InputError(
-                f"Message {index} of a query has the key {extra[0]!r}, which the slot does not "
-                "render; keep role and content only."
-            )
-    if len(messages) % 2 == 0:
-        raise InputError(
-            "A query ends with an assistant message, so there is nothing to answer; end it with a "
-            "user message."
-        )
-    return [_checked_text(m.get("content"), f"Message {i}") for i, m in enumerate(messages)]
-
-
-def _checked_text(text: Any, name: str) -> str:
-    if not isinstance(text, str):
-        raise InputError(f"{name} has content of type {type(text).__name__}; make it a string.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{name} holds half of a surrogate pair at character {error.start}, which is no text; "
-            "decode the data again or remove it."
-        ) from error
-    return text
 
 
 def _hole_position(layout: Layout, index: int) -> int:

@@ -253,7 +253,6 @@ class Trainer:
         write_atomic(folder / "completions.jsonl", lines)
         write_atomic(folder / "error.json", to_json({"step": step, "error": str(error)}, indent=1))
         self._save()
-        logger.error("step %d: %s; its data is in %s", step, error, folder)
 
     def _finish(self, reason: str) -> dict[str, Any]:
         """Write artifact, summary and report with the best prompt."""

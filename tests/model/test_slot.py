@@ -10,7 +10,8 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlprompt.errors import InputError
-from rlprompt.model.slot import PLAIN_TEMPLATE, ChatSlot
+from rlprompt.model.slot import ChatSlot
+from rlprompt.model.template import PLAIN_TEMPLATE
 from rlprompt.types import Message
 from tests.fixtures.tokenizers import FAMILIES, Family, build_tokenizer, family, unigram_tokenizer
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from rlprompt.algorithms.advantages import Normalizer
+from rlprompt.algorithms.base import MicroSignal, TokenLosses
 from rlprompt.algorithms.grpo import GRPO, GRPOSettings
 from rlprompt.engines.native import NativeEngine
 from rlprompt.engines.sampling import SamplingSettings
-from rlprompt.policy import Policy
+from rlprompt.policy import Policy, TokenScores
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.soft import SoftSettings
 from rlprompt.prompts.text import NonePrompt, TextPrompt
@@ -156,15 +157,47 @@ def test_kl_is_measured_to_the_reference() -> None:
     assert "kl" not in learn(policy, batch)
 
 
-def test_masked_completions_count_in_no_metric_and_no_gradient() -> None:
+class Recording(GRPO):
+    """GRPO that keeps what it was asked."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(GRPOSettings(group_size=4, **settings), 10)
+        self.asked: list[tuple[TokenScores, MicroSignal]] = []
+
+    def losses(self, scores: TokenScores, micro: MicroSignal) -> TokenLosses:
+        self.asked.append((scores, micro))
+        return super().losses(scores, micro)
+
+
+def learn_recorded(policy: Policy, batch: RolloutBatch, **settings: Any) -> tuple[Any, Recording]:
+    algorithm = Recording(**settings)
+    updater = Updater(policy, algorithm, None, temperature=1.0, token_budget=ONE)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.5)
+    return updater.learn(batch, optimizer, lambda: 0.5, None, PhaseClock())[1], algorithm
+
+
+def test_ratios_are_to_the_policy_before_the_first_update() -> None:
+    policy = tiny_policy()
+    _, algorithm = learn_recorded(policy, sampled_batch(policy), num_updates=3)
+    first, second, third = (scores.logprobs for scores, _ in algorithm.asked)
+    assert not torch.allclose(first, second) and not torch.allclose(second, third)
+    old = [micro.old_logprobs for _, micro in algorithm.asked]
+    assert old[0] is None
+    for later in old[1:]:
+        assert later is not None and torch.equal(later, first) and not later.requires_grad
+
+
+def test_masked_completions_count_in_no_metric_but_the_sampling_gap() -> None:
     policy = tiny_policy()
     batch = sampled_batch(policy)
-    assert not bool(batch.terminated.all())
-    masked = learn(policy, batch, mask_truncated=True)
-    everything = learn(policy, batch)
-    assert masked["entropy"] != everything["entropy"]
+    assert 0 < int(batch.terminated.sum()) < 12
+    metrics, algorithm = learn_recorded(policy, batch, mask_truncated=True)
+    ((scores, micro),) = algorithm.asked
+    counted = scores.mask & (micro.weights > 0)
+    assert int(counted.sum()) == int(batch.lengths[batch.terminated].sum())
+    assert metrics["entropy"] == pytest.approx(float(scores.entropy[counted].mean()), rel=1e-5)
     name = "sampling/sampling_logp_difference/mean"
-    assert masked[name] == pytest.approx(everything[name])
+    assert metrics[name] == pytest.approx(learn(tiny_policy(), batch)[name], rel=1e-3)
 
 
 def test_a_batch_of_truncated_completions_teaches_nothing_and_has_no_means() -> None:
