@@ -23,13 +23,9 @@ Schema = Mapping[str, Any]
 
 _NEEDS = {
     "int_type": "an integer",
-    "int_parsing": "an integer",
-    "int_from_float": "an integer",
     "float_type": "a number",
-    "float_parsing": "a number",
     "finite_number": "a finite number",
     "bool_type": "true or false",
-    "bool_parsing": "true or false",
     "string_type": "text (put it in quotes)",
     "model_type": "a mapping of keys",
     "model_attributes_type": "a mapping of keys",

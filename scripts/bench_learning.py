@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -147,16 +148,21 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--init-text", default="You are a helpful assistant.")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of each side")
+    parser.add_argument("--together", action="store_true", help="train two runs at the same time")
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     from rlprompt.model.fetch import fetch
 
     options.model = str(fetch("smollm2-135m"))
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in range(options.seeds):
-            for side in SIDES:
-                runs[side].append(train(side, seed, options, Path(folder)))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ThreadPoolExecutor(2 if options.together else 1) as pool,
+    ):
+        jobs = [(side, seed) for seed in range(options.seeds) for side in SIDES]
+        done = pool.map(lambda job: train(*job, options, Path(folder)), jobs)
+        for (side, _), run in zip(jobs, done, strict=True):
+            runs[side].append(run)
     curves = {side: mean_curve(results) for side, results in runs.items()}
     result = {**compare(curves["trl"], curves["rlprompt"]), "curves": curves}
     for key, value in result.items():

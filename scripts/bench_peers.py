@@ -127,16 +127,20 @@ def start_workers(options: argparse.Namespace, queries: Path) -> dict[str, Worke
     work = {
         "model": model,
         "queries": queries,
-        "max-new-tokens": tokens,
-        "min-new-tokens": tokens,
         "num-queries": options.num_queries,
         "group-size": options.group_size,
     }
-    train = {**work, "reward": REWARD, "num-virtual-tokens": options.num_virtual_tokens}
+    train = {
+        **work,
+        "reward": REWARD,
+        "num-virtual-tokens": options.num_virtual_tokens,
+        "max-new-tokens": tokens,
+        "min-new-tokens": tokens,
+    }
     workers = {
         "trl": Worker("TRL + PEFT", "trl_grpo", train),
         "rlprompt": Worker("rlprompt", "rlprompt_grpo", train),
-        "generate": Worker("HF generate", "hf_generate", work),
+        "generate": Worker("HF generate", "hf_generate", {**work, "new-tokens": tokens}),
     }
     first = workers["rlprompt"].step(counts=False)["tokens"]
     floor = {
@@ -181,26 +185,27 @@ def summarise(workers: dict[str, Worker], options: argparse.Namespace) -> dict[s
         "floor_ratio": learned / floor["floor_seconds"],
         "rounds": options.rounds,
         "trl": {
+            **trl.ready,
             "seconds": trl.median("seconds"),
             "phases": trl.phases(),
             "peak_rss_mb": trl.steps[-1]["peak_rss_mb"],
             "tokens": trl.steps[-1]["tokens"],
             "all_seconds": [s["seconds"] for s in trl.steps],
-            **trl.ready,
         },
         "rlprompt": {
+            **ours.ready,
             "seconds": ours.median("seconds"),
             "phases": phases,
             "peak_rss_mb": ours.steps[-1]["peak_rss_mb"],
             "tokens": ours.steps[-1]["tokens"],
             "tokens_per_second": our_rate,
             "all_seconds": [s["seconds"] for s in ours.steps],
-            **ours.ready,
         },
-        "generate": {"tokens_per_second": peer_rate, **generate.ready},
-        "floor": {**floor, "forward_backward_seconds": learned, **workers["floor"].ready},
+        "generate": {**generate.ready, "tokens_per_second": peer_rate},
+        "floor": {**workers["floor"].ready, **floor, "forward_backward_seconds": learned},
         "machine": {
             "cores": os.cpu_count(),
+            "load_average": os.getloadavg(),
             "processor": platform.processor() or platform.machine(),
             "python": platform.python_version(),
         },

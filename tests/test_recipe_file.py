@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from rlprompt.errors import InputError
 from rlprompt.recipe import Recipe, load_recipe
@@ -38,6 +39,13 @@ def test_numbers_with_exponents_are_numbers_everywhere(path: Path) -> None:
     assert recipe.rewards[0].options == {"max": 10.0, "low": -0.002}
     assert recipe.training.optimizer.lr == 0.01
     assert load_recipe(path, ["name='1e3'"]).name == "1e3"
+
+
+def test_integers_are_numbers_too(path: Path) -> None:
+    optimizer = load_recipe(
+        path, ["training.optimizer={lr: 1, betas: [0, 0.5]}"]
+    ).training.optimizer
+    assert optimizer.lr == 1.0 and optimizer.betas == (0.0, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +98,12 @@ def test_an_override_goes_below_a_key_that_the_file_leaves_empty(tmp_path: Path)
         ("sampling.min_p=1", "'sampling.min_p' must be below 1.0, given 1"),
         ("seed=-1", "'seed' must be at least 0, given -1"),
         ("tracking.trackers=[wandbb]", "'tracking.trackers.0' is 'wandbb'; did you mean 'wandb'?"),
+        ("prompt.num_virtual_tokens=true", "must be an integer, given True"),
+        ("prompt.num_virtual_tokens='16'", "must be an integer, given '16'"),
+        ("training.optimizer.lr='0.1'", "'training.optimizer.lr' must be a number, given '0.1'"),
+        ("training.optimizer.betas=[true, 1]", "betas.0' must be a number, given True"),
+        ("rewards.0.weight=true", "'rewards.0.weight' must be a number, given True"),
+        ("model.trust_remote_code=1", "must be true or false, given 1"),
         ("model.trust_remote_code=maybe", "must be true or false, given 'maybe'"),
         ("data.rows=5", "'data.rows' must be a list (begin each entry with '- '), given 5"),
         ("model.path=[" + "a, " * 90 + "]", "given ['a', 'a', 'a', 'a',"),
@@ -150,6 +164,32 @@ def test_anchors_and_merges_are_read(tmp_path: Path) -> None:
     recipe = load_recipe(path)
     assert [reward.name for reward in recipe.rewards] == ["a", "b"]
     assert recipe.rewards[1].options == {"max": 5}
+
+
+def test_a_path_of_a_template_becomes_its_text(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "{%- for m in messages %}\n{{ m.content }}\t \n{%- endfor %}\n"
+    (tmp_path / "chats").mkdir()
+    (tmp_path / "chats" / "mine.jinja").write_text(text)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # the path is relative to the recipe
+    recipe = load_recipe(path, ["model.template=chats/mine.jinja"])
+    assert recipe.model.template == text
+    stored = tmp_path / "elsewhere" / "recipe.yaml"
+    stored.write_text(yaml.safe_dump(recipe.plain(), sort_keys=False, width=100))
+    assert load_recipe(stored) == recipe
+    assert load_recipe(path, ["model.template=plain"]).model.template == "plain"
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [("none.jinja", "check the path, relative to the recipe's folder"), ("no.jinja", "no Jinja")],
+)
+def test_a_template_that_cannot_be_used_is_named(path: Path, name: str, sentence: str) -> None:
+    (path.parent / "no.jinja").write_text("plain\n")
+    text = message(path, f"model.template={name}")
+    assert sentence in text and name in text
 
 
 def test_the_resolved_recipe_is_a_recipe_again(path: Path) -> None:

@@ -72,7 +72,7 @@ class HeldoutEvaluator:
         *,
         completions_per_query: int,
         seed: int,
-        token_budget: int = 2048,
+        token_budget: int = 1024,
     ) -> None:
         """Join the parts; the engine's prompt is changed by `evaluate`."""
         self._policy = policy

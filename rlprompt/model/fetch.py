@@ -137,10 +137,8 @@ def fetch(name: str, *, progress: Progress | None = None) -> Path:
 def _embedded(name: str) -> EmbeddedModel:
     if name not in EMBEDDED:
         near = difflib.get_close_matches(name, EMBEDDED, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise InputError(
-            f"There is no embedded model {name!r}{hint}: choose one of {', '.join(EMBEDDED)}."
-        )
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(EMBEDDED)}."
+        raise InputError(f"There is no embedded model {name!r}; {hint}")
     return EMBEDDED[name]
 
 

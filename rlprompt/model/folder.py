@@ -73,8 +73,8 @@ def locate(path: str, revision: str | None) -> Source:
         model_id = path if revision is None else f"{path}@{revision}"
         return Source(_fetch_from_hub(path, revision), model_id)
     raise InputError(
-        f"model.path is {path!r}, which is no embedded model, no folder and no hub id (org/name)"
-        f"{_suggestion(path)}: the embedded models are {', '.join(EMBEDDED)}."
+        f"model.path is {path!r}, which is no embedded model ({', '.join(EMBEDDED)}), no folder and "
+        f"no hub id (org/name); {_suggestion(path) or 'correct it.'}"
     )
 
 
@@ -87,7 +87,7 @@ def _refuse_revision(path: str, revision: str | None) -> None:
 
 
 def _suggestion(path: str) -> str:
-    """`; did you mean ...?` with the nearest embedded name or neighbouring folder, or nothing."""
+    """`did you mean ...?` with the nearest embedded name or neighbouring folder, or nothing."""
     wanted = Path(path).expanduser()
     names = {name: name for name in EMBEDDED}
     if wanted.parent.is_dir():
@@ -95,7 +95,7 @@ def _suggestion(path: str) -> str:
             if entry.is_dir():
                 names.setdefault(entry.name, str(entry))
     near = difflib.get_close_matches(wanted.name, names, n=1, cutoff=0.6)
-    return f"; did you mean {names[near[0]]!r}?" if near else ""
+    return f"did you mean {names[near[0]]!r}?" if near else ""
 
 
 def _fetch_from_hub(repo: str, revision: str | None) -> Path:
@@ -115,8 +115,9 @@ def _fetch_from_hub(repo: str, revision: str | None) -> Path:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise InputError(
-            f"The hub has no model {repo!r} that you may read: correct model.path, or set HF_TOKEN "
-            f"if it is private{_suggestion(repo)}."
+            f"model.path is {repo!r}, but no such folder exists here and the hub has no model of "
+            f"that name that you may read; "
+            f"{_suggestion(repo) or 'correct it, or set HF_TOKEN if the model is private.'}"
         ) from error
     except Exception as error:
         return _cached_snapshot(repo, revision, error)
@@ -148,10 +149,12 @@ def _cached_snapshot(repo: str, revision: str | None, cause: Exception) -> Path:
             ignore_patterns=list(HUB_FILES_SKIPPED),
         )
     except Exception as error:
+        reason = first_line(cause).split(". ")[0].rstrip(".")
+        others = f"use an embedded model ({', '.join(EMBEDDED)})"
+        hint = _suggestion(repo) or f"correct the path, connect to the network, or {others}."
         raise InputError(
-            f"The hub model {repo!r} is not on this machine and the hub cannot be reached "
-            f"({first_line(cause)}): connect to the network, or give model.path a local folder "
-            f"or an embedded model ({', '.join(EMBEDDED)})."
+            f"model.path is {repo!r}, but no such folder exists here, and if it is a hub id, it is "
+            f"not in the cache and the hub cannot be reached ({reason}); {hint}"
         ) from error
     logger.warning("hub not reachable (%s): taking %s from its cache", first_line(cause), repo)
     return Path(folder)

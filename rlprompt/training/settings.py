@@ -53,7 +53,7 @@ class TrainingSettings(Settings):
     """Queries per rollout batch; each gets `algorithm.group_size` completions."""
     optimizer: OptimizerSettings = OptimizerSettings()
     """Optimizer and learning rate."""
-    token_budget: int = Field(default=2048, ge=64)
+    token_budget: int = Field(default=1024, ge=64)
     """Most packed tokens per micro-batch: bounds activation memory, changes no result."""
     gradient_checkpointing: bool = False
     """Recompute activations layer by layer in the backward: less memory, a third more compute."""

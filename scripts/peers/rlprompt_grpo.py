@@ -67,7 +67,7 @@ class StepSettings:
     max_grad_norm: float = setting(1.0, "Gradient clipping; 0 switches it off.")
     beta: float = setting(0.0, "KL coefficient against the base without a prompt.")
     max_norm_ratio: float = setting(1.5, "Trust region of the soft tokens; 0 switches it off.")
-    token_budget: int = setting(2048, "Packed tokens per micro-batch.")
+    token_budget: int = setting(1024, "Packed tokens per micro-batch.")
     seed: int = setting(0, "Seed of data order, sampling and initialisation.")
     threads: int = setting(0, "torch.set_num_threads; 0 leaves torch's choice.")
     steps: int = setting(0, "Train this many steps and stop; 0 = be a worker.")

@@ -17,7 +17,7 @@ from rlprompt.model.base import ModelSettings
 from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.recipe import build_policy
 from rlprompt.types import Query
-from tests.cli.runs import rlprompt
+from tests.cli.runs import rlprompt, write_recipe
 from tests.fixtures.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 SAMPLING = SamplingSettings(max_tokens=8)
@@ -196,6 +196,20 @@ def test_without_a_handwritten_prompt_two_are_compared(artifact: Path, tmp_path:
 def test_an_empty_query_is_refused(artifact: Path) -> None:
     shown = rlprompt("chat", artifact, "-q", " ")
     assert (shown.code, shown.err) == (2, "error: --query is empty; give it a text\n")
+
+
+def test_an_artifact_carries_the_template_that_its_recipe_named(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = tmp_path / "mine.jinja"
+    template.write_text(f"{{# mine #}}{tiny_tokenizer().chat_template}")
+    write_recipe(tmp_path, model_dir, model__template=template.name)
+    monkeypatch.chdir(tmp_path.parent)
+    trained = rlprompt("train", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
+    assert trained.code == 0, trained.err
+    template.unlink()
+    shown = rlprompt("chat", tmp_path / "run" / "artifact", "-q", "what is rain")
+    assert shown.code == 0, shown.err
 
 
 def test_a_text_prompt_can_be_an_artifact_to_chat_with(model_dir: Path, tmp_path: Path) -> None:

@@ -10,37 +10,16 @@ from typing import Any
 
 import pytest
 import typer
+from jsonschema import Draft202012Validator
 
 from rlprompt import __version__
 from rlprompt.cli import app
+from rlprompt.commands.schema import recipe_schema
+from rlprompt.recipe import load_recipe
+from rlprompt.recipe_file import apply_override, read_tree
 from tests.cli.runs import rlprompt
 
-JSON_SCHEMA_KEYWORDS = {
-    "$schema",
-    "$defs",
-    "$ref",
-    "title",
-    "description",
-    "default",
-    "type",
-    "enum",
-    "const",
-    "anyOf",
-    "oneOf",
-    "discriminator",  # an annotation of OpenAPI; validators pass over it
-    "properties",
-    "required",
-    "additionalProperties",
-    "items",
-    "prefixItems",
-    "minItems",
-    "maxItems",
-    "minLength",
-    "minimum",
-    "maximum",
-    "exclusiveMinimum",
-    "exclusiveMaximum",
-}
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.y*ml"))
 
 
 def surface() -> dict[str, list[str]]:
@@ -104,40 +83,45 @@ def test_the_entry_point_of_the_process_tells_wrong_input_in_one_line(tmp_path: 
     assert (done.returncode, done.stdout, done.stderr) == (2, "", sentence)
 
 
-def schema_errors(node: Any, root: dict[str, Any], place: str) -> list[str]:
-    """What draft 2020-12 does not know, or does not resolve, below a node."""
-    errors = [f"{place}: {key}" for key in node if key not in JSON_SCHEMA_KEYWORDS]
-    if "$ref" in node and node["$ref"].removeprefix("#/$defs/") not in root["$defs"]:
-        errors.append(f"{place}: {node['$ref']}")
-    properties = node.get("properties", {})
-    errors += [
-        f"{place}: requires {key}" for key in node.get("required", ()) if key not in properties
-    ]
-    children = {
-        **{f"{place}.{key}": value for key, value in properties.items()},
-        **{f"{place}/{key}": value for key, value in node.get("$defs", {}).items()},
-    }
-    for key in ("anyOf", "oneOf", "prefixItems"):
-        children |= {f"{place}/{key}{i}": value for i, value in enumerate(node.get(key, ()))}
-    for key in ("items", "additionalProperties"):
-        if isinstance(node.get(key), dict):
-            children[f"{place}/{key}"] = node[key]
-    for name, value in children.items():
-        errors += schema_errors(value, root, name)
-    return errors
-
-
 def test_the_schema_is_of_draft_2020_12_and_describes_every_key(tmp_path: Path) -> None:
     shown = rlprompt("schema")
     schema = json.loads(shown.out)
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
-    assert schema_errors(schema, schema, "recipe") == []
+    Draft202012Validator.check_schema(schema)
     for node in (schema, *schema["$defs"].values()):
         assert node["additionalProperties"] is False
         for key, value in node["properties"].items():
             assert value.get("description"), f"{node['title']}.{key}"
     assert rlprompt("schema", "--output", tmp_path / "recipe.json").out == ""
     assert (tmp_path / "recipe.json").read_text() == shown.out
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_schema_accepts_our_recipes(path: Path) -> None:
+    validator = Draft202012Validator(recipe_schema())
+    tree = read_tree(path)
+    assert list(validator.iter_errors(tree)) == []
+    resolved = json.loads(json.dumps(load_recipe(path).plain()))
+    assert list(validator.iter_errors(resolved)) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "place"),
+    [
+        ("training.stepz=3", "training"),
+        ("training.steps=many", "training.steps"),
+        ("prompt.num_virtual_tokens=true", "prompt.num_virtual_tokens"),
+        ("algorithm.group_size=1", "algorithm.group_size"),
+        ("model.dtype=bf16", "model.dtype"),
+        ("reference={type: text}", "reference"),
+        ("rewards=[]", "rewards"),
+    ],
+)
+def test_the_schema_refuses_what_a_recipe_does(override: str, place: str) -> None:
+    tree = read_tree(RECIPES[0])
+    apply_override(tree, override)
+    (error,) = Draft202012Validator(recipe_schema()).iter_errors(tree)
+    assert error.json_path == f"$.{place}"
 
 
 def test_a_schema_file_in_no_folder_is_wrong_input(tmp_path: Path) -> None:

@@ -152,6 +152,7 @@ RECIPES = [
     ("a misspelt section", lambda p: p.recipe(trainig={"steps": 3})),
     ("a misspelt key inside", lambda p: p.recipe(training__optimizer={"learning_rate": 0.1})),
     ("a misspelt key of a list entry", lambda p: train("rewards.0.wieght=2")),
+    ("true where a number belongs", lambda p: train("prompt.num_virtual_tokens=true")),
     ("text where a number belongs", lambda p: p.recipe(training__steps="many")),
     ("a fraction where a count belongs", lambda p: train("training.steps=1.5")),
     ("a number out of range", lambda p: p.recipe(algorithm__group_size=1)),
@@ -174,6 +175,7 @@ RECIPES = [
 ]
 MODELS = [
     ("a path with a typo", lambda p: p.recipe(model__path="modle")),
+    ("a folder that is not there", lambda p: p.recipe(model__path="models/tiny")),
     ("a file in place of a folder", lambda p: p.recipe(model__path="model/config.json")),
     ("a folder that is no model", lambda p: p.remove("model/config.json")),
     ("an artifact named as the model", lambda p: p.recipe(model__path="run/artifact")),
@@ -195,6 +197,7 @@ MODELS = [
         "a chat template without a place for the system message",
         lambda p: p.recipe(model__template="{{ messages[-1]['content'] }}"),
     ),
+    ("a template that is not there", lambda p: p.recipe(model__template="chat.jinja")),
     ("an embedded model with a typo", lambda p: ("model", "fetch", "smollm-135m")),
 ]
 REWARDS = [
