@@ -25,8 +25,8 @@ class Settings(BaseModel):
     """A node of the recipe tree: immutable, and an unknown key is an error.
 
     Every settings class lives beside the class it configures; a docstring under each field becomes
-    its description in `rlprompt schema`. Numbers and booleans are never read from a value of another
-    type (pydantic would take `true` and "1" for 1); an integer is a float too.
+    its description in `rlprompt schema`. Numbers and booleans are never read from a value of
+    another type (pydantic would take `true` and "1" for 1); an integer is a float too.
     """
 
     model_config = ConfigDict(

@@ -15,14 +15,18 @@ from pydantic import Field
 from torch import Tensor
 
 from rlprompt.engines.cache import DecodeCache, DecodeContext
+from rlprompt.engines.lean import agrees, lean_decoder
 from rlprompt.engines.sampling import SamplingSettings, next_tokens
 from rlprompt.errors import InputError
-from rlprompt.kernels.lm_head import head_logits
+from rlprompt.kernels.lm_head import Head, head_logits
 from rlprompt.model.tree import TreeContext
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.settings import Settings
 from rlprompt.types import Completion, Group, PrefixKV, Query
+
+DecodeStep = Callable[[Tensor, DecodeCache], Tensor]
+"""One new token per row [B] -> final hidden states [B, d]; writes the cache's next column."""
 
 
 class NativeSettings(Settings):
@@ -30,6 +34,9 @@ class NativeSettings(Settings):
 
     type: Literal["native"] = "native"
     """Engine."""
+    lean_decode: bool = True
+    """Decode with fewer operations and the same bits where the base allows it (Llama-shaped, bf16
+    on a CPU)."""
     max_rows: int = Field(default=256, ge=1)
     """Most completions decoded at once; more are decoded in turns. Bounds the cache's memory."""
 
@@ -41,6 +48,7 @@ class NativeEngine:
         """Decode with `policy`'s base; `sync` a prompt before generating."""
         self._policy = policy
         self._settings = settings or NativeSettings()
+        self._step: DecodeStep | None = None
         self._prompt: Prompt | None = None
         self._prefix: PrefixKV | None = None
 
@@ -114,9 +122,24 @@ class NativeEngine:
         cache = DecodeCache(tree, context, prefix, copies, sampling.max_tokens)
         stop = policy.stop_ids | set(sampling.stop_token_ids)
         draw = (uniform.flatten(0, 1).t(), stop, progress)
-        rows = _decode(policy, cache, first_logits, sampling, draw)
+        if self._step is None:
+            self._step = self._choose_step(cache)
+        rows = _decode(self._step, policy.forward.head, cache, (first_logits, sampling), draw)
         done = [self._completion(tokens, logprobs, stop) for tokens, logprobs in rows]
         return [done[i : i + copies] for i in range(0, len(done), copies)]
+
+    def _choose_step(self, cache: DecodeCache) -> DecodeStep:
+        """The lean decode step where there is one that agrees, else the base's own modules."""
+        forward = self._policy.forward
+
+        def own_modules(tokens: Tensor, cache: DecodeCache) -> Tensor:
+            context = DecodeContext(cache)
+            return forward.hidden(forward.embed(tokens), cache.positions(), context)
+
+        lean = lean_decoder(forward) if self._settings.lean_decode else None
+        if lean is not None and agrees(lean, forward, cache, own_modules):
+            return lean.hidden
+        return own_modules
 
     def _completion(
         self, tokens: list[int], logprobs: list[float], stop: frozenset[int]
@@ -126,13 +149,14 @@ class NativeEngine:
 
 
 def _decode(
-    policy: Policy,
+    decode_step: DecodeStep,
+    head: Head,
     cache: DecodeCache,
-    logits: Tensor,
-    sampling: SamplingSettings,
+    start: tuple[Tensor, SamplingSettings],
     draw: tuple[Tensor, frozenset[int], Callable[[int, int], None] | None],
 ) -> list[tuple[list[int], list[float]]]:
     """The token loop. Returns (token ids, log-probs) of every row in its first order."""
+    logits, sampling = start
     uniform, stop, progress = draw
     device = logits.device
     uniform = uniform.to(device)
@@ -156,11 +180,9 @@ def _decode(
             row_ids, tokens = row_ids[kept], tokens[kept]
         if row_ids.numel() == 0 or step + 1 == sampling.max_tokens:
             break
-        states = policy.forward.hidden(
-            policy.embed_ids(tokens), cache.positions(), DecodeContext(cache)
-        )
+        states = decode_step(tokens, cache)
         cache.column += 1
-        logits = head_logits(states, policy.forward.head)
+        logits = head_logits(states, head)
     ends = lengths.tolist()
     ids, scores = token_rows.tolist(), logprob_rows.tolist()
     return [(ids[i][: ends[i]], scores[i][: ends[i]]) for i in range(total)]

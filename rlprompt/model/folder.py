@@ -73,8 +73,8 @@ def locate(path: str, revision: str | None) -> Source:
         model_id = path if revision is None else f"{path}@{revision}"
         return Source(_fetch_from_hub(path, revision), model_id)
     raise InputError(
-        f"model.path is {path!r}, which is no embedded model ({', '.join(EMBEDDED)}), no folder and "
-        f"no hub id (org/name); {_suggestion(path) or 'correct it.'}"
+        f"model.path is {path!r}, which is no embedded model ({', '.join(EMBEDDED)}), no folder "
+        f"and no hub id (org/name); {_suggestion(path) or 'correct it.'}"
     )
 
 

@@ -42,8 +42,8 @@ class PrefixForward:
             InputError: the architecture cannot be run exactly (see the class docstring).
         """
         self.base = base
-        self._body = base.model.get_decoder()
-        if self._body is base.model:
+        self.body = base.model.get_decoder()
+        if self.body is base.model:
             raise InputError(
                 f"the layers of {base.id} cannot be run without its head; choose a base of a "
                 "supported family (docs/models.md)"
@@ -192,7 +192,7 @@ class PrefixForward:
             [N, d], after the final norm, in the base's dtype.
         """
         arguments: dict[str, Any] = {"attention_context": context, "use_cache": False}
-        out = self._body(
+        out = self.body(
             inputs_embeds=embeddings.to(self.dtype)[None],
             position_ids=positions.to(self.device)[None],
             **arguments,

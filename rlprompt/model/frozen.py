@@ -47,7 +47,7 @@ class FrozenLinear(nn.Module):
         self.bias = linear.bias
         self.in_features = linear.in_features
         self.out_features = linear.out_features
-        self._packed = _pack(self.weight.detach())
+        self._packed = pack_weight(self.weight.detach())
         self._packed_transposed: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,14 +65,15 @@ class FrozenLinear(nn.Module):
     def packed_input_gradient(self, grad: Tensor) -> Tensor:
         """The gradient of the input, grad @ W; W^T is packed at the first backward."""
         if self._packed_transposed is None:
-            self._packed_transposed = _pack(self.weight.detach().t().contiguous())
+            self._packed_transposed = pack_weight(self.weight.detach().t().contiguous())
         out: Tensor = torch.ops.mkldnn._linear_pointwise(
             grad.contiguous(), self._packed_transposed, None, "none", [], ""
         )
         return out
 
 
-def _pack(weight: Tensor) -> Tensor:
+def pack_weight(weight: Tensor) -> Tensor:
+    """A bf16 weight [out, in] in oneDNN's layout, for `mkldnn._linear_pointwise` only."""
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS)
     return packed
 

@@ -177,7 +177,10 @@ class WandbTracker:
         self._run.log({"step": step, **evaluation_metrics(who, metrics)})
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Store the summary and wait until everything is written or sent."""
+        """Store the summary and close the run.
+
+        W&B's own process may write its last records after that; it has when this process ends.
+        """
         self._run.summary.update(dict(summary))
         self._run.finish(exit_code=0 if summary else 1)
 

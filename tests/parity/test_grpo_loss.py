@@ -234,15 +234,20 @@ def test_loss_gradient_and_metrics_equal_trls(
 def test_advantages_equal_trls(scale: Scale, rewards: list[float]) -> None:
     trainer = bare_trainer("grpo", scale, 0.0, 0.2, 0.2)
     theirs = trl_inputs(trainer, Batch(), rewards)["advantages"]
-    ours = group_advantages(torch.tensor(rewards), GROUP, scale)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    settings = GRPOSettings(group_size=GROUP, scale_rewards=scale)
+    signal = GRPO(settings, MAX_TOKENS).signal(
+        torch.tensor(rewards), torch.tensor(LENGTHS), TERMINATED
+    )
+    torch.testing.assert_close(signal.advantages, theirs, rtol=0, atol=1e-5)
 
 
-def test_frac_reward_zero_std_equals_trls() -> None:
+@pytest.mark.parametrize("scale", ["group", "none"])
+def test_frac_reward_zero_std_equals_trls(scale: Scale) -> None:
     rewards = [1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0]
-    trainer = bare_trainer("grpo", "group", 0.0, 0.2, 0.2)
+    trainer = bare_trainer("grpo", scale, 0.0, 0.2, 0.2)
     trl_inputs(trainer, Batch(), rewards)
-    signal = GRPO(GRPOSettings(group_size=GROUP), MAX_TOKENS).signal(
+    settings = GRPOSettings(group_size=GROUP, scale_rewards=scale)
+    signal = GRPO(settings, MAX_TOKENS).signal(
         torch.tensor(rewards), torch.tensor(LENGTHS), TERMINATED
     )
     assert trainer._metrics["train"]["frac_reward_zero_std"] == [0.5]

@@ -258,7 +258,7 @@ def wandb_history(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_an_offline_wandb_run_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("wandb asked for something"))
@@ -270,6 +270,7 @@ def test_an_offline_wandb_run_reads_back(tmp_path: Path, monkeypatch: pytest.Mon
         group.log_completions(step, [completion(text="<b>" + "x" * 40_000)])
     group.finish({"steps": 2, "artifact": "somewhere"})
     assert group.lost == {}
+    wandb.teardown()  # its process may still be writing the file when `finish` returns
 
     rows = wandb_history(tmp_path)
     assert [(r["step"], r["reward"]) for r in rows if "reward" in r] == [(1, 0.5), (2, 1.0)]
