@@ -84,7 +84,7 @@ class LeanDecoder:
         return states
 
     def _rotation(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors of x and of x rolled by half its dims, [B, 1, D]: rotate_half's sign is in them."""
+        """Factors [B, 1, D] of x, and of x rolled by half its dims (with the sign of that half)."""
         cos, sin = self._rotary(like[None], positions[None])
         half = self._dim // 2
         sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=1)

@@ -20,7 +20,6 @@ Letters: B completions, flattened group by group.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -89,8 +88,6 @@ class RewardSettings(Settings):
                 f"reward name {self.name!r} must consist of letters, digits, '_', '-' and '.', "
                 f"because metrics are named after it; set another name"
             )
-        if not math.isfinite(self.weight) or not math.isfinite(self.gate_floor):
-            raise InputError(f"reward '{self.name}': weight and gate_floor must be finite numbers")
         if self.role == "score" and self.weight == 0.0:
             raise InputError(
                 f"reward '{self.name}' has weight 0 and so no effect; set role: metric to watch it"

@@ -81,15 +81,15 @@ def test_a_build_without_the_operators_runs_unpacked(monkeypatch: pytest.MonkeyP
     def missing(weight: torch.Tensor) -> torch.Tensor:
         raise AttributeError("no such operator")
 
-    monkeypatch.setattr(frozen, "_pack", missing)
+    monkeypatch.setattr(frozen, "pack_weight", missing)
     assert not can_pack(_linear())
 
 
 def test_packing_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     if not can_pack(_linear()):
         pytest.skip("nothing is packed here")
-    exact = frozen._pack
-    monkeypatch.setattr(frozen, "_pack", lambda weight: exact(weight + 1))
+    exact = frozen.pack_weight
+    monkeypatch.setattr(frozen, "pack_weight", lambda weight: exact(weight + 1))
     assert not can_pack(_linear())
 
 

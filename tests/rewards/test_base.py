@@ -38,7 +38,7 @@ def test_given_name_wins_and_settings_survive_a_round_trip() -> None:
     ("fields", "message"),
     [
         ({"weight": 0.0}, "has weight 0 and so no effect; set role: metric"),
-        ({"weight": float("nan")}, "must be finite"),
+        ({"weight": float("nan")}, "finite number"),
         ({"role": "metric", "weight": 2.0}, "a weight has no effect"),
         ({"role": "gate", "weight": 2.0}, "a weight has no effect"),
         ({"gate_floor": -3.0}, "gate_floor has no effect"),
