@@ -45,7 +45,7 @@ def read_run(folder: Path, recipe: str) -> dict[str, Any]:
         "seconds": round(summary["seconds"], 1),
         "steps": summary["steps"],
         "best_step": summary["best_step"],
-        "command": f"rlprompt train {recipe} seed={seed}",
+        "command": f"rlprompt train {recipe} seed={seed}{_threads(resolved)}",
         "handwritten": resolved["evaluation"]["handwritten"],
         "heldout": {
             who: {
@@ -64,6 +64,11 @@ def read_run(folder: Path, recipe: str) -> dict[str, Any]:
         },
         "base_unchanged": summary["base_fingerprint_before"] == summary["base_fingerprint_after"],
     }
+
+
+def _threads(resolved: dict[str, Any]) -> str:
+    threads = resolved["model"]["threads"]
+    return "" if threads is None else f" model.threads={threads}"
 
 
 def answers_of(folder: Path, best_step: int, count: int = 10) -> list[dict[str, str]]:
@@ -114,8 +119,10 @@ def section(recipe: str, rows: list[dict[str, Any]], answers: list[dict[str, str
     lines = [
         f"## {recipe}",
         "",
-        f"`rlprompt train {recipe} seed=N`, N = {seeds}; mean ± standard deviation over seeds "
-        f"({rows[0]['heldout']['base']['num_completions']} held-out completions each).",
+        f"Seeds {seeds}; mean ± standard deviation over seeds "
+        f"({rows[0]['heldout']['base']['num_completions']} held-out completions each). Commands:",
+        "",
+        *(f"    {row['command']}" for row in rows),
         "",
         f"Hand-written: *{cell(rows[0]['handwritten'])}*",
         "",
