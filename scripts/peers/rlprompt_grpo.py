@@ -13,7 +13,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.evaluation.heldout import HeldoutEvaluator
 from rlprompt.model.base import ModelSettings
 from rlprompt.prompts.soft import SoftPrompt, SoftSettings
+from rlprompt.prompts.text import NonePrompt
 from rlprompt.recipe import build_policy
 from rlprompt.rewards import RewardSettings, build_rewards
 from rlprompt.rollout import collect
@@ -34,6 +35,7 @@ from rlprompt.training.settings import OptimizerSettings
 from rlprompt.training.update import PhaseClock, Updater
 from rlprompt.types import Query
 from scripts.peers.worker import (
+    GrpoWork,
     claim_stdout,
     cpu_seconds,
     emit,
@@ -49,33 +51,12 @@ PACKAGES = ("rlprompt", "torch", "transformers")
 
 
 @dataclass(frozen=True)
-class StepSettings:
-    """The same choices as `TrlSettings`, by the same names."""
+class StepSettings(GrpoWork):
+    """The shared work, and what only our side has."""
 
-    model: str = field(metadata={"help": "Folder of the base model."})
-    queries: str = field(metadata={"help": "JSONL of training queries (field `query`)."})
-    reward: str = field(metadata={"help": "Reward function, FILE.py:NAME or module:NAME."})
-    init_text: str = setting("You are a helpful assistant.", "Text that initialises the prompt.")
-    num_virtual_tokens: int = setting(16, "Trained embeddings; the init text is tiled or cut.")
-    num_queries: int = setting(4, "Queries per step.")
-    group_size: int = setting(8, "Completions per query.")
-    max_new_tokens: int = setting(48, "Longest completion.")
-    min_new_tokens: int = setting(0, "Shortest completion; equal to the longest = fixed work.")
-    temperature: float = setting(1.0, "Sampling temperature.")
-    lr: float = setting(0.01, "Learning rate of AdamW; constant unless --cosine-steps is given.")
     cosine_steps: int = setting(0, "Length of a cosine schedule; 0 = constant.")
-    max_grad_norm: float = setting(1.0, "Gradient clipping; 0 switches it off.")
-    beta: float = setting(0.0, "KL coefficient against the base without a prompt.")
     max_norm_ratio: float = setting(1.5, "Trust region of the soft tokens; 0 switches it off.")
     token_budget: int = setting(1024, "Packed tokens per micro-batch.")
-    seed: int = setting(0, "Seed of data order, sampling and initialisation.")
-    threads: int = setting(0, "torch.set_num_threads; 0 leaves torch's choice.")
-    steps: int = setting(0, "Train this many steps and stop; 0 = be a worker.")
-    heldout: str = setting("", "JSONL of held-out queries, for --steps.")
-    eval_every: int = setting(1, "Evaluate before the first and after every n-th step.")
-    heldout_samples: int = setting(1, "Completions per held-out query.")
-    eval_seed: int = setting(1234, "Sampling seed of every evaluation.")
-    json: str = setting("", "Where --steps writes its result; empty = stdout.")
 
 
 class Stepper:
@@ -109,7 +90,7 @@ class Stepper:
         self.updater = Updater(
             self.policy,
             GRPO(grpo, settings.max_new_tokens),
-            None,
+            NonePrompt() if settings.beta else None,
             temperature=settings.temperature,
             token_budget=settings.token_budget,
         )

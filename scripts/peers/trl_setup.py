@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from scripts.peers.worker import (
     CHATML_WITHOUT_DEFAULT,
+    GrpoWork,
     conversation,
     environment,
     load_queries,
@@ -73,23 +74,10 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
 
 
 @dataclass(frozen=True)
-class TrlSettings:
+class TrlSettings(GrpoWork):
     """Everything that decides what one step does; stated in every JSON."""
 
-    model: str = field(metadata={"help": "Folder of the base model."})
-    queries: str = field(metadata={"help": "JSONL of training queries (field `query`)."})
-    reward: str = field(metadata={"help": "TRL reward function, FILE.py:NAME or module:NAME."})
-    init_text: str = setting("You are a helpful assistant.", "Text that initialises the prompt.")
-    num_virtual_tokens: int = setting(16, "Trained embeddings; the init text is tiled or cut.")
-    num_queries: int = setting(4, "Queries per step.")
-    group_size: int = setting(8, "Completions per query.")
-    max_new_tokens: int = setting(48, "Longest completion.")
-    min_new_tokens: int = setting(0, "Shortest completion; equal to the longest = fixed work.")
-    temperature: float = setting(1.0, "Sampling temperature.")
-    lr: float = setting(0.01, "Constant learning rate of AdamW.")
     weight_decay: float = setting(0.0, "Of AdamW.")
-    max_grad_norm: float = setting(1.0, "Gradient clipping; 0 switches it off.")
-    beta: float = setting(0.0, "KL coefficient; above 0 adds a forward of the bare base.")
     epsilon: float = setting(0.2, "Clip range of the ratio, both sides.")
     loss_type: str = setting("grpo", "TRL's loss_type.")
     default_system: bool = setting(False, "Keep the system message that the template adds.")
@@ -98,15 +86,7 @@ class TrlSettings:
     compact_head: bool = setting(
         False, "Patch TRL to score completion positions only, as it does on GPUs; off = as shipped."
     )
-    seed: int = setting(0, "Seed of data order, sampling and initialisation.")
-    threads: int = setting(0, "torch.set_num_threads; 0 leaves torch's choice.")
-    steps: int = setting(0, "Train this many steps and stop; 0 = be a worker.")
-    heldout: str = setting("", "JSONL of held-out queries, for --steps.")
-    eval_every: int = setting(1, "Evaluate before the first and after every n-th step.")
-    heldout_samples: int = setting(1, "Completions per held-out query.")
     eval_batch: int = setting(32, "Rows per generate call in evaluation.")
-    eval_seed: int = setting(1234, "Sampling seed of every evaluation.")
-    json: str = setting("", "Where --steps writes its result; empty = stdout.")
 
 
 def load_reward(name: str) -> RewardFunction:

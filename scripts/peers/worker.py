@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import MISSING, Field, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -202,3 +202,30 @@ def _add_flag(parser: argparse.ArgumentParser, item: Field[Any]) -> None:
     else:
         options["type"] = str if item.default is MISSING else type(item.default)
     parser.add_argument("--" + item.name.replace("_", "-"), **options)
+
+
+@dataclass(frozen=True)
+class GrpoWork:
+    """What both sides of a comparison are told in the same words, so that they do the same work."""
+
+    model: str = field(metadata={"help": "Folder of the base model."})
+    queries: str = field(metadata={"help": "JSONL of training queries (field `query`)."})
+    reward: str = field(metadata={"help": "TRL reward function, FILE.py:NAME or module:NAME."})
+    init_text: str = setting("You are a helpful assistant.", "Text that initialises the prompt.")
+    num_virtual_tokens: int = setting(16, "Trained embeddings; the init text is tiled or cut.")
+    num_queries: int = setting(4, "Queries per step.")
+    group_size: int = setting(8, "Completions per query.")
+    max_new_tokens: int = setting(48, "Longest completion.")
+    min_new_tokens: int = setting(0, "Shortest completion; equal to the longest = fixed work.")
+    temperature: float = setting(1.0, "Sampling temperature.")
+    lr: float = setting(0.01, "Learning rate of AdamW.")
+    max_grad_norm: float = setting(1.0, "Gradient clipping; 0 switches it off.")
+    beta: float = setting(0.0, "KL coefficient; above 0 adds a forward of the bare base.")
+    seed: int = setting(0, "Seed of data order, sampling and initialisation.")
+    threads: int = setting(0, "torch.set_num_threads; 0 leaves torch's choice.")
+    steps: int = setting(0, "Train this many steps and stop; 0 = be a worker.")
+    heldout: str = setting("", "JSONL of held-out queries, for --steps.")
+    eval_every: int = setting(1, "Evaluate before the first and after every n-th step.")
+    heldout_samples: int = setting(1, "Completions per held-out query.")
+    eval_seed: int = setting(1234, "Sampling seed of every evaluation.")
+    json: str = setting("", "Where --steps writes its result; empty = stdout.")
