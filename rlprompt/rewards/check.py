@@ -266,11 +266,11 @@ def _check_huge(subject: _Subject) -> str:
 
 
 def _check_formats(subject: _Subject) -> str:
-    both = [
+    messages, strings = (
         subject.values(subject.query, subject.texts, subject.columns, conversational=each)
         for each in (True, False)
-    ]
-    _require_equal(subject, *both, "as messages and as plain strings")
+    )
+    _require_equal(subject, messages, strings, "as messages and as plain strings")
     return f"{len(subject.texts)} completions, the same values as messages and as strings"
 
 

@@ -48,6 +48,9 @@ WRONG_COLUMN_VALUES: Mapping[str, Any] = {
 """What a dataset column may hold by mistake, by what it is."""
 
 
+_TEXTS = ("query", "good", "bad")
+
+
 @dataclass(frozen=True)
 class Pair:
     """A query with an answer that a person prefers to another."""
@@ -80,14 +83,13 @@ def _pair(line: str, place: str) -> Pair:
         row = json.loads(line)
     except ValueError as error:
         raise InputError(f"{place} is not JSON ({error}); correct the line") from error
-    texts = [
-        row.pop(key, None) if isinstance(row, dict) else None for key in ("query", "good", "bad")
-    ]
-    if not all(isinstance(text, str) for text in texts):
+    texts = [row.get(key) for key in _TEXTS] if isinstance(row, dict) else []
+    if len(texts) != len(_TEXTS) or not all(isinstance(text, str) for text in texts):
         raise InputError(
             f"{place} has no texts 'query', 'good' and 'bad'; write all three in each line"
         )
-    return Pair(*texts, columns=row)
+    columns = {key: value for key, value in row.items() if key not in _TEXTS}
+    return Pair(row["query"], row["good"], row["bad"], columns)
 
 
 def make_group(
