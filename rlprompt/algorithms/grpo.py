@@ -29,7 +29,8 @@ from rlprompt.algorithms.base import (
     Signal,
     TokenLosses,
 )
-from rlprompt.algorithms.losses import clipped_surrogate, kl_k3
+from rlprompt.algorithms.kl import kl_estimate
+from rlprompt.algorithms.losses import clipped_surrogate, log_ratio
 from rlprompt.policy import TokenScores
 
 
@@ -117,8 +118,9 @@ class GRPO(Algorithm):
         settings = self._settings
         weights = micro.weights
         old = micro.old_logprobs if micro.old_logprobs is not None else scores.logprobs.detach()
+        ratios = log_ratio(scores.logprobs, old, scores.mask, "token")
         surrogate = clipped_surrogate(
-            scores.logprobs, old, micro.advantages, settings.clip_low, settings.clip_high
+            ratios, micro.advantages, settings.clip_low, settings.clip_high
         )
         metrics = {
             "entropy": scores.entropy.detach(),
@@ -128,7 +130,7 @@ class GRPO(Algorithm):
         }
         kl = None
         if micro.ref_logprobs is not None:
-            distance = kl_k3(scores.logprobs, micro.ref_logprobs)
+            distance = kl_estimate(scores.logprobs, micro.ref_logprobs, "k3")
             metrics["kl"] = distance.detach()
             if settings.kl_coef > 0.0:
                 kl = settings.kl_coef * (weights * distance).sum()
