@@ -21,8 +21,7 @@ from torch import Tensor
 
 from rlprompt.kernels import prefix_attention_launch as launch
 from rlprompt.kernels.prefix_attention_launch import Saved, Scoring
-from rlprompt.kernels.prefix_attention_rows import AttentionRows
-from rlprompt.kernels.prefix_attention_tiles import MAX_HEAD_DIM
+from rlprompt.kernels.prefix_attention_rows import MAX_HEAD_DIM, AttentionRows
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -89,9 +88,7 @@ def prefix_decode(
     return _decode_op(query, *own, *prefix, *spans, scaling, softcap or 0.0, window or 0)
 
 
-def check_shapes(
-    query: Tensor, own: tuple[Tensor, ...], prefix: tuple[Tensor, Tensor]
-) -> None:
+def check_shapes(query: Tensor, own: tuple[Tensor, ...], prefix: tuple[Tensor, Tensor]) -> None:
     """Raise ValueError unless heads and head dims fit each other; kernels would read elsewhere."""
     heads, dim = query.shape[-2:]
     kv_heads = own[0].shape[1]
@@ -237,9 +234,7 @@ def _decode_op(
     """`prefix_decode`; an operator's signature is flat."""
     query, key, value, *prefix = _straight(query, key, value, prefix_key, prefix_value)
     scoring = Scoring(scaling, softcap, window)
-    return launch.decode(
-        query, (key, value), (prefix[0], prefix[1]), firsts, lengths, scoring
-    )
+    return launch.decode(query, (key, value), (prefix[0], prefix[1]), firsts, lengths, scoring)
 
 
 @_decode_op.register_fake

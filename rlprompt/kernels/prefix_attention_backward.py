@@ -16,7 +16,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rlprompt.kernels.prefix_attention_forward import LOG2E, dot, load_rows, store_rows
+from rlprompt.kernels.prefix_attention_forward import (
+    LOG2E,
+    dot,
+    key_ranges,
+    key_tile,
+    load_rows,
+    store_rows,
+    visible,
+)
 
 
 @triton.jit
@@ -33,35 +41,25 @@ def probabilities(product, lse, seen, SCALE: tl.constexpr, SOFTCAP: tl.constexpr
 
 
 @triton.jit
-def query_span(
-    grad, query, grad_out, lse, delta, K, V, key_stride, value_stride,
-    first, end, token, query_pos, shift,
-    CAUSAL: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
+def query_tile(
+    grad, query, grad_out, lse, delta, K, V, key_stride, value_stride, n, stop, limit, earliest,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Add the part of dQ [BM, BD] that comes from keys [first, end)."""
+    """Add what the keys n [BN] give to dQ [BM, BD]; arguments as of `attend_tile`."""
     d = tl.arange(0, BD)
     place = tl.arange(0, BN)
-    start = first
+    keys = load_rows(K, place * key_stride, d, n < stop, D, BD)
+    values = load_rows(V, place * value_stride, d, n < stop, D, BD)
+    seen = n[None, :] <= limit[:, None]
     if WINDOW > 0:
-        start = tl.maximum(first, tl.min(query_pos) - WINDOW + 1 - shift)
-    for n0 in range(start, end, BN):
-        n = n0 + place
-        here = tl.cast(n0, tl.int64)
-        keys = load_rows(K + here * key_stride, place * key_stride, d, n < end, D, BD)
-        values = load_rows(V + here * value_stride, place * value_stride, d, n < end, D, BD)
-        seen = n[None, :] < end
-        if CAUSAL:
-            seen = seen & (n[None, :] <= token[:, None])
-        if WINDOW > 0:
-            seen = seen & (query_pos[:, None] - n[None, :] - shift < WINDOW)
-        product = dot(query, tl.trans(keys), PRECISION, UPCAST)
-        weights, slope = probabilities(product, lse[:, None], seen, SCALE, SOFTCAP)
-        grad_weights = dot(grad_out, tl.trans(values), PRECISION, UPCAST)
-        grad_scores = weights * (grad_weights - delta[:, None]) * slope
-        grad += dot(grad_scores.to(keys.dtype), keys, PRECISION, UPCAST)
-    return grad
+        seen = seen & (n[None, :] >= earliest[:, None])
+    product = dot(query, tl.trans(keys), PRECISION, UPCAST)
+    weights, slope = probabilities(product, lse[:, None], seen, SCALE, SOFTCAP)
+    grad_weights = dot(grad_out, tl.trans(values), PRECISION, UPCAST)
+    grad_scores = weights * (grad_weights - delta[:, None]) * slope
+    return grad + dot(grad_scores.to(keys.dtype), keys, PRECISION, UPCAST)
 
 
 @triton.jit
@@ -74,20 +72,18 @@ def backward_query_kernel(
     WINDOW: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """dQ [N, H, D] of one tile, and delta [N, H], which the other kernels read."""
+    """Gradients of queries [N, H, D] of one tile, and delta [N, H], which the other kernels read."""
     program = tl.program_id(0)
     head = program % KV_HEADS
     row = (program // KV_HEADS) % num_rows
     tile = max_tiles - 1 - program // (KV_HEADS * num_rows)
     first = tl.load(TABLE + row * 6)
-    end = tl.load(TABLE + row * 6 + 1)
-    if tile * BM >= (end - first) * G:
+    pairs = (tl.load(TABLE + row * 6 + 1) - first) * G
+    if tile * BM >= pairs:
         return
-    parent_first = tl.load(TABLE + row * 6 + 2)
-    parent_end = tl.load(TABLE + row * 6 + 3)
     d = tl.arange(0, BD)
     r = tile * BM + tl.arange(0, BM)
-    inside = r < (end - first) * G
+    inside = r < pairs
     token0 = first + tile * BM // G
     token = first + r // G
     within, group = token - token0, r % G
@@ -107,75 +103,70 @@ def backward_query_kernel(
     lse = tl.load(LSE + scalars, mask=inside, other=float("inf")) * LOG2E
     delta = tl.sum(out.to(ACC) * grad_out.to(ACC), 1)
     tl.store(DELTA + scalars, delta, mask=inside)
-    own_shift = num_prefix + parent_end - parent_first - first
-    query_pos = token + own_shift
     grad = tl.zeros([BM, BD], dtype=ACC)
-    grad = query_span(
-        grad, query, grad_out, lse, delta,
-        PK + head * pk_head, PV + head * pv_head, pk_stride, pv_stride,
-        0, num_prefix, token, query_pos, 0,
-        False, SCALE, SOFTCAP, WINDOW, PRECISION, UPCAST, D, BD, BN,
-    )  # fmt: skip
-    grad = query_span(
-        grad, query, grad_out, lse, delta,
-        K + head * k_head, V + head * v_head, k_stride, v_stride,
-        parent_first, parent_end, token, query_pos, num_prefix - parent_first,
-        False, SCALE, SOFTCAP, WINDOW, PRECISION, UPCAST, D, BD, BN,
-    )  # fmt: skip
-    last = tl.minimum(end, first + (tile * BM + BM - 1) // G + 1)
-    grad = query_span(
-        grad, query, grad_out, lse, delta,
-        K + head * k_head, V + head * v_head, k_stride, v_stride,
-        first, last, token, query_pos, own_shift,
-        True, SCALE, SOFTCAP, WINDOW, PRECISION, UPCAST, D, BD, BN,
-    )  # fmt: skip
+    p_start, m_start, o_start, parent_end, own_end, one, two, three = key_ranges(
+        TABLE, row, tile, num_prefix, G, WINDOW, BM, BN
+    )
+    for i in range(0, three):
+        in_prefix, in_own, n0, stop = key_tile(
+            i, p_start, m_start, o_start, num_prefix, parent_end, own_end, one, two, BN
+        )
+        limit, earliest = visible(TABLE, row, token, in_prefix, in_own, stop, num_prefix, WINDOW)
+        key_stride = tl.where(in_prefix, pk_stride, k_stride)
+        value_stride = tl.where(in_prefix, pv_stride, v_stride)
+        keys_at = tl.where(in_prefix, PK + head * pk_head, K + head * k_head)
+        values_at = tl.where(in_prefix, PV + head * pv_head, V + head * v_head)
+        here = tl.cast(n0, tl.int64)
+        grad = query_tile(
+            grad, query, grad_out, lse, delta,
+            keys_at + here * key_stride, values_at + here * value_stride,
+            key_stride, value_stride, n0 + tl.arange(0, BN), stop, limit, earliest,
+            SCALE, SOFTCAP, WINDOW, PRECISION, UPCAST, D, BD, BN,
+        )  # fmt: skip
     store_rows(DQ + corner, packed, d, grad * SCALE, inside, D, BD)
 
 
 @triton.jit
-def key_span(
+def key_grads(
     grad_key, grad_value, keys, values, n, key_pos, Q, DOUT, LSE, DELTA, POSITIONS,
-    q_stride, q_head, do_stride, do_head, head, origin, first, end,
-    KV_HEADS: tl.constexpr, G: tl.constexpr,
-    CAUSAL: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    q_stride, q_head, do_stride, do_head, head, origin, r, r0, stop, causal,
+    KV_HEADS: tl.constexpr, G: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Add to dK and dV [BN, BD] what (token, head) pairs [first, end), counted from `origin`, give.
+    """Add to dK and dV [BN, BD] what the (token, head) pairs r [BM] give, from `origin` on.
 
-    Keys n [BN] beyond their range need no mask: what they collect is not stored.
+    Pairs end before `stop`; `r0` is the first. Under `causal`, a token sees keys n up to its own
+    place. Keys beyond their range need no mask: what they collect is not stored.
     """
     d = tl.arange(0, BD)
     heads = KV_HEADS * G
-    for r0 in range(first, end, BM):
-        r = r0 + tl.arange(0, BM)
-        inside = r < end
-        token0 = origin + r0 // G
-        within, group = r // G - r0 // G, r % G
-        far = tl.cast(token0, tl.int64)
-        query = load_rows(
-            Q + far * q_stride + head * G * q_head, within * q_stride + group * q_head,
-            d, inside, D, BD,
-        )  # fmt: skip
-        grad_out = load_rows(
-            DOUT + far * do_stride + head * G * do_head, within * do_stride + group * do_head,
-            d, inside, D, BD,
-        )  # fmt: skip
-        scalars = far * heads + head * G + within * heads + group
-        lse = tl.load(LSE + scalars, mask=inside, other=float("inf")) * LOG2E
-        delta = tl.load(DELTA + scalars, mask=inside, other=0.0)
-        seen = inside[None, :]
-        if CAUSAL:
-            seen = seen & (n[:, None] <= (token0 + within)[None, :])
-        if WINDOW > 0:
-            query_pos = tl.load(POSITIONS + token0 + within, mask=inside, other=0)
-            seen = seen & (query_pos[None, :] - key_pos[:, None] < WINDOW)
-        product = dot(keys, tl.trans(query), PRECISION, UPCAST)
-        weights, slope = probabilities(product, lse[None, :], seen, SCALE, SOFTCAP)
-        grad_value += dot(weights.to(grad_out.dtype), grad_out, PRECISION, UPCAST)
-        grad_weights = dot(values, tl.trans(grad_out), PRECISION, UPCAST)
-        grad_scores = weights * (grad_weights - delta[None, :]) * slope
-        grad_key += dot(grad_scores.to(query.dtype), query, PRECISION, UPCAST)
+    inside = r < stop
+    token0 = origin + r0 // G
+    within, group = r // G - r0 // G, r % G
+    far = tl.cast(token0, tl.int64)
+    query = load_rows(
+        Q + far * q_stride + head * G * q_head, within * q_stride + group * q_head,
+        d, inside, D, BD,
+    )  # fmt: skip
+    grad_out = load_rows(
+        DOUT + far * do_stride + head * G * do_head, within * do_stride + group * do_head,
+        d, inside, D, BD,
+    )  # fmt: skip
+    scalars = far * heads + head * G + within * heads + group
+    lse = tl.load(LSE + scalars, mask=inside, other=float("inf")) * LOG2E
+    delta = tl.load(DELTA + scalars, mask=inside, other=0.0)
+    limit = tl.where(causal, token0 + within, 2147483647)
+    seen = (n[:, None] <= limit[None, :]) & inside[None, :]
+    if WINDOW > 0:
+        query_pos = tl.load(POSITIONS + token0 + within, mask=inside, other=0)
+        seen = seen & (query_pos[None, :] - key_pos[:, None] < WINDOW)
+    product = dot(keys, tl.trans(query), PRECISION, UPCAST)
+    weights, slope = probabilities(product, lse[None, :], seen, SCALE, SOFTCAP)
+    grad_value += dot(weights.to(grad_out.dtype), grad_out, PRECISION, UPCAST)
+    grad_weights = dot(values, tl.trans(grad_out), PRECISION, UPCAST)
+    grad_scores = weights * (grad_weights - delta[None, :]) * slope
+    grad_key += dot(grad_scores.to(query.dtype), query, PRECISION, UPCAST)
     return grad_key, grad_value
 
 
@@ -188,7 +179,7 @@ def backward_own_kernel(
     WINDOW: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV [N, H_kv, D] of one tile of a row's keys: from the row itself, then its children.
+    """Gradients [N, H_kv, D] of one tile of a row's keys: from the row, then from its children.
 
     Early tiles are seen by most queries, and come first.
     """
@@ -216,16 +207,21 @@ def backward_own_kernel(
         last = tl.minimum(end, n0 + BN + WINDOW - 1)
     grad_key = tl.zeros([BN, BD], dtype=ACC)
     grad_value = tl.zeros([BN, BD], dtype=ACC)
-    grad_key, grad_value = key_span(
-        grad_key, grad_value, keys, values, n, key_pos, Q, DOUT, LSE, DELTA, POSITIONS,
-        q_stride, q_head, do_stride, do_head, head, first, (n0 - first) * G, (last - first) * G,
-        KV_HEADS, G, True, SCALE, SOFTCAP, WINDOW, PRECISION, UPCAST, D, BD, BM,
-    )  # fmt: skip
-    grad_key, grad_value = key_span(
-        grad_key, grad_value, keys, values, n, key_pos, Q, DOUT, LSE, DELTA, POSITIONS,
-        q_stride, q_head, do_stride, do_head, head, child_first, 0, (child_end - child_first) * G,
-        KV_HEADS, G, False, SCALE, SOFTCAP, WINDOW, PRECISION, UPCAST, D, BD, BM,
-    )  # fmt: skip
+    own_start, own_stop, child_stop = (
+        (n0 - first) * G,
+        (last - first) * G,
+        (child_end - child_first) * G,
+    )
+    own_tiles = tl.cdiv(own_stop - own_start, BM)
+    for i in range(0, own_tiles + tl.cdiv(child_stop, BM)):
+        causal = i < own_tiles
+        r0 = tl.where(causal, own_start + i * BM, (i - own_tiles) * BM)
+        grad_key, grad_value = key_grads(
+            grad_key, grad_value, keys, values, n, key_pos, Q, DOUT, LSE, DELTA, POSITIONS,
+            q_stride, q_head, do_stride, do_head, head, tl.where(causal, first, child_first),
+            r0 + tl.arange(0, BM), r0, tl.where(causal, own_stop, child_stop), causal,
+            KV_HEADS, G, SCALE, SOFTCAP, WINDOW, PRECISION, UPCAST, D, BD,
+        )  # fmt: skip
     corner = (far * KV_HEADS + head) * D
     store_rows(DK + corner, place * KV_HEADS * D, d, grad_key * SCALE, n < end, D, BD)
     store_rows(DV + corner, place * KV_HEADS * D, d, grad_value, n < end, D, BD)
@@ -253,11 +249,13 @@ def backward_prefix_kernel(
     values = load_rows(PV + head * pv_head, n * pv_stride, d, n < num_prefix, D, BD)
     grad_key = tl.zeros([BN, BD], dtype=ACC)
     grad_value = tl.zeros([BN, BD], dtype=ACC)
-    grad_key, grad_value = key_span(
-        grad_key, grad_value, keys, values, n, n, Q, DOUT, LSE, DELTA, POSITIONS,
-        q_stride, q_head, do_stride, do_head, head, first, 0, (last - first) * G,
-        KV_HEADS, G, False, SCALE, SOFTCAP, WINDOW, PRECISION, UPCAST, D, BD, BM,
-    )  # fmt: skip
+    for r0 in range(0, (last - first) * G, BM):
+        grad_key, grad_value = key_grads(
+            grad_key, grad_value, keys, values, n, n, Q, DOUT, LSE, DELTA, POSITIONS,
+            q_stride, q_head, do_stride, do_head, head, first,
+            r0 + tl.arange(0, BM), r0, (last - first) * G, False,
+            KV_HEADS, G, SCALE, SOFTCAP, WINDOW, PRECISION, UPCAST, D, BD,
+        )  # fmt: skip
     corner = tl.cast(split * KV_HEADS + head, tl.int64) * num_prefix * D
     store_rows(DK + corner, n * D, d, grad_key * SCALE, n < num_prefix, D, BD)
     store_rows(DV + corner, n * D, d, grad_value, n < num_prefix, D, BD)

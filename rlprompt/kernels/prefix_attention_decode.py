@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rlprompt.kernels.prefix_attention_forward import attend_span, load_rows, store_rows
+from rlprompt.kernels.prefix_attention_forward import attend_tile, load_rows, store_rows
 
 
 @triton.jit
@@ -39,17 +39,21 @@ def decode_shared_kernel(
     query = load_rows(
         Q + far * q_row + head * G * q_head, within * q_row + group * q_head, d, inside, D, BD
     )
-    query_pos = row
+    earliest = row
     if WINDOW > 0:
         own = tl.load(LENGTHS + row, mask=inside, other=1)
-        query_pos = num_prefix + own - 1
-    acc, top, total = attend_span(
-        tl.zeros([BM, BD], dtype=ACC), tl.full([BM], float("-inf"), dtype=ACC),
-        tl.zeros([BM], dtype=ACC), query,
-        PK + head * pk_head, PV + head * pv_head, pk_stride, pv_stride,
-        0, num_prefix, row, query_pos, 0,
-        False, SCALE, SOFTCAP, WINDOW, PRECISION, UPCAST, D, BD, BN,
-    )  # fmt: skip
+        earliest = num_prefix + own - WINDOW
+    acc = tl.zeros([BM, BD], dtype=ACC)
+    top = tl.full([BM], float("-inf"), dtype=ACC)
+    total = tl.zeros([BM], dtype=ACC)
+    limit = tl.zeros([BM], dtype=tl.int32) + num_prefix - 1
+    for n0 in range(0, num_prefix, BN):
+        acc, top, total = attend_tile(
+            acc, top, total, query,
+            PK + head * pk_head + n0 * pk_stride, PV + head * pv_head + n0 * pv_stride,
+            pk_stride, pv_stride, n0 + tl.arange(0, BN), num_prefix, limit, earliest,
+            SCALE, SOFTCAP, WINDOW, PRECISION, UPCAST, D, BD, BN,
+        )  # fmt: skip
     heads = KV_HEADS * G
     packed = within * heads + group
     corner = far * heads + head * G
@@ -85,12 +89,19 @@ def decode_own_kernel(
         acc = load_rows(STATE + corner * D, group * D, d, inside, D, BD)
         top = tl.load(TOPS + corner + group, mask=inside, other=0.0)
         total = tl.load(TOTALS + corner + group, mask=inside, other=1.0)
-    query_pos = tl.zeros([BM], dtype=tl.int32) + num_prefix + length - 1
-    acc, top, total = attend_span(
-        acc, top, total, query,
-        K + row * k_row + head * k_head, V + row * v_row + head * v_head, k_stride, v_stride,
-        first, first + length, group, query_pos, num_prefix - first,
-        False, SCALE, SOFTCAP, WINDOW, PRECISION, UPCAST, D, BD, BN,
-    )  # fmt: skip
+    stop = first + length
+    limit = tl.zeros([BM], dtype=tl.int32) + stop - 1
+    start = first
+    if WINDOW > 0:
+        start = tl.maximum(first, stop - WINDOW)
+    earliest = tl.zeros([BM], dtype=tl.int32) + start
+    for n0 in range(start, stop, BN):
+        acc, top, total = attend_tile(
+            acc, top, total, query,
+            K + row * k_row + head * k_head + tl.cast(n0, tl.int64) * k_stride,
+            V + row * v_row + head * v_head + tl.cast(n0, tl.int64) * v_stride,
+            k_stride, v_stride, n0 + tl.arange(0, BN), stop, limit, earliest,
+            SCALE, SOFTCAP, WINDOW, PRECISION, UPCAST, D, BD, BN,
+        )  # fmt: skip
     total = tl.where(total == 0.0, 1.0, total)  # a row without any key yields 0
     store_rows(OUT + corner * D, group * D, d, acc / total[:, None], inside, D, BD)

@@ -20,7 +20,12 @@ from rlprompt.kernels.prefix_attention_backward import (
 from rlprompt.kernels.prefix_attention_decode import decode_own_kernel, decode_shared_kernel
 from rlprompt.kernels.prefix_attention_forward import forward_kernel
 from rlprompt.kernels.prefix_attention_rows import AttentionRows
-from rlprompt.kernels.prefix_attention_tiles import Tile, block_dim, interpreting, tile_for
+from rlprompt.kernels.prefix_attention_tiles import (
+    Tile,
+    backend_here,
+    block_dim,
+    tile_for,
+)
 
 SPLIT_PROGRAMS = 264
 """Programs that the prefix's backward aims at: twice the multiprocessors of an H100. A constant, so
@@ -52,14 +57,22 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def constants(
-    kernel: str, query: Tensor, kv_heads: int, scoring: Scoring
+    kernel: str, backend: str, dtype: torch.dtype, heads: tuple[int, int, int], scoring: Scoring
 ) -> tuple[Tile, dict[str, Any]]:
-    """The tile, and the compile-time arguments, of a launch for queries [..., H, D]."""
-    heads, dim = query.shape[-2:]
-    share, dtype = heads // kv_heads, query.dtype
-    tile = tile_for(kernel, dtype, dim, share, query.device)
+    """The tile and the compile-time arguments of a launch.
+
+    Args:
+        kernel: a key of `KERNELS`.
+        backend: "cuda", "hip" or "interpreter".
+        dtype: of queries, keys and values.
+        heads: H, H_kv and D.
+        scoring: how scores come about.
+    """
+    num_heads, kv_heads, dim = heads
+    share = num_heads // kv_heads
+    tile = tile_for(kernel, backend, dtype, dim, share)
     double = accumulator(dtype) == torch.float64
-    arguments = {
+    return tile, {
         "KV_HEADS": kv_heads,
         "G": share,
         "SCALE": scoring.scaling,
@@ -67,23 +80,38 @@ def constants(
         "WINDOW": scoring.window,
         "ACC": tl.float64 if double else tl.float32,
         # Three TF32 products keep a float32 mantissa; a single one would lose 13 bits.
-        "PRECISION": "tf32x3" if dtype == torch.float32 and torch.version.hip is None else "ieee",
-        "UPCAST": interpreting() and dtype == torch.bfloat16,
+        "PRECISION": "tf32x3" if dtype == torch.float32 and backend == "cuda" else "ieee",
+        "UPCAST": backend == "interpreter" and dtype == torch.bfloat16,
         "D": dim,
         "BD": block_dim(dim),
         "BM": tile.rows,
         "BN": tile.keys,
     }
-    return tile, arguments
 
 
-def _launch(kernel: str, programs: int, arguments: tuple[Any, ...], like: Any) -> None:
-    """Start `programs` programs; `like` are the last arguments of `constants`."""
-    tile, named = constants(kernel, *like)
-    if programs > 0:
-        KERNELS[kernel][(programs,)](
-            *arguments, **named, num_warps=tile.warps, num_stages=tile.stages
+class Launcher:
+    """One kernel, ready for tensors of one shape of heads."""
+
+    def __init__(self, kernel: str, query: Tensor, kv_heads: int, scoring: Scoring) -> None:
+        """Choose tile and constants for queries [..., H, D]."""
+        heads, dim = query.shape[-2:]
+        self._kernel = KERNELS[kernel]
+        self.tile, self._constants = constants(
+            kernel, backend_here(), query.dtype, (heads, kv_heads, dim), scoring
         )
+
+    def __call__(self, programs: int, *arguments: Any) -> None:
+        """Start `programs` programs, if any."""
+        if programs == 0:
+            return
+        with torch.cuda.device_of(arguments[0]):
+            self._kernel[(programs,)](
+                *arguments,
+                **self._constants,
+                num_warps=self.tile.warps,
+                num_stages=self.tile.stages,
+                enable_fp_fusion=True,
+            )
 
 
 def strides(*tensors: Tensor) -> list[int]:
@@ -103,20 +131,19 @@ def forward(
     scoring: Scoring,
 ) -> tuple[Tensor, Tensor]:
     """Outputs [N, H, D] and natural-log LSE [N, H]; arguments as of `prefix_attention`."""
-    query, key, value = packed
+    query, key, _ = packed
     tokens, heads, dim = query.shape
     kv_heads = key.shape[1]
     out = query.new_empty(tokens, heads, dim)
     lse = query.new_empty(tokens, heads, dtype=accumulator(query.dtype))
-    like = (query, kv_heads, scoring)
-    tile, _ = constants("forward", *like)
-    tiles = triton.cdiv(rows.max_length * (heads // kv_heads), tile.rows)
+    launch = Launcher("forward", query, kv_heads, scoring)
+    tiles = triton.cdiv(rows.max_length * (heads // kv_heads), launch.tile.rows)
     num_rows, num_prefix = rows.table.shape[0], prefix[0].shape[1]
-    arguments = (
+    launch(
+        tiles * num_rows * kv_heads,
         *packed, *prefix, rows.table, out, lse, num_rows, num_prefix, tiles,
         *strides(*packed), *prefix_strides(*prefix),
     )  # fmt: skip
-    _launch("forward", tiles * num_rows * kv_heads, arguments, like)
     return out, lse
 
 
@@ -134,58 +161,55 @@ class Saved(NamedTuple):
 
 
 def backward_query(saved: Saved, grad_out: Tensor) -> tuple[Tensor, Tensor]:
-    """dQ [N, H, D] and delta [N, H], the inner products of outputs and their gradients."""
+    """Gradients of the queries [N, H, D], and delta [N, H] (see `prefix_attention_backward`)."""
     query, key, _ = saved.packed
     kv_heads = key.shape[1]
     grad, delta = torch.empty_like(saved.out), torch.empty_like(saved.lse)
-    like = (query, kv_heads, saved.scoring)
-    tile, _ = constants("backward_query", *like)
-    tiles = triton.cdiv(saved.rows.max_length * (query.shape[1] // kv_heads), tile.rows)
+    launch = Launcher("backward_query", query, kv_heads, saved.scoring)
+    tiles = triton.cdiv(saved.rows.max_length * (query.shape[1] // kv_heads), launch.tile.rows)
     num_rows, num_prefix = saved.rows.table.shape[0], saved.prefix[0].shape[1]
-    arguments = (
+    launch(
+        tiles * num_rows * kv_heads,
         *saved.packed, *saved.prefix, saved.rows.table, saved.out, grad_out, saved.lse, delta, grad,
         num_rows, num_prefix, tiles,
         *strides(*saved.packed), *prefix_strides(*saved.prefix), *strides(grad_out),
     )  # fmt: skip
-    _launch("backward_query", tiles * num_rows * kv_heads, arguments, like)
     return grad, delta
 
 
 def backward_own(saved: Saved, grad_out: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """dK and dV [N, H_kv, D] of the packed keys."""
+    """Gradients of the packed keys and values, [N, H_kv, D] each."""
     query, key, value = saved.packed
     kv_heads = key.shape[1]
     grads = (key.new_empty(key.shape), value.new_empty(value.shape))
-    like = (query, kv_heads, saved.scoring)
-    tile, _ = constants("backward_own", *like)
-    tiles = triton.cdiv(saved.rows.max_length, tile.keys)
+    launch = Launcher("backward_own", query, kv_heads, saved.scoring)
+    tiles = triton.cdiv(saved.rows.max_length, launch.tile.keys)
     num_rows = saved.rows.table.shape[0]
-    arguments = (
+    launch(
+        tiles * num_rows * kv_heads,
         *saved.packed, grad_out, saved.lse, delta, saved.rows.table, saved.rows.positions, *grads,
         num_rows, *strides(*saved.packed, grad_out),
     )  # fmt: skip
-    _launch("backward_own", tiles * num_rows * kv_heads, arguments, like)
     return grads
 
 
 def backward_prefix(saved: Saved, grad_out: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """dK and dV [H_kv, P, D] of the prefix, summed over all tokens in the accumulator's dtype."""
+    """Gradients of the prefix [H_kv, P, D], summed over all tokens in the accumulator's dtype."""
     query = saved.packed[0]
     kv_heads, num_prefix, dim = saved.prefix[0].shape
     tokens, heads = query.shape[:2]
-    like = (query, kv_heads, saved.scoring)
-    tile, _ = constants("backward_prefix", *like)
-    key_tiles = triton.cdiv(num_prefix, tile.keys)
-    most = max(1, triton.cdiv(tokens * (heads // kv_heads), 4 * tile.rows))
+    launch = Launcher("backward_prefix", query, kv_heads, saved.scoring)
+    key_tiles = triton.cdiv(num_prefix, launch.tile.keys)
+    most = max(1, triton.cdiv(tokens * (heads // kv_heads), 4 * launch.tile.rows))
     splits = min(most, triton.cdiv(SPLIT_PROGRAMS, max(1, key_tiles * kv_heads)))
     per_split = triton.cdiv(tokens, splits)
     partials = query.new_empty(2, splits, kv_heads, num_prefix, dim, dtype=saved.lse.dtype)
-    arguments = (
+    launch(
+        splits * key_tiles * kv_heads,
         query, *saved.prefix, grad_out, saved.lse, delta, saved.rows.positions, *partials.unbind(),
         tokens, num_prefix, per_split, key_tiles,
         *strides(query), *prefix_strides(*saved.prefix), *strides(grad_out),
     )  # fmt: skip
-    _launch("backward_prefix", splits * key_tiles * kv_heads, arguments, like)
     # Copied, because the result of a custom operator must not share memory with another one.
     grad_key, grad_value = partials.sum(1).unbind()
     return grad_key.clone(), grad_value.clone()
@@ -207,18 +231,17 @@ def decode(
     state = query.new_empty(held, heads, dim, dtype=acc)
     tops, totals = query.new_empty(2, held, heads, dtype=acc).unbind()
     out = query.new_empty(rows, heads, dim)
-    like = (query, kv_heads, scoring)
     if num_prefix:
-        tile, _ = constants("decode_shared", *like)
-        tiles = triton.cdiv(rows * (heads // kv_heads), tile.rows)
-        arguments = (
+        launch = Launcher("decode_shared", query, kv_heads, scoring)
+        tiles = triton.cdiv(rows * (heads // kv_heads), launch.tile.rows)
+        launch(
+            tiles * kv_heads,
             query, *prefix, lengths, state, tops, totals, rows, num_prefix,
             *strides(query), *prefix_strides(*prefix),
         )  # fmt: skip
-        _launch("decode_shared", tiles * kv_heads, arguments, like)
-    arguments = (
+    Launcher("decode_own", query, kv_heads, scoring)(
+        rows * kv_heads,
         query, *own, firsts, lengths, state, tops, totals, out, num_prefix, *strides(query),
         *(step for t in own for step in t.stride()[:3]),
     )  # fmt: skip
-    _launch("decode_own", rows * kv_heads, arguments, like)
     return out

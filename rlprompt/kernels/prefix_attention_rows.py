@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MAX_HEAD_DIM = 256
+"""A larger head does not fit the kernels' tiles."""
+
 COLUMNS = ("first", "end", "parent_first", "parent_end", "child_first", "child_end")
 
 

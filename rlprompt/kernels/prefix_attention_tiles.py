@@ -8,14 +8,19 @@ and kernels without matrix instructions.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import triton
 
-KERNELS = ("forward", "backward_query", "backward_own", "backward_prefix", "decode_shared", "decode_own")
-MAX_HEAD_DIM = 256
+KERNELS = (
+    "forward",
+    "backward_query",
+    "backward_own",
+    "backward_prefix",
+    "decode_shared",
+    "decode_own",
+)
 
 
 class Tile(NamedTuple):
@@ -33,6 +38,53 @@ class Tile(NamedTuple):
 INTERPRETER_TILE = Tile(16, 16, 1, 1)
 """Small, so that tiny tests cross tile borders."""
 
+Column = tuple[Tile, Tile, Tile, Tile, Tile, Tile]
+"""A tile for each of `KERNELS`."""
+
+
+def _column(*tiles: tuple[int, int, int, int]) -> Column:
+    one, two, three, four, five, six = (Tile(*t) for t in tiles)
+    return one, two, three, four, five, six
+
+
+# By backend, bytes per element and padded head dim (64 also serves smaller ones). NVIDIA's entries
+# stay under the 99 KB of shared memory of its smallest GPUs since Ampere, AMD's under 64 KB.
+# Eight warps where a tile's accumulators would spill with four; one pipeline stage on AMD where two
+# would. Float32 multiplies three times, from two halves of each number, and needs the registers:
+# at head dim 256 no tile fits, and attention is written out (`dispatch`).
+TILES: dict[tuple[str, int, int], Column] = {
+    ("cuda", 2, 64): _column(
+        (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (16, 64, 4, 3)
+    ),
+    ("cuda", 2, 128): _column(
+        (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (16, 64, 4, 3)
+    ),
+    ("cuda", 2, 256): _column(
+        (64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 2), (32, 32, 8, 2), (64, 32, 8, 2), (16, 32, 4, 2)
+    ),
+    ("cuda", 4, 64): _column(
+        (64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (16, 32, 4, 2)
+    ),
+    ("cuda", 4, 128): _column(
+        (32, 32, 8, 2), (32, 16, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2), (32, 32, 8, 2), (16, 32, 4, 2)
+    ),
+    ("hip", 2, 64): _column(
+        (128, 64, 8, 2), (64, 64, 4, 2), (32, 64, 4, 1), (32, 64, 4, 1), (64, 64, 4, 2), (16, 64, 4, 2)
+    ),
+    ("hip", 2, 128): _column(
+        (128, 32, 8, 2), (64, 32, 4, 2), (32, 64, 4, 1), (32, 64, 4, 1), (64, 64, 4, 2), (16, 64, 4, 2)
+    ),
+    ("hip", 2, 256): _column(
+        (64, 32, 4, 2), (32, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1), (64, 32, 4, 2), (16, 32, 4, 2)
+    ),
+    ("hip", 4, 64): _column(
+        (64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1), (32, 32, 4, 1), (64, 32, 4, 2), (16, 32, 4, 2)
+    ),
+    ("hip", 4, 128): _column(
+        (32, 32, 4, 2), (32, 32, 4, 1), (32, 16, 4, 1), (32, 16, 4, 1), (32, 32, 4, 2), (16, 32, 4, 2)
+    ),
+}  # fmt: skip
+
 
 def interpreting() -> bool:
     """Whether Triton runs kernels in its interpreter, on the CPU (TRITON_INTERPRET=1)."""
@@ -44,7 +96,26 @@ def block_dim(head_dim: int) -> int:
     return max(16, int(triton.next_power_of_2(head_dim)))
 
 
-def tile_for(kernel: str, dtype: torch.dtype, head_dim: int, share: int, device: torch.device) -> Tile:
+def backend_here() -> str:
+    """The backend of this PyTorch: "cuda" or "hip"; "interpreter" when that runs the kernels."""
     if interpreting():
-        return INTERPRETER_TILE
-    raise NotImplementedError
+        return "interpreter"
+    return "hip" if torch.version.hip else "cuda"
+
+
+def tile_for(kernel: str, backend: str, dtype: torch.dtype, head_dim: int, share: int) -> Tile:
+    """The tile of a kernel for heads of `head_dim`, `share` query heads per key/value head.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if backend == "interpreter":
+        tile = INTERPRETER_TILE
+    else:
+        found = TILES.get((backend, dtype.itemsize, max(64, block_dim(head_dim))))
+        if found is None:
+            raise ValueError(f"no tiles for {dtype} and head dim {head_dim} on {backend}")
+        tile = found[KERNELS.index(kernel)]
+    if kernel == "decode_own":  # its rows are the heads of one group, padded to a power of two
+        tile = tile._replace(rows=max(tile.rows, int(triton.next_power_of_2(share))))
+    return tile
