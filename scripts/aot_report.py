@@ -2,10 +2,10 @@
 
     python scripts/aot_report.py [--json FILE] [--arch sm_80 ...] [--kernel forward ...] [--jobs N]
 
-For shapes of heads of real models, prints registers per thread, spilled bytes, shared memory and the
-number of matrix instructions in the code, and exits with 1 when a kernel spills, needs more shared
-memory than its architecture has, or has no matrix instructions. It says nothing about speed, and
-nothing about results: tests in the interpreter do.
+For the heads of real models, prints registers per thread, spilled bytes, shared memory and how many
+matrix instructions the code has, and exits with 1 when a kernel spills, needs more shared memory
+than its architecture has, or has no matrix instructions. It says nothing about speed, and nothing
+about results: tests in the interpreter do.
 """
 
 from __future__ import annotations
@@ -193,24 +193,19 @@ def numbers(pattern: str, text: str) -> int:
     return sum(map(int, found))
 
 
+HEADER = ("kernel", "arch", "config", "model", "regs", "spill", "shared", "mma")
+WIDTHS = "{:<15} {:<6} {:<22} {:<12} {:>4} {:>5} {:>6} {:>4}"
+
+
 def compile_all(wanted: list[Job], processes: int) -> list[Row]:
-    """In order."""
+    """In order, each row printed when it is there."""
+    print(WIDTHS.format(*HEADER))
+    rows = []
     with ProcessPoolExecutor(processes) as pool:
-        return list(pool.map(compile_one, wanted))
-
-
-def table(rows: list[Row]) -> str:
-    """For reading."""
-    lines = [
-        f"{'kernel':<16} {'arch':<7} {'config':<26} {'model':<13} {'regs':>4} {'spill':>5} "
-        f"{'shared':>7} {'mma':>4}"
-    ]
-    for row in rows:
-        lines.append(
-            f"{row.kernel:<16} {row.arch:<7} {row.config:<26} {row.model:<13} {row.registers:>4} "
-            f"{row.spill_bytes:>5} {row.shared_bytes:>7} {row.mma:>4}"
-        )
-    return "\n".join(lines)
+        for row in pool.map(compile_one, wanted):
+            print(WIDTHS.format(*asdict(row).values()), flush=True)
+            rows.append(row)
+    return rows
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -221,15 +216,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     given = parser.parse_args(arguments)
     rows = compile_all(list(jobs(given.arch, given.kernel)), given.jobs)
-    print(table(rows))
     if given.json:
         given.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     faults = [(row, fault) for row in rows for fault in row.faults()]
     for row, fault in faults:
         print(f"FAULT: {row.kernel} {row.arch} {row.config} ({row.model}) {fault}", file=sys.stderr)
-    print(
-        f"{len(rows)} configurations compiled with Triton {triton.__version__}: {len(faults)} faults"
-    )
+    print(f"{len(rows)} compiled with Triton {triton.__version__}, {len(faults)} faults")
     return 1 if faults else 0
 
 

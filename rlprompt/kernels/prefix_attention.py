@@ -101,7 +101,7 @@ def check_shapes(query: Tensor, own: tuple[Tensor, ...], prefix: tuple[Tensor, T
 
 
 def _straight(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The kernels step through the last dimension one by one."""
+    """Copies where the last dimension is strided: kernels step through it one by one."""
     return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
 
 
@@ -125,7 +125,7 @@ def _forward_op(
     return launch.forward(
         (query, key, value),
         (prefix[0], prefix[1]),
-        AttentionRows(table, positions, max_length),
+        AttentionRows(table.contiguous(), positions.contiguous(), max_length),
         Scoring(scaling, softcap, window),
     )
 
@@ -161,14 +161,14 @@ def _backward_op(
     saved = Saved(
         (query, key, value),
         (prefix[0], prefix[1]),
-        AttentionRows(table, positions, max_length),
+        AttentionRows(table.contiguous(), positions.contiguous(), max_length),
         Scoring(scaling, softcap, window),
         out,
         lse,
     )
     grad_query, delta = launch.backward_query(saved, grad_out)
-    none = query.new_empty(0)
-    own, shared = (none, none.clone()), (none.clone(), none.clone())
+    own = (key.new_empty(0), value.new_empty(0))
+    shared = (prefix_key.new_empty(0), prefix_value.new_empty(0))
     if wants_own:
         own = launch.backward_own(saved, grad_out, delta)
     if wants_prefix:
@@ -233,8 +233,9 @@ def _decode_op(
 ) -> Tensor:
     """`prefix_decode`; an operator's signature is flat."""
     query, key, value, *prefix = _straight(query, key, value, prefix_key, prefix_value)
+    spans = (firsts.contiguous(), lengths.contiguous())
     scoring = Scoring(scaling, softcap, window)
-    return launch.decode(query, (key, value), (prefix[0], prefix[1]), firsts, lengths, scoring)
+    return launch.decode(query, (key, value), (prefix[0], prefix[1]), *spans, scoring)
 
 
 @_decode_op.register_fake

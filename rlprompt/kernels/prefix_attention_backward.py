@@ -72,7 +72,7 @@ def backward_query_kernel(
     WINDOW: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of queries [N, H, D] of one tile, and delta [N, H], which the other kernels read."""
+    """Gradients of one tile of queries [N, H, D], and delta [N, H], which other kernels read."""
     program = tl.program_id(0)
     head = program % KV_HEADS
     row = (program // KV_HEADS) % num_rows
