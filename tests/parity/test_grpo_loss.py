@@ -23,7 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlprompt.algorithms.advantages import Normalizer, Scale, group_advantages
+from rlprompt.algorithms.advantages import Scale, group_advantages
 from rlprompt.algorithms.base import BatchView, MicroSignal, Signal, TokenLosses
 from rlprompt.algorithms.grpo import GRPO, GRPOSettings
 from rlprompt.policy import TokenScores

@@ -123,9 +123,7 @@ def our_loss(
     return signal, losses, leaf.grad
 
 
-@pytest.mark.parametrize(
-    ("kl_coef", "mask_truncated"), [(0.0, False), (0.0, True), (0.07, False)]
-)
+@pytest.mark.parametrize(("kl_coef", "mask_truncated"), [(0.0, False), (0.0, True), (0.07, False)])
 @pytest.mark.parametrize("normalize", [False, True], ids=["plain", "normalized"])
 def test_loss_and_gradient_equal_trls(
     kl_coef: float, normalize: bool, mask_truncated: bool
