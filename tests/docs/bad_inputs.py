@@ -165,6 +165,16 @@ RECIPES = [
         "two settings that exclude each other",
         lambda p: p.recipe(training__optimizer={"lr": 0.1, "lr_relative": 0.1}),
     ),
+    ("a clip range with one update per batch", lambda p: p.recipe(algorithm__clip_low=0.1)),
+    (
+        "a reference for supervised tuning",
+        lambda p: p.recipe(algorithm={"type": "supervised"}, reference={"type": "initial"}),
+    ),
+    (
+        "an overlong margin beyond max_tokens",
+        lambda p: p.recipe(algorithm__overlong_margin=5000),
+    ),
+    ("an algorithm with a typo", lambda p: p.recipe(algorithm={"type": "grop"})),
     ("greedy sampling in training", lambda p: p.recipe(sampling__temperature=0)),
     ("an override without a value", lambda p: train("training.steps")),
     ("an override past the end of a list", lambda p: train("rewards.2.weight=1")),
