@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from rlprompt.algorithms.grpo import GRPOSettings
+from rlprompt.data.augment import AugmentSettings
 from rlprompt.data.base import DataSettings
 from rlprompt.engines.native import NativeSettings
 from rlprompt.engines.sampling import SamplingSettings
@@ -24,6 +25,7 @@ from rlprompt.prompts.soft import SoftSettings
 from rlprompt.recipe_file import apply_override, explain, read_tree
 from rlprompt.rewards.base import RewardSettings
 from rlprompt.settings import Settings
+from rlprompt.training.objective import ConstraintSettings, RobustSettings
 from rlprompt.training.settings import TrainingSettings
 from rlprompt.training.tracking import TrackingSettings
 
@@ -73,9 +75,16 @@ class Recipe(Settings):
     """How completions are drawn, in training and in held-out evaluation."""
     data: DataSettings
     """Where the queries come from."""
+    augment: tuple[AugmentSettings, ...] = ()
+    """In what company a share of the training queries is asked, against a shift of the
+    conversation."""
     rewards: tuple[RewardSettings, ...] = ()
     """What is rewarded, and what is only watched. An algorithm that learns from rewards needs one
     with the role `score`."""
+    constraints: ConstraintSettings = ConstraintSettings()
+    """How multipliers of rewards with the role `constraint` are learned."""
+    robust: RobustSettings | None = None
+    """Learn for the worst queries; null = all queries count alike."""
     training: TrainingSettings = TrainingSettings()
     """Steps, optimizer, checkpoints."""
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -97,6 +106,16 @@ class Recipe(Settings):
             raise ValueError(
                 f"no reward has role: score, which {self.algorithm.type} learns from; add one to "
                 "rewards"
+            )
+        held = any(reward.role == "constraint" for reward in self.rewards)
+        if held and not self.algorithm.needs_rewards:
+            raise ValueError(
+                f"a reward has role: constraint, but {self.algorithm.type} does not learn from "
+                "rewards; choose another algorithm, or role: metric"
+            )
+        if not held and self.constraints != ConstraintSettings():
+            raise ValueError(
+                "constraints has no effect without a reward of role: constraint; remove it"
             )
         if self.sampling.min_tokens > self.sampling.max_tokens:
             raise ValueError(

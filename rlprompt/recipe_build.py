@@ -11,6 +11,7 @@ from rich.console import Console
 from rlprompt.algorithms.base import Algorithm
 from rlprompt.algorithms.grpo import GRPO
 from rlprompt.data import QuerySampler, load_queries
+from rlprompt.data.augment import Augmenter
 from rlprompt.data.base import QuerySplit
 from rlprompt.engines.base import Engine
 from rlprompt.engines.native import NativeEngine
@@ -27,6 +28,7 @@ from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.recipe import InitialReference, Recipe, Reference, TextReference, with_template_text
 from rlprompt.rewards import RewardRunner, build_rewards
 from rlprompt.training.loop import Trainer
+from rlprompt.training.objective import Constraints, QueryWeights
 from rlprompt.training.parts import RunParts
 from rlprompt.training.sources import ColumnSource, RolloutSource, Source, given_completion
 from rlprompt.training.tracking import build_trackers
@@ -77,6 +79,8 @@ def build_trainer(
         source=_source(recipe, data, policy, engine, rewards, algorithm, teacher),
         reference=_reference(recipe.reference, policy.prompt) if needs_reference else None,
         teacher=teacher,
+        constraints=_constraints(recipe, rewards),
+        query_weights=_query_weights(recipe, data),
         evaluator=_evaluator(recipe, data, policy, engine, rewards),
         rewards=rewards,
         data=data,
@@ -122,13 +126,29 @@ def _source(
             "lower it or add queries"
         )
     sampler = QuerySampler(count, size, recipe.seed)
-    if recipe.algorithm.answer_columns:
-        return ColumnSource(data.train, sampler, policy, recipe.algorithm.answer_columns)
+    augment = Augmenter(recipe.augment, data.train) if recipe.augment else None
+    columns = recipe.algorithm.answer_columns
+    if columns:
+        return ColumnSource(data.train, sampler, policy, columns, augment)
     prompt = policy.prompt
     if recipe.algorithm.draws_from_teacher:
         assert teacher is not None
         prompt = teacher
-    return RolloutSource(data.train, sampler, engine, prompt, rewards, algorithm, recipe.sampling)
+    return RolloutSource(
+        data.train, sampler, engine, prompt, rewards, algorithm, recipe.sampling, augment
+    )
+
+
+def _constraints(recipe: Recipe, rewards: RewardRunner) -> Constraints | None:
+    limits = rewards.cost_limits
+    return Constraints(recipe.constraints, limits) if limits else None
+
+
+def _query_weights(recipe: Recipe, data: QuerySplit) -> QueryWeights | None:
+    if recipe.robust is None:
+        return None
+    uses_rewards = recipe.algorithm.needs_rewards
+    return QueryWeights(recipe.robust, data.train, uses_rewards=uses_rewards)
 
 
 def _evaluator(

@@ -52,6 +52,7 @@ LAYERS = {
     "algorithms.": 3,
     "search.": 3,
     "rollout": 4,
+    "training.objective": 4,
     "training.rows": 5,
     "training.update": 5,
     "training.sources": 5,
