@@ -85,8 +85,6 @@ def test_a_violated_constraint_raises_its_multiplier_and_resumes(tmp_path: Path)
     assert rows[0]["constraint/cost/violation"] > 0
 
     resumed = tmp_path / "resumed"
-    trainer = tiny_trainer(tmp_path, resumed, **CONSTRAINED)
-    trainer.state.progress.step = 0
     two = {**CONSTRAINED, "training": {"steps": 2, "save_every": 1}}
     constant = {"optimizer": {"schedule": "constant"}}
     two["training"] |= constant
