@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from rlprompt.algorithms.grpo import GRPOSettings
+from rlprompt.algorithms.make import AnyAlgorithmSettings
 from rlprompt.data.augment import AugmentSettings
 from rlprompt.data.base import DataSettings
 from rlprompt.engines.native import NativeSettings
@@ -65,8 +66,8 @@ class Recipe(Settings):
     """The frozen base."""
     prompt: SoftSettings = SoftSettings()
     """The prompt that is trained."""
-    algorithm: GRPOSettings = GRPOSettings()
-    """How it learns."""
+    algorithm: AnyAlgorithmSettings = GRPOSettings()
+    """How it learns; by GRPO when it has no type."""
     reference: Reference = NoneReference()
     """The policy that the KL is measured to."""
     engine: NativeSettings = NativeSettings()
@@ -94,13 +95,19 @@ class Recipe(Settings):
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Of everything drawn at random."""
 
+    @field_validator("algorithm", mode="before")
+    @classmethod
+    def _grpo_by_default(cls, value: Any) -> Any:
+        return {"type": "grpo", **value} if isinstance(value, dict) else value
+
     @model_validator(mode="after")
     def _settings_have_effect(self) -> Recipe:
         if not self.algorithm.needs_reference and not isinstance(self.reference, NoneReference):
-            raise ValueError(
-                "reference has no effect while algorithm.kl_coef is 0; set kl_coef or remove "
-                "reference"
-            )
+            if "kl_coef" in type(self.algorithm).model_fields:
+                why = "while algorithm.kl_coef is 0; set kl_coef or"
+            else:
+                why = f"with algorithm.type: {self.algorithm.type};"
+            raise ValueError(f"reference has no effect {why} remove reference")
         scored = any(reward.role == "score" for reward in self.rewards)
         if self.algorithm.needs_rewards and not scored:
             raise ValueError(
@@ -122,7 +129,7 @@ class Recipe(Settings):
                 f"sampling.min_tokens is {self.sampling.min_tokens}, max_tokens is "
                 f"{self.sampling.max_tokens}; lower min_tokens"
             )
-        if self.sampling.temperature == 0.0:
+        if self.sampling.temperature == 0.0 and self.algorithm.needs_rewards:
             raise ValueError(
                 "sampling.temperature is 0, so all completions of a group would be the same; set "
                 "it above 0"

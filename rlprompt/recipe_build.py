@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from rlprompt.algorithms.base import Algorithm
-from rlprompt.algorithms.grpo import GRPO
+from rlprompt.algorithms.make import Surroundings, make_algorithm
 from rlprompt.data import QuerySampler, load_queries
 from rlprompt.data.augment import Augmenter
 from rlprompt.data.base import QuerySplit
 from rlprompt.engines.base import Engine
 from rlprompt.engines.native import NativeEngine
-from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.errors import InputError
 from rlprompt.evaluation.heldout import HeldoutEvaluator, Objective
 from rlprompt.evaluation.probes import BaseLogprob, Probe, TargetLogprob
@@ -33,11 +30,6 @@ from rlprompt.training.parts import RunParts
 from rlprompt.training.sources import ColumnSource, RolloutSource, Source, given_completion
 from rlprompt.training.tracking import build_trackers
 from rlprompt.types import Group
-
-ALGORITHMS: dict[str, Callable[[Any, Policy, SamplingSettings], Algorithm]] = {
-    "grpo": lambda settings, policy, sampling: GRPO(settings, sampling.max_tokens),
-}
-"""`algorithm.type` -> how the algorithm is made of its settings."""
 
 _HELDOUT_SEED = 1_000_003
 """Keeps held-out draws apart from those of every training step."""
@@ -67,7 +59,8 @@ def build_trainer(
     policy = build_policy(recipe.model)
     policy.prompt = SoftPrompt.create(recipe.prompt, policy, recipe.seed)
     policy.gradient_checkpointing = recipe.training.gradient_checkpointing
-    algorithm = ALGORITHMS[recipe.algorithm.type](recipe.algorithm, policy, recipe.sampling)
+    given = Surroundings(policy, recipe.sampling.max_tokens, recipe.seed)
+    algorithm = make_algorithm(recipe.algorithm, given)
     needs_reference = recipe.algorithm.needs_reference
     text = recipe.algorithm.teacher_text
     teacher = None if text is None else TextPrompt(text)

@@ -65,6 +65,10 @@ class UpdateResult:
     """The algorithm's metrics, summed over the tokens that have a weight."""
     num_weighted: int = 0
     """How many those are: TRL's masks too leave out what the loss does not see."""
+    row_sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """The algorithm's metrics of completions, summed over those that have a weight."""
+    num_weighted_rows: int = 0
+    """How many those are."""
     num_sampled: int = 0
     """Tokens that an engine drew."""
     gap_sum: float = 0.0
@@ -308,6 +312,10 @@ def _account(
     for name, values in (losses.metrics or {}).items():
         result.token_sums[name] += float((values * weighted).sum())
     result.num_weighted += int(weighted.sum())
+    weighted_rows = weighted.any(dim=1)
+    for name, values in (losses.row_metrics or {}).items():
+        result.row_sums[name] += float((values * weighted_rows).sum())
+    result.num_weighted_rows += int(weighted_rows.sum())
     sampled = sampling_logprobs(rows, scores)
     if sampled is None:
         return
@@ -318,12 +326,14 @@ def _account(
 
 
 def _merge(results: Sequence[UpdateResult], signal: Signal) -> dict[str, float]:
-    """Means over tokens, then over updates; a mean over no tokens is left out."""
+    """Means over tokens or completions, then over updates; a mean over none is left out."""
     out: dict[str, float] = defaultdict(float)
     for result in results:
         share = 1.0 / len(results)
         for name, value in result.token_sums.items() if result.num_weighted else ():
             out[name] += share * value / result.num_weighted
+        for name, value in result.row_sums.items() if result.num_weighted_rows else ():
+            out[name] += share * value / result.num_weighted_rows
         for name, value in result.losses.items():
             out[name] += share * value
         out["loss"] += share * sum(result.losses.values())
