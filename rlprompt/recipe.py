@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from rich.console import Console
 
 from rlprompt.algorithms.grpo import GRPO, GRPOSettings
+from rlprompt.artifacts.format import load_artifact
 from rlprompt.data import load_queries
 from rlprompt.data.base import DataSettings
 from rlprompt.engines.native import NativeEngine, NativeSettings
@@ -25,8 +26,9 @@ from rlprompt.model.slot import ChatSlot
 from rlprompt.model.template import read_template
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
-from rlprompt.prompts.soft import SoftPrompt, SoftSettings
-from rlprompt.prompts.text import NonePrompt, TextPrompt
+from rlprompt.prompts.make import PromptSettings, make_prompt
+from rlprompt.prompts.soft import SoftSettings
+from rlprompt.prompts.text import NonePrompt, TextPrompt, TextSettings
 from rlprompt.recipe_file import apply_override, explain, read_tree
 from rlprompt.rewards import build_rewards
 from rlprompt.rewards.base import RewardSettings
@@ -70,8 +72,8 @@ class Recipe(Settings):
     """What this run is called in reports, artifacts and trackers."""
     model: ModelSettings = ModelSettings()
     """The frozen base."""
-    prompt: SoftSettings = SoftSettings()
-    """The prompt that is trained."""
+    prompt: PromptSettings = SoftSettings()
+    """The prompt that is trained; soft when it has no type."""
     algorithm: GRPOSettings = GRPOSettings()
     """How it learns."""
     reference: Reference = NoneReference()
@@ -92,6 +94,11 @@ class Recipe(Settings):
     """Where the run reports to."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Of everything drawn at random."""
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _soft_by_default(cls, value: Any) -> Any:
+        return {"type": "soft", **value} if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _settings_have_effect(self) -> Recipe:
@@ -170,12 +177,17 @@ def build_trainer(
     Raises:
         InputError: anything named by the recipe cannot be had.
     """
+    if isinstance(recipe.prompt, TextSettings):
+        raise InputError(
+            "prompt.type is text, which has nothing to train; evaluate it with `rlprompt eval`, or "
+            "set prompt.type: soft and give the text as prompt.init_text"
+        )
     recipe = _with_template_text(recipe, base_dir)
     data = load_queries(recipe.data, base_dir)
     rewards = build_rewards(recipe.rewards, base_dir)
     trackers = build_trackers(recipe.tracking, console)
     policy = build_policy(recipe.model)
-    policy.prompt = SoftPrompt.create(recipe.prompt, policy, recipe.seed)
+    policy.prompt = build_prompt(recipe, policy, base_dir)
     policy.gradient_checkpointing = recipe.training.gradient_checkpointing
     algorithm = GRPO(recipe.algorithm, recipe.sampling.max_tokens)
     reference = _reference(recipe.reference, policy.prompt) if algorithm.needs_reference else None
@@ -195,6 +207,19 @@ def build_trainer(
         recipe=recipe.plain(),
     )
     return Trainer(parts, output)
+
+
+def build_prompt(recipe: Recipe, policy: Policy, base_dir: Path) -> Prompt:
+    """The prompt of a recipe before training.
+
+    Raises:
+        InputError: see `make_prompt`, and `load_artifact` for the artifact that it starts from.
+    """
+
+    def load(path: str) -> Prompt:
+        return load_artifact(base_dir / path, policy)
+
+    return make_prompt(recipe.prompt, policy, recipe.seed, load)
 
 
 def build_policy(settings: ModelSettings) -> Policy:
@@ -222,9 +247,9 @@ def _with_template_text(recipe: Recipe, base_dir: Path) -> Recipe:
     return recipe.model_copy(update={"model": model})
 
 
-def _reference(reference: Reference, prompt: SoftPrompt) -> Prompt:
+def _reference(reference: Reference, prompt: Prompt) -> Prompt:
     if isinstance(reference, TextReference):
         return TextPrompt(reference.text)
     if isinstance(reference, InitialReference):
-        return SoftPrompt(prompt.embeddings, prompt.init_text)
+        return prompt.copy()
     return NonePrompt()

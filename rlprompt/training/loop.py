@@ -56,7 +56,8 @@ class Trainer:
                 f"training.queries_per_step is {settings.queries_per_step}, the dataset has "
                 f"{len(queries)} training queries; lower it or add queries"
             )
-        self._peak_lr = learning_rate(settings.optimizer, parts.policy.embedding_rms())
+        scale = parts.policy.prompt.scale(parts.policy)
+        self._peak_lr = learning_rate(settings.optimizer, scale)
         optimizer = build_optimizer(parts.policy.parameters(), settings.optimizer, self._peak_lr)
         check_trainable(parts.policy, optimizer, queries[0])
         sampler = QuerySampler(len(queries), settings.queries_per_step, parts.seed)
