@@ -45,9 +45,8 @@ class AdapterSettings(Settings):
     """Representation."""
     text: str | None = DEFAULT_TEXT
     """The system message, which stays as it is; null = that of the artifact."""
-    method: Annotated[LoRASettings | IA3Settings, Field(discriminator="type")] | None = None
-    """What is trained: LoRA on every linear layer by default. An adapter artifact continues with
-    its own."""
+    method: Annotated[LoRASettings | IA3Settings, Field(discriminator="type")] = LoRASettings()
+    """What is trained; an adapter artifact continues with its own."""
     from_artifact: str | None = None
     """Artifact of an adapter to continue from, or of a text to start from, relative to the recipe's
     folder."""
@@ -101,7 +100,7 @@ class AdapterPrompt(Prompt):
             InputError: a target is not there, or `warm` is neither an adapter nor a text.
         """
         if isinstance(warm, AdapterPrompt):
-            if settings.method is not None:
+            if settings.method != LoRASettings():
                 raise InputError(
                     "prompt.method has no effect while prompt.from_artifact is an adapter, which "
                     "continues as it is; remove method"
@@ -116,11 +115,10 @@ class AdapterPrompt(Prompt):
         assert text is not None  # settings refuse neither
         if not conditioner.slot_ids(text):
             raise InputError("prompt.text has no tokens; write a system message")
-        method = settings.method or LoRASettings()
         shapes = conditioner.linear_shapes
-        if isinstance(method, LoRASettings):
-            return cls(text, LoRA.create(method, shapes, seed))
-        return cls(text, IA3.create(method, shapes, seed))
+        if isinstance(settings.method, LoRASettings):
+            return cls(text, LoRA.create(settings.method, shapes, seed))
+        return cls(text, IA3.create(settings.method, shapes, seed))
 
     @classmethod
     def restore(cls, saved: SavedPrompt) -> AdapterPrompt:

@@ -30,8 +30,8 @@ class SequenceSettings(Settings):
     type: Literal["sequence"] = "sequence"
     """Representation."""
     parts: tuple[PartSettings, ...] = Field(default=(), max_length=16)
-    """The prompts in order, without anything between them; a frozen one usually comes from an
-    artifact or is a text."""
+    """The prompts in order, without anything between them, each written as a `prompt` of type soft,
+    prefix or text; a frozen one usually comes from an artifact or is a text."""
     train: int | None = Field(default=None, ge=0)
     """Which part is trained, counted from 0; null = the last one, or the artifact's."""
     from_artifact: str | None = None
