@@ -8,6 +8,7 @@ from rich.console import Console
 
 from rlprompt.algorithms.base import Algorithm
 from rlprompt.algorithms.make import Surroundings, make_algorithm
+from rlprompt.artifacts.format import load_artifact
 from rlprompt.data import QuerySampler, load_queries
 from rlprompt.data.augment import Augmenter
 from rlprompt.data.base import QuerySplit
@@ -20,8 +21,8 @@ from rlprompt.model.base import ModelSettings, load_base
 from rlprompt.model.slot import ChatSlot
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
-from rlprompt.prompts.soft import SoftPrompt
-from rlprompt.prompts.text import NonePrompt, TextPrompt
+from rlprompt.prompts.make import make_prompt
+from rlprompt.prompts.text import NonePrompt, TextPrompt, TextSettings
 from rlprompt.recipe import InitialReference, Recipe, Reference, TextReference, with_template_text
 from rlprompt.rewards import RewardRunner, build_rewards
 from rlprompt.training.loop import Trainer
@@ -51,13 +52,18 @@ def build_trainer(
     Raises:
         InputError: anything named by the recipe cannot be had.
     """
+    if isinstance(recipe.prompt, TextSettings):
+        raise InputError(
+            "prompt.type is text, which has nothing to train; evaluate it with `rlprompt eval`, or "
+            "set prompt.type: soft and give the text as prompt.init_text"
+        )
     recipe = with_template_text(recipe, base_dir)
     data = load_queries(recipe.data, base_dir)
     needs_score = recipe.algorithm.needs_rewards
     rewards = build_rewards(recipe.rewards, base_dir, needs_score=needs_score)
     trackers = build_trackers(recipe.tracking, console)
     policy = build_policy(recipe.model)
-    policy.prompt = SoftPrompt.create(recipe.prompt, policy, recipe.seed)
+    policy.prompt = build_prompt(recipe, policy, base_dir)
     policy.gradient_checkpointing = recipe.training.gradient_checkpointing
     given = Surroundings(policy, recipe.sampling.max_tokens, recipe.seed)
     algorithm = make_algorithm(recipe.algorithm, given)
@@ -84,6 +90,19 @@ def build_trainer(
         recipe=recipe.plain(),
     )
     return Trainer(parts, output)
+
+
+def build_prompt(recipe: Recipe, policy: Policy, base_dir: Path) -> Prompt:
+    """The prompt of a recipe before training.
+
+    Raises:
+        InputError: see `make_prompt`, and `load_artifact` for the artifact that it starts from.
+    """
+
+    def load(path: str) -> Prompt:
+        return load_artifact(base_dir / path, policy)
+
+    return make_prompt(recipe.prompt, policy, recipe.seed, load)
 
 
 def build_policy(settings: ModelSettings) -> Policy:
@@ -168,9 +187,9 @@ def _evaluator(
     )
 
 
-def _reference(reference: Reference, prompt: SoftPrompt) -> Prompt:
+def _reference(reference: Reference, prompt: Prompt) -> Prompt:
     if isinstance(reference, TextReference):
         return TextPrompt(reference.text)
     if isinstance(reference, InitialReference):
-        return SoftPrompt(prompt.embeddings, prompt.init_text)
+        return prompt.copy()
     return NonePrompt()
