@@ -289,6 +289,20 @@ class Policy:
         mask = tree.target_mask
         return TokenScores(tree.unflatten(out.logprobs), tree.unflatten(out.entropy), mask, scored)
 
+    def hidden_scored(
+        self,
+        queries: Sequence[Query],
+        completions: Sequence[Sequence[Completion]],
+        prefix: PrefixKV,
+        prompt: Prompt | None = None,
+    ) -> Tensor:
+        """Final hidden states [M, d] that the completion tokens are predicted from.
+
+        Arguments and errors as for `tree`; the LM head does not run.
+        """
+        tree = self.tree(queries, completions, prefix, prompt)
+        return self.hidden(tree, prefix).index_select(0, tree.predictors)
+
     def parameters(self) -> list[nn.Parameter]:
         """Everything that trains: the prompt's parameters, never the base's."""
         return self.prompt.parameters()

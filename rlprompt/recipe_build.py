@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -16,7 +17,7 @@ from rlprompt.engines.base import Engine
 from rlprompt.engines.native import NativeEngine
 from rlprompt.errors import InputError
 from rlprompt.evaluation.heldout import HeldoutEvaluator, Objective
-from rlprompt.evaluation.probes import BaseLogprob, Probe, TargetLogprob
+from rlprompt.evaluation.probes import BaseLogprob, Probe, TargetLogprob, TeacherKL
 from rlprompt.model.base import ModelSettings, load_base
 from rlprompt.model.slot import ChatSlot
 from rlprompt.policy import Policy
@@ -80,7 +81,7 @@ def build_trainer(
         teacher=teacher,
         constraints=_constraints(recipe, rewards),
         query_weights=_query_weights(recipe, data),
-        evaluator=_evaluator(recipe, data, policy, engine, rewards),
+        evaluator=_evaluator(recipe, data, policy, engine, rewards, teacher),
         rewards=rewards,
         data=data,
         training=recipe.training,
@@ -164,16 +165,32 @@ def _query_weights(recipe: Recipe, data: QuerySplit) -> QueryWeights | None:
 
 
 def _evaluator(
-    recipe: Recipe, data: QuerySplit, policy: Policy, engine: Engine, rewards: RewardRunner
+    recipe: Recipe,
+    data: QuerySplit,
+    policy: Policy,
+    engine: Engine,
+    rewards: RewardRunner,
+    teacher: Prompt | None,
 ) -> HeldoutEvaluator:
-    """Held-out evaluation; without a score it is the answers' log-probability that counts."""
+    """Held-out evaluation; without a score, closeness to teacher or answers is what counts."""
     settings, budget = recipe.evaluation, recipe.training.token_budget
     queries = data.heldout[: settings.max_queries]
+    seed = recipe.seed + _HELDOUT_SEED
     probes: dict[str, Probe] = {"base_logprob": BaseLogprob(policy, budget)}
+    objective: Objective | None = None
     columns = recipe.algorithm.answer_columns[:1]
     if columns and queries:
         answers = [Group(q, (given_completion(policy, q, columns[0]),)) for q in queries]
         probes["target_logprob"] = TargetLogprob(policy, answers, budget)
+        objective = Objective("target_logprob")
+    if teacher is not None and queries:
+
+        def write(prompt: Prompt) -> Sequence[Group]:
+            engine.sync(prompt)
+            return engine.generate(queries, 1, recipe.sampling, seed + 1)
+
+        probes["teacher_kl"] = TeacherKL(policy, teacher, write, budget)
+        objective = Objective("teacher_kl", -1.0)
     scored = any(reward.role == "score" for reward in recipe.rewards)
     return HeldoutEvaluator(
         engine,
@@ -181,9 +198,9 @@ def _evaluator(
         queries,
         recipe.sampling,
         completions_per_query=settings.completions_per_query,
-        seed=recipe.seed + _HELDOUT_SEED,
+        seed=seed,
         probes=probes,
-        objective=None if scored or not columns else Objective("target_logprob"),
+        objective=None if scored else objective,
     )
 
 
