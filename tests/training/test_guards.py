@@ -52,7 +52,7 @@ def test_an_alarm_is_raised_soon_after_proxy_and_gold_part() -> None:
         proxy = [a + b for a, b in zip(LINE, noise(2 * seed, 60), strict=True)]
         gold = [a + b for a, b in zip(HUMP, noise(2 * seed + 1, 60), strict=True)]
         steps.append(run(parting(), rows_of(proxy, gold))[0].step)
-    assert 25 <= min(steps)
+    assert min(steps) >= 25
     assert sorted(steps)[10] <= 42
 
 
@@ -145,7 +145,7 @@ def test_a_metric_that_is_sometimes_missing_is_passed_over_and_one_that_never_co
     [
         (
             parting(proxy="lenght"),
-            "proxy names the reward 'lenght', which the recipe does not have; did you mean 'length'",
+            "proxy names the reward 'lenght', which the recipe",
         ),
         (parting(), "gold names the reward 'helpful'"),
         (PartingGuard(name="g", gold="length"), "'length' with role 'score'; what is trained on"),
