@@ -14,17 +14,17 @@ from rlprompt.training.settings import OptimizerSettings
 DEFAULT_LR_RELATIVE = 0.05
 
 
-def learning_rate(settings: OptimizerSettings, embedding_rms: float) -> float:
+def learning_rate(settings: OptimizerSettings, scale: float) -> float:
     """The peak learning rate.
 
     Args:
         settings: absolute or relative rate.
-        embedding_rms: root mean square of the base's embedding entries.
+        scale: of the prompt's parameters, see `Prompt.scale`.
     """
     if settings.lr is not None:
         return settings.lr
     relative = DEFAULT_LR_RELATIVE if settings.lr_relative is None else settings.lr_relative
-    return relative * embedding_rms
+    return relative * scale
 
 
 def lr_factor(settings: OptimizerSettings, update: int, total: int) -> float:
@@ -46,17 +46,27 @@ def lr_factor(settings: OptimizerSettings, update: int, total: int) -> float:
 
 
 def build_optimizer(
-    parameters: Sequence[nn.Parameter], settings: OptimizerSettings, peak_lr: float
+    parameters: Sequence[nn.Parameter],
+    settings: OptimizerSettings,
+    peak_lr: float,
+    others: Sequence[tuple[Sequence[nn.Parameter], float]] = (),
 ) -> torch.optim.AdamW:
-    """AdamW in one group.
+    """AdamW with the prompt's parameters in its first group; each group keeps its `peak_lr`.
+
+    Args:
+        parameters: the prompt's.
+        settings: of AdamW.
+        peak_lr: of the prompt.
+        others: parameters of the algorithm, each with its own peak rate.
 
     Raises:
         InputError: there is nothing to train.
     """
     if not parameters:
         raise InputError("the prompt has nothing to train; set prompt.type: soft")
+    groups = [(parameters, peak_lr), *others]
     return torch.optim.AdamW(
-        parameters,
+        [{"params": list(p), "lr": lr, "peak_lr": lr} for p, lr in groups],
         lr=peak_lr,
         betas=settings.betas,
         eps=settings.eps,
