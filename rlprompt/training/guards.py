@@ -13,7 +13,6 @@ import logging
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -153,16 +152,6 @@ class Alarm(NamedTuple):
     """Whether the run shall end."""
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What the guards say after a batch or an evaluation."""
-
-    metrics: dict[str, float]
-    """`guards/{name}`: 1.0 while its rule holds, else 0.0."""
-    stop: str | None
-    """Name of the guard that ends the run."""
-
-
 class GuardWatch:
     """The guards of a run.
 
@@ -184,8 +173,10 @@ class GuardWatch:
 
     def observe(
         self, step: int, metrics: Mapping[str, Any], state: dict[str, Any], split: Split = "train"
-    ) -> Verdict:
+    ) -> dict[str, float]:
         """Take up the metrics of one batch, or of one evaluation, and judge.
+
+        Alarms are logged, and kept in `state`: see `alarms_of` and `stopped_by`.
 
         Args:
             step: updates made so far.
@@ -193,11 +184,13 @@ class GuardWatch:
             state: what was seen so far, `{}` at first; changed in place, plain values only.
             split: where the metrics come from.
 
+        Returns:
+            `guards/{name}` of each guard that watches: 1.0 while its alarm holds, else 0.0.
+
         Raises:
             InputError: a guard watches a metric that was not logged in its first `window` batches.
         """
         shown: dict[str, float] = {}
-        stop = None
         for guard in self._guards:
             if guard.split != split:
                 continue
@@ -211,17 +204,19 @@ class GuardWatch:
             seen["held"] = seen["held"] + 1 if reason else 0
             alarm = seen["held"] >= guard.patience
             shown[f"guards/{guard.name}"] = float(alarm)
-            if reason and alarm:
-                if seen["held"] == guard.patience:
-                    _raise(Alarm(step, guard.name, reason, guard.action == "stop"), state)
-                if guard.action == "stop":
-                    stop = stop or guard.name
-        return Verdict(shown, stop)
+            if reason and seen["held"] == guard.patience:
+                _raise(Alarm(step, guard.name, reason, guard.action == "stop"), state)
+        return shown
 
 
 def alarms_of(state: Mapping[str, Any]) -> list[Alarm]:
     """The alarms raised so far, from the state of a `GuardWatch`."""
     return [Alarm(*row) for row in state.get(_ALARMS, [])]
+
+
+def stopped_by(state: Mapping[str, Any]) -> str | None:
+    """The guard that has ended the run, or None."""
+    return next((alarm.guard for alarm in alarms_of(state) if alarm.stop), None)
 
 
 def require_known_rewards(

@@ -34,26 +34,18 @@ def guard_section(run: RunFiles) -> list[dict[str, Any]]:
     ]
     note = (
         "The proxy is trained on, the gold reward is only watched. Where gold turns down while the "
-        "proxy still rises, the proxy is being hacked (over-optimisation). "
+        "proxy still rises, the proxy is being hacked (over-optimisation). Each is drawn as its "
+        "change in its own standard deviations."
     )
-    return [
-        {
-            "title": "Guards",
-            "note": note + " ".join(guard_sentences(run)),
-            "layout": "wide",
-            "charts": charts,
-        }
-    ]
+    return [{"title": "Guards", "note": note, "layout": "wide", "charts": charts}]
 
 
-def guard_sentences(run: RunFiles) -> list[str]:
-    """What the guards found, one sentence per alarm; one that says so when there was none."""
-    alarms = run.summary.get("alarms") or []
-    if not alarms:
-        return ["No guard raised an alarm."]
+def alarm_sentences(run: RunFiles) -> list[str]:
+    """One sentence per alarm that a guard raised, in order."""
+    alarms = run.summary.get("alarms")
     return [
-        f"Alarm of '{each.get('guard')}' at step {each.get('step')}: {each.get('reason')}."
-        for each in alarms
+        f"Guard '{each.get('guard')}', step {each.get('step')}: {each.get('reason')}."
+        for each in (alarms if isinstance(alarms, list) else [])
         if isinstance(each, Mapping)
     ]
 

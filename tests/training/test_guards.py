@@ -16,6 +16,7 @@ from rlprompt.training.guards import (
     PartingGuard,
     alarms_of,
     require_known_rewards,
+    stopped_by,
 )
 
 GOLD = "rewards/helpful/mean"
@@ -88,9 +89,8 @@ def test_an_alarm_is_logged_once_while_the_metric_shows_how_long_it_holds(
     watch, state = GuardWatch([guard]), {}
     with caplog.at_level(logging.WARNING):
         seen = [watch.observe(i, {"n": v}, state) for i, v in enumerate([0, 3, 3, 0, 0, 5, 5], 1)]
-    assert [verdict.metrics["guards/long"] for verdict in seen] == [0, 1, 1, 1, 0, 1, 1]
-    assert [verdict.stop for verdict in seen][1] == "long"
-    assert seen[0].stop is None
+    assert [shown["guards/long"] for shown in seen] == [0, 1, 1, 1, 0, 1, 1]
+    assert stopped_by(state) == "long"
     assert [alarm.step for alarm in alarms_of(state)] == [2, 6]
     assert len(caplog.records) == 2
     assert "guard 'long', step 2: n is 1.5, above 1; the run stops" in caplog.text
@@ -98,9 +98,10 @@ def test_an_alarm_is_logged_once_while_the_metric_shows_how_long_it_holds(
 
 def test_a_warning_never_stops_the_run() -> None:
     guard = LimitGuard(name="long", metric="n", above=1.0, window=2, patience=1)
-    assert GuardWatch([guard]).observe(1, {"n": 9.0}, {}).stop is None
-    (alarm,) = run(guard, [{"n": 9.0}] * 3)
+    state: dict[str, Any] = {}
+    (alarm,) = run(guard, [{"n": 9.0}] * 3, state)
     assert not alarm.stop
+    assert stopped_by(state) is None
 
 
 def test_a_resumed_run_raises_the_alarms_of_an_uninterrupted_one() -> None:
@@ -120,7 +121,7 @@ def test_only_the_split_that_a_guard_names_is_watched() -> None:
     guard = LimitGuard(name="a", metric="n", above=1.0, window=2, patience=1, split="heldout")
     watch, state = GuardWatch([guard]), {}
     for step in range(3):
-        assert watch.observe(step, {"n": 9.0}, state).metrics == {}
+        assert watch.observe(step, {"n": 9.0}, state) == {}
     for step in range(3):
         watch.observe(step, {"n": 9.0}, state, split="heldout")
     assert len(alarms_of(state)) == 1
