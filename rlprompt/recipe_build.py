@@ -26,6 +26,7 @@ from rlprompt.prompts.make import make_prompt
 from rlprompt.prompts.text import NonePrompt, TextPrompt, TextSettings
 from rlprompt.recipe import InitialReference, Recipe, Reference, TextReference, with_template_text
 from rlprompt.rewards import RewardRunner, build_rewards
+from rlprompt.training.guards import GuardWatch
 from rlprompt.training.loop import Trainer
 from rlprompt.training.objective import Constraints, QueryWeights
 from rlprompt.training.parts import RunParts
@@ -89,6 +90,7 @@ def build_trainer(
         trackers=trackers,
         seed=recipe.seed,
         recipe=recipe.plain(),
+        guards=GuardWatch(recipe.guards),
     )
     return Trainer(parts, output)
 

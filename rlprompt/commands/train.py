@@ -59,7 +59,13 @@ def run(
             report_error(_stopped_at(error, step, folder / f"failed_step_{step}"))
             return 1
     show_results(folder, summary, console)
-    if summary["stopped_because"] not in _ENDINGS:
+    if summary["stopped_because"].startswith("guard:"):
+        alarm = next(each for each in summary["alarms"] if each["stop"])
+        console.print(
+            Text(f"stopped by guard '{alarm['guard']}' at step {alarm['step']}: {alarm['reason']}"),
+            soft_wrap=True,
+        )
+    elif summary["stopped_because"] not in _ENDINGS:
         again = ["rlprompt", "train", str(recipe_path), *overrides, "--output", str(folder)]
         steps = f"{summary['steps']} of {recipe.training.steps} steps"
         console.print(
