@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlprompt.kernels.dispatch import fused_decode, uses_triton
 from rlprompt.kernels.reference import mask_bias
 from rlprompt.model.attention import LayerCall
 from rlprompt.model.tree import TokenTree, TreeContext
@@ -126,10 +127,17 @@ class DecodeCache:
 class DecodeContext:
     """Attention of one new token per row over its cache."""
 
-    def __init__(self, cache: DecodeCache) -> None:
-        """Attend over `cache`, whose `column` is written by this forward."""
+    def __init__(self, cache: DecodeCache, fused: bool | None = None) -> None:
+        """Attend over `cache`, whose `column` is written by this forward.
+
+        Args:
+            cache: keys and values of the rows.
+            fused: whether attention goes through the Triton kernels; None = as the device suggests.
+        """
         cache.reserve()
         self._cache = cache
+        self._fused = fused
+        self._spans: tuple[Tensor, Tensor] | None = None
         self._biases: dict[int | None, Tensor] = {}
 
     def attend(self, call: LayerCall) -> Tensor:
@@ -138,9 +146,26 @@ class DecodeContext:
         key, value = cache.layer(call.layer)
         key[:, :, cache.column] = call.key[0].transpose(0, 1)
         value[:, :, cache.column] = call.value[0].transpose(0, 1)
+        fused = self._fused
+        if fused is None:
+            fused = uses_triton(key.device, key.dtype, key.shape[-1])
+        if fused:
+            return self._attend_fused(call, key, value)
         query = call.query[0].transpose(0, 1)[:, :, None]  # [B, H, 1, D]
         out = call.attend(query, key, value, self._bias(call.window))
         return out.squeeze(2).transpose(0, 1)[None]
+
+    def _attend_fused(self, call: LayerCall, key: Tensor, value: Tensor) -> Tensor:
+        """The prefix is read from the first row, for all rows at once."""
+        cache, shared = self._cache, self._cache.prefix_tokens
+        if self._spans is None:
+            firsts = cache.padding[: cache.num_rows].int()
+            self._spans = (firsts, cache.column + 1 - shared - firsts)
+        own = (key[:, :, shared:], value[:, :, shared:])
+        prefix = (key[0, :, :shared], value[0, :, :shared])
+        scoring = (call.scaling, call.softcap, call.window)
+        out = fused_decode(call.query[0].transpose(0, 1), own, prefix, self._spans, scoring)
+        return out.transpose(0, 1)[None]
 
     def _bias(self, window: int | None) -> Tensor:
         if window not in self._biases:

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlprompt.kernels.dispatch import fused_attention, uses_triton
 from rlprompt.kernels.gather import fold, repeat_rows, unfold
+from rlprompt.kernels.prefix_attention_rows import AttentionRows, attention_rows
 from rlprompt.kernels.reference import mask_bias
 from rlprompt.model.attention import LayerCall, windowed
 from rlprompt.types import PrefixKV
@@ -188,7 +190,9 @@ def _to_device(tree: TokenTree, device: torch.device) -> TokenTree:
 class TreeContext:
     """Attention in a `TokenTree`: queries see [prefix, own], completions [prefix, query, own]."""
 
-    def __init__(self, tree: TokenTree, prefix: PrefixKV, record: bool = False) -> None:
+    def __init__(
+        self, tree: TokenTree, prefix: PrefixKV, record: bool = False, fused: bool | None = None
+    ) -> None:
         """Prepare for one forward.
 
         Args:
@@ -196,6 +200,7 @@ class TreeContext:
             prefix: keys and values of the P shared positions; gradients flow back into them.
             record: keep each layer's padded query keys and values in `query_keys/query_values`
                 ([G, H_kv, Q, D], right padded), for decoding to go on from.
+            fused: whether attention goes through the Triton kernels; None = as the device suggests.
         """
         if prefix.num_tokens != tree.prefix_length:
             raise ValueError(
@@ -205,6 +210,8 @@ class TreeContext:
         self._tree = tree
         self._prefix = prefix
         self._record = record
+        self._fused = fused
+        self._rows: AttentionRows | None = None
         self._biases: dict[int | None, tuple[Tensor, Tensor | None]] = {}
         self.query_keys: list[Tensor] = []
         self.query_values: list[Tensor] = []
@@ -212,6 +219,11 @@ class TreeContext:
     def attend(self, call: LayerCall) -> Tensor:
         """Both levels of the tree, packed again: [1, H, N, D]."""
         tree = self._tree
+        like = call.query
+        if self._fused or (
+            self._fused is None and uses_triton(like.device, like.dtype, like.shape[-1])
+        ):
+            return self._attend_fused(call)
         query_bias, completion_bias = self._bias(call.window, call.query.dtype)
         queries, keys, values = (self._split(t) for t in (call.query, call.key, call.value))
         key, value = tree.queries.unfold(keys[0]), tree.queries.unfold(values[0])
@@ -232,6 +244,19 @@ class TreeContext:
             packed.append(rows.fold(attended))
         return torch.cat(packed, dim=0).transpose(0, 1)[None]
 
+    def _attend_fused(self, call: LayerCall) -> Tensor:
+        """Both levels in one launch: a kernel reads rows as ranges of packed tokens."""
+        if self._rows is None:
+            self._rows = tree_rows(self._tree)
+        if self._record:
+            self.query_keys.append(self._tree.queries.unfold(self._split(call.key)[0]))
+            self.query_values.append(self._tree.queries.unfold(self._split(call.value)[0]))
+        query, key, value = (t[0].transpose(0, 1) for t in (call.query, call.key, call.value))
+        prefix = (self._prefix.keys[call.layer], self._prefix.values[call.layer])
+        scoring = (call.scaling, call.softcap, call.window)
+        out = fused_attention((query, key, value), prefix, self._rows, scoring)
+        return out.transpose(0, 1)[None]
+
     def _split(self, packed: Tensor) -> tuple[Tensor, Tensor]:
         """[1, H, N, D] -> query tokens and completion tokens, each [n, H, D]."""
         tokens = packed[0].transpose(0, 1)
@@ -246,6 +271,19 @@ class TreeContext:
             bias = None if completions is None else mask_bias(completions, dtype)
             self._biases[window] = (mask_bias(queries, dtype), bias)
         return self._biases[window]
+
+
+def tree_rows(tree: TokenTree) -> AttentionRows:
+    """The tree as the Triton kernels read it: queries, and completions whose parents they are."""
+    rows = tree.completions
+    width = tree.queries.mask.shape[1] if rows is None else rows.mask.shape[1]
+    return attention_rows(
+        tree.queries.mask.sum(1),
+        None if rows is None else rows.mask.sum(1),
+        tree.group_of_row,
+        tree.positions,
+        max(width, tree.queries.mask.shape[1]),
+    )
 
 
 def _after(prefix: Tensor, own: Tensor) -> Tensor:
