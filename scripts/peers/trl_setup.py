@@ -146,6 +146,7 @@ def trl_arguments(settings: TrlSettings, output_dir: str) -> GRPOConfig:
         lr_scheduler_type="constant",
         optim="adamw_torch",
         weight_decay=settings.weight_decay,
+        adam_beta2=settings.adam_beta2,
         max_grad_norm=settings.max_grad_norm,
         max_steps=settings.steps or 1_000_000,
         seed=settings.seed,

@@ -219,6 +219,7 @@ class GrpoWork:
     min_new_tokens: int = setting(0, "Shortest completion; equal to the longest = fixed work.")
     temperature: float = setting(1.0, "Sampling temperature.")
     lr: float = setting(0.01, "Learning rate of AdamW.")
+    adam_beta2: float = setting(0.999, "Of AdamW; TRL's default.")
     max_grad_norm: float = setting(1.0, "Gradient clipping; 0 switches it off.")
     beta: float = setting(0.0, "KL coefficient; above 0 adds a forward of the bare base.")
     seed: int = setting(0, "Seed of data order, sampling and initialisation.")
