@@ -10,8 +10,8 @@ The dataset's column `label` holds the right label of each row (None: the row is
 
     exact  1.0 when the first line is the right label, 0.9 when the answer begins with it, at most
            0.3 when it comes later or beside another label, else 0 (see rlprompt.rewards.exact)
-    form   min(1, 2 / words), 0 when the answer is a wrong label: a slope towards short answers
-           for a model that does not yet know that a label is wanted
+    form   min(1, 2 / words), halved unless the answer is the bare label, and 0 for a wrong label:
+           a slope towards short answers for a model that does not yet know what is wanted
 
 `correct` is the accuracy, for the role `metric`.
 
@@ -60,11 +60,11 @@ def correct(
 
 
 def form(answer: str, exact: float, labels: Sequence[str]) -> float:
-    """How short an answer is, in [0, 1]; 0 for a wrong label."""
+    """How much an answer looks like a label, in [0, 1]; 0 for a wrong label."""
     length = len(answer.split())
     if not length or (exact == 0.0 and answer in labels):
         return 0.0
-    return min(1.0, 2 / length)
+    return min(1.0, 2 / length) * (1.0 if answer in labels else 0.5)
 
 
 _QUERY = "The striker scored twice in the second half."
@@ -73,9 +73,9 @@ EXAMPLES = [
     Example(_QUERY, "Sports", True, 1.0, columns=_ROW),
     Example(_QUERY, "sports.", True, 1.0, columns=_ROW),
     Example(_QUERY, "Sports: it tells of a match.", True, 0.8, columns=_ROW),
-    Example(_QUERY, "The topic is sports.", False, 0.2, 0.33, columns=_ROW),
+    Example(_QUERY, "The topic is sports.", False, 0.2, 0.3, columns=_ROW),
     Example(_QUERY, "Technology", False, high=0.0, columns=_ROW),
-    Example(_QUERY, "sports food technology travel money", False, high=0.35, columns=_ROW),
+    Example(_QUERY, "sports food technology travel money", False, high=0.3, columns=_ROW),
     Example(_QUERY, "money or sports", False, high=0.1, columns=_ROW),
     Example(_QUERY, "sportswear", False, high=0.05, columns=_ROW),
     Example(_QUERY, "The striker scored twice in the second half.", False, high=0.05, columns=_ROW),
