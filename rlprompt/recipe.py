@@ -22,6 +22,7 @@ from rlprompt.errors import InputError
 from rlprompt.evaluation.heldout import EvaluationSettings
 from rlprompt.model.base import ModelSettings
 from rlprompt.model.template import read_template
+from rlprompt.prompts.make import PromptSettings
 from rlprompt.prompts.soft import SoftSettings
 from rlprompt.recipe_file import apply_override, explain, read_tree
 from rlprompt.rewards.base import RewardSettings
@@ -64,8 +65,8 @@ class Recipe(Settings):
     """What this run is called in reports, artifacts and trackers."""
     model: ModelSettings = ModelSettings()
     """The frozen base."""
-    prompt: SoftSettings = SoftSettings()
-    """The prompt that is trained."""
+    prompt: PromptSettings = SoftSettings()
+    """The prompt that is trained; soft when it has no type."""
     algorithm: AnyAlgorithmSettings = GRPOSettings()
     """How it learns; by GRPO when it has no type."""
     reference: Reference = NoneReference()
@@ -99,6 +100,11 @@ class Recipe(Settings):
     @classmethod
     def _grpo_by_default(cls, value: Any) -> Any:
         return {"type": "grpo", **value} if isinstance(value, dict) else value
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _soft_by_default(cls, value: Any) -> Any:
+        return {"type": "soft", **value} if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _settings_have_effect(self) -> Recipe:

@@ -30,6 +30,7 @@ LAYERS = {
     "prompts.": 1,
     "rewards.": 1,
     "model.": 1,
+    "model.adapted": 0,  # knows modules and tensors only; adapters among the prompts use it
     "data": 1,
     "data.": 1,
     "training.": 1,  # the lowest of the package: a new module may import little until it says more

@@ -46,7 +46,8 @@ class Trainer:
         self.parts = parts
         self.output = output
         settings = parts.training
-        peak_lr = learning_rate(settings.optimizer, parts.policy.embedding_rms())
+        scale = parts.policy.prompt.scale(parts.policy)
+        peak_lr = learning_rate(settings.optimizer, scale)
         own = [(part.parameters, part.lr) for part in parts.algorithm.own_parameters()]
         parameters = parts.policy.parameters()
         optimizer = build_optimizer(parameters, settings.optimizer, peak_lr, own)
