@@ -2,11 +2,12 @@
 
     python scripts/bench_learning.py [--json FILE] [--plot FILE.svg] [--seeds 3] [--runs DIR]
 
-Both sides learn 16 soft tokens from the same text with the same reward
-(`reward_models/concise.py`: short, complete, on the topic and with words of its own, so neither
-silence nor a one-token answer is paid), the same number of queries and completions per step, AdamW
-with a constant learning rate, TRL's betas and clipping, and no KL. The held-out reward of both is
-measured on the same queries with the sampling of training.
+Both sides learn 20 soft tokens from the same text with the same reward, the same number of queries
+and completions per step, AdamW with a constant learning rate, TRL's betas and clipping, advantages
+divided by the deviation of the batch, and no KL. The task is `recipes/topics`: name the topic of a
+message in one word. Its reward (`reward_models/topic_label.py`) pays neither silence nor a constant
+answer: a wrong label is worth nothing, and one label for all messages is right in a fifth of them.
+The held-out reward of both is measured on the same queries with the sampling of training.
 
 The learning rate is chosen per side, by the same rule from the same list (`--lrs`): one run of
 `--peer-steps` steps each with a seed that is not used again; the highest mean of the last two
@@ -36,13 +37,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+INIT_TEXT = "Name the topic of the message in one word: Sports, Food, Technology, Travel or Money."
 SWEEP_SEED = 100
 SIDES = {"trl": "trl_grpo", "rlprompt": "rlprompt_grpo"}
 
 
-def write_queries(folder: Path, heldout: int) -> tuple[Path, Path]:
-    """Train and held-out queries of `everyday.jsonl` as files."""
-    rows = (ROOT / "recipes/data/everyday.jsonl").read_text(encoding="utf-8").splitlines()
+def write_queries(folder: Path, data: Path, heldout: int) -> tuple[Path, Path]:
+    """Train and held-out queries of a query set as files."""
+    rows = data.read_text(encoding="utf-8").splitlines()
     paths = []
     for split, limit in (("train", None), ("heldout", heldout)):
         kept = [row for row in rows if json.loads(row)["split"] == split][:limit]
@@ -56,7 +58,7 @@ def train(
 ) -> dict[str, Any]:
     """Train one side in a process of its own, or read what an earlier call has trained."""
     folder: Path = options.runs
-    queries, heldout = write_queries(folder, options.heldout)
+    queries, heldout = write_queries(folder, options.data, options.heldout)
     flags = {
         "model": options.model,
         "queries": queries,
@@ -71,9 +73,14 @@ def train(
         "temperature": options.temperature,
         "max-new-tokens": options.max_new_tokens,
         "init-text": options.init_text,
+        "num-virtual-tokens": options.num_virtual_tokens,
+        "scale-rewards": "batch",
         "heldout-samples": options.heldout_samples,
     }
-    if side == "rlprompt":
+    if side == "trl":
+        # Same losses, less time: TRL 1.16 sends every position through the LM head on a CPU.
+        flags["compact-head"] = None
+    else:
         flags["eval-late-every"] = options.eval_late_every
         flags["eval-late-from"] = options.peer_steps
     if options.threads:
@@ -84,7 +91,7 @@ def train(
         unfinished = result.with_suffix(".part")
         command = [sys.executable, "-m", f"scripts.peers.{SIDES[side]}"]
         for key, value in {**flags, "json": unfinished}.items():
-            command += [f"--{key}", str(value)]
+            command += [f"--{key}"] if value is None else [f"--{key}", str(value)]
         print(f"{side}, lr {lr:g}, seed {seed}: {steps} steps", file=sys.stderr, flush=True)
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         subprocess.run(command, cwd=ROOT, env=environment, check=True)
@@ -175,14 +182,16 @@ def main() -> None:
     parser.add_argument("--eval-late-every", type=int, default=5, help="rlprompt, after them")
     parser.add_argument("--peer-eval-every", type=int, default=4)
     parser.add_argument("--lrs", type=float, nargs="+", default=[0.003, 0.01, 0.03])
-    parser.add_argument("--num-queries", type=int, default=4, help="queries per step")
-    parser.add_argument("--group-size", type=int, default=4, help="completions per query")
-    parser.add_argument("--temperature", type=float, default=0.7)
-    parser.add_argument("--reward", default="reward_models/concise.py:reward")
+    parser.add_argument("--num-queries", type=int, default=8, help="queries per step")
+    parser.add_argument("--group-size", type=int, default=8, help="completions per query")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--reward", default="reward_models/topic_label.py:reward")
     parser.add_argument("--heldout", type=int, default=40, help="held-out queries")
     parser.add_argument("--heldout-samples", type=int, default=1)
-    parser.add_argument("--max-new-tokens", type=int, default=48)
-    parser.add_argument("--init-text", default="You are a helpful assistant.")
+    parser.add_argument("--max-new-tokens", type=int, default=4)
+    parser.add_argument("--init-text", default=INIT_TEXT)
+    parser.add_argument("--num-virtual-tokens", type=int, default=20)
+    parser.add_argument("--data", type=Path, default=ROOT / "recipes/data/topics.jsonl")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of each side")
     parser.add_argument("--runs", type=Path, help="keeps finished runs; none = a temporary folder")
     options = parser.parse_args()

@@ -89,7 +89,13 @@ class Stepper:
         )
         reward = RewardSettings(path=str(Path(settings.reward).absolute()), name="reward")
         self.rewards = build_rewards([reward], Path.cwd())
-        grpo = GRPOSettings(group_size=settings.group_size, kl_coef=settings.beta)
+        grpo = GRPOSettings.model_validate(
+            {
+                "group_size": settings.group_size,
+                "kl_coef": settings.beta,
+                "scale_rewards": settings.scale_rewards,
+            }
+        )
         self.optimizer = build_optimizer(
             self.policy.parameters(),
             OptimizerSettings(lr=settings.lr, betas=(0.9, settings.adam_beta2)),

@@ -142,6 +142,7 @@ def trl_arguments(settings: TrlSettings, output_dir: str) -> GRPOConfig:
         beta=settings.beta,
         epsilon=settings.epsilon,
         loss_type=settings.loss_type,
+        scale_rewards=settings.scale_rewards,
         learning_rate=settings.lr,
         lr_scheduler_type="constant",
         optim="adamw_torch",

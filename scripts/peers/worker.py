@@ -221,6 +221,7 @@ class GrpoWork:
     lr: float = setting(0.01, "Learning rate of AdamW.")
     adam_beta2: float = setting(0.999, "Of AdamW; TRL's default.")
     max_grad_norm: float = setting(1.0, "Gradient clipping; 0 switches it off.")
+    scale_rewards: str = setting("group", "Advantages over the deviation of: group, batch, none.")
     beta: float = setting(0.0, "KL coefficient; above 0 adds a forward of the bare base.")
     seed: int = setting(0, "Seed of data order, sampling and initialisation.")
     threads: int = setting(0, "torch.set_num_threads; 0 leaves torch's choice.")
