@@ -15,28 +15,35 @@ _PROBE = 4
 """Completion tokens of the probe."""
 
 
-def check_trainable(policy: Policy, optimizer: torch.optim.Optimizer, query: Query) -> None:
+def check_trainable(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    query: Query,
+    others: Sequence[Sequence[torch.nn.Parameter]] = (),
+) -> None:
     """Prove that the prompt acts and can be learned.
 
     A probe completion is scored under the prompt. At its start every parameter must get a finite
     gradient that is not zero, except those that a zero multiplies there
     (`Prompt.gated_parameters`). A change of the parameters must change the log-probabilities, and
     after it every parameter without exception must have such a gradient. No parameter of the base
-    may have one, and the optimizer must hold exactly the prompt's parameters.
+    may have one, and the optimizer must hold exactly the prompt's parameters and the
+    algorithm's own.
 
     Args:
         policy: with the prompt that is trained.
         optimizer: over its parameters.
         query: any training query.
+        others: the algorithm's own parameters; only that the optimizer holds them is checked.
 
     Raises:
         InputError: the prompt cannot be learned with these settings.
         RuntimeError: a defect of rlprompt: the base would be trained, or the optimizer holds
-            something else than the prompt.
+            something else.
     """
     parameters = policy.parameters()
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if held != {id(p) for p in parameters}:
+    if held != {id(p) for group in (parameters, *others) for p in group}:
         raise RuntimeError("the optimizer does not hold exactly the prompt's parameters")
     before = _probe(policy, query)
     gated = {id(p) for p in policy.prompt.gated_parameters()}

@@ -21,7 +21,8 @@ from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.make import PROMPTS
 from rlprompt.prompts.soft import SoftPrompt
 from rlprompt.prompts.text import TextPrompt
-from rlprompt.recipe import Recipe, build_trainer
+from rlprompt.recipe import Recipe
+from rlprompt.recipe_build import build_trainer
 from rlprompt.training.checkpoint import load_checkpoint, save_checkpoint
 from rlprompt.training.startup import check_trainable
 from rlprompt.training.state import RunState
