@@ -95,6 +95,26 @@ def build_trainer(
     return Trainer(parts, output)
 
 
+def build_evaluator(recipe: Recipe, base_dir: Path) -> tuple[Policy, HeldoutEvaluator]:
+    """What scores prompts on a recipe's held-out queries, and the policy to make them on.
+
+    Raises:
+        InputError: anything named by the recipe cannot be had, or no query is held out.
+    """
+    recipe = with_template_text(recipe, base_dir)
+    data = load_queries(recipe.data, base_dir)
+    if not data.heldout:
+        raise InputError(
+            "the recipe holds no queries out (data.heldout is 0), so there is nothing to evaluate "
+            "on; set data.heldout as it was in training"
+        )
+    needs_score = recipe.algorithm.needs_rewards
+    rewards = build_rewards(recipe.rewards, base_dir, needs_score=needs_score)
+    policy = build_policy(recipe.model)
+    engine = NativeEngine(policy, recipe.engine)
+    return policy, _evaluator(recipe, data, policy, engine, rewards)
+
+
 def build_prompt(recipe: Recipe, policy: Policy, base_dir: Path) -> Prompt:
     """The prompt of a recipe before training.
 
