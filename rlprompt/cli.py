@@ -149,6 +149,38 @@ def chat(
     )
 
 
+@app.command("eval")
+def evaluate(
+    artifact: Path = typer.Argument(
+        None,
+        metavar="[ARTIFACT]",
+        help="The artifact/ folder of a run; without it, the recipe's prompt as it is before "
+        "training, such as a text.",
+    ),
+    recipe: Path = typer.Option(
+        ..., "--recipe", "-r", metavar="RECIPE", help="Gives held-out queries, rewards, sampling."
+    ),
+    overrides: list[str] = typer.Option(
+        None, "--set", metavar="KEY=VALUE", help="A change to the recipe; may be given again."
+    ),
+    output: Path | None = typer.Option(
+        None,
+        "--output",
+        "-o",
+        metavar="DIR",
+        help="Write evaluation.json there, and the prompt as an artifact if none was given.",
+    ),
+    force: bool = typer.Option(
+        False, "--force", help="Load the artifact although it was made on another base."
+    ),
+    verbose: bool = _VERBOSE,
+) -> None:
+    """Print held-out rewards of a prompt as JSON, with those of base and hand-written prompt."""
+    from rlprompt.commands.evaluate import run
+
+    run(artifact, recipe, overrides or [], output, force=force, verbose=verbose)
+
+
 @model_app.command("fetch")
 def model_fetch(
     name: str = typer.Argument(..., metavar="NAME", help="As in `rlprompt model list`."),

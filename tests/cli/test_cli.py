@@ -51,6 +51,7 @@ def test_commands_and_options_are_those_of_the_design() -> None:
             "--trust-remote-code",
             "--verbose",
         ],
+        "eval": ["artifact", "--recipe", "--set", "--output", "--force", "--verbose"],
         "model fetch": ["name", "--verbose"],
         "model list": [],
         "reward check": ["path", "--option", "--column", "--pairs", "--timeout"],
@@ -111,7 +112,7 @@ def test_the_schema_accepts_our_recipes(path: Path) -> None:
     [
         ("training.stepz=3", "training"),
         ("training.steps=many", "training.steps"),
-        ("prompt.num_virtual_tokens=true", "prompt.num_virtual_tokens"),
+        ("prompt.num_virtual_tokens=true", "prompt"),
         ("algorithm.group_size=1", "algorithm.group_size"),
         ("model.dtype=bf16", "model.dtype"),
         ("reference={type: text}", "reference"),
