@@ -55,11 +55,11 @@ LAYERS = {
     "recipe": 7,
     "recipe_file": 1,
     "serving.": 8,
-    "slurm": 8,
+    "slurm.": 8,
     "chat": 8,
     "commands.": 9,
     "cli": 10,
-    "__main__": 10,
+    "__main__": 11,
 }
 VOCABULARY = ("types", "errors", "settings")
 
