@@ -20,21 +20,30 @@ from rlprompt.algorithms.advantages import (
     row_weights,
     share_without_spread,
 )
-from rlprompt.algorithms.base import MicroSignal, Signal, TokenLosses
+from rlprompt.algorithms.base import (
+    Algorithm,
+    AlgorithmSettings,
+    BatchView,
+    MicroSignal,
+    Need,
+    Signal,
+    TokenLosses,
+)
 from rlprompt.algorithms.losses import clipped_surrogate, kl_k3
 from rlprompt.policy import TokenScores
-from rlprompt.settings import Settings
 
 
-class GRPOSettings(Settings):
+class GRPOSettings(AlgorithmSettings):
     """Group relative policy optimisation."""
 
     type: Literal["grpo"] = "grpo"
     """Algorithm."""
     group_size: int = Field(default=8, ge=2)
     """Completions drawn per query; their mean reward is the baseline."""
-    num_updates: int = Field(default=1, ge=1)
-    """Updates per rollout batch; from the second on, the clipping acts."""
+    num_epochs: int = Field(default=1, ge=1)
+    """Passes over each rollout batch; from the second update on, the clipping acts."""
+    num_minibatches: int = Field(default=1, ge=1)
+    """Updates per pass, each on its share of the queries."""
     clip_low: float = Field(default=0.2, gt=0.0, le=1.0)
     """The probability ratio is clipped below 1 - clip_low."""
     clip_high: float = Field(default=0.2, gt=0.0)
@@ -51,8 +60,13 @@ class GRPOSettings(Settings):
     mask_truncated: bool = False
     """Give completions that ran into max_tokens no part in the loss."""
 
+    @property
+    def needs_reference(self) -> bool:
+        """True when the KL has a weight."""
+        return self.kl_coef > 0.0
 
-class GRPO:
+
+class GRPO(Algorithm):
     """The algorithm; see the module."""
 
     def __init__(self, settings: GRPOSettings, max_tokens: int) -> None:
@@ -66,28 +80,37 @@ class GRPO:
         return self._settings.group_size
 
     @property
-    def num_updates(self) -> int:
-        """Updates per rollout batch."""
-        return self._settings.num_updates
+    def num_epochs(self) -> int:
+        """Passes over a batch."""
+        return self._settings.num_epochs
 
     @property
-    def needs_reference(self) -> bool:
-        """True when the KL has a weight."""
-        return self._settings.kl_coef > 0.0
+    def num_minibatches(self) -> int:
+        """Updates per pass."""
+        return self._settings.num_minibatches
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """The reference's log-probabilities when the KL has a weight."""
+        return frozenset({"ref_logprobs"} if self._settings.needs_reference else ())
 
     @property
     def entropy_grad(self) -> bool:
         """True when the entropy has a weight."""
         return self._settings.entropy_coef > 0.0
 
-    def signal(self, rewards: Tensor, lengths: Tensor, terminated: Tensor) -> Signal:
-        """Group-relative advantages and token weights; see `Algorithm.signal`."""
+    def signal(self, view: BatchView) -> Signal:
+        """Group-relative advantages; see `Algorithm.signal`."""
         settings = self._settings
-        advantages = group_advantages(rewards, settings.group_size, settings.scale_rewards)
-        counted = torch.where(terminated, lengths, 0) if settings.mask_truncated else lengths
-        weights = row_weights(counted, settings.normalizer, self._max_tokens)
-        flat = share_without_spread(rewards, settings.group_size)
-        return Signal(advantages, weights, {"frac_reward_zero_std": float(flat)})
+        advantages = group_advantages(view.rewards, view.group_size, settings.scale_rewards)
+        lengths = view.lengths
+        counted = torch.where(view.terminated, lengths, 0) if settings.mask_truncated else lengths
+        flat = share_without_spread(view.rewards, view.group_size)
+        return Signal(advantages, counted, {"frac_reward_zero_std": float(flat)})
+
+    def token_weights(self, counted_lengths: Tensor) -> Tensor:
+        """By the normaliser; see `row_weights`."""
+        return row_weights(counted_lengths, self._settings.normalizer, self._max_tokens)
 
     def losses(self, scores: TokenScores, micro: MicroSignal) -> TokenLosses:
         """Clipped surrogate, k3 KL and entropy bonus; see `Algorithm.losses`."""

@@ -14,7 +14,8 @@ from rich.text import Text
 from rlprompt.commands.results import show_results
 from rlprompt.commands.run_output import RECIPE_FILE, check_output, claim_output, default_output
 from rlprompt.commands.terminal import report_error, setup_logging
-from rlprompt.recipe import build_trainer, load_recipe
+from rlprompt.recipe import load_recipe
+from rlprompt.recipe_build import build_trainer
 from rlprompt.training.interrupt import StopRequest
 from rlprompt.training.update import NotFiniteError
 

@@ -34,17 +34,22 @@ BUILTIN: dict[str, str] = {
 """Name after `builtin:` -> where it is defined; imported only when a recipe names it."""
 
 
-def build_rewards(settings: Sequence[RewardSettings], base_dir: Path) -> RewardRunner:
+def build_rewards(
+    settings: Sequence[RewardSettings], base_dir: Path, *, needs_score: bool = True
+) -> RewardRunner:
     """Load the rewards of a recipe.
 
     Args:
         settings: the rewards, in the order in which they are called and logged.
         base_dir: the recipe's folder, to which file paths are relative.
+        needs_score: whether one must have the role `score`.
 
     Raises:
-        InputError: a reward cannot be loaded, two share a name, or none has the role `score`.
+        InputError: a reward cannot be loaded, two share a name, or none has the role `score` though
+            one is needed.
     """
-    return RewardRunner([(each, load_reward(each, base_dir, BUILTIN)) for each in settings])
+    loaded = [(each, load_reward(each, base_dir, BUILTIN)) for each in settings]
+    return RewardRunner(loaded, needs_score=needs_score)
 
 
 __all__ = [

@@ -49,18 +49,24 @@ class RewardRunner:
 
     Args:
         rewards: settings and callable of each reward, in the order of calls and logs.
+        needs_score: whether one must have the role `score`; without one, totals are NaN.
 
     Raises:
-        InputError: two rewards share a name, or none has the role `score`.
+        InputError: two rewards share a name, or none has the role `score` though one is needed.
     """
 
-    def __init__(self, rewards: Sequence[tuple[RewardSettings, RewardFunction]]) -> None:
+    def __init__(
+        self,
+        rewards: Sequence[tuple[RewardSettings, RewardFunction]],
+        *,
+        needs_score: bool = True,
+    ) -> None:
         for name, count in Counter(settings.name for settings, _ in rewards).items():
             if count > 1:
                 raise InputError(
                     f"{count} rewards are named '{name}'; give each its own name in the recipe"
                 )
-        if not any(settings.role == "score" for settings, _ in rewards):
+        if needs_score and not any(settings.role == "score" for settings, _ in rewards):
             raise InputError("no reward has role: score, so nothing can be learned; add one")
         self._rewards = list(rewards)
         self._executor = Executor()
@@ -111,7 +117,7 @@ class RewardRunner:
             metrics[f"rewards/{call.name}/failures"] = float(isinstance(result, RewardFailure))
         metrics |= _statistics(self.settings, values) | _logged_metrics(sinks)
         return RewardBatch(
-            total=_combine(self.settings, values),
+            total=_combine(self.settings, values, len(rows)),
             values=values,
             weights={each.name: each.weight for each in self.settings},
             roles={each.name: each.role for each in self.settings},
@@ -207,8 +213,12 @@ def _evaluate(
     return values
 
 
-def _combine(settings: Sequence[RewardSettings], values: Mapping[str, Tensor]) -> Tensor:
+def _combine(
+    settings: Sequence[RewardSettings], values: Mapping[str, Tensor], count: int
+) -> Tensor:
     scores = [each for each in settings if each.role == "score"]
+    if not scores:  # an algorithm that learns from something else
+        return torch.full((count,), torch.nan)
     table = torch.stack([values[each.name] for each in scores])  # [R, B]
     weights = torch.tensor([each.weight for each in scores]).unsqueeze(1)  # [R, 1]
     total = (table * weights).nansum(dim=0)  # [B]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from rlprompt.algorithms.advantages import Normalizer, Scale, group_advantages
-from rlprompt.algorithms.base import MicroSignal, Signal, TokenLosses
+from rlprompt.algorithms.base import BatchView, MicroSignal, Signal, TokenLosses
 from rlprompt.algorithms.grpo import GRPO, GRPOSettings
 from rlprompt.policy import TokenScores
 from rlprompt.rollout import completion_metrics
@@ -156,18 +156,25 @@ def trl_loss(
     return loss.detach(), leaf.grad
 
 
+def view(rewards: list[float]) -> BatchView:
+    return BatchView(torch.tensor(rewards), torch.tensor(LENGTHS), TERMINATED, GROUP)
+
+
 def our_loss(
     algorithm: GRPO, batch: Batch, old: Tensor | None, rewards: list[float]
 ) -> tuple[Tensor, Tensor, Signal, TokenLosses]:
-    signal = algorithm.signal(torch.tensor(rewards), torch.tensor(LENGTHS), TERMINATED)
+    signal = algorithm.signal(view(rewards))
+    weights = algorithm.token_weights(signal.counted_lengths)
     leaf = batch.logprobs.clone().requires_grad_()
     micro = MicroSignal(
         advantages=signal.advantages[:, None],
-        weights=signal.weights[:, None] * batch.mask,
+        weights=weights[:, None] * batch.mask,
         old_logprobs=old,
-        ref_logprobs=batch.ref if algorithm.needs_reference else None,
+        ref_logprobs=batch.ref if algorithm.needs else None,
     )
-    losses = algorithm.losses(TokenScores(leaf, batch.entropy, batch.mask), micro)
+    losses = algorithm.losses(
+        TokenScores(leaf, batch.entropy, batch.mask, torch.empty(0, 0)), micro
+    )
     total = losses.total()
     total.backward()
     assert leaf.grad is not None
@@ -207,7 +214,7 @@ def test_loss_gradient_and_metrics_equal_trls(
     torch.testing.assert_close(our_grad, their_grad, rtol=0, atol=1e-6)
     assert our_grad.abs().max() > 1e-3
 
-    counted = batch.mask & (signal.weights > 0)[:, None]
+    counted = batch.mask & (signal.counted_lengths > 0)[:, None]
     logged = trainer._metrics["train"]
     assert losses.metrics is not None
     names = ["entropy", *(f"clip_ratio/{part}_mean" for part in ("low", "high", "region"))]
@@ -235,9 +242,7 @@ def test_advantages_equal_trls(scale: Scale, rewards: list[float]) -> None:
     trainer = bare_trainer("grpo", scale, 0.0, 0.2, 0.2)
     theirs = trl_inputs(trainer, Batch(), rewards)["advantages"]
     settings = GRPOSettings(group_size=GROUP, scale_rewards=scale)
-    signal = GRPO(settings, MAX_TOKENS).signal(
-        torch.tensor(rewards), torch.tensor(LENGTHS), TERMINATED
-    )
+    signal = GRPO(settings, MAX_TOKENS).signal(view(rewards))
     torch.testing.assert_close(signal.advantages, theirs, rtol=0, atol=1e-5)
 
 
@@ -247,9 +252,7 @@ def test_frac_reward_zero_std_equals_trls(scale: Scale) -> None:
     trainer = bare_trainer("grpo", scale, 0.0, 0.2, 0.2)
     trl_inputs(trainer, Batch(), rewards)
     settings = GRPOSettings(group_size=GROUP, scale_rewards=scale)
-    signal = GRPO(settings, MAX_TOKENS).signal(
-        torch.tensor(rewards), torch.tensor(LENGTHS), TERMINATED
-    )
+    signal = GRPO(settings, MAX_TOKENS).signal(view(rewards))
     assert trainer._metrics["train"]["frac_reward_zero_std"] == [0.5]
     assert signal.metrics["frac_reward_zero_std"] == 0.5
 
