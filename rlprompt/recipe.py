@@ -25,7 +25,7 @@ from rlprompt.recipe_file import apply_override, explain, read_tree
 from rlprompt.rewards.base import RewardSettings
 from rlprompt.settings import Settings
 from rlprompt.training.settings import TrainingSettings
-from rlprompt.training.tracking import TrackingSettings
+from rlprompt.training.tracker import TrackingSettings
 
 
 class NoneReference(Settings):

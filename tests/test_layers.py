@@ -69,7 +69,7 @@ VOCABULARY = ("types", "errors", "settings")
 # Packages that are heavy or optional, and the only modules that may import them (at any depth).
 OWNERS = {
     "deepspeed": ("training.distributed",),
-    "wandb": ("training.tracking", "training.tracking."),
+    "wandb": ("training.tracking_wandb",),
     "tensorboard": ("training.tracking", "training.tracking."),
     "vllm": ("engines.vllm",),
     "triton": ("kernels.",),
@@ -290,7 +290,8 @@ def test_a_heavy_import_outside_its_owner_is_found(tmp_path: Path) -> None:
     imports = write_package(
         tmp_path,
         rollout="import importlib\n\ndef f():\n    importlib.import_module('wandb')",
-        training__tracking="import wandb\nfrom torch.utils.tensorboard import SummaryWriter",
+        training__tracking_wandb="import wandb\n",
+        training__tracking="from torch.utils.tensorboard import SummaryWriter",
     )
     (error,) = owner_errors(imports)
     assert error.startswith("rollout imports wandb")
