@@ -59,7 +59,7 @@ class NativeEngine:
     def sync(self, prompt: Prompt) -> None:
         """Prefill the prompt; its prefix is used until the next sync."""
         with torch.inference_mode():
-            self._prefix = self._policy.prefix(prompt)
+            self._prefix = self._policy.prefix(prompt).snapshot()
         self._prompt = prompt
 
     @torch.inference_mode()
@@ -77,7 +77,7 @@ class NativeEngine:
             InputError: no prompt is synced, a stop token does not exist, or a query with prompt and
                 completion is longer than the base's positions.
         """
-        if self._prompt is None:
+        if self._prompt is None or self._prefix is None:
             raise InputError("the engine has no prompt; call engine.sync(prompt) before generate")
         unknown = [i for i in sampling.stop_token_ids if not 0 <= i < self._policy.base.vocab_size]
         if unknown:
@@ -95,7 +95,8 @@ class NativeEngine:
         for first in range(0, len(queries), per_turn):
             turn = slice(first, first + per_turn)
             for draws in uniform[turn].split(copies, dim=1):
-                done = self._turn(queries[turn], sampling, draws, progress)
+                with self._policy.forward.adapted(self._prefix.adapter):
+                    done = self._turn(queries[turn], sampling, draws, progress)
                 for row, more in zip(completions[turn], done, strict=True):
                     row += more
         return [Group(q, tuple(row)) for q, row in zip(queries, completions, strict=True)]
@@ -122,24 +123,35 @@ class NativeEngine:
         cache = DecodeCache(tree, context, prefix, copies, sampling.max_tokens)
         stop = policy.stop_ids | set(sampling.stop_token_ids)
         draw = (uniform.flatten(0, 1).t(), stop, progress)
-        if self._step is None:
-            self._step = self._choose_step(cache)
-        rows = _decode(self._step, policy.forward.head, cache, (first_logits, sampling), draw)
+        rows = _decode(
+            self._step_for(cache, prefix),
+            policy.forward.head,
+            cache,
+            (first_logits, sampling),
+            draw,
+        )
         done = [self._completion(tokens, logprobs, stop) for tokens, logprobs in rows]
         return [done[i : i + copies] for i in range(0, len(done), copies)]
+
+    def _step_for(self, cache: DecodeCache, prefix: PrefixKV) -> DecodeStep:
+        """The decode step under a prefix; an adapter acts on the base's own modules only."""
+        if prefix.adapter is not None:
+            return self._own_modules
+        if self._step is None:
+            self._step = self._choose_step(cache)
+        return self._step
 
     def _choose_step(self, cache: DecodeCache) -> DecodeStep:
         """The lean decode step where there is one that agrees, else the base's own modules."""
         forward = self._policy.forward
-
-        def own_modules(tokens: Tensor, cache: DecodeCache) -> Tensor:
-            context = DecodeContext(cache)
-            return forward.hidden(forward.embed(tokens), cache.positions(), context)
-
         lean = lean_decoder(forward) if self._settings.lean_decode else None
-        if lean is not None and agrees(lean, forward, cache, own_modules):
+        if lean is not None and agrees(lean, forward, cache, self._own_modules):
             return lean.hidden
-        return own_modules
+        return self._own_modules
+
+    def _own_modules(self, tokens: Tensor, cache: DecodeCache) -> Tensor:
+        forward = self._policy.forward
+        return forward.hidden(forward.embed(tokens), cache.positions(), DecodeContext(cache))
 
     def _completion(
         self, tokens: list[int], logprobs: list[float], stop: frozenset[int]

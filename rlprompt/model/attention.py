@@ -76,32 +76,46 @@ def windowed(mask: Tensor, query_pos: Tensor, key_pos: Tensor, window: int | Non
 
 
 class CausalContext:
-    """Plain causal attention of rows without padding that start at position 0; records keys.
+    """Plain causal attention of rows without padding, from position 0 or after a prefix.
 
-    Used to prefill a prompt: `keys[l]` and `values[l]` are [B, H_kv, T, D] and carry gradients.
+    Used to prefill a prompt: `keys[l]` and `values[l]` are [B, H_kv, P + T, D] and carry gradients.
     """
 
-    def __init__(self) -> None:
-        """Start with nothing recorded."""
+    def __init__(self, after: PrefixKV | None = None) -> None:
+        """Start with nothing recorded.
+
+        Args:
+            after: P tokens that stand before this forward's own; the rows then are one.
+        """
+        self._after = after
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.layers: list[tuple[int, int | None]] = []
         """Layer and window of each call."""
 
     def attend(self, call: LayerCall) -> Tensor:
-        """Causal attention within the call's own tokens."""
+        """Causal attention to the tokens before and to the call's own."""
         self.layers.append((call.layer, call.window))
-        self.keys.append(call.key)
-        self.values.append(call.value)
-        tokens = call.query.shape[2]
-        place = torch.arange(tokens, device=call.query.device)[None]
-        mask = place[:, None, :] <= place[:, :, None]
-        mask = windowed(mask, place, place, call.window)
-        return call.attend(call.query, call.key, call.value, mask)
+        key, value = call.key, call.value
+        if self._after is not None:
+            key = _joined(self._after.keys[call.layer], key)
+            value = _joined(self._after.values[call.layer], value)
+        self.keys.append(key)
+        self.values.append(value)
+        place = torch.arange(key.shape[2], device=key.device)[None]
+        own = place[:, key.shape[2] - call.key.shape[2] :]
+        mask = place[:, None, :] <= own[:, :, None]
+        mask = windowed(mask, own, place, call.window)
+        return call.attend(call.query, key, value, mask)
 
     def prefix(self) -> PrefixKV:
-        """What was recorded of the first row, as a prefix."""
+        """What was recorded of the first row, and what stood before it, as a prefix."""
         return PrefixKV([k[0] for k in self.keys], [v[0] for v in self.values])
+
+
+def _joined(before: Tensor, own: Tensor) -> Tensor:
+    """[H_kv, P, D] before [1, H_kv, T, D]."""
+    return torch.cat([before.to(own.dtype)[None], own], dim=2)
 
 
 def _attention(

@@ -6,7 +6,8 @@ Letters: N packed tokens, P prefix tokens, d model width, V vocabulary.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from rlprompt.model.attention import ATTENTION_NAME, AttentionContext, CausalCon
 from rlprompt.model.base import FrozenBase
 from rlprompt.model.frozen import head_of, pack_linears
 from rlprompt.model.tree import TreeContext, build_tree
-from rlprompt.types import PrefixKV
+from rlprompt.types import Adapter, PrefixKV
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ class PrefixForward:
             InputError: the architecture cannot be run exactly (see the class docstring).
         """
         self.base = base
+        self._adapter: Adapter | None = None
+        self._detach: Callable[[], None] | None = None
         self.body = base.model.get_decoder()
         if self.body is base.model:
             raise InputError(
@@ -156,7 +159,8 @@ class PrefixForward:
         # transformers 5.23 has a new name for the switch, and warns of the old one.
         name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
         if on:
-            getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+            settings = {"use_reentrant": False, "context_fn": self._recompute_contexts}
+            getattr(model, f"{name}_checkpointing_enable")(settings)
         else:
             getattr(model, f"{name}_checkpointing_disable")()
         # transformers recomputes only in layers that are in training mode. The flag is set on the
@@ -170,6 +174,26 @@ class PrefixForward:
             )
         for layer in layers:
             layer.training = on
+
+    def adapted(self, adapter: Adapter | None) -> AbstractContextManager[None]:
+        """A context in which an adapter, and no other, is on in the layers; None = none is."""
+        return _Adapted(self, adapter)
+
+    def switch_adapter(self, adapter: Adapter | None) -> Adapter | None:
+        """Put an adapter in the place of the one that is on; returns that one."""
+        previous = self._adapter
+        if adapter is not previous:
+            if self._detach is not None:
+                self._detach()
+            self._detach = None if adapter is None else adapter.attach(self.base.model)
+            self._adapter = adapter
+        return previous
+
+    def _recompute_contexts(
+        self,
+    ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """A layer is recomputed in the backward under the adapter that it was computed under."""
+        return nullcontext(), self.adapted(self._adapter)
 
     def embed(self, token_ids: Sequence[int] | Tensor) -> Tensor:
         """Input embeddings [n, d] of tokens, scaled as the architecture scales them.
@@ -200,19 +224,46 @@ class PrefixForward:
         states: Tensor = out.last_hidden_state[0]
         return states
 
-    def prefill(self, embeddings: Tensor) -> PrefixKV:
+    def prefill(
+        self,
+        embeddings: Tensor,
+        after: PrefixKV | None = None,
+        adapter: Adapter | None = None,
+    ) -> PrefixKV:
         """Keys and values of a prompt, with gradients back to its embeddings.
 
         Args:
-            embeddings: [P, d] of head and slot together; P may be 0 (a plain template without a
-                system message).
+            embeddings: [n, d] of head and slot together, or of what follows `after`; n may be 0 (a
+                plain template without a system message).
+            after: what stands before; it is part of the result, and gradients reach it.
+            adapter: what is on in the layers; the result carries it.
         """
         if embeddings.shape[0] == 0:
-            one = self.prefill(self.embed([0]))  # for the shapes
-            return PrefixKV([k[:, :0] for k in one.keys], [v[:, :0] for v in one.values])
-        context = CausalContext()
-        self.hidden(embeddings, torch.arange(embeddings.shape[0]), context)
-        return context.prefix()
+            # One token, for the shapes.
+            whole = after or self.prefill(self.embed([0])).cut(0)
+            return PrefixKV(whole.keys, whole.values, adapter)
+        context = CausalContext(after)
+        start = 0 if after is None else after.num_tokens
+        positions = torch.arange(start, start + embeddings.shape[0])
+        with self.adapted(adapter):
+            self.hidden(embeddings, positions, context)
+        made = context.prefix()
+        return PrefixKV(made.keys, made.values, adapter)
+
+
+class _Adapted(AbstractContextManager[None]):
+    """Switches an adapter on and back; may be entered again, as recomputation may."""
+
+    def __init__(self, forward: PrefixForward, adapter: Adapter | None) -> None:
+        self._forward = forward
+        self._adapter = adapter
+        self._previous: list[Adapter | None] = []
+
+    def __enter__(self) -> None:
+        self._previous.append(self._forward.switch_adapter(self._adapter))
+
+    def __exit__(self, *error: object) -> None:
+        self._forward.switch_adapter(self._previous.pop())
 
 
 def _logit_scale(config: Any) -> float:

@@ -21,6 +21,7 @@ from rlprompt.rewards.load import load_reward
 from rlprompt.rewards.runner import RewardRunner
 
 BUILTIN: dict[str, str] = {
+    "diversity": "rlprompt.rewards.diversity:Diversity",
     "exact": "rlprompt.rewards.exact:Exact",
     "format": "rlprompt.rewards.format:Format",
     "keyword": "rlprompt.rewards.keyword:Keyword",

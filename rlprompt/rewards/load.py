@@ -23,6 +23,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rlprompt.errors import InputError
+from rlprompt.rewards.adapters import ADAPTERS
 from rlprompt.rewards.base import (
     BATCH_KEYWORDS,
     RESERVED_KEYWORDS,
@@ -52,18 +53,25 @@ def load_reward(
             or an option is unknown or wrong.
     """
     try:
-        target = _resolve(settings.path, base_dir, builtin)
+        target = resolve_target(settings.path, base_dir, builtin)
         return _configure(target, settings)
     except InputError as error:
         raise InputError(f"reward '{settings.name}': {error}") from error
 
 
-def _resolve(path: str, base_dir: Path, builtin: Mapping[str, str]) -> Any:
+def resolve_target(path: str, base_dir: Path, builtin: Mapping[str, str]) -> Any:
+    """The function, class or object that a reward path names, before any option is given to it.
+
+    Raises:
+        InputError: see `load_reward`.
+    """
     location, _, attribute = path.rpartition(":")
     if location == "builtin":
         if attribute not in builtin:
             raise InputError(f"there is no built-in {attribute!r}; {_choices(attribute, builtin)}")
-        return _resolve(builtin[attribute], base_dir, builtin)
+        return resolve_target(builtin[attribute], base_dir, builtin)
+    if location == "trl":
+        return _resolve_trl(attribute)
     if location.endswith(".py"):
         file = _find_file(location, base_dir)
         return _attribute(_import_file(file), attribute, str(file))
@@ -78,6 +86,18 @@ def _resolve(path: str, base_dir: Path, builtin: Mapping[str, str]) -> Any:
             f"or builtin:NAME with {_choices(path, builtin)}"
         )
     return _attribute(_import_module(location), attribute, f"module {location}")
+
+
+def _resolve_trl(name: str) -> Any:
+    """A reward of TRL's by its name; TRL is optional."""
+    if importlib.util.find_spec("trl") is None:
+        raise InputError("TRL is not installed; run `pip install 'rlprompt[trl]'`")
+    module = importlib.import_module("trl.rewards")
+    known = [each for each in dir(module) if "reward" in each or "punishment" in each]
+    known = [each for each in known if inspect.isfunction(getattr(module, each, None))]
+    if name not in known:
+        raise InputError(f"TRL ships no reward {name!r}; {_choices(name, known)}")
+    return getattr(module, name)
 
 
 def _find_file(location: str, base_dir: Path) -> Path:
@@ -147,16 +167,18 @@ def _attribute(module: ModuleType, attribute: str, where: str) -> Any:
             ]
             raise InputError(f"{where} has no object {part!r}; {_choices(part, public)}")
         target = getattr(target, part)
-    if not callable(target):
-        raise InputError(
-            f"{attribute!r} in {where} is of type {type(target).__name__}, which cannot be called; "
-            f"name a function or a class with __call__"
-        )
     return target
 
 
 def _configure(target: Any, settings: RewardSettings) -> RewardFunction:
     options = settings.options
+    if settings.adapter != "trl":
+        return ADAPTERS[settings.adapter](target, options)
+    if not callable(target):
+        raise InputError(
+            f"{settings.path} is of type {type(target).__name__}, which cannot be called; name a "
+            f"function or a class with __call__"
+        )
     if inspect.isclass(target) or _is_factory(target):
         reward = _construct(target, options)
     else:
