@@ -67,18 +67,18 @@ LAYERS = {
     "recipe_build": 8,
     "recipe_file": 1,
     "serving.": 9,
-    "slurm": 9,
+    "slurm.": 9,
     "chat": 9,
     "commands.": 10,
     "cli": 11,
-    "__main__": 11,
+    "__main__": 12,
 }
 VOCABULARY = ("types", "errors", "settings")
 
 # Packages that are heavy or optional, and the only modules that may import them (at any depth).
 OWNERS = {
     "deepspeed": ("training.distributed",),
-    "wandb": ("training.tracking", "training.tracking."),
+    "wandb": ("training.tracking_wandb",),
     "tensorboard": ("training.tracking", "training.tracking."),
     "vllm": ("engines.vllm",),
     "triton": ("kernels.",),
@@ -299,7 +299,8 @@ def test_a_heavy_import_outside_its_owner_is_found(tmp_path: Path) -> None:
     imports = write_package(
         tmp_path,
         rollout="import importlib\n\ndef f():\n    importlib.import_module('wandb')",
-        training__tracking="import wandb\nfrom torch.utils.tensorboard import SummaryWriter",
+        training__tracking_wandb="import wandb\n",
+        training__tracking="from torch.utils.tensorboard import SummaryWriter",
     )
     (error,) = owner_errors(imports)
     assert error.startswith("rollout imports wandb")
