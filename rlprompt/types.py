@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:  # a reward's worker process must start without torch
+    from torch import Tensor
 
 Message = dict[str, str]
 """One turn of a conversation: `{"role": "user" | "assistant" | "system", "content": text}`."""

@@ -7,7 +7,9 @@ their file (see `reward_models/` in the checkout).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rlprompt.rewards.base import (
     Example,
@@ -17,8 +19,11 @@ from rlprompt.rewards.base import (
     RewardSettings,
     TrainerState,
 )
+from rlprompt.rewards.isolation import IsolatedReward
 from rlprompt.rewards.load import load_reward
-from rlprompt.rewards.runner import RewardRunner
+
+if TYPE_CHECKING:
+    from rlprompt.rewards.runner import RewardRunner
 
 BUILTIN: dict[str, str] = {
     "exact": "rlprompt.rewards.exact:Exact",
@@ -34,6 +39,13 @@ BUILTIN: dict[str, str] = {
 """Name after `builtin:` -> where it is defined; imported only when a recipe names it."""
 
 
+def __getattr__(name: str) -> Any:
+    # The runner needs torch, which a reward's worker process must not wait for.
+    if name == "RewardRunner":
+        return import_module("rlprompt.rewards.runner").RewardRunner
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def build_rewards(settings: Sequence[RewardSettings], base_dir: Path) -> RewardRunner:
     """Load the rewards of a recipe.
 
@@ -44,7 +56,15 @@ def build_rewards(settings: Sequence[RewardSettings], base_dir: Path) -> RewardR
     Raises:
         InputError: a reward cannot be loaded, two share a name, or none has the role `score`.
     """
-    return RewardRunner([(each, load_reward(each, base_dir, BUILTIN)) for each in settings])
+    from rlprompt.rewards.runner import RewardRunner
+
+    return RewardRunner([(each, _load(each, base_dir)) for each in settings])
+
+
+def _load(settings: RewardSettings, base_dir: Path) -> RewardFunction:
+    if settings.isolation is not None:
+        return IsolatedReward(settings, base_dir, BUILTIN)
+    return load_reward(settings, base_dir, BUILTIN)
 
 
 __all__ = [
