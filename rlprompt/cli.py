@@ -34,6 +34,13 @@ model_app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(model_app, name="model")
+reward_app = typer.Typer(
+    help="Try rewards out.",
+    context_settings=_CONTEXT,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(reward_app, name="reward")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -159,6 +166,33 @@ def model_list() -> None:
     from rlprompt.commands.model import show_models
 
     show_models()
+
+
+@reward_app.command("check")
+def reward_check(
+    path: str = typer.Argument(
+        ..., metavar="PATH", help="As in a recipe: my_reward.py:reward, builtin:NAME, ..."
+    ),
+    option: list[str] = typer.Option(
+        None, "--option", metavar="KEY=VALUE", help="An option of the reward; may be given again."
+    ),
+    column: list[str] = typer.Option(
+        None, "--column", metavar="KEY=VALUE", help="A dataset column that it reads."
+    ),
+    pairs: Path | None = typer.Option(
+        None, "--pairs", metavar="FILE", help="JSONL with query, good and bad in each line."
+    ),
+    timeout: float = typer.Option(
+        60.0, "--timeout", min=0.001, metavar="SECONDS", help="For one call."
+    ),
+) -> None:
+    """Run a reward on its own examples and on adversarial ones, as training would call it.
+
+    Exit code 1 when a check fails.
+    """
+    from rlprompt.commands.reward import check
+
+    raise typer.Exit(check(path, option or [], column or [], pairs, timeout))
 
 
 @app.command()

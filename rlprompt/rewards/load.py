@@ -52,18 +52,23 @@ def load_reward(
             or an option is unknown or wrong.
     """
     try:
-        target = _resolve(settings.path, base_dir, builtin)
+        target = resolve_target(settings.path, base_dir, builtin)
         return _configure(target, settings)
     except InputError as error:
         raise InputError(f"reward '{settings.name}': {error}") from error
 
 
-def _resolve(path: str, base_dir: Path, builtin: Mapping[str, str]) -> Any:
+def resolve_target(path: str, base_dir: Path, builtin: Mapping[str, str]) -> Any:
+    """The function, class or object that a reward path names, before any option is given to it.
+
+    Raises:
+        InputError: see `load_reward`.
+    """
     location, _, attribute = path.rpartition(":")
     if location == "builtin":
         if attribute not in builtin:
             raise InputError(f"there is no built-in {attribute!r}; {_choices(attribute, builtin)}")
-        return _resolve(builtin[attribute], base_dir, builtin)
+        return resolve_target(builtin[attribute], base_dir, builtin)
     if location.endswith(".py"):
         file = _find_file(location, base_dir)
         return _attribute(_import_file(file), attribute, str(file))

@@ -53,6 +53,7 @@ def test_commands_and_options_are_those_of_the_design() -> None:
         ],
         "model fetch": ["name", "--verbose"],
         "model list": [],
+        "reward check": ["path", "--option", "--column", "--pairs", "--timeout"],
         "schema": ["--output"],
         "doctor": ["--json"],
     }
