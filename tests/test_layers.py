@@ -75,6 +75,7 @@ OWNERS = {
     "matplotlib": ("training.report", "training.plots"),
     "peft": ("prompts.adapter", "artifacts.export"),
     "trl": ("rewards.",),
+    "httpx": ("rewards.remote.client",),
 }
 
 ImportMap = dict[str, set[tuple[str, bool]]]

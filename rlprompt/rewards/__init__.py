@@ -36,7 +36,16 @@ BUILTIN: dict[str, str] = {
     "repetition": "rlprompt.rewards.repetition:Repetition",
     "sentence": "rlprompt.rewards.sentence:Sentence",
 }
-"""Name after `builtin:` -> where it is defined; imported only when a recipe names it."""
+"""Rules: name after `builtin:` -> where it is defined; imported only when a recipe names it."""
+
+MODELS: dict[str, str] = {
+    "http": "rlprompt.rewards.remote.server_reward:ServerReward",
+    "openai_judge": "rlprompt.rewards.remote.judge:OpenAIJudge",
+}
+"""Rewards that ask a model or a server, named in the same way."""
+
+NAMED: dict[str, str] = BUILTIN | MODELS
+"""All that `builtin:` can name."""
 
 
 def __getattr__(name: str) -> Any:
@@ -63,12 +72,14 @@ def build_rewards(settings: Sequence[RewardSettings], base_dir: Path) -> RewardR
 
 def _load(settings: RewardSettings, base_dir: Path) -> RewardFunction:
     if settings.isolation is not None:
-        return IsolatedReward(settings, base_dir, BUILTIN)
-    return load_reward(settings, base_dir, BUILTIN)
+        return IsolatedReward(settings, base_dir, NAMED)
+    return load_reward(settings, base_dir, NAMED)
 
 
 __all__ = [
     "BUILTIN",
+    "MODELS",
+    "NAMED",
     "Example",
     "RewardBatch",
     "RewardFailure",
