@@ -30,6 +30,7 @@ from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.recipe_file import apply_override, explain, read_tree
 from rlprompt.rewards import build_rewards
 from rlprompt.rewards.base import RewardSettings
+from rlprompt.rewards.combine import require_constraint_support
 from rlprompt.settings import Settings
 from rlprompt.training.loop import Trainer
 from rlprompt.training.parts import RunParts
@@ -171,6 +172,7 @@ def build_trainer(
         InputError: anything named by the recipe cannot be had.
     """
     recipe = _with_template_text(recipe, base_dir)
+    require_constraint_support(recipe.rewards, recipe.algorithm.type)
     data = load_queries(recipe.data, base_dir)
     rewards = build_rewards(recipe.rewards, base_dir)
     trackers = build_trackers(recipe.tracking, console)

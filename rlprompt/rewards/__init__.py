@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rlprompt.rewards.runner import RewardRunner
 
 BUILTIN: dict[str, str] = {
+    "diversity": "rlprompt.rewards.diversity:Diversity",
     "exact": "rlprompt.rewards.exact:Exact",
     "format": "rlprompt.rewards.format:Format",
     "keyword": "rlprompt.rewards.keyword:Keyword",

@@ -10,6 +10,8 @@ with keywords only and returns one float or None per completion.
     trainer_state   a `TrainerState`
     log_extra       `log_extra(column, values)`: one value per completion, for completions.jsonl
     log_metric      `log_metric(name, value)`: one number per batch
+    group_index     ours, and handed only to a reward that names it: for each completion the number
+                    of its group, so that a reward can compare the completions of one query
 
 A function without `**kwargs` is handed only the keywords that it names. It may be a coroutine
 function. None means "cannot be scored". What TRL calls a prompt is our query: it holds no system
@@ -36,14 +38,32 @@ if TYPE_CHECKING:
 RewardFunction = Callable[..., Any]
 """A TRL reward function, or a coroutine function of the same signature."""
 
-Role = Literal["score", "gate", "metric"]
+Role = Literal["score", "gate", "constraint", "metric"]
+Adapter = Literal["trl", "verl", "openrlhf", "verifiers"]
+Bound = Literal["at_most", "at_least"]
+Normalise = Literal["none", "group", "batch", "running"]
 
 BATCH_KEYWORDS = ("prompts", "completions", "completion_ids")
-RESERVED_KEYWORDS = (*BATCH_KEYWORDS, "trainer_state", "log_extra", "log_metric")
+GROUP_KEYWORD = "group_index"
+RESERVED_KEYWORDS = (
+    *BATCH_KEYWORDS,
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+    GROUP_KEYWORD,
+)
 """Keywords a reward is called with; no dataset column and no option may carry these names."""
 
 GATE_THRESHOLD = 0.5
 """A gate vetoes a completion whose value lies below this."""
+
+_OWN_ROLE: dict[str, Role] = {
+    "gate_floor": "gate",
+    "limit": "constraint",
+    "bound": "constraint",
+    "normalise": "score",
+}
+"""Settings that only one role reads."""
 
 _NAME = re.compile(r"[A-Za-z0-9_.\-]+")
 
@@ -63,7 +83,12 @@ class RewardSettings(Settings):
 
     path: str
     """`path/file.py:object` (relative to the recipe's folder, then to the working directory),
-    `package.module:object` or `package.module.object`, or `builtin:NAME`."""
+    `package.module:object` or `package.module.object`, `builtin:NAME`, or `trl:NAME` for a reward
+    that TRL ships."""
+    adapter: Adapter = "trl"
+    """Whose signature the function has: TRL's, verl's `compute_score(data_source, solution_str,
+    ground_truth, extra_info)`, OpenRLHF's `reward_func(queries, prompts, labels)`, or a `verifiers`
+    rubric or one of its functions. See `rlprompt.rewards.adapters`."""
     name: str = ""
     """Name in logs and metrics; by default the built-in's name, the object's name, or the file's
     name when the object is called `reward`."""
@@ -71,10 +96,20 @@ class RewardSettings(Settings):
     """Factor of this reward in the weighted sum; only for the role `score`."""
     role: Role = "score"
     """`score` enters the weighted sum; `gate` vetoes a completion when its value is below 0.5;
+    `constraint` is held under a limit by a learned multiplier, which the algorithm must offer;
     `metric` is logged and never trained on."""
     gate_floor: float = -1.0
     """For the role `gate`: a vetoed completion's total is lowered to this value (and left alone
     when it is lower already). Choose a value below what an honest bad answer gets."""
+    limit: float | None = None
+    """For the role `constraint`, and needed there: what the mean value is held to."""
+    bound: Bound = "at_most"
+    """For the role `constraint`: the mean value must be `at_most` or `at_least` the limit."""
+    normalise: Normalise = "none"
+    """For the role `score`: before weighting, subtract the mean and divide by the standard
+    deviation of the completion's `group`, of the `batch`, or of all values so far (`running`), so
+    that rewards of different scales can be weighed against each other. Applies to what is trained
+    on; `reward` in logs and held-out evaluation stays the plain weighted sum."""
     timeout: float | None = Field(default=60.0, gt=0)
     """Seconds that one call on a batch may take; null waits for ever."""
     on_error: Literal["raise", "skip"] = "raise"
@@ -110,11 +145,17 @@ class RewardSettings(Settings):
                 f"reward '{self.name}' has role '{self.role}', where a weight has no effect; "
                 f"remove the weight or set role: score"
             )
-        if self.role != "gate" and self.gate_floor != -1.0:
+        if self.role == "constraint" and self.limit is None:
             raise InputError(
-                f"reward '{self.name}' has role '{self.role}', where gate_floor has no effect; "
-                f"remove it or set role: gate"
+                f"reward '{self.name}' has role 'constraint' and no limit; set limit, and bound: "
+                f"at_most or at_least"
             )
+        for key, role in _OWN_ROLE.items():
+            if self.role != role and getattr(self, key) != type(self).model_fields[key].default:
+                raise InputError(
+                    f"reward '{self.name}' has role '{self.role}', where {key} has no effect; "
+                    f"remove it or set role: {role}"
+                )
         return self
 
 
@@ -171,7 +212,8 @@ class RewardBatch:
     """The scores of a batch of B completions, in the order of the flattened groups."""
 
     total: Tensor
-    """[B] float32: weighted sum of the `score` rewards after the gates; NaN where none scored."""
+    """[B] float32: weighted sum of the `score` rewards after the gates; NaN where none scored. What
+    an algorithm trains on is `RewardRunner.objective` of the batch."""
     values: dict[str, Tensor]
     """Per reward [B] float32, unweighted; NaN where it returned None."""
     weights: dict[str, float]
@@ -185,6 +227,11 @@ class RewardBatch:
     out, never NaN."""
     errors: list[RewardFailure]
     """The calls that failed under `on_error: skip`."""
+    costs: dict[str, Tensor] = field(default_factory=dict)
+    """Per constraint [B] float32: its values, negated where the bound is `at_least`, so that their
+    mean must stay at or below `RewardRunner.cost_limits`."""
+    group_index: tuple[int, ...] = ()
+    """B numbers: the group that each completion belongs to."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rlprompt.errors import InputError
+from rlprompt.rewards.adapters import ADAPTERS
 from rlprompt.rewards.base import (
     BATCH_KEYWORDS,
     RESERVED_KEYWORDS,
@@ -53,7 +54,7 @@ def load_reward(
     """
     try:
         target = resolve_target(settings.path, base_dir, builtin)
-        return _configure(target, settings)
+        return _configure(target, settings, base_dir)
     except InputError as error:
         raise InputError(f"reward '{settings.name}': {error}") from error
 
@@ -69,6 +70,8 @@ def resolve_target(path: str, base_dir: Path, builtin: Mapping[str, str]) -> Any
         if attribute not in builtin:
             raise InputError(f"there is no built-in {attribute!r}; {_choices(attribute, builtin)}")
         return resolve_target(builtin[attribute], base_dir, builtin)
+    if location == "trl":
+        return _resolve_trl(attribute)
     if location.endswith(".py"):
         file = _find_file(location, base_dir)
         return _attribute(_import_file(file), attribute, str(file))
@@ -83,6 +86,18 @@ def resolve_target(path: str, base_dir: Path, builtin: Mapping[str, str]) -> Any
             f"or builtin:NAME with {_choices(path, builtin)}"
         )
     return _attribute(_import_module(location), attribute, f"module {location}")
+
+
+def _resolve_trl(name: str) -> Any:
+    """A reward of TRL's by its name; TRL is optional."""
+    if importlib.util.find_spec("trl") is None:
+        raise InputError("TRL is not installed; run `pip install 'rlprompt[trl]'`")
+    module = importlib.import_module("trl.rewards")
+    known = [each for each in dir(module) if "reward" in each or "punishment" in each]
+    known = [each for each in known if inspect.isfunction(getattr(module, each, None))]
+    if name not in known:
+        raise InputError(f"TRL ships no reward {name!r}; {_choices(name, known)}")
+    return getattr(module, name)
 
 
 def _find_file(location: str, base_dir: Path) -> Path:
@@ -152,16 +167,20 @@ def _attribute(module: ModuleType, attribute: str, where: str) -> Any:
             ]
             raise InputError(f"{where} has no object {part!r}; {_choices(part, public)}")
         target = getattr(target, part)
-    if not callable(target):
-        raise InputError(
-            f"{attribute!r} in {where} is of type {type(target).__name__}, which cannot be called; "
-            f"name a function or a class with __call__"
-        )
     return target
 
 
-def _configure(target: Any, settings: RewardSettings) -> RewardFunction:
-    options = settings.options
+def _configure(target: Any, settings: RewardSettings, base_dir: Path) -> RewardFunction:
+    options: Mapping[str, Any] = settings.options
+    if hasattr(target, "resolve_paths"):  # options that name files, relative to the recipe's folder
+        options = target.resolve_paths(options, base_dir)
+    if settings.adapter != "trl":
+        return ADAPTERS[settings.adapter](target, options)
+    if not callable(target):
+        raise InputError(
+            f"{settings.path} is of type {type(target).__name__}, which cannot be called; name a "
+            f"function or a class with __call__"
+        )
     if inspect.isclass(target) or _is_factory(target):
         reward = _construct(target, options)
     else:

@@ -1,9 +1,4 @@
-"""Scores a batch with every reward of a recipe and combines the values into one total.
-
-Total of a completion (as in TRL's "sum then normalise"): the sum of weight * value over the `score`
-rewards that returned a value; NaN when none did. Then the gates: a completion that a gate vetoes
-(value < 0.5) gets min(total, gate_floor), or gate_floor when nothing scored it, so a veto can never
-raise a total. A gate that returned None abstains. Metrics take no part.
+"""Scores a batch with every reward of a recipe; how values become a total is in `combine`.
 
 Sync rewards run one after another, then all async ones together.
 """
@@ -20,7 +15,7 @@ from torch import Tensor
 
 from rlprompt.errors import InputError
 from rlprompt.rewards.base import (
-    GATE_THRESHOLD,
+    GROUP_KEYWORD,
     RESERVED_KEYWORDS,
     FailureKind,
     ReportedError,
@@ -30,7 +25,9 @@ from rlprompt.rewards.base import (
     RewardSettings,
     TrainerState,
 )
+from rlprompt.rewards.combine import combine, costs, statistics
 from rlprompt.rewards.execution import Call, Executor, Outcome, is_async
+from rlprompt.rewards.normalise import Normaliser
 from rlprompt.rewards.validation import (
     InvalidValuesError,
     Row,
@@ -66,11 +63,45 @@ class RewardRunner:
             raise InputError("no reward has role: score, so nothing can be learned; add one")
         self._rewards = list(rewards)
         self._executor = Executor()
+        self._normaliser = Normaliser(self.settings)
 
     @property
     def settings(self) -> list[RewardSettings]:
         """The settings of the rewards, in order."""
         return [settings for settings, _ in self._rewards]
+
+    @property
+    def cost_limits(self) -> dict[str, float]:
+        """Per constraint: the mean that its `RewardBatch.costs` are held under."""
+        return {
+            each.name: each.limit if each.bound == "at_most" else -each.limit
+            for each in self.settings
+            if each.limit is not None
+        }
+
+    def objective(self, batch: RewardBatch) -> Tensor:
+        """What the completions of a training batch are worth to an algorithm, [B] float32.
+
+        `batch.total`, unless a reward has `normalise`; then the same sum and gates over normalised
+        values. Call it once per training batch and never for held-out ones: running statistics take
+        the batch up.
+        """
+        if not self._normaliser.is_needed:
+            return batch.total
+        normal = self._normaliser.normalise(batch.values, batch.group_index)
+        return combine(self.settings, batch.values | normal)
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """Running statistics as plain numbers; what resuming needs."""
+        return self._normaliser.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
+        """Take over a saved state.
+
+        Raises:
+            InputError: it is of other rewards.
+        """
+        self._normaliser.load_state_dict(state)
 
     def score(self, groups: Sequence[Group], *, step: int) -> RewardBatch:
         """Score every completion of every group.
@@ -92,12 +123,14 @@ class RewardRunner:
         """
         rows = [(group.query, completion) for group in groups for completion in group.completions]
         columns = _columns(rows)
+        index = tuple(i for i, group in enumerate(groups) for _ in group.completions)
         sinks = {each.name: Sink() for each in self.settings}
         values = {each.name: torch.full((len(rows),), torch.nan) for each in self.settings}  # [B]
         metrics: dict[str, float] = {}
         errors: list[RewardFailure] = []
+        own = {"trainer_state": TrainerState(global_step=step), GROUP_KEYWORD: list(index)}
         calls = [
-            self._call(settings, function, rows, columns, sinks[settings.name], step)
+            self._call(settings, function, rows, columns | own, sinks[settings.name])
             for settings, function in self._rewards
             if rows
         ]
@@ -111,15 +144,17 @@ class RewardRunner:
                 values[call.name] = torch.tensor(result, dtype=torch.float32)
             metrics[f"rewards/{call.name}/seconds"] = outcome.seconds
             metrics[f"rewards/{call.name}/failures"] = float(isinstance(result, RewardFailure))
-        metrics |= _statistics(self.settings, values) | _logged_metrics(sinks)
+        metrics |= statistics(self.settings, values) | _logged_metrics(sinks)
         return RewardBatch(
-            total=_combine(self.settings, values),
+            total=combine(self.settings, values),
             values=values,
             weights={each.name: each.weight for each in self.settings},
             roles={each.name: each.role for each in self.settings},
             extras=_merge_extras(sinks),
             metrics=metrics,
             errors=errors,
+            costs=costs(self.settings, values),
+            group_index=index,
         )
 
     def close(self) -> None:
@@ -135,9 +170,8 @@ class RewardRunner:
         settings: RewardSettings,
         function: RewardFunction,
         rows: Sequence[Row],
-        columns: Mapping[str, list[Any]],
+        columns: Mapping[str, Any],
         sink: Sink,
-        step: int,
     ) -> Call:
         # Fresh lists for every reward: one that changes its arguments must not change another's.
         available = {
@@ -154,8 +188,10 @@ class RewardRunner:
                 for query, completion in rows
             ],
             "completion_ids": [list(completion.token_ids) for _, completion in rows],
-            **{key: list(column) for key, column in columns.items()},
-            "trainer_state": TrainerState(global_step=step),
+            **{
+                key: list(column) if isinstance(column, list) else column
+                for key, column in columns.items()
+            },
             "log_extra": sink.log_extra,
             "log_metric": sink.log_metric,
         }
@@ -217,39 +253,6 @@ def _evaluate(
     except InvalidValuesError as error:
         return RewardFailure(call.name, "values", f"reward '{call.name}' {error}")
     return values
-
-
-def _combine(settings: Sequence[RewardSettings], values: Mapping[str, Tensor]) -> Tensor:
-    scores = [each for each in settings if each.role == "score"]
-    table = torch.stack([values[each.name] for each in scores])  # [R, B]
-    weights = torch.tensor([each.weight for each in scores]).unsqueeze(1)  # [R, 1]
-    total = (table * weights).nansum(dim=0)  # [B]
-    total[table.isnan().all(dim=0)] = torch.nan
-    for gate in (each for each in settings if each.role == "gate"):
-        floor = torch.full_like(total, gate.gate_floor)
-        # fmin: the floor also replaces NaN, because the veto itself is a verdict
-        total = torch.where(_vetoed(values[gate.name]), torch.fmin(total, floor), total)
-    return total
-
-
-def _vetoed(values: Tensor) -> Tensor:
-    return values < GATE_THRESHOLD  # [B], False for NaN
-
-
-def _statistics(
-    settings: Sequence[RewardSettings], values: Mapping[str, Tensor]
-) -> dict[str, float]:
-    metrics: dict[str, float] = {}
-    for each in settings:
-        known = values[each.name][~values[each.name].isnan()]
-        prefix = f"rewards/{each.name}"
-        if known.numel() > 0:
-            metrics[f"{prefix}/mean"] = known.mean().item()
-        if known.numel() > 1:
-            metrics[f"{prefix}/std"] = known.std().item()  # with Bessel's correction, as in TRL
-        if each.role == "gate" and known.numel() > 0:
-            metrics[f"{prefix}/veto_rate"] = _vetoed(known).float().mean().item()
-    return metrics
 
 
 def _logged_metrics(sinks: Mapping[str, Sink]) -> dict[str, float]:

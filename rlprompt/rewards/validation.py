@@ -9,7 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlprompt.errors import InputError
-from rlprompt.rewards.base import RESERVED_KEYWORDS, ReportedError, RewardFunction
+from rlprompt.rewards.base import (
+    GROUP_KEYWORD,
+    RESERVED_KEYWORDS,
+    ReportedError,
+    RewardFunction,
+)
 from rlprompt.rewards.execution import Call, Outcome
 from rlprompt.rewards.messages import describe_error, quote, shorten, user_frame
 from rlprompt.types import Completion, Query
@@ -110,7 +115,7 @@ def describe_failure(call: Call, outcome: Outcome, rows: Sequence[Row]) -> str:
 def select_keywords(
     name: str, function: RewardFunction, available: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The keywords that `function` accepts.
+    """The keywords that `function` accepts; `group_index` only if it names it, as TRL has none.
 
     Raises:
         InputError: it needs a keyword that is neither reserved nor a column, it takes one by
@@ -125,7 +130,7 @@ def select_keywords(
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
-        return dict(available)
+        return {key: value for key, value in available.items() if key != GROUP_KEYWORD}
     for each in parameters:
         if each.default is not each.empty or each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD):
             continue
@@ -141,9 +146,9 @@ def select_keywords(
                 f"{', '.join(columns) or 'none'}; add the column, give '{each.name}' as an option "
                 f"or give it a default"
             )
-    if any(each.kind is each.VAR_KEYWORD for each in parameters):
-        return dict(available)
     accepted = {each.name for each in parameters}
+    if any(each.kind is each.VAR_KEYWORD for each in parameters):
+        accepted |= available.keys() - {GROUP_KEYWORD}
     return {key: value for key, value in available.items() if key in accepted}
 
 

@@ -43,7 +43,7 @@ def test_given_name_wins_and_settings_survive_a_round_trip() -> None:
         ({"role": "gate", "weight": 2.0}, "a weight has no effect"),
         ({"gate_floor": -3.0}, "gate_floor has no effect"),
         ({"name": "a/b"}, "must consist of letters"),
-        ({"role": "constraint"}, "'score', 'gate' or 'metric'"),
+        ({"role": "penalty"}, "'score', 'gate', 'constraint' or 'metric'"),
         ({"timeout": 0}, "greater than 0"),
         ({"on_error": "ignore"}, "'raise' or 'skip'"),
         ({"wieght": 1.0}, "Extra inputs are not permitted"),
