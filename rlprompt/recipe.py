@@ -177,6 +177,7 @@ def build_trainer(
     rewards = build_rewards(recipe.rewards, base_dir)
     trackers = build_trackers(recipe.tracking, console)
     policy = build_policy(recipe.model)
+    rewards.bind_policy(policy)
     policy.prompt = SoftPrompt.create(recipe.prompt, policy, recipe.seed)
     policy.gradient_checkpointing = recipe.training.gradient_checkpointing
     algorithm = GRPO(recipe.algorithm, recipe.sampling.max_tokens)

@@ -29,6 +29,7 @@ LAYERS = {
     "certify.bounds": 0,
     "prompts.": 1,
     "rewards.": 1,
+    "rewards.preference.": 3,  # its judge may be the policy's base
     "model.": 1,
     "data": 1,
     "data.": 1,

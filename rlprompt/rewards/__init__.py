@@ -41,7 +41,11 @@ BUILTIN: dict[str, str] = {
 
 MODELS: dict[str, str] = {
     "http": "rlprompt.rewards.remote.server_reward:ServerReward",
+    "judge": "rlprompt.rewards.preference.judge:JudgeReward",
     "openai_judge": "rlprompt.rewards.remote.judge:OpenAIJudge",
+    "pairwise": "rlprompt.rewards.preference.pairwise:PairwiseReward",
+    "preference": "rlprompt.rewards.preference.reward:PreferenceReward",
+    "preference_ensemble": "rlprompt.rewards.preference.reward:EnsembleReward",
 }
 """Rewards that ask a model or a server, named in the same way."""
 

@@ -157,6 +157,13 @@ class RewardRunner:
             group_index=index,
         )
 
+    def bind_policy(self, policy: Any) -> None:
+        """Lend a run's policy to the rewards that may judge with its base under another prompt."""
+        for _, function in self._rewards:
+            bind = getattr(function, "bind_policy", None)
+            if callable(bind):
+                bind(policy)
+
     def close(self) -> None:
         """Stop idle worker threads and end worker processes; the runner stays usable."""
         self._executor.close()

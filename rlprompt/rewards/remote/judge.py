@@ -2,14 +2,12 @@
 
 The judge is asked for one of a few verdicts. With `logprobs` the value is the mean of the verdicts'
 values under the judge's own probabilities of them as its first token (as in G-Eval, Liu et al.
-2023, section 2): finer than the verdict that it happens to write, and without sampling noise. The
-answer stands between marks that hold its own hash, so that it cannot close them and speak as us.
+2023, section 2): finer than the verdict that it happens to write, and without sampling noise.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -19,12 +17,11 @@ from pydantic import Field, model_validator
 
 from rlprompt.rewards.base import ReportedError
 from rlprompt.rewards.cache import ScoreCache, content_key
+from rlprompt.rewards.judging import ask_text, check_verdicts
 from rlprompt.rewards.messages import shorten
 from rlprompt.rewards.options import SignatureOf
 from rlprompt.rewards.remote.client import HttpSettings, JsonClient
 from rlprompt.rewards.text import message_text
-
-ASK = "Question:\n{query}\n\nAnswer, between the marks:\n{completion}\n\n{choice}"
 
 
 class JudgeSettings(HttpSettings):
@@ -48,18 +45,8 @@ class JudgeSettings(HttpSettings):
 
     @model_validator(mode="after")
     def _check_verdicts(self) -> JudgeSettings:
-        firsts = [word.strip().casefold() for word in self.verdicts]
-        if len(firsts) < 2 or len(set(firsts)) < len(firsts) or not all(firsts):
-            raise ValueError("give at least two verdicts that differ in more than their case")
+        check_verdicts(self.verdicts)
         return self
-
-
-def ask_text(query: str, completion: str, verdicts: Sequence[str]) -> str:
-    """The user message for a judge, with the completion between marks that it cannot know."""
-    mark = hashlib.sha256(completion.encode(errors="replace")).hexdigest()[:8]
-    fenced = f"[answer {mark}]\n{completion}\n[end of answer {mark}]"
-    choice = f"Reply with one word: {' or '.join(verdicts)}."
-    return ASK.format(query=query, completion=fenced, choice=choice)
 
 
 class OpenAIJudge:

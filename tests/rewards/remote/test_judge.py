@@ -10,7 +10,8 @@ import pytest
 
 from rlprompt.errors import InputError
 from rlprompt.rewards import RewardBatch, RewardSettings, build_rewards
-from rlprompt.rewards.remote.judge import OpenAIJudge, ask_text
+from rlprompt.rewards.judging import ask_text
+from rlprompt.rewards.remote.judge import OpenAIJudge
 from rlprompt.types import Completion, Group, Query
 from tests.fixtures.http_server import Answer, Seen, answering
 
