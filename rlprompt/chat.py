@@ -22,7 +22,7 @@ from rlprompt.model.base import ModelSettings
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.text import NonePrompt, TextPrompt
-from rlprompt.recipe import build_policy
+from rlprompt.recipe_build import build_policy
 from rlprompt.settings import Settings
 from rlprompt.types import Message, Query
 

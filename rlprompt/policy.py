@@ -3,8 +3,8 @@
 The prompt's prefix is computed once per update with batch 1; gradients of all micro-batches arrive
 summed at its keys and values, and one more backward carries them into the prompt (`SharedPrefix`).
 
-Letters: G groups, B completions, T tokens, P prefix tokens, L layers, H_kv key/value heads,
-D head dim, d model width. Masks: True = the position counts.
+Letters: G groups, B completions, T tokens, M tokens of all completions, P prefix tokens, L layers,
+H_kv key/value heads, D head dim, d model width. Masks: True = the position counts.
 """
 
 from __future__ import annotations
@@ -35,6 +35,13 @@ class TokenScores:
     """[B, T] entropy in nats of the distribution it was drawn from, 0 in the padding."""
     mask: Tensor
     """bool [B, T]."""
+    states: Tensor
+    """[M, d] final hidden states that the M completion tokens were predicted from, rows behind each
+    other, with their graph."""
+
+    def unflatten(self, flat: Tensor) -> Tensor:
+        """[M] per-token values -> [B, T], zero in the padding."""
+        return flat.new_zeros(self.mask.shape).masked_scatter(self.mask, flat)
 
 
 class SharedPrefix:
@@ -248,7 +255,7 @@ class Policy:
         scored = states.index_select(0, tree.predictors)
         out = head_scores(scored, tree.targets, self.forward.head, temperature, entropy_grad)
         mask = tree.target_mask
-        return TokenScores(tree.unflatten(out.logprobs), tree.unflatten(out.entropy), mask)
+        return TokenScores(tree.unflatten(out.logprobs), tree.unflatten(out.entropy), mask, scored)
 
     def parameters(self) -> list[nn.Parameter]:
         """Everything that trains: the prompt's parameters, never the base's."""

@@ -1,4 +1,4 @@
-"""The recipe: one YAML that names a run in full, and the one place that builds its objects.
+"""The recipe: one YAML that names a run in full.
 
 Errors name the YAML path and suggest the nearest key. Paths of data, rewards and templates are
 relative to the recipe's folder.
@@ -10,32 +10,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
-from rich.console import Console
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from rlprompt.algorithms.grpo import GRPO, GRPOSettings
-from rlprompt.data import load_queries
+from rlprompt.algorithms.grpo import GRPOSettings
+from rlprompt.algorithms.make import AnyAlgorithmSettings
+from rlprompt.data.augment import AugmentSettings
 from rlprompt.data.base import DataSettings
-from rlprompt.engines.native import NativeEngine, NativeSettings
+from rlprompt.engines.native import NativeSettings
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.errors import InputError
 from rlprompt.evaluation.heldout import EvaluationSettings
-from rlprompt.model.base import ModelSettings, load_base
-from rlprompt.model.slot import ChatSlot
+from rlprompt.model.base import ModelSettings
 from rlprompt.model.template import read_template
-from rlprompt.policy import Policy
-from rlprompt.prompts.base import Prompt
-from rlprompt.prompts.soft import SoftPrompt, SoftSettings
-from rlprompt.prompts.text import NonePrompt, TextPrompt
+from rlprompt.prompts.soft import SoftSettings
 from rlprompt.recipe_file import apply_override, explain, read_tree
-from rlprompt.rewards import build_rewards
 from rlprompt.rewards.base import RewardSettings
-from rlprompt.rewards.combine import require_constraint_support
 from rlprompt.settings import Settings
-from rlprompt.training.loop import Trainer
-from rlprompt.training.parts import RunParts
+from rlprompt.training.objective import ConstraintSettings, RobustSettings
 from rlprompt.training.settings import TrainingSettings
-from rlprompt.training.tracking import TrackingSettings, build_trackers
+from rlprompt.training.tracking import TrackingSettings
 
 
 class NoneReference(Settings):
@@ -73,8 +66,8 @@ class Recipe(Settings):
     """The frozen base."""
     prompt: SoftSettings = SoftSettings()
     """The prompt that is trained."""
-    algorithm: GRPOSettings = GRPOSettings()
-    """How it learns."""
+    algorithm: AnyAlgorithmSettings = GRPOSettings()
+    """How it learns; by GRPO when it has no type."""
     reference: Reference = NoneReference()
     """The policy that the KL is measured to."""
     engine: NativeSettings = NativeSettings()
@@ -83,8 +76,16 @@ class Recipe(Settings):
     """How completions are drawn, in training and in held-out evaluation."""
     data: DataSettings
     """Where the queries come from."""
-    rewards: tuple[RewardSettings, ...] = Field(min_length=1)
-    """What is rewarded, and what is only watched."""
+    augment: tuple[AugmentSettings, ...] = ()
+    """In what company a share of the training queries is asked, against a shift of the
+    conversation."""
+    rewards: tuple[RewardSettings, ...] = ()
+    """What is rewarded, and what is only watched. An algorithm that learns from rewards needs one
+    with the role `score`."""
+    constraints: ConstraintSettings = ConstraintSettings()
+    """How multipliers of rewards with the role `constraint` are learned."""
+    robust: RobustSettings | None = None
+    """Learn for the worst queries; null = all queries count alike."""
     training: TrainingSettings = TrainingSettings()
     """Steps, optimizer, checkpoints."""
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -94,19 +95,41 @@ class Recipe(Settings):
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Of everything drawn at random."""
 
+    @field_validator("algorithm", mode="before")
+    @classmethod
+    def _grpo_by_default(cls, value: Any) -> Any:
+        return {"type": "grpo", **value} if isinstance(value, dict) else value
+
     @model_validator(mode="after")
     def _settings_have_effect(self) -> Recipe:
-        if self.algorithm.kl_coef == 0.0 and not isinstance(self.reference, NoneReference):
+        if not self.algorithm.needs_reference and not isinstance(self.reference, NoneReference):
+            if "kl_coef" in type(self.algorithm).model_fields:
+                why = "while algorithm.kl_coef is 0; set kl_coef or"
+            else:
+                why = f"with algorithm.type: {self.algorithm.type};"
+            raise ValueError(f"reference has no effect {why} remove reference")
+        scored = any(reward.role == "score" for reward in self.rewards)
+        if self.algorithm.needs_rewards and not scored:
             raise ValueError(
-                "reference has no effect while algorithm.kl_coef is 0; set kl_coef or remove "
-                "reference"
+                f"no reward has role: score, which {self.algorithm.type} learns from; add one to "
+                "rewards"
+            )
+        held = any(reward.role == "constraint" for reward in self.rewards)
+        if held and not self.algorithm.needs_rewards:
+            raise ValueError(
+                f"a reward has role: constraint, but {self.algorithm.type} does not learn from "
+                "rewards; choose another algorithm, or role: metric"
+            )
+        if not held and self.constraints != ConstraintSettings():
+            raise ValueError(
+                "constraints has no effect without a reward of role: constraint; remove it"
             )
         if self.sampling.min_tokens > self.sampling.max_tokens:
             raise ValueError(
                 f"sampling.min_tokens is {self.sampling.min_tokens}, max_tokens is "
                 f"{self.sampling.max_tokens}; lower min_tokens"
             )
-        if self.sampling.temperature == 0.0:
+        if self.sampling.temperature == 0.0 and self.algorithm.needs_rewards:
             raise ValueError(
                 "sampling.temperature is 0, so all completions of a group would be the same; set "
                 "it above 0"
@@ -138,7 +161,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         place, sentence = explain(error, Recipe.model_json_schema())
         raise InputError(f"{_at_fault(path, overrides, place)}: {sentence}") from error
-    return _with_template_text(recipe, path.parent)
+    return with_template_text(recipe, path.parent)
 
 
 def _at_fault(path: Path, overrides: Sequence[str], place: str) -> str:
@@ -155,64 +178,7 @@ def _at_fault(path: Path, overrides: Sequence[str], place: str) -> str:
     return f"override '{inside[-1]}'" if inside and tree is None else str(path)
 
 
-def build_trainer(
-    recipe: Recipe, base_dir: Path, output: Path, console: Console | None = None
-) -> Trainer:
-    """Build every object that a recipe names.
-
-    Cheap things come first, so that a wrong recipe fails before the model is loaded.
-
-    Args:
-        recipe: what to run.
-        base_dir: the recipe's folder; its paths are relative to it.
-        output: the run folder.
-        console: where the live display goes.
-
-    Raises:
-        InputError: anything named by the recipe cannot be had.
-    """
-    recipe = _with_template_text(recipe, base_dir)
-    require_constraint_support(recipe.rewards, recipe.algorithm.type)
-    data = load_queries(recipe.data, base_dir)
-    rewards = build_rewards(recipe.rewards, base_dir)
-    trackers = build_trackers(recipe.tracking, console)
-    policy = build_policy(recipe.model)
-    rewards.bind_policy(policy)
-    policy.prompt = SoftPrompt.create(recipe.prompt, policy, recipe.seed)
-    policy.gradient_checkpointing = recipe.training.gradient_checkpointing
-    algorithm = GRPO(recipe.algorithm, recipe.sampling.max_tokens)
-    reference = _reference(recipe.reference, policy.prompt) if algorithm.needs_reference else None
-    parts = RunParts(
-        name=recipe.name,
-        policy=policy,
-        engine=NativeEngine(policy, recipe.engine),
-        algorithm=algorithm,
-        reference=reference,
-        rewards=rewards,
-        data=data,
-        sampling=recipe.sampling,
-        training=recipe.training,
-        evaluation=recipe.evaluation,
-        trackers=trackers,
-        seed=recipe.seed,
-        recipe=recipe.plain(),
-    )
-    return Trainer(parts, output)
-
-
-def build_policy(settings: ModelSettings) -> Policy:
-    """A base with its chat slot, and no prompt yet.
-
-    A template's path in these settings is relative to the working directory.
-
-    Raises:
-        InputError: see `load_base`, `ChatSlot.from_tokenizer` and `Policy`.
-    """
-    base = load_base(settings)
-    return Policy(base, ChatSlot.from_tokenizer(base.tokenizer, settings.template))
-
-
-def _with_template_text(recipe: Recipe, base_dir: Path) -> Recipe:
+def with_template_text(recipe: Recipe, base_dir: Path) -> Recipe:
     """The recipe with a template's text in place of its path.
 
     Artifacts carry the recipe to places where the file is not, and a resumed run must find the
@@ -223,11 +189,3 @@ def _with_template_text(recipe: Recipe, base_dir: Path) -> Recipe:
     text = read_template(recipe.model.template, base_dir)
     model = recipe.model.model_copy(update={"template": text})
     return recipe.model_copy(update={"model": model})
-
-
-def _reference(reference: Reference, prompt: SoftPrompt) -> Prompt:
-    if isinstance(reference, TextReference):
-        return TextPrompt(reference.text)
-    if isinstance(reference, InitialReference):
-        return SoftPrompt(prompt.embeddings, prompt.init_text)
-    return NonePrompt()

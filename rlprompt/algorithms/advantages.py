@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Scale = Literal["group", "batch", "none"]
@@ -46,6 +47,61 @@ def group_advantages(rewards: Tensor, group_size: int, scale: Scale) -> Tensor:
     return centred.nan_to_num(nan=0.0).view(-1).float()
 
 
+def leave_one_out_advantages(rewards: Tensor, group_size: int, normalize: bool = False) -> Tensor:
+    """Rewards relative to the mean of the *other* completions of the group (RLOO).
+
+    Kool et al., 2019; Ahmadian et al., 2024 (arXiv 2402.14740, eq. 8). The baseline does not depend
+    on the completion itself, so the gradient is unbiased; without missing rewards it is the
+    group-relative advantage times G / (G - 1).
+
+    Args:
+        rewards: [B] float32, completions of a group beside each other; NaN = not scored.
+        group_size: G >= 2; B is a multiple of it.
+        normalize: afterwards, take off the batch's mean and divide by its standard deviation.
+
+    Returns:
+        float32 [B]; 0 where the reward is NaN or no other completion of the group has one.
+
+    Raises:
+        ValueError: B is not a multiple of G.
+    """
+    if rewards.numel() % group_size:
+        raise ValueError(f"{rewards.numel()} rewards do not fill groups of {group_size}")
+    grouped = rewards.double().view(-1, group_size)
+    known = (~grouped.isnan()).sum(dim=1, keepdim=True)
+    # n / (n - 1) * (r - mean) is r - mean of the others, and exactly 0 where rewards are equal.
+    factor = torch.where(known > 1, known / (known - 1).clamp_min(1), torch.nan)
+    advantages = (factor * (grouped - grouped.nanmean(dim=1, keepdim=True))).view(1, -1)
+    if normalize:
+        mean = advantages.nanmean(dim=1, keepdim=True)
+        advantages = (advantages - mean) / (_nanstd(advantages) + STD_FLOOR)
+    return advantages.nan_to_num(nan=0.0).view(-1).float()
+
+
+def batch_advantages(rewards: Tensor, normalize: bool) -> Tensor:
+    """Rewards relative to the mean of the batch: REINFORCE with a constant baseline.
+
+    Williams, 1992. The mean holds the completion's own reward, which scales the expected gradient
+    by (B - 1) / B and otherwise leaves it alone.
+
+    Args:
+        rewards: [B] float32; NaN = not scored.
+        normalize: divide by the batch's standard deviation.
+
+    Returns:
+        float32 [B]; 0 where the reward is NaN, and everywhere when all are equal.
+    """
+    return group_advantages(rewards, max(1, rewards.numel()), "group" if normalize else "none")
+
+
+def groups_with_spread(rewards: Tensor, group_size: int) -> Tensor:
+    """Which groups hold two different rewards and so teach something, bool [B / G].
+
+    DAPO's dynamic sampling draws again in place of the others (arXiv 2503.14476, section 3.2).
+    """
+    return (_nanstd(rewards.double().view(-1, group_size)) >= 1e-8).squeeze(1)
+
+
 def _nanstd(values: Tensor) -> Tensor:
     """Unbiased standard deviation of each row without its NaNs, [R, 1]; 0 for fewer than two."""
     known = ~values.isnan()
@@ -57,8 +113,7 @@ def _nanstd(values: Tensor) -> Tensor:
 
 def share_without_spread(rewards: Tensor, group_size: int) -> Tensor:
     """The share of groups without two different rewards: they teach nothing. A scalar in [0, 1]."""
-    spread = _nanstd(rewards.double().view(-1, group_size))
-    return (spread < 1e-8).float().mean()
+    return (~groups_with_spread(rewards, group_size)).float().mean()
 
 
 def row_weights(lengths: Tensor, normalizer: Normalizer, max_tokens: int) -> Tensor:

@@ -1,47 +1,132 @@
 """What an algorithm is: a source of samples and a per-token signal.
 
-The loop is blind to it. It asks for the per-completion `Signal` of a rollout batch once, and for
-the token losses of each micro-batch; what it minimises is the weighted sum of their parts.
+The loop is blind to it. It draws batches from the source that the algorithm names, scores them as
+far as the algorithm needs before the first update, asks once for the `Signal` of the batch and then
+for the token losses of each micro-batch; what it minimises is the weighted sum of their parts.
 
-Letters: B completions, T tokens. Masks: True = the position counts.
+Letters: B completions, b rows of a micro-batch, T tokens, M = all tokens of a micro-batch behind
+each other, d model width. Masks: True = the position counts.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from rlprompt.policy import TokenScores
+from rlprompt.settings import Settings
+
+Need = Literal["old_logprobs", "ref_logprobs", "values", "teacher_states"]
+"""What a batch must be scored with before its first update."""
+
+
+class AlgorithmSettings(Settings):
+    """What the settings of every algorithm answer before anything is built."""
+
+    @property
+    def answer_columns(self) -> tuple[str, ...]:
+        """Columns of the dataset that hold given completions; empty when they are drawn."""
+        return ()
+
+    @property
+    def teacher_text(self) -> str | None:
+        """The system text of the teacher; None without one."""
+        return None
+
+    @property
+    def draws_from_teacher(self) -> bool:
+        """Whether completions are drawn under the teacher's text, not under the prompt."""
+        return False
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the recipe's `reference` has an effect."""
+        return False
+
+    @property
+    def needs_rewards(self) -> bool:
+        """Whether it learns from rewards; other algorithms only evaluate with them."""
+        return True
+
+
+@dataclass(frozen=True)
+class BatchView:
+    """All that an algorithm may know of a batch before its first update.
+
+    The rows of a group stand beside each other. What was not asked for in `Algorithm.needs` is
+    None.
+    """
+
+    rewards: Tensor
+    """[B] float32; NaN = not scored."""
+    lengths: Tensor
+    """int64 [B]."""
+    terminated: Tensor
+    """bool [B], False for completions cut at the token limit."""
+    group_size: int
+    """Rows per query; B is a multiple of it."""
+    old_logprobs: Tensor | None = None
+    """[B, T] under the prompt before the first update, 0 in the padding."""
+    ref_logprobs: Tensor | None = None
+    """[B, T] under the reference."""
+    values: Tensor | None = None
+    """[B, T] what the algorithm's value head says of the states that the tokens were drawn from."""
+
+    @property
+    def mask(self) -> Tensor:
+        """Bool [B, T], T the longest completion."""
+        place = torch.arange(int(self.lengths.max()), device=self.lengths.device)
+        return place[None] < self.lengths[:, None]
 
 
 @dataclass(frozen=True)
 class Signal:
-    """What each completion of a rollout batch is worth to the loss."""
+    """What each completion of a batch is worth to the loss."""
 
     advantages: Tensor
-    """[B] float32."""
-    weights: Tensor
-    """[B] float32: what one token counts for; the normaliser is global, so sums over micro-batches
-    equal the loss of the whole batch."""
-    metrics: Mapping[str, float]
+    """[B] or [B, T] float32."""
+    counted_lengths: Tensor
+    """int64 [B]: tokens that take part in the loss; 0 leaves a completion out."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
     """Numbers about the batch, by their logged names."""
+    returns: Tensor | None = None
+    """[B, T]: what values are regressed to."""
+
+    @property
+    def row_advantages(self) -> Tensor:
+        """[B]: the mean over the tokens of each completion."""
+        if self.advantages.dim() == 1:
+            return self.advantages
+        return self.advantages.sum(1) / self.counted_lengths.clamp_min(1)
 
 
 @dataclass(frozen=True)
 class MicroSignal:
-    """The rows of a micro-batch."""
+    """The rows of a micro-batch; groups are whole where the algorithm asks for `whole_groups`."""
 
     advantages: Tensor
-    """[B, 1]."""
+    """[b, 1] or [b, T]."""
     weights: Tensor
-    """[B, T]: 0 in the padding."""
+    """[b, T]: what each token counts for; 0 in the padding."""
     old_logprobs: Tensor | None
-    """[B, T] before the first update; None in the first update, where they are the current ones."""
+    """[b, T] before the first update; None in the first update, where they are the current ones,
+    unless the algorithm needs them."""
     ref_logprobs: Tensor | None
-    """[B, T] under the reference; None when the algorithm needs none."""
+    """[b, T] under the reference; None when the algorithm needs none."""
+    old_values: Tensor | None = None
+    """[b, T] values before the first update."""
+    returns: Tensor | None = None
+    """[b, T] `Signal.returns`."""
+    teacher_states: Tensor | None = None
+    """[M, d] the teacher's final hidden states, beside `TokenScores.states`."""
+    row_weights: Tensor | None = None
+    """[b]: what a robust objective makes of the row's query, 1 on average; None = all 1. Contained
+    in `weights`; for losses that are not sums over tokens."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +134,18 @@ class TokenLosses:
     """Parts of the loss, each already weighted and summed: scalars that carry gradients."""
 
     rl: Tensor | None = None
-    """Policy gradient."""
+    """Policy gradient, or a preference loss."""
     kl: Tensor | None = None
-    """Distance to the reference."""
+    """Distance to the reference or the teacher."""
     ce: Tensor | None = None
     """Cross-entropy to targets, and the (negative) entropy bonus."""
     value: Tensor | None = None
     """Value regression."""
     metrics: Mapping[str, Tensor] | None = None
-    """Per token, [B, T], without gradient; logged as means over the tokens of the batch that have a
+    """Per token, [b, T], without gradient; logged as means over the tokens of the batch that have a
+    weight."""
+    row_metrics: Mapping[str, Tensor] | None = None
+    """Per completion, [b], without gradient; logged as means over the completions that have a
     weight."""
 
     def total(self) -> Tensor:
@@ -72,39 +160,98 @@ class TokenLosses:
         return sum(parts[1:], start=parts[0])
 
 
-class Algorithm(Protocol):
-    """A learning rule for on-policy rollouts."""
+@dataclass(frozen=True)
+class OwnParameters:
+    """Parameters of an algorithm beside the prompt, such as a value head's."""
+
+    parameters: tuple[nn.Parameter, ...]
+    lr: float
+    """Peak learning rate; follows the schedule of the prompt's."""
+
+
+class Algorithm(ABC):
+    """A learning rule.
+
+    Only `group_size`, `signal`, `token_weights` and `losses` must be given; the rest says "no".
+    """
 
     @property
     def group_size(self) -> int:
-        """Completions drawn per query."""
-        ...
+        """Completions per query."""
+        return 1
 
     @property
-    def num_updates(self) -> int:
-        """Updates per rollout batch."""
-        ...
+    def num_epochs(self) -> int:
+        """Passes over a batch."""
+        return 1
 
     @property
-    def needs_reference(self) -> bool:
-        """Whether the loss uses reference log-probabilities."""
-        ...
+    def num_minibatches(self) -> int:
+        """Updates per pass; each sees its share of the batch's groups."""
+        return 1
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What batches are scored with before the first update."""
+        return frozenset()
 
     @property
     def entropy_grad(self) -> bool:
         """Whether the entropy takes part in the loss."""
-        ...
+        return False
 
-    def signal(self, rewards: Tensor, lengths: Tensor, terminated: Tensor) -> Signal:
-        """What each completion is worth.
+    @property
+    def whole_groups(self) -> bool:
+        """Whether the loss needs all rows of a group in one micro-batch."""
+        return False
+
+    @property
+    def max_draws(self) -> int:
+        """Draws to fill a batch with groups that `keeps` approves; 1 = take what comes."""
+        return 1
+
+    def keeps(self, rewards: Tensor) -> bool:
+        """Whether a group with these rewards [G] is worth learning from."""
+        return True
+
+    @abstractmethod
+    def signal(self, view: BatchView) -> Signal:
+        """What each completion of a batch is worth; asked once, before the first update."""
+
+    @abstractmethod
+    def token_weights(self, counted_lengths: Tensor) -> Tensor:
+        """What one token of each row counts for, [B].
 
         Args:
-            rewards: [B] float32, groups beside each other, NaN = not scored.
-            lengths: int64 [B].
-            terminated: bool [B], False for completions cut at the token limit.
+            counted_lengths: int64 [B], of all rows of one update, so that the normaliser is that
+                of the update and sums over its micro-batches give its loss.
         """
-        ...
 
+    @abstractmethod
     def losses(self, scores: TokenScores, micro: MicroSignal) -> TokenLosses:
         """Token losses of a micro-batch."""
-        ...
+
+    def values(self, states: Tensor) -> Tensor:
+        """Values [M] of final hidden states [M, d]; only asked when `needs` names them."""
+        raise NotImplementedError
+
+    def after_batch(self, metrics: Mapping[str, float]) -> Mapping[str, float]:
+        """Adapt to what a batch's updates gave (an adaptive KL weight); returns more metrics."""
+        return {}
+
+    def own_parameters(self) -> list[OwnParameters]:
+        """What is trained beside the prompt; never parameters of the base."""
+        return []
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors that a checkpoint needs to go on, own parameters included."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` gave.
+
+        Raises:
+            ValueError: names or shapes differ.
+        """
+        if state:
+            raise ValueError(f"{type(self).__name__} has no state, given {sorted(state)}")

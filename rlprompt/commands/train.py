@@ -14,7 +14,8 @@ from rlprompt.commands.results import show_results
 from rlprompt.commands.run_output import check_output, claim_output
 from rlprompt.commands.terminal import report_error, setup_logging
 from rlprompt.errors import InputError
-from rlprompt.recipe import Recipe, build_trainer, load_recipe
+from rlprompt.recipe import Recipe, load_recipe
+from rlprompt.recipe_build import build_trainer
 from rlprompt.training.update import NotFiniteError
 
 _ENDINGS = ("finished", "early_stopping")

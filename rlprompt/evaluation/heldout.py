@@ -6,22 +6,19 @@ Letters: B completions, T tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
 from rlprompt.engines.base import Engine
 from rlprompt.engines.sampling import SamplingSettings
-from rlprompt.policy import Policy
+from rlprompt.evaluation.probes import Probe
 from rlprompt.prompts.base import Prompt
-from rlprompt.prompts.text import NonePrompt
 from rlprompt.rewards.runner import RewardRunner
 from rlprompt.rollout import RolloutBatch, collect
 from rlprompt.settings import Settings
-from rlprompt.training.packing import pack
 from rlprompt.types import Query
 
 
@@ -46,6 +43,16 @@ class EvaluationSettings(Settings):
 
 
 @dataclass(frozen=True)
+class Objective:
+    """What an algorithm without rewards is judged by: a probe."""
+
+    probe: str
+    """Its name."""
+    sign: float = 1.0
+    """-1 when less is better."""
+
+
+@dataclass(frozen=True)
 class HeldoutResult:
     """How one prompt did."""
 
@@ -55,7 +62,7 @@ class HeldoutResult:
 
     @property
     def reward(self) -> float:
-        """Mean total reward."""
+        """Mean total reward, or the objective that stands for it."""
         return float(self.metrics["reward"])  # type: ignore[arg-type]
 
 
@@ -64,7 +71,6 @@ class HeldoutEvaluator:
 
     def __init__(
         self,
-        policy: Policy,
         engine: Engine,
         rewards: RewardRunner,
         queries: Sequence[Query],
@@ -72,27 +78,34 @@ class HeldoutEvaluator:
         *,
         completions_per_query: int,
         seed: int,
-        token_budget: int = 1024,
+        probes: Mapping[str, Probe],
+        objective: Objective | None = None,
     ) -> None:
-        """Join the parts; the engine's prompt is changed by `evaluate`."""
-        self._policy = policy
+        """Join the parts; the engine's prompt is changed by `evaluate`.
+
+        Args:
+            engine: draws the completions.
+            rewards: score them.
+            queries: held out from training.
+            sampling: as in training.
+            completions_per_query: to draw.
+            seed: of the draws.
+            probes: other numbers to log, by name.
+            objective: what stands for the reward where no reward has a score.
+        """
         self._engine = engine
         self._rewards = rewards
         self._queries = list(queries)
         self._sampling = sampling
         self._copies = completions_per_query
         self._seed = seed
-        self._budget = token_budget
+        self._probes = dict(probes)
+        self._objective = objective
 
     def evaluate(
         self, prompt: Prompt, step: int, progress: Callable[[int, int], None] | None = None
     ) -> HeldoutResult:
-        """Complete every query under a prompt and score it.
-
-        Beside the rewards, `base_logprob` is the mean log-probability per token of the completions
-        under the base without a prompt: it falls when a prompt buys reward with text that the
-        model itself finds strange.
-        """
+        """Complete every query under a prompt and score it."""
         self._engine.sync(prompt)
         batch = collect(
             self._engine,
@@ -115,29 +128,11 @@ class HeldoutEvaluator:
             "num_completions": len(batch.completions),
             "mean_length": float(batch.lengths.float().mean()),
             "terminated_share": float(batch.terminated.float().mean()),
-            "base_logprob": self.base_logprob(batch),
+            **{name: probe(prompt, batch.groups) for name, probe in self._probes.items()},
         }
+        if self._objective is not None:
+            metrics["reward"] = self._objective.sign * float(str(metrics[self._objective.probe]))
         return HeldoutResult(batch, metrics)
-
-    @torch.no_grad()
-    def base_logprob(self, batch: RolloutBatch) -> float:
-        """Mean log-probability per completion token under the base, in nats."""
-        base = NonePrompt()
-        prefix = self._policy.prefix(base)
-        queries = [len(self._policy.query_ids(group.query, base)) for group in batch.groups]
-        lengths = [[len(c.token_ids) for c in group.completions] for group in batch.groups]
-        total, count = 0.0, 0
-        for micro in pack(queries, lengths, self._budget):
-            tree = self._policy.tree(
-                [batch.groups[g].query for g, _ in micro.rows],
-                [[batch.groups[g].completions[i] for i in places] for g, places in micro.rows],
-                prefix,
-                base,
-            )
-            scores = self._policy.logprobs(tree, prefix)
-            total += float(scores.logprobs.sum())
-            count += int(scores.mask.sum())
-        return total / count
 
 
 def _mean(values: Tensor) -> float | None:

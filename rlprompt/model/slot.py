@@ -75,6 +75,8 @@ class ChatSlot:
         end_of_turn = next(iter(encoder.split(turn_break.lstrip())), None)
         stops = [tokenizer.eos_token_id, getattr(end_of_turn, "id", None)]
         self.stop_ids = frozenset(token for token in stops if token is not None)
+        # What the template writes after an answer, where that is a control token.
+        self._end_id = next((token for token in reversed(stops) if token is not None), None)
         self._check_no_default(turn_break, end_of_turn)
         self._set_boundary()
         self.head_ids = encoder.encode_pieces(_through_control(self._head)) + self._left_ids
@@ -142,6 +144,33 @@ class ChatSlot:
                 "it; pass a template with a control token there, or a space before line breaks."
             )
         return ids[start:end]
+
+    def completion_ids(self, text: str) -> list[int]:
+        """A given answer as the tokens of a completion, the token that ends the turn included.
+
+        Control tokens in the text are plain text; white space at its ends is dropped.
+
+        Raises:
+            InputError: The text cannot be encoded or runs into the template, or neither template
+                nor tokenizer has a token that ends a completion.
+        """
+        if self._end_id is None:
+            raise InputError(
+                "Neither the chat template nor the tokenizer has a token that ends an answer, so "
+                "given answers cannot be learned from; choose a base with one."
+            )
+        header = self._encoder.pieces(self._split(1)[2], {0: ""})
+        before = _last_control(header)
+        last = header[-1] if header else ""
+        lead = strip_beside(last, before, None) if isinstance(last, str) else ""
+        text = checked_text(text, "An answer").strip()
+        lead_ids, ids = (self._encoder.encode(t, before) for t in (lead, lead + text))
+        if ids[: len(lead_ids)] != lead_ids:
+            raise InputError(
+                f"The tokenizer joins the answer {text[:40]!r} with the template's {lead!r} before "
+                "it; remove what it begins with."
+            )
+        return [*ids[len(lead_ids) :], self._end_id]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of a completion without special and stop tokens.

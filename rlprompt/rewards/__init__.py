@@ -60,19 +60,24 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def build_rewards(settings: Sequence[RewardSettings], base_dir: Path) -> RewardRunner:
+def build_rewards(
+    settings: Sequence[RewardSettings], base_dir: Path, *, needs_score: bool = True
+) -> RewardRunner:
     """Load the rewards of a recipe.
 
     Args:
         settings: the rewards, in the order in which they are called and logged.
         base_dir: the recipe's folder, to which file paths are relative.
+        needs_score: whether one must have the role `score`.
 
     Raises:
-        InputError: a reward cannot be loaded, two share a name, or none has the role `score`.
+        InputError: a reward cannot be loaded, two share a name, or none has the role `score` though
+            one is needed.
     """
     from rlprompt.rewards.runner import RewardRunner
 
-    return RewardRunner([(each, _load(each, base_dir)) for each in settings])
+    loaded = [(each, _load(each, base_dir)) for each in settings]
+    return RewardRunner(loaded, needs_score=needs_score)
 
 
 def _load(settings: RewardSettings, base_dir: Path) -> RewardFunction:

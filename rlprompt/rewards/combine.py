@@ -15,13 +15,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rlprompt.errors import InputError
 from rlprompt.rewards.base import GATE_THRESHOLD, RewardSettings
 
 
 def combine(settings: Sequence[RewardSettings], values: Mapping[str, Tensor]) -> Tensor:
-    """The totals [B] of values [B] per reward, NaN = not scored."""
+    """The totals [B] of values [B] per reward, NaN = not scored; all NaN without a score."""
     scores = [each for each in settings if each.role == "score"]
+    if not scores:  # an algorithm that learns from something else
+        return torch.full_like(next(iter(values.values())), torch.nan)
     table = torch.stack([values[each.name] for each in scores])  # [R, B]
     weights = torch.tensor([each.weight for each in scores]).unsqueeze(1)  # [R, 1]
     total = (table * weights).nansum(dim=0)  # [B]
@@ -62,20 +63,6 @@ def statistics(
             over = mean - each.limit
             metrics[f"{prefix}/violation"] = over if each.bound == "at_most" else -over
     return metrics
-
-
-def require_constraint_support(settings: Sequence[RewardSettings], algorithm: str) -> None:
-    """Refuse constraints in a run whose algorithm learns no multipliers.
-
-    Raises:
-        InputError: a reward has the role `constraint`.
-    """
-    for each in settings:
-        if each.role == "constraint":
-            raise InputError(
-                f"reward '{each.name}' has role 'constraint', which algorithm '{algorithm}' cannot "
-                f"hold; choose an algorithm with multipliers, or role: gate"
-            )
 
 
 def _vetoed(values: Tensor) -> Tensor:

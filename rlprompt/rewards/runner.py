@@ -48,18 +48,24 @@ class RewardRunner:
 
     Args:
         rewards: settings and callable of each reward, in the order of calls and logs.
+        needs_score: whether one must have the role `score`; without one, totals are NaN.
 
     Raises:
-        InputError: two rewards share a name, or none has the role `score`.
+        InputError: two rewards share a name, or none has the role `score` though one is needed.
     """
 
-    def __init__(self, rewards: Sequence[tuple[RewardSettings, RewardFunction]]) -> None:
+    def __init__(
+        self,
+        rewards: Sequence[tuple[RewardSettings, RewardFunction]],
+        *,
+        needs_score: bool = True,
+    ) -> None:
         for name, count in Counter(settings.name for settings, _ in rewards).items():
             if count > 1:
                 raise InputError(
                     f"{count} rewards are named '{name}'; give each its own name in the recipe"
                 )
-        if not any(settings.role == "score" for settings, _ in rewards):
+        if needs_score and not any(settings.role == "score" for settings, _ in rewards):
             raise InputError("no reward has role: score, so nothing can be learned; add one")
         self._rewards = list(rewards)
         self._executor = Executor()
@@ -91,17 +97,18 @@ class RewardRunner:
         normal = self._normaliser.normalise(batch.values, batch.group_index)
         return combine(self.settings, batch.values | normal)
 
-    def state_dict(self) -> dict[str, list[float]]:
-        """Running statistics as plain numbers; what resuming needs."""
-        return self._normaliser.state_dict()
+    def state_dict(self) -> dict[str, Tensor]:
+        """Running statistics, float64; what resuming needs."""
+        plain = self._normaliser.state_dict()
+        return {name: torch.tensor(v, dtype=torch.float64) for name, v in plain.items()}
 
-    def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over a saved state.
 
         Raises:
             InputError: it is of other rewards.
         """
-        self._normaliser.load_state_dict(state)
+        self._normaliser.load_state_dict({name: v.tolist() for name, v in state.items()})
 
     def score(self, groups: Sequence[Group], *, step: int) -> RewardBatch:
         """Score every completion of every group.
@@ -146,7 +153,7 @@ class RewardRunner:
             metrics[f"rewards/{call.name}/failures"] = float(isinstance(result, RewardFailure))
         metrics |= statistics(self.settings, values) | _logged_metrics(sinks)
         return RewardBatch(
-            total=combine(self.settings, values),
+            total=combine(self.settings, values) if values else torch.full((len(rows),), torch.nan),
             values=values,
             weights={each.name: each.weight for each in self.settings},
             roles={each.name: each.role for each in self.settings},

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from rlprompt.artifacts.format import save_artifact
-from rlprompt.data import QuerySampler
 from rlprompt.errors import InputError
-from rlprompt.evaluation.heldout import HeldoutEvaluator, HeldoutResult
+from rlprompt.evaluation.heldout import HeldoutResult
 from rlprompt.model.base import verify_unchanged
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.text import NonePrompt, TextPrompt
-from rlprompt.rollout import RolloutBatch, collect, completion_metrics, completion_rows
+from rlprompt.rollout import RolloutBatch, completion_metrics, completion_rows
 from rlprompt.training.checkpoint import (
     checkpoint_steps,
     load_checkpoint,
@@ -27,15 +26,12 @@ from rlprompt.training.optimizer import build_optimizer, learning_rate, lr_facto
 from rlprompt.training.parts import RunParts
 from rlprompt.training.report import write_report
 from rlprompt.training.startup import check_trainable
-from rlprompt.training.state import RunState
+from rlprompt.training.state import RunState, Stateful
 from rlprompt.training.summary import build_summary
 from rlprompt.training.tracker import RunInfo
 from rlprompt.training.update import NotFiniteError, PhaseClock, Updater
 
 logger = logging.getLogger(__name__)
-
-_HELDOUT_SEED = 1_000_003
-"""Keeps held-out draws apart from those of every training step."""
 
 
 class Trainer:
@@ -45,38 +41,30 @@ class Trainer:
         """Join the parts and prove that the prompt can be learned; nothing is written yet.
 
         Raises:
-            InputError: it cannot (see `check_trainable`), or the dataset is too small.
+            InputError: it cannot (see `check_trainable`).
         """
         self.parts = parts
         self.output = output
         settings = parts.training
-        queries = parts.data.train
-        if settings.queries_per_step > len(queries):
-            raise InputError(
-                f"training.queries_per_step is {settings.queries_per_step}, the dataset has "
-                f"{len(queries)} training queries; lower it or add queries"
-            )
-        self._peak_lr = learning_rate(settings.optimizer, parts.policy.embedding_rms())
-        optimizer = build_optimizer(parts.policy.parameters(), settings.optimizer, self._peak_lr)
-        check_trainable(parts.policy, optimizer, queries[0])
-        sampler = QuerySampler(len(queries), settings.queries_per_step, parts.seed)
-        self.state = RunState(parts.policy.prompt, optimizer, sampler)
+        peak_lr = learning_rate(settings.optimizer, parts.policy.embedding_rms())
+        own = [(part.parameters, part.lr) for part in parts.algorithm.own_parameters()]
+        parameters = parts.policy.parameters()
+        optimizer = build_optimizer(parameters, settings.optimizer, peak_lr, own)
+        check_trainable(parts.policy, optimizer, parts.data.train[0], [p for p, _ in own])
+        others: dict[str, Stateful] = {"algorithm": parts.algorithm, "rewards": parts.rewards}
+        if parts.constraints is not None:
+            others["constraints"] = parts.constraints
+        if parts.query_weights is not None:
+            others["robust"] = parts.query_weights
+        self.state = RunState(parts.policy.prompt, optimizer, parts.source, others)
         self._updater = Updater(
             parts.policy,
             parts.algorithm,
             parts.reference,
-            temperature=parts.sampling.temperature,
+            temperature=parts.source.temperature,
             token_budget=settings.token_budget,
-        )
-        self._evaluator = HeldoutEvaluator(
-            parts.policy,
-            parts.engine,
-            parts.rewards,
-            parts.data.heldout[: parts.evaluation.max_queries],
-            parts.sampling,
-            completions_per_query=parts.evaluation.completions_per_query,
-            seed=parts.seed + _HELDOUT_SEED,
-            token_budget=settings.token_budget,
+            teacher=parts.teacher,
+            query_weights=parts.query_weights,
         )
 
     def run(self, *, resume: bool = False) -> dict[str, Any]:
@@ -153,21 +141,21 @@ class Trainer:
         start = time.perf_counter()
         clock = PhaseClock()
         before = self.state.checkpoint(self._identity)
-        queries = [parts.data.train[i] for i in self.state.sampler.next()]
-        parts.engine.sync(parts.policy.prompt)
-        batch = collect(
-            parts.engine,
-            queries,
-            parts.algorithm.group_size,
-            parts.sampling,
-            parts.rewards,
-            step=progress.step,
-            seed=_step_seed(parts.seed, progress.step),
-        )
+        seed = _step_seed(parts.seed, progress.step)
+        batch = parts.source.collect(progress.step, seed)
+        objective = parts.rewards.objective(batch.rewards)
+        if parts.constraints is not None:
+            objective = parts.constraints.penalised(objective, batch.rewards.costs)
         settings = parts.training.optimizer
         try:
             signal, learned = self._updater.learn(
-                batch, self.state.optimizer, self._next_lr, settings.max_grad_norm, clock
+                batch,
+                self.state.optimizer,
+                self._next_lr,
+                settings.max_grad_norm,
+                clock,
+                seed=seed,
+                rewards=objective,
             )
         except NotFiniteError as error:
             self.state.restore(before, self._identity)
@@ -180,21 +168,27 @@ class Trainer:
         progress.step_seconds.append(seconds)
         metrics = {**completion_metrics(batch), **learned, **_times(batch, clock, seconds)}
         metrics |= {f"prompt/{k}": v for k, v in parts.policy.prompt.metrics().items()}
-        metrics |= {"num_tokens": float(progress.num_tokens), "epoch": self.state.sampler.epoch}
+        if parts.constraints is not None:
+            metrics |= parts.constraints.update(batch.rewards.costs)
+        if parts.query_weights is not None:
+            metrics |= parts.query_weights.metrics()
+        metrics |= {"num_tokens": float(progress.num_tokens), "epoch": parts.source.epoch}
         parts.trackers.log_completions(
-            progress.step, completion_rows(batch, "train", "learned", signal.advantages)
+            progress.step, completion_rows(batch, "train", "learned", signal.row_advantages)
         )
         parts.trackers.log_metrics(progress.step, metrics)
 
     def _next_lr(self) -> float:
         """Set the rate of the coming update."""
         settings, progress = self.parts.training, self.state.progress
-        total = settings.steps * self.parts.algorithm.num_updates
-        lr = self._peak_lr * lr_factor(settings.optimizer, progress.updates, total)
-        for group in self.state.optimizer.param_groups:
-            group["lr"] = lr
+        algorithm = self.parts.algorithm
+        total = settings.steps * algorithm.num_epochs * algorithm.num_minibatches
+        factor = lr_factor(settings.optimizer, progress.updates, total)
+        groups = self.state.optimizer.param_groups
+        for group in groups:
+            group["lr"] = factor * group["peak_lr"]
         progress.updates += 1
-        return lr
+        return float(groups[0]["lr"])
 
     def _baselines(self) -> None:
         """Evaluate base, hand-written text and the initial prompt."""
@@ -203,7 +197,7 @@ class Trainer:
         if self.parts.evaluation.handwritten is not None:
             prompts["handwritten"] = TextPrompt(self.parts.evaluation.handwritten)
         for who, prompt in prompts.items():
-            result = self._evaluator.evaluate(prompt, 0)
+            result = self.parts.evaluator.evaluate(prompt, 0)
             self.state.progress.heldout[who] = result.metrics
             self._log_evaluation(who, result)
         self._evaluate_learned()
@@ -215,7 +209,7 @@ class Trainer:
         return due and bool(self.parts.data.heldout)
 
     def _evaluate_learned(self) -> None:
-        result = self._evaluator.evaluate(self.parts.policy.prompt, self.state.progress.step)
+        result = self.parts.evaluator.evaluate(self.parts.policy.prompt, self.state.progress.step)
         self._log_evaluation("learned", result)
         self.state.remember_best(result.reward, result.metrics)
 

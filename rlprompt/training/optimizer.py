@@ -46,17 +46,27 @@ def lr_factor(settings: OptimizerSettings, update: int, total: int) -> float:
 
 
 def build_optimizer(
-    parameters: Sequence[nn.Parameter], settings: OptimizerSettings, peak_lr: float
+    parameters: Sequence[nn.Parameter],
+    settings: OptimizerSettings,
+    peak_lr: float,
+    others: Sequence[tuple[Sequence[nn.Parameter], float]] = (),
 ) -> torch.optim.AdamW:
-    """AdamW in one group.
+    """AdamW with the prompt's parameters in its first group; each group keeps its `peak_lr`.
+
+    Args:
+        parameters: the prompt's.
+        settings: of AdamW.
+        peak_lr: of the prompt.
+        others: parameters of the algorithm, each with its own peak rate.
 
     Raises:
         InputError: there is nothing to train.
     """
     if not parameters:
         raise InputError("the prompt has nothing to train; set prompt.type: soft")
+    groups = [(parameters, peak_lr), *others]
     return torch.optim.AdamW(
-        parameters,
+        [{"params": list(p), "lr": lr, "peak_lr": lr} for p, lr in groups],
         lr=peak_lr,
         betas=settings.betas,
         eps=settings.eps,

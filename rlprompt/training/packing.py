@@ -21,7 +21,10 @@ class MicroBatch:
 
 
 def pack(
-    query_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]], token_budget: int
+    query_lengths: Sequence[int],
+    completion_lengths: Sequence[Sequence[int]],
+    token_budget: int,
+    whole_groups: bool = False,
 ) -> list[MicroBatch]:
     """Micro-batches of at most `token_budget` packed tokens.
 
@@ -33,12 +36,13 @@ def pack(
         query_lengths: per group.
         completion_lengths: per group and completion, each at least 1.
         token_budget: bounds activation memory.
+        whole_groups: never cut a group; one over the budget gets a micro-batch of its own.
     """
     pieces: list[tuple[int, int, tuple[int, ...], int]] = []
     for group, (query, lengths) in enumerate(zip(query_lengths, completion_lengths, strict=True)):
         pieces += [
             (max(lengths[i] for i in chosen), group, chosen, tokens)
-            for chosen, tokens in _cut(query, lengths, token_budget)
+            for chosen, tokens in _cut(query, lengths, token_budget, whole_groups)
         ]
     pieces.sort()
     batches: list[MicroBatch] = []
@@ -55,10 +59,12 @@ def pack(
     return batches
 
 
-def _cut(query: int, lengths: Sequence[int], budget: int) -> list[tuple[tuple[int, ...], int]]:
+def _cut(
+    query: int, lengths: Sequence[int], budget: int, keep_whole: bool
+) -> list[tuple[tuple[int, ...], int]]:
     """One group as runs of completions that fit the budget, with their token counts."""
     whole = query + sum(lengths) - len(lengths)
-    if whole <= budget:
+    if whole <= budget or keep_whole:
         return [(tuple(range(len(lengths))), whole)]
     runs: list[tuple[tuple[int, ...], int]] = []
     chosen: list[int] = []

@@ -8,13 +8,13 @@ from typing import Any
 
 from rlprompt.algorithms.base import Algorithm
 from rlprompt.data.base import QuerySplit
-from rlprompt.engines.base import Engine
-from rlprompt.engines.sampling import SamplingSettings
-from rlprompt.evaluation.heldout import EvaluationSettings
+from rlprompt.evaluation.heldout import EvaluationSettings, HeldoutEvaluator
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.rewards.runner import RewardRunner
+from rlprompt.training.objective import Constraints, QueryWeights
 from rlprompt.training.settings import TrainingSettings
+from rlprompt.training.sources import Source
 from rlprompt.training.tracker import TrackerGroup
 
 
@@ -26,18 +26,24 @@ class RunParts:
     """What the run is called in reports and artifacts."""
     policy: Policy
     """With the prompt that is trained."""
-    engine: Engine
-    """What draws completions."""
     algorithm: Algorithm
     """How the prompt learns."""
+    source: Source
+    """Where its batches come from."""
     reference: Prompt | None
     """Prompt of the reference policy; None when the algorithm needs none."""
+    teacher: Prompt | None
+    """Prompt of the teacher; None when the algorithm needs none."""
+    constraints: Constraints | None
+    """Multipliers of constraint rewards; None without any."""
+    query_weights: QueryWeights | None
+    """A robust objective; None when all queries count alike."""
+    evaluator: HeldoutEvaluator
+    """Scores prompts on held-out queries."""
     rewards: RewardRunner
     """What is rewarded."""
     data: QuerySplit
     """Training and held-out queries."""
-    sampling: SamplingSettings
-    """How completions are drawn."""
     training: TrainingSettings
     """Steps, optimizer, checkpoints."""
     evaluation: EvaluationSettings

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from rlprompt.errors import InputError
@@ -12,26 +14,33 @@ _PROBE = 4
 """Completion tokens of the probe."""
 
 
-def check_trainable(policy: Policy, optimizer: torch.optim.Optimizer, query: Query) -> None:
+def check_trainable(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    query: Query,
+    others: Sequence[Sequence[torch.nn.Parameter]] = (),
+) -> None:
     """Prove that the prompt acts and can be learned.
 
     A probe completion is scored under the prompt: every parameter must get a finite gradient that
     is not zero, a change of the parameters must change the log-probabilities, no parameter of the
-    base may have a gradient, and the optimizer must hold exactly the prompt's parameters.
+    base may have a gradient, and the optimizer must hold exactly the prompt's parameters and the
+    algorithm's own.
 
     Args:
         policy: with the prompt that is trained.
         optimizer: over its parameters.
         query: any training query.
+        others: the algorithm's own parameters; only that the optimizer holds them is checked.
 
     Raises:
         InputError: the prompt cannot be learned with these settings.
         RuntimeError: a defect of rlprompt: the base would be trained, or the optimizer holds
-            something else than the prompt.
+            something else.
     """
     parameters = policy.parameters()
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if held != {id(p) for p in parameters}:
+    if held != {id(p) for group in (parameters, *others) for p in group}:
         raise RuntimeError("the optimizer does not hold exactly the prompt's parameters")
     before = _probe(policy, query, with_gradient=True)
     for parameter in parameters:

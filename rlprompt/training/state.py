@@ -6,12 +6,11 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from rlprompt.data.sampler import QuerySampler
 from rlprompt.errors import InputError
 from rlprompt.prompts.base import Prompt
 from rlprompt.training.checkpoint import (
@@ -49,16 +48,52 @@ class Progress:
     """First evaluation of `base` and `handwritten`, and the best of `learned`: their metrics."""
 
 
+class Position(Protocol):
+    """A place in the data; its state is plain JSON values."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` takes."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        ...
+
+
+class Stateful(Protocol):
+    """Something beside the prompt that learns or adapts; its state is tensors."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What `load_state_dict` takes."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` gave; ValueError when names or shapes differ."""
+        ...
+
+
 class RunState:
-    """Prompt, optimizer, data position and counters of a run."""
+    """Prompt, optimizer, data position, whatever else adapts, and counters of a run."""
 
     def __init__(
-        self, prompt: Prompt, optimizer: torch.optim.Optimizer, sampler: QuerySampler
+        self,
+        prompt: Prompt,
+        optimizer: torch.optim.Optimizer,
+        source: Position,
+        others: Mapping[str, Stateful] | None = None,
     ) -> None:
-        """The state of a run that has not begun."""
+        """The state of a run that has not begun.
+
+        Args:
+            prompt: what is trained.
+            optimizer: over its parameters, and the algorithm's own.
+            source: of the batches.
+            others: by name: the algorithm, multipliers and the like.
+        """
         self.prompt = prompt
         self.optimizer = optimizer
-        self.sampler = sampler
+        self.source = source
+        self.others = dict(others or {})
         self.progress = Progress()
         self.best = _copy(prompt.state_dict())
 
@@ -88,12 +123,17 @@ class RunState:
         tensors = {
             **{f"prompt/{k}": v for k, v in self.prompt.state_dict().items()},
             **{f"best/{k}": v for k, v in self.best.items()},
+            **{
+                f"{name}/{k}": v
+                for name, other in self.others.items()
+                for k, v in other.state_dict().items()
+            },
             **optimizer_tensors(self.optimizer, "optimizer"),
             **random_tensors,
         }
         state = {
             "progress": asdict(self.progress),
-            "sampler": self.sampler.state_dict(),
+            "source": self.source.state_dict(),
             "random": random_state,
             "identity": dict(identity),
         }
@@ -113,14 +153,16 @@ class RunState:
                 )
         try:
             self.prompt.load_state_dict(_under(checkpoint.tensors, "prompt"))
+            for name, other in self.others.items():
+                other.load_state_dict(_under(checkpoint.tensors, name))
         except ValueError as error:
             raise InputError(
-                f"the checkpoint holds another prompt ({error}); start a new run in another output "
-                "folder"
+                f"the checkpoint holds another prompt or algorithm ({error}); start a new run in "
+                "another output folder"
             ) from error
         self.best = _copy(_under(checkpoint.tensors, "best"))
         load_optimizer_tensors(self.optimizer, checkpoint.tensors, "optimizer")
-        self.sampler.load_state_dict(checkpoint.state["sampler"])
+        self.source.load_state_dict(checkpoint.state["source"])
         self.progress = Progress(**copy.deepcopy(checkpoint.state["progress"]))
         restore_global_random_state(checkpoint.tensors, checkpoint.state["random"])
 

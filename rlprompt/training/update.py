@@ -1,4 +1,4 @@
-"""One rollout batch, learned from: micro-batches, two-stage backward, optimizer.
+"""One batch, learned from: scoring, minibatches, micro-batches, two-stage backward, optimizer.
 
 Every update makes the prompt's prefix once, runs all micro-batches against its leaves, and carries
 the summed gradient into the prompt by one more backward of P tokens.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,9 +21,19 @@ from rlprompt.algorithms.base import Algorithm, MicroSignal, Signal, TokenLosses
 from rlprompt.policy import Policy, SharedPrefix, TokenScores
 from rlprompt.prompts.base import Prompt
 from rlprompt.rollout import RolloutBatch
+from rlprompt.training.objective import QueryWeights
 from rlprompt.training.optimizer import clip_gradients
 from rlprompt.training.packing import MicroBatch, pack
-from rlprompt.types import Completion, PrefixKV
+from rlprompt.training.rows import (
+    Row,
+    micro_signal,
+    remember,
+    remember_states,
+    rows_of,
+    sampling_logprobs,
+    view_of,
+)
+from rlprompt.types import PrefixKV
 
 
 class NotFiniteError(RuntimeError):
@@ -47,16 +57,6 @@ class PhaseClock:
 
 
 @dataclass
-class _Row:
-    """What is known of one completion across updates."""
-
-    signal_index: int
-    completion: Completion
-    old_logprobs: Tensor | None = None
-    ref_logprobs: Tensor | None = None
-
-
-@dataclass
 class UpdateResult:
     """What an update did."""
 
@@ -65,18 +65,33 @@ class UpdateResult:
     """The algorithm's metrics, summed over the tokens that have a weight."""
     num_weighted: int = 0
     """How many those are: TRL's masks too leave out what the loss does not see."""
-    num_tokens: int = 0
-    """Tokens of all completions."""
+    row_sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """The algorithm's metrics of completions, summed over those that have a weight."""
+    num_weighted_rows: int = 0
+    """How many those are."""
+    num_sampled: int = 0
+    """Tokens that an engine drew."""
     gap_sum: float = 0.0
-    """Absolute differences between sampling and training log-probabilities, over all tokens."""
+    """Absolute differences between sampling and training log-probabilities, over those tokens."""
     largest_gap: float = 0.0
     """The largest of them."""
     grad_norm: float = 0.0
     lr: float = 0.0
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """A batch that is being learned from."""
+
+    rollouts: RolloutBatch
+    rows: list[list[Row]]
+    signal: Signal
+    robust: Tensor | None
+    """[B] weights of a robust objective."""
+
+
 class Updater:
-    """Applies an algorithm to rollout batches."""
+    """Applies an algorithm to batches."""
 
     def __init__(
         self,
@@ -86,6 +101,8 @@ class Updater:
         *,
         temperature: float,
         token_budget: int,
+        teacher: Prompt | None = None,
+        query_weights: QueryWeights | None = None,
     ) -> None:
         """Join the parts.
 
@@ -95,10 +112,14 @@ class Updater:
             reference: the prompt of the reference policy; None when none is needed.
             temperature: of the sampling; log-probabilities are tempered alike.
             token_budget: most packed tokens per micro-batch.
+            teacher: the prompt of the teacher; None when none is needed.
+            query_weights: a robust objective; None when all queries count alike.
         """
         self._policy = policy
         self._algorithm = algorithm
         self._reference = reference
+        self._teacher = teacher
+        self._query_weights = query_weights
         self._temperature = temperature or 1.0
         self._budget = token_budget
 
@@ -109,15 +130,20 @@ class Updater:
         set_lr: Callable[[], float],
         max_grad_norm: float | None,
         clock: PhaseClock,
+        *,
+        seed: int = 0,
+        rewards: Tensor | None = None,
     ) -> tuple[Signal, dict[str, float]]:
-        """Run all updates on a rollout batch.
+        """Run all updates on a batch.
 
         Args:
-            batch: scored completions.
-            optimizer: over the prompt's parameters.
+            batch: completions, scored where the algorithm needs rewards.
+            optimizer: over the prompt's and the algorithm's parameters.
             set_lr: sets the rate of the coming update and returns it.
             max_grad_norm: see `clip_gradients`.
             clock: gets the seconds of each phase.
+            seed: of the order of minibatches.
+            rewards: float32 [B] to learn from instead of the batch's totals.
 
         Returns:
             The signal, and metrics under their logged names (means over the updates).
@@ -127,127 +153,147 @@ class Updater:
                 Earlier updates on this batch have been applied.
         """
         clock.lap(None)
-        signal = self._algorithm.signal(batch.rewards.total, batch.lengths, batch.terminated)
-        rows = self._rows(batch)
-        if self._reference is not None:
-            self._score_reference(batch, rows, clock)
+        rows = rows_of(batch)
+        self._score_before(batch, rows, clock)
+        view = view_of(batch, batch.rewards.total if rewards is None else rewards, rows)
+        robust = None
+        if self._query_weights is not None:
+            queries = [group.query for group in batch.groups]
+            robust = self._query_weights.row_weights(view, queries)
+        whole = _Batch(batch, rows, self._algorithm.signal(view), robust)
+        order = torch.Generator().manual_seed(seed)
         results = []
-        for _ in range(self._algorithm.num_updates):
-            lr = set_lr()
-            optimizer.zero_grad(set_to_none=True)
-            result = self.gradient(batch, rows, signal, clock)
-            result.grad_norm = clip_gradients(self._policy.parameters(), max_grad_norm)
-            self._check_finite(result)
-            optimizer.step()
-            self._policy.prompt.constrain()
-            if not all(bool(p.isfinite().all()) for p in self._policy.parameters()):
-                raise NotFiniteError(
-                    f"the prompt after an update at learning rate {lr:g} is not finite"
-                )
-            result.lr = lr
-            clock.lap("optimizer")
-            results.append(result)
-        return signal, _merge(results, signal)
+        for _ in range(self._algorithm.num_epochs):
+            for groups in self._minibatches(len(batch.groups), order):
+                lr = set_lr()
+                optimizer.zero_grad(set_to_none=True)
+                result = self.gradient(whole, groups, clock)
+                self._apply(result, optimizer, lr, max_grad_norm)
+                clock.lap("optimizer")
+                results.append(result)
+        metrics = _merge(results, whole.signal)
+        return whole.signal, {**metrics, **self._algorithm.after_batch(metrics)}
 
     def gradient(
-        self,
-        batch: RolloutBatch,
-        rows: list[list[_Row]],
-        signal: Signal,
-        clock: PhaseClock,
+        self, batch: _Batch, groups: Sequence[int] | None, clock: PhaseClock
     ) -> UpdateResult:
-        """Accumulate the prompt's gradient over all micro-batches; see the module."""
+        """Accumulate the gradient over the micro-batches of some groups; see the module."""
         result = UpdateResult()
         policy = self._policy
+        chosen = range(len(batch.rows)) if groups is None else groups
+        weights = self._token_weights(batch, chosen)
         shared = SharedPrefix(policy.prefix())
         clock.lap("prefill")
-        for micro in self._micro_batches(batch, policy.prompt):
-            chosen = [[rows[g][i] for i in places] for g, places in micro.rows]
-            scores = self._scores(batch, micro, chosen, shared.leaves, policy.prompt)
-            flat = [row for group in chosen for row in group]
-            micro_signal = _micro_signal(flat, signal, scores)
-            losses = self._algorithm.losses(scores, micro_signal)
+        for micro in self._micro_batches(batch.rollouts, policy.prompt, chosen):
+            rows = _rows_in(micro, batch.rows)
+            scores = self._scores(batch.rollouts, micro, shared.leaves, policy.prompt)
+            part = micro_signal(rows, batch.signal, (weights, batch.robust), scores)
+            losses = self._algorithm.losses(scores, part)
             clock.lap("forward")
             losses.total().backward()
             clock.lap("backward")
-            _account(result, losses, scores, micro_signal, flat)
-            for row, logprobs in zip(flat, scores.logprobs.detach(), strict=True):
-                if row.old_logprobs is None:
-                    row.old_logprobs = logprobs[: len(row.completion.token_ids)].clone()
+            _account(result, losses, scores, part, rows)
+            if any(row.old_logprobs is None for row in rows):
+                remember(rows, "old_logprobs", scores.logprobs)
         shared.backward()
         clock.lap("backward")
         return result
 
-    def _rows(self, batch: RolloutBatch) -> list[list[_Row]]:
-        rows: list[list[_Row]] = []
-        index = 0
-        for group in batch.groups:
-            rows.append([_Row(index + i, c) for i, c in enumerate(group.completions)])
-            index += len(group.completions)
-        return rows
+    def _apply(
+        self,
+        result: UpdateResult,
+        optimizer: torch.optim.Optimizer,
+        lr: float,
+        max_grad_norm: float | None,
+    ) -> None:
+        """Clip, check, and take the optimizer's step."""
+        result.lr = lr
+        result.grad_norm = clip_gradients(self._policy.parameters(), max_grad_norm)
+        own = [p for part in self._algorithm.own_parameters() for p in part.parameters]
+        own_norm = clip_gradients(own, max_grad_norm)
+        values = {**result.losses, "gradient norm": result.grad_norm, "own gradient norm": own_norm}
+        wrong = [name for name, value in values.items() if not math.isfinite(value)]
+        if wrong:
+            raise NotFiniteError(f"{', '.join(wrong)} is not finite")
+        optimizer.step()
+        self._policy.prompt.constrain()
+        if not all(bool(p.isfinite().all()) for p in self._policy.parameters()):
+            raise NotFiniteError(
+                f"the prompt after an update at learning rate {lr:g} is not finite"
+            )
 
-    def _micro_batches(self, batch: RolloutBatch, prompt: Prompt) -> list[MicroBatch]:
-        queries = [len(self._policy.query_ids(group.query, prompt)) for group in batch.groups]
-        lengths = [[len(c.token_ids) for c in group.completions] for group in batch.groups]
-        return pack(queries, lengths, self._budget)
+    def _minibatches(self, num_groups: int, order: torch.Generator) -> list[list[int]]:
+        """Groups of each update of a pass; one minibatch keeps the order."""
+        count = min(self._algorithm.num_minibatches, num_groups)
+        if count == 1:
+            return [list(range(num_groups))]
+        mixed = torch.randperm(num_groups, generator=order)
+        return [sorted(part.tolist()) for part in mixed.tensor_split(count)]
+
+    def _token_weights(self, batch: _Batch, groups: Sequence[int]) -> Tensor:
+        """[B]: what one token of each row counts for in an update on these groups."""
+        index = torch.tensor([row.index for g in groups for row in batch.rows[g]])
+        out = torch.zeros(len(batch.rollouts.completions))
+        out[index] = self._algorithm.token_weights(batch.signal.counted_lengths[index]).to(out)
+        return out
+
+    def _micro_batches(
+        self, batch: RolloutBatch, prompt: Prompt, groups: Sequence[int]
+    ) -> list[MicroBatch]:
+        chosen = [batch.groups[g] for g in groups]
+        queries = [len(self._policy.query_ids(group.query, prompt)) for group in chosen]
+        lengths = [[len(c.token_ids) for c in group.completions] for group in chosen]
+        packed = pack(queries, lengths, self._budget, self._algorithm.whole_groups)
+        return [
+            MicroBatch(tuple((groups[g], places) for g, places in micro.rows), micro.num_tokens)
+            for micro in packed
+        ]
 
     def _scores(
-        self,
-        batch: RolloutBatch,
-        micro: MicroBatch,
-        chosen: list[list[_Row]],
-        prefix: PrefixKV,
-        prompt: Prompt,
+        self, batch: RolloutBatch, micro: MicroBatch, prefix: PrefixKV, prompt: Prompt
     ) -> TokenScores:
         tree = self._policy.tree(
             [batch.groups[g].query for g, _ in micro.rows],
-            [[row.completion for row in group] for group in chosen],
+            [[batch.groups[g].completions[i] for i in places] for g, places in micro.rows],
             prefix,
             prompt,
         )
         return self._policy.logprobs(tree, prefix, self._temperature, self._algorithm.entropy_grad)
 
     @torch.no_grad()
-    def _score_reference(
-        self, batch: RolloutBatch, rows: list[list[_Row]], clock: PhaseClock
-    ) -> None:
-        assert self._reference is not None
-        prefix = self._policy.prefix(self._reference)
-        for micro in self._micro_batches(batch, self._reference):
-            chosen = [[rows[g][i] for i in places] for g, places in micro.rows]
-            scores = self._scores(batch, micro, chosen, prefix, self._reference)
-            flat = [row for group in chosen for row in group]
-            for row, logprobs in zip(flat, scores.logprobs, strict=True):
-                row.ref_logprobs = logprobs[: len(row.completion.token_ids)].clone()
-        clock.lap("reference")
+    def _score_before(self, batch: RolloutBatch, rows: list[list[Row]], clock: PhaseClock) -> None:
+        """Fill in what the algorithm needs of every row before the first update."""
+        needs = self._algorithm.needs
+        weighing = self._query_weights is not None and self._query_weights.needs_logprobs
+        if needs & {"old_logprobs", "values"} or self._algorithm.num_minibatches > 1 or weighing:
+            for chosen, scores in self._score_all(batch, rows, self._policy.prompt):
+                remember(chosen, "old_logprobs", scores.logprobs)
+                if "values" in needs:
+                    values = self._algorithm.values(scores.states)
+                    remember(chosen, "old_values", scores.unflatten(values))
+            clock.lap("old_logprobs")
+        if "ref_logprobs" in needs:
+            assert self._reference is not None
+            for chosen, scores in self._score_all(batch, rows, self._reference):
+                remember(chosen, "ref_logprobs", scores.logprobs)
+            clock.lap("reference")
+        if "teacher_states" in needs:
+            assert self._teacher is not None
+            for chosen, scores in self._score_all(batch, rows, self._teacher):
+                remember_states(chosen, scores.states)
+            clock.lap("teacher")
 
-    def _check_finite(self, result: UpdateResult) -> None:
-        values = {**result.losses, "gradient norm": result.grad_norm}
-        wrong = [name for name, value in values.items() if not math.isfinite(value)]
-        if wrong:
-            raise NotFiniteError(f"{', '.join(wrong)} is not finite")
+    def _score_all(
+        self, batch: RolloutBatch, rows: list[list[Row]], prompt: Prompt
+    ) -> Iterator[tuple[list[Row], TokenScores]]:
+        """Scores of all rows under a prompt, micro-batch by micro-batch."""
+        prefix = self._policy.prefix(prompt)
+        for micro in self._micro_batches(batch, prompt, range(len(rows))):
+            yield _rows_in(micro, rows), self._scores(batch, micro, prefix, prompt)
 
 
-def _micro_signal(rows: Sequence[_Row], signal: Signal, scores: TokenScores) -> MicroSignal:
-    index = torch.tensor([row.signal_index for row in rows])
-    device = scores.logprobs.device
-    weights = signal.weights[index][:, None].to(device) * scores.mask
-    return MicroSignal(
-        advantages=signal.advantages[index][:, None].to(device),
-        weights=weights,
-        old_logprobs=_padded([row.old_logprobs for row in rows], scores),
-        ref_logprobs=_padded([row.ref_logprobs for row in rows], scores),
-    )
-
-
-def _padded(rows: Sequence[Tensor | None], scores: TokenScores) -> Tensor | None:
-    """Ragged rows as [B, T]; None when they are not known yet."""
-    out = torch.zeros_like(scores.logprobs)
-    for place, row in enumerate(rows):
-        if row is None:
-            return None
-        out[place, : row.shape[0]] = row
-    return out
+def _rows_in(micro: MicroBatch, rows: Sequence[Sequence[Row]]) -> list[Row]:
+    return [rows[g][i] for g, places in micro.rows for i in places]
 
 
 def _account(
@@ -255,7 +301,7 @@ def _account(
     losses: TokenLosses,
     scores: TokenScores,
     signal: MicroSignal,
-    rows: Sequence[_Row],
+    rows: Sequence[Row],
 ) -> None:
     """Add a micro-batch's losses and token sums to the update's."""
     for name in ("rl", "kl", "ce", "value"):
@@ -266,28 +312,36 @@ def _account(
     for name, values in (losses.metrics or {}).items():
         result.token_sums[name] += float((values * weighted).sum())
     result.num_weighted += int(weighted.sum())
-    sampled = _padded([torch.tensor(r.completion.sampling_logprobs) for r in rows], scores)
-    assert sampled is not None
+    weighted_rows = weighted.any(dim=1)
+    for name, values in (losses.row_metrics or {}).items():
+        result.row_sums[name] += float((values * weighted_rows).sum())
+    result.num_weighted_rows += int(weighted_rows.sum())
+    sampled = sampling_logprobs(rows, scores)
+    if sampled is None:
+        return
     gap = ((scores.logprobs.detach() - sampled) * scores.mask).abs()
     result.gap_sum += float(gap.sum())
     result.largest_gap = max(result.largest_gap, float(gap.max()))
-    result.num_tokens += int(scores.mask.sum())
+    result.num_sampled += int(scores.mask.sum())
 
 
 def _merge(results: Sequence[UpdateResult], signal: Signal) -> dict[str, float]:
-    """Means over tokens, then over updates; a mean over no tokens is left out."""
+    """Means over tokens or completions, then over updates; a mean over none is left out."""
     out: dict[str, float] = defaultdict(float)
     for result in results:
         share = 1.0 / len(results)
         for name, value in result.token_sums.items() if result.num_weighted else ():
             out[name] += share * value / result.num_weighted
+        for name, value in result.row_sums.items() if result.num_weighted_rows else ():
+            out[name] += share * value / result.num_weighted_rows
         for name, value in result.losses.items():
             out[name] += share * value
         out["loss"] += share * sum(result.losses.values())
         out["prompt/grad_norm"] += share * result.grad_norm
     # Later updates are off-policy on purpose: only the first compares like with like.
     first = results[0]
-    out["sampling/sampling_logp_difference/mean"] = first.gap_sum / first.num_tokens
-    out["sampling/sampling_logp_difference/max"] = first.largest_gap
+    if first.num_sampled:
+        out["sampling/sampling_logp_difference/mean"] = first.gap_sum / first.num_sampled
+        out["sampling/sampling_logp_difference/max"] = first.largest_gap
     out["lr"] = results[-1].lr
     return {**out, **signal.metrics}

@@ -24,10 +24,11 @@ from rlprompt.data import QuerySampler
 from rlprompt.engines.native import NativeEngine
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.evaluation.heldout import HeldoutEvaluator
+from rlprompt.evaluation.probes import BaseLogprob
 from rlprompt.model.base import ModelSettings
 from rlprompt.prompts.soft import SoftPrompt, SoftSettings
 from rlprompt.prompts.text import NonePrompt
-from rlprompt.recipe import build_policy
+from rlprompt.recipe_build import build_policy
 from rlprompt.rewards import RewardSettings, build_rewards
 from rlprompt.rollout import collect
 from rlprompt.training.optimizer import build_optimizer
@@ -140,13 +141,13 @@ class Stepper:
         """Held-out evaluation with the sampling of training."""
         settings = self.settings
         return HeldoutEvaluator(
-            self.policy,
             self.engine,
             self.rewards,
             as_queries(load_queries(settings.heldout)),
             self.sampling,
             completions_per_query=settings.heldout_samples,
             seed=settings.eval_seed,
+            probes={"base_logprob": BaseLogprob(self.policy, settings.token_budget)},
         )
 
     def describe(self) -> dict[str, Any]:

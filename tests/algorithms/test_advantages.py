@@ -10,7 +10,10 @@ import torch
 from rlprompt.algorithms.advantages import (
     Normalizer,
     Scale,
+    batch_advantages,
     group_advantages,
+    groups_with_spread,
+    leave_one_out_advantages,
     row_weights,
     share_without_spread,
 )
@@ -73,6 +76,49 @@ def test_equal_rewards_teach_exactly_nothing(scale: Scale, value: float, size: i
 def test_a_group_size_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="7 rewards do not fill groups of 2"):
         group_advantages(torch.zeros(7), 2, "none")
+
+
+def test_leave_one_out_is_the_distance_to_the_mean_of_the_others() -> None:
+    rewards = torch.tensor([1.0, 2.0, 6.0, 0.0, NAN, 4.0])
+    advantages = leave_one_out_advantages(rewards, 3)
+    assert advantages.tolist() == [1 - 4, 2 - 3.5, 6 - 1.5, -4.0, 0.0, 4.0]
+    others = group_advantages(rewards[:3], 3, "none")
+    torch.testing.assert_close(advantages[:3], others * 3 / 2)
+
+
+def test_leave_one_out_of_a_lone_score_and_of_equal_rewards_is_zero() -> None:
+    rewards = torch.tensor([3.0, NAN, NAN, 1000.3, 1000.3, 1000.3])
+    assert leave_one_out_advantages(rewards, 3).tolist() == [0.0] * 6
+    with pytest.raises(ValueError, match="7 rewards do not fill groups of 2"):
+        leave_one_out_advantages(torch.zeros(7), 2)
+
+
+def test_a_baseline_of_the_others_leaves_the_gradient_unbiased() -> None:
+    """Summed over all pairs of two actions, weighted by their probability: exactly the gradient."""
+    probs = torch.tensor([0.2, 0.8], dtype=torch.float64)
+    values = torch.tensor([1.0, 3.0])
+    exact = probs * (values.double() - (probs * values).sum())  # with respect to the logits
+    found = torch.zeros(2, dtype=torch.float64)
+    for i in range(2):
+        for j in range(2):
+            advantages = leave_one_out_advantages(values[[i, j]], 2).double()
+            for action, advantage in zip((i, j), advantages, strict=True):
+                score = torch.nn.functional.one_hot(torch.tensor(action), 2) - probs
+                found += probs[i] * probs[j] * advantage * score / 2
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-12)
+
+
+def test_the_baseline_of_a_batch_is_its_mean() -> None:
+    advantages = batch_advantages(torch.tensor([1.0, NAN, 3.0, 8.0]), normalize=False)
+    assert advantages.tolist() == [-3.0, 0.0, -1.0, 4.0]
+    scaled = batch_advantages(torch.tensor([1.0, NAN, 3.0, 8.0]), normalize=True)
+    torch.testing.assert_close(scaled, advantages / (13**0.5 + 1e-4))
+    assert batch_advantages(torch.full((5,), 0.1), normalize=True).tolist() == [0.0] * 5
+
+
+def test_groups_with_spread_are_those_that_teach() -> None:
+    rewards = torch.tensor([1.0, 1.0, 0.0, 1.0, NAN, 2.0])
+    assert groups_with_spread(rewards, 2).tolist() == [False, True, False]
 
 
 def test_share_without_spread_counts_flat_and_unscored_groups() -> None:

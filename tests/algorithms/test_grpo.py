@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from rlprompt.algorithms.base import MicroSignal, TokenLosses
+from rlprompt.algorithms.base import BatchView, MicroSignal, TokenLosses
 from rlprompt.algorithms.grpo import GRPO, GRPOSettings
 from rlprompt.policy import TokenScores
 
@@ -16,16 +16,16 @@ TERMINATED = torch.tensor([True, False, True, True])
 
 def test_it_says_what_it_needs() -> None:
     plain = GRPO(GRPOSettings(), 8)
-    assert (plain.group_size, plain.num_updates) == (8, 1)
-    assert not plain.needs_reference and not plain.entropy_grad
-    full = GRPO(GRPOSettings(kl_coef=0.1, entropy_coef=0.1, num_updates=3, group_size=2), 8)
-    assert (full.group_size, full.num_updates) == (2, 3)
-    assert full.needs_reference and full.entropy_grad
+    assert (plain.group_size, plain.num_epochs) == (8, 1)
+    assert not plain.needs and not plain.entropy_grad
+    full = GRPO(GRPOSettings(kl_coef=0.1, entropy_coef=0.1, num_epochs=3, group_size=2), 8)
+    assert (full.group_size, full.num_epochs) == (2, 3)
+    assert full.needs == {"ref_logprobs"} and full.entropy_grad
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"group_size": 1}, {"num_updates": 0}, {"clip_low": 1.5}, {"kl_coef": -1}, {"beta": 0.1}],
+    [{"group_size": 1}, {"num_epochs": 0}, {"clip_low": 1.5}, {"kl_coef": -1}, {"beta": 0.1}],
 )
 def test_settings_refuse_what_makes_no_sense(wrong: dict[str, float]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
@@ -35,12 +35,16 @@ def test_settings_refuse_what_makes_no_sense(wrong: dict[str, float]) -> None:
 def test_truncated_completions_stay_in_the_baseline_but_not_in_the_loss() -> None:
     rewards = torch.tensor([1.0, 0.0, 0.0, 0.0])
     settings = GRPOSettings(group_size=2, mask_truncated=True, scale_rewards="none")
-    signal = GRPO(settings, 8).signal(rewards, LENGTHS, TERMINATED)
+    view = BatchView(rewards, LENGTHS, TERMINATED, 2)
+    algorithm = GRPO(settings, 8)
+    signal = algorithm.signal(view)
+    weights = algorithm.token_weights(signal.counted_lengths)
     assert signal.advantages.tolist() == [0.5, -0.5, 0.0, 0.0]
-    assert signal.weights.tolist() == pytest.approx([1 / 8, 0.0, 1 / 12, 1 / 4])
+    assert weights.tolist() == pytest.approx([1 / 8, 0.0, 1 / 12, 1 / 4])
     assert signal.metrics == {"frac_reward_zero_std": 0.5}
     everything = GRPO(settings.model_copy(update={"mask_truncated": False}), 8)
-    assert everything.signal(rewards, LENGTHS, TERMINATED).weights[1] == pytest.approx(1 / 16)
+    counted = everything.signal(view).counted_lengths
+    assert everything.token_weights(counted)[1] == pytest.approx(1 / 16)
 
 
 def losses_of(settings: GRPOSettings, old: torch.Tensor | None = None) -> TokenLosses:
@@ -48,7 +52,8 @@ def losses_of(settings: GRPOSettings, old: torch.Tensor | None = None) -> TokenL
     entropy = torch.tensor([[0.5, 0.7]], requires_grad=True)
     ref = torch.tensor([[-1.5, -2.0]]) if settings.kl_coef else None
     micro = MicroSignal(torch.tensor([[2.0]]), torch.tensor([[0.25, 0.25]]), old, ref)
-    return GRPO(settings, 8).losses(TokenScores(logprobs, entropy, torch.ones(1, 2) > 0), micro)
+    scores = TokenScores(logprobs, entropy, torch.ones(1, 2) > 0, torch.empty(2, 0))
+    return GRPO(settings, 8).losses(scores, micro)
 
 
 def test_parts_of_the_loss_appear_only_when_they_have_a_weight() -> None:

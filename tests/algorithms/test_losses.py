@@ -1,4 +1,4 @@
-"""The clipped surrogate case by case, and k3."""
+"""Ratios, surrogates and the value loss, case by case."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ import math
 import pytest
 import torch
 
-from rlprompt.algorithms.losses import clipped_surrogate, kl_k3
+from rlprompt.algorithms.losses import (
+    cispo_surrogate,
+    clipped_surrogate,
+    clipped_value_loss,
+    log_ratio,
+)
 
 LOW, HIGH = 0.2, 0.3
 
@@ -28,48 +33,72 @@ CASES = [
 def test_surrogate_by_cases(
     ratio: float, advantage: float, loss: float, moves: bool, low: bool, high: bool
 ) -> None:
-    old = torch.tensor([[-1.0]])
-    logprobs = (old + math.log(ratio)).requires_grad_()
-    out = clipped_surrogate(logprobs, old, torch.tensor([[advantage]]), LOW, HIGH)
+    ratios = torch.tensor([[math.log(ratio)]]).requires_grad_()
+    out = clipped_surrogate(ratios, torch.tensor([[advantage]]), LOW, HIGH)
     assert out.loss.item() == pytest.approx(loss, abs=1e-6)
     assert (out.clipped_low.item(), out.clipped_high.item()) == (low, high)
     out.loss.sum().backward()
-    assert logprobs.grad is not None
+    assert ratios.grad is not None
     expected = -advantage * ratio if moves else 0.0
-    assert logprobs.grad.item() == pytest.approx(expected, abs=1e-5)
+    assert ratios.grad.item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_on_policy_gradient_is_reinforce() -> None:
-    logprobs = torch.tensor([[-0.3, -2.0], [-1.0, -0.1]], requires_grad=True)
+def test_cispo_clips_the_weight_and_never_the_gradient() -> None:
+    ratios = torch.tensor([[0.1, 1.0, 1.2, 5.0]]).log()
+    logprobs = torch.full((1, 4), -0.5, requires_grad=True)
+    advantages = torch.tensor([[2.0]])
+    out = cispo_surrogate(ratios, logprobs, advantages, HIGH)
+    out.loss.sum().backward()
+    assert logprobs.grad is not None
+    torch.testing.assert_close(-logprobs.grad / 2.0, torch.tensor([[0.1, 1.0, 1.2, 1.3]]))
+    assert out.clipped_high.tolist() == [[False, False, False, True]]
+    assert not out.clipped_low.any()
+    assert not cispo_surrogate(ratios, logprobs, -advantages, HIGH).clipped_high.any()
+
+
+@pytest.mark.parametrize("level", ["token", "sequence_mean", "sequence_product"])
+def test_on_policy_gradient_is_reinforce(level: str) -> None:
+    logprobs = torch.tensor([[-0.3, -2.0, -7.0], [-1.0, -0.1, -0.5]], requires_grad=True)
+    mask = torch.tensor([[True, True, False], [True, True, True]])
     advantages = torch.tensor([[1.5], [-0.5]])
-    clipped_surrogate(logprobs, logprobs.detach(), advantages, LOW, HIGH).loss.sum().backward()
+    ratios = log_ratio(logprobs, logprobs.detach(), mask, level)  # type: ignore[arg-type]
+    weights = mask / mask.sum(1, keepdim=True)
+    (weights * clipped_surrogate(ratios, advantages, LOW, HIGH).loss).sum().backward()
     assert logprobs.grad is not None
-    torch.testing.assert_close(logprobs.grad, -advantages.expand(2, 2))
+    expected = -advantages * (mask if level == "sequence_product" else weights)
+    torch.testing.assert_close(logprobs.grad, expected)
 
 
-def test_k3_is_never_negative_and_zero_only_without_distance() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logprobs = -5 * torch.rand(1000, generator=generator)
-    ref = -5 * torch.rand(1000, generator=generator)
-    assert bool((kl_k3(logprobs, ref) >= 0).all())
-    assert kl_k3(logprobs, logprobs).tolist() == [0.0] * 1000
-    assert bool((kl_k3(logprobs, ref)[(logprobs - ref).abs() > 0.01] > 0).all())
+def test_the_padding_takes_no_part_in_a_ratio_of_completions() -> None:
+    logprobs = torch.tensor([[-1.0, -2.0, 50.0]])
+    old = torch.tensor([[-1.5, -2.5, -50.0]])
+    mask = torch.tensor([[True, True, False]])
+    assert log_ratio(logprobs, old, mask, "sequence_mean").tolist() == [[0.5] * 3]
+    assert log_ratio(logprobs, old, mask, "sequence_product").tolist() == [[1.0] * 3]
+    empty = log_ratio(logprobs, old, torch.zeros_like(mask), "sequence_mean")
+    assert empty.tolist() == [[0.0] * 3]
 
 
-def test_k3_is_unbiased_under_samples_of_the_policy() -> None:
-    generator = torch.Generator().manual_seed(0)
-    policy = torch.randn(6, generator=generator).double().log_softmax(0)
-    ref = torch.randn(6, generator=generator).double().log_softmax(0)
-    exact = (policy.exp() * (policy - ref)).sum()
-    expectation = (policy.exp() * kl_k3(policy, ref)).sum()
-    assert float(expectation) == pytest.approx(float(exact), abs=1e-12)
-    drawn = torch.multinomial(policy.exp(), 200_000, replacement=True, generator=generator)
-    estimate = kl_k3(policy[drawn], ref[drawn])
-    assert abs(float(estimate.mean() - exact)) < 4 * float(estimate.std()) / 200_000**0.5
+VALUE_CASES = [
+    # value, old value, return, loss, has gradient
+    (1.0, 1.0, 3.0, 2.0, True),
+    (1.1, 1.0, 3.0, 0.5 * 1.9**2, True),
+    (2.0, 1.0, 3.0, 0.5 * 1.8**2, False),  # it moved too far towards the return
+    (0.0, 1.0, 3.0, 0.5 * 3.0**2, True),  # it moved away, and may come back
+]
 
 
-def test_k3_gradient_pulls_towards_the_reference() -> None:
-    logprobs = torch.tensor([-1.0, -3.0], requires_grad=True)
-    kl_k3(logprobs, torch.tensor([-2.0, -2.0])).sum().backward()
-    assert logprobs.grad is not None
-    assert logprobs.grad[0] > 0 > logprobs.grad[1]  # minimising lowers the first, raises the second
+@pytest.mark.parametrize(("value", "old", "target", "loss", "moves"), VALUE_CASES)
+def test_value_loss_by_cases(
+    value: float, old: float, target: float, loss: float, moves: bool
+) -> None:
+    values = torch.tensor([[value]], requires_grad=True)
+    out = clipped_value_loss(values, torch.tensor([[old]]), torch.tensor([[target]]), 0.2)
+    assert out.loss.item() == pytest.approx(loss, abs=1e-6)
+    assert out.clipped.item() is not moves
+    out.loss.sum().backward()
+    assert values.grad is not None
+    assert values.grad.item() == pytest.approx(value - target if moves else 0.0, abs=1e-6)
+    free = clipped_value_loss(values, torch.zeros(1, 1), torch.tensor([[target]]), None)
+    assert free.loss.item() == pytest.approx(0.5 * (value - target) ** 2, abs=1e-6)
+    assert not free.clipped.any()

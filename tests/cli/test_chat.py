@@ -15,7 +15,7 @@ from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.errors import InputError
 from rlprompt.model.base import ModelSettings
 from rlprompt.prompts.text import NonePrompt, TextPrompt
-from rlprompt.recipe import build_policy
+from rlprompt.recipe_build import build_policy
 from rlprompt.types import Query
 from tests.cli.runs import rlprompt, write_recipe
 from tests.fixtures.tiny import save_tiny, tiny_model, tiny_tokenizer

@@ -115,7 +115,6 @@ def test_the_schema_accepts_our_recipes(path: Path) -> None:
         ("algorithm.group_size=1", "algorithm.group_size"),
         ("model.dtype=bf16", "model.dtype"),
         ("reference={type: text}", "reference"),
-        ("rewards=[]", "rewards"),
     ],
 )
 def test_the_schema_refuses_what_a_recipe_does(override: str, place: str) -> None:

@@ -17,10 +17,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from rlprompt.artifacts.format import load_artifact
+from rlprompt.engines.native import NativeEngine
 from rlprompt.evaluation.heldout import HeldoutEvaluator
-from rlprompt.recipe import build_policy, build_trainer, load_recipe
+from rlprompt.recipe import load_recipe
+from rlprompt.recipe_build import _HELDOUT_SEED, build_policy, build_trainer
 from rlprompt.training.files import read_jsonl
-from rlprompt.training.loop import _HELDOUT_SEED
 from tests.fixtures.runs import comparable_rows, merged, tiny_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +38,7 @@ def test_a_reward_rises_and_the_artifact_reproduces_it(tmp_path: Path) -> None:
     path = write_recipe(
         tmp_path,
         prompt={"num_virtual_tokens": 8, "max_norm_ratio": None},
-        algorithm={"group_size": 16, "num_updates": 2},
+        algorithm={"group_size": 16, "num_epochs": 2},
         sampling={"max_tokens": 2},
         training={
             "steps": 40,
@@ -66,13 +67,13 @@ def test_a_reward_rises_and_the_artifact_reproduces_it(tmp_path: Path) -> None:
     policy = build_policy(recipe.model)
     policy.prompt = load_artifact(output / "artifact", policy)
     judge = HeldoutEvaluator(
-        policy,
-        type(trainer.parts.engine)(policy),  # type: ignore[call-arg]
+        NativeEngine(policy),
         trainer.parts.rewards,
         trainer.parts.data.heldout,
         recipe.sampling,
         completions_per_query=16,
         seed=recipe.seed + _HELDOUT_SEED,
+        probes={},
     )
     result = judge.evaluate(policy.prompt, summary["best_step"])
     logged = [

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from rlprompt.engines.native import NativeEngine
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.evaluation.heldout import EvaluationSettings, HeldoutEvaluator
+from rlprompt.evaluation.probes import BaseLogprob
 from rlprompt.policy import Policy
 from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.rewards.base import RewardSettings
@@ -33,14 +34,13 @@ def evaluator(
     runner = RewardRunner([(RewardSettings(path="here:lengths"), reward)])
     sampling = SamplingSettings(max_tokens=6, stop_token_ids=tuple(range(10, 60)))
     return HeldoutEvaluator(
-        policy,
         NativeEngine(policy),
         runner,
         queries(3),
         sampling,
         completions_per_query=4,
         seed=seed,
-        token_budget=token_budget,
+        probes={"base_logprob": BaseLogprob(policy, token_budget)},
     )
 
 

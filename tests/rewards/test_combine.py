@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 
-from rlprompt.errors import InputError
 from rlprompt.rewards import RewardRunner, RewardSettings
 from rlprompt.rewards.check_inputs import make_group
-from rlprompt.rewards.combine import require_constraint_support
 
 GROUPS = [make_group("one?", {}, ["a", "b"]), make_group("two?", {}, ["c", "d"])]
 
@@ -73,14 +71,6 @@ def test_settings_written_out_in_full_can_be_read_again() -> None:
     for fields in ({}, {"role": "constraint", "limit": 0.0}, {"role": "gate"}):
         settings = RewardSettings(path="x:y", **fields)
         assert RewardSettings(**settings.model_dump(mode="json")) == settings
-
-
-def test_an_algorithm_without_multipliers_refuses_constraints() -> None:
-    score = RewardSettings(path="x:y", name="s")
-    require_constraint_support([score], "grpo")
-    bound = RewardSettings(path="x:y", name="c", role="constraint", limit=0.1)
-    with pytest.raises(InputError, match="'c' has role 'constraint', which algorithm 'grpo' can"):
-        require_constraint_support([score, bound], "grpo")
 
 
 def test_a_reward_that_names_group_index_gets_it_and_no_other_does() -> None:

@@ -111,7 +111,7 @@ def test_the_same_recipe_gives_the_same_run(tmp_path: Path) -> None:
     assert runs[0] == runs[1]
 
 
-SIX = {"training": {"steps": 6, "save_every": 2}, "algorithm": {"num_updates": 2}}
+SIX = {"training": {"steps": 6, "save_every": 2}, "algorithm": {"num_epochs": 2}}
 
 
 def assert_same_run(one: Path, two: Path) -> None:
@@ -271,14 +271,14 @@ def test_kl_to_the_initial_prompt_starts_at_zero_and_survives_resuming(tmp_path:
     assert kl == [row["kl"] for row in comparable_rows(resumed, "metrics")]
 
 
-@pytest.mark.parametrize("num_updates", [1, 3])
+@pytest.mark.parametrize("num_epochs", [1, 3])
 def test_a_prompt_that_becomes_nan_stops_the_run_and_the_step_before_it_is_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_updates: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_epochs: int
 ) -> None:
     output = tmp_path / "run"
     plain: dict[str, Any] = {
         "training": {"steps": 4, "save_every": 10},
-        "algorithm": {"num_updates": num_updates},
+        "algorithm": {"num_epochs": num_epochs},
         **stops(99, "crash"),
     }
     trainer = tiny_trainer(tmp_path, output, **plain)
@@ -288,7 +288,7 @@ def test_a_prompt_that_becomes_nan_stops_the_run_and_the_step_before_it_is_saved
     def poisoned(batch: RolloutBatch, *rest: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == 3 * num_updates:  # the last update of step 3
+        if calls == 3 * num_epochs:  # the last update of step 3
             with torch.no_grad():
                 trainer.parts.policy.parameters()[0][0, 0] = torch.nan
         return gradient(batch, *rest)
@@ -301,7 +301,7 @@ def test_a_prompt_that_becomes_nan_stops_the_run_and_the_step_before_it_is_saved
     assert len(read_jsonl(failed / "completions.jsonl")) == 4
     kept = load_checkpoint(output / "checkpoints")
     assert kept.step == 2 and bool(kept.tensors["prompt/embeddings"].isfinite().all())
-    assert kept.state["progress"]["updates"] == 2 * num_updates
+    assert kept.state["progress"]["updates"] == 2 * num_epochs
 
     # What was saved is the state before step 3: a resumed run repeats it as if nothing had been.
     tiny_trainer(tmp_path, output, **plain).run(resume=True)

@@ -31,7 +31,7 @@ def advance(state: RunState) -> None:
     (parameter,) = state.prompt.parameters()
     parameter.grad = torch.rand_like(parameter)
     state.optimizer.step()
-    state.sampler.next()
+    state.source.next()
     state.progress.step += 1
     state.progress.step_seconds.append(0.5)
 
@@ -41,7 +41,7 @@ def snapshot(state: RunState) -> dict[str, object]:
         "prompt": state.prompt.state_dict()["embeddings"].tolist(),
         "best": state.best["embeddings"].tolist(),
         "progress": copy.deepcopy(state.progress),
-        "next": state.sampler.state_dict(),
+        "next": state.source.state_dict(),
         "optimizer": {
             name: value.tolist() for name, value in optimizer_tensors(state.optimizer, "o").items()
         },

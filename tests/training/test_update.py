@@ -18,6 +18,7 @@ from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.soft import SoftSettings
 from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.rollout import RolloutBatch
+from rlprompt.training.rows import rows_of, view_of
 from rlprompt.training.update import NotFiniteError, PhaseClock, Updater
 from tests.fixtures.runs import completion, queries, sampled_batch, scored, tiny_policy
 
@@ -76,9 +77,9 @@ def test_gradient_is_that_of_the_plain_loss() -> None:
     learn(policy, batch, budget=MANY)
     ours = gradient(policy)
 
-    signal = GRPO(GRPOSettings(group_size=4), 10).signal(
-        batch.rewards.total, batch.lengths, batch.terminated
-    )
+    algorithm = GRPO(GRPOSettings(group_size=4), 10)
+    signal = algorithm.signal(view_of(batch, batch.rewards.total, rows_of(batch)))
+    weights = algorithm.token_weights(signal.counted_lengths)
     policy.prompt.parameters()[0].grad = None
     prefix = policy.prefix()
     tree = policy.tree(
@@ -88,9 +89,7 @@ def test_gradient_is_that_of_the_plain_loss() -> None:
     )
     scores = policy.logprobs(tree, prefix)
     # On policy the surrogate's gradient is that of -w * A * log p.
-    (
-        -(signal.weights * signal.advantages)[:, None] * scores.logprobs * scores.mask
-    ).sum().backward()
+    (-(weights * signal.advantages)[:, None] * scores.logprobs * scores.mask).sum().backward()
     torch.testing.assert_close(ours, gradient(policy), rtol=0, atol=1e-6)
 
 
@@ -116,10 +115,10 @@ def test_temperature_of_the_sampling_is_that_of_the_scores() -> None:
 def test_clipping_acts_from_the_second_update_on() -> None:
     policy = tiny_policy()
     batch = sampled_batch(policy)
-    once = learn(policy, batch, lr=0.5, num_updates=1)
+    once = learn(policy, batch, lr=0.5, num_epochs=1)
     assert once["clip_ratio/region_mean"] == 0.0
     policy = tiny_policy()
-    thrice = learn(policy, batch, lr=0.5, num_updates=3, budget=MANY)
+    thrice = learn(policy, batch, lr=0.5, num_epochs=3, budget=MANY)
     assert thrice["clip_ratio/low_mean"] > 0 and thrice["clip_ratio/high_mean"] > 0
     assert thrice["clip_ratio/region_mean"] == pytest.approx(
         thrice["clip_ratio/low_mean"] + thrice["clip_ratio/high_mean"]
@@ -133,7 +132,7 @@ def test_every_update_gets_its_own_rate_and_moves_the_prompt() -> None:
     batch = sampled_batch(policy)
     rates = iter([0.1, 0.2, 0.3])
     updater = Updater(
-        policy, GRPO(GRPOSettings(group_size=4, num_updates=3), 10), None, temperature=1.0,
+        policy, GRPO(GRPOSettings(group_size=4, num_epochs=3), 10), None, temperature=1.0,
         token_budget=ONE,
     )  # fmt: skip
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
@@ -178,7 +177,7 @@ def learn_recorded(policy: Policy, batch: RolloutBatch, **settings: Any) -> tupl
 
 def test_ratios_are_to_the_policy_before_the_first_update() -> None:
     policy = tiny_policy()
-    _, algorithm = learn_recorded(policy, sampled_batch(policy), num_updates=3)
+    _, algorithm = learn_recorded(policy, sampled_batch(policy), num_epochs=3)
     first, second, third = (scores.logprobs for scores, _ in algorithm.asked)
     assert not torch.allclose(first, second) and not torch.allclose(second, third)
     old = [micro.old_logprobs for _, micro in algorithm.asked]
@@ -226,7 +225,7 @@ def test_equal_rewards_leave_the_prompt_alone() -> None:
 
 def test_the_base_gets_no_gradient() -> None:
     policy = tiny_policy()
-    learn(policy, sampled_batch(policy), lr=0.1, num_updates=2)
+    learn(policy, sampled_batch(policy), lr=0.1, num_epochs=2)
     assert all(p.grad is None for p in policy.base.model.parameters())
 
 
@@ -275,7 +274,7 @@ def test_grpo_finds_a_known_optimum() -> None:
     token = 83
     before = next_token_probability(policy, token)
     engine = NativeEngine(policy)
-    algorithm = GRPO(GRPOSettings(group_size=16, num_updates=2), 1)
+    algorithm = GRPO(GRPOSettings(group_size=16, num_epochs=2), 1)
     updater = Updater(policy, algorithm, None, temperature=1.0, token_budget=4096)
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.05)
     for step in range(40):

@@ -1,0 +1,82 @@
+"""Numbers about a prompt that no reward gives: log-probabilities of completions.
+
+Letters: B completions, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from rlprompt.policy import Policy
+from rlprompt.prompts.base import Prompt
+from rlprompt.prompts.text import NonePrompt
+from rlprompt.training.packing import pack
+from rlprompt.types import Group
+
+
+class Probe(Protocol):
+    """A number about a prompt, or about what was drawn under it."""
+
+    def __call__(self, prompt: Prompt, drawn: Sequence[Group]) -> float:
+        """The number.
+
+        Args:
+            prompt: that is evaluated.
+            drawn: held-out completions under it.
+        """
+        ...
+
+
+class BaseLogprob:
+    """Mean log-probability per token of the drawn completions under the base, in nats.
+
+    It falls when a prompt buys reward with text that the model itself finds strange.
+    """
+
+    def __init__(self, policy: Policy, token_budget: int) -> None:
+        """Score in micro-batches of at most `token_budget` packed tokens."""
+        self._policy = policy
+        self._budget = token_budget
+
+    def __call__(self, prompt: Prompt, drawn: Sequence[Group]) -> float:
+        """See the class."""
+        return mean_logprob(self._policy, NonePrompt(), drawn, self._budget)
+
+
+class TargetLogprob:
+    """Mean log-probability per token of given answers under the evaluated prompt, in nats."""
+
+    def __init__(self, policy: Policy, targets: Sequence[Group], token_budget: int) -> None:
+        """Keep the answers; at least one group."""
+        self._policy = policy
+        self._targets = targets
+        self._budget = token_budget
+
+    def __call__(self, prompt: Prompt, drawn: Sequence[Group]) -> float:
+        """See the class; what was drawn does not matter."""
+        return mean_logprob(self._policy, prompt, self._targets, self._budget)
+
+
+@torch.no_grad()
+def mean_logprob(
+    policy: Policy, prompt: Prompt, groups: Sequence[Group], token_budget: int
+) -> float:
+    """Mean log-probability per completion token under a prompt, in nats, untempered."""
+    prefix = policy.prefix(prompt)
+    queries = [len(policy.query_ids(group.query, prompt)) for group in groups]
+    lengths = [[len(c.token_ids) for c in group.completions] for group in groups]
+    total, count = 0.0, 0
+    for micro in pack(queries, lengths, token_budget):
+        tree = policy.tree(
+            [groups[g].query for g, _ in micro.rows],
+            [[groups[g].completions[i] for i in places] for g, places in micro.rows],
+            prefix,
+            prompt,
+        )
+        scores = policy.logprobs(tree, prefix)
+        total += float(scores.logprobs.sum())
+        count += int(scores.mask.sum())
+    return total / count
