@@ -195,6 +195,23 @@ def reward_check(
     raise typer.Exit(check(path, option or [], column or [], pairs, timeout))
 
 
+@reward_app.command("train")
+def reward_train(
+    recipe: Path = typer.Argument(..., metavar="RECIPE", help="A YAML file; see docs/rewards.md."),
+    overrides: list[str] = typer.Argument(
+        None, metavar="KEY=VALUE", help="Changes to the recipe, such as learning.epochs=1."
+    ),
+    output: Path | None = typer.Option(
+        None, "--output", "-o", metavar="DIR", help="An empty folder; by default runs/<name>."
+    ),
+    verbose: bool = _VERBOSE,
+) -> None:
+    """Train a preference model on judged answers, and test it on queries that it never saw."""
+    from rlprompt.commands.reward_train import train
+
+    train(recipe, overrides or [], output, verbose=verbose)
+
+
 @reward_app.command("serve")
 def reward_serve(
     path: str = typer.Argument(

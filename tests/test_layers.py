@@ -30,6 +30,7 @@ LAYERS = {
     "prompts.": 1,
     "rewards.": 1,
     "rewards.preference.": 3,  # its judge may be the policy's base
+    "rewards.preference.training.": 4,  # draws completions with an engine
     "model.": 1,
     "data": 1,
     "data.": 1,
@@ -84,7 +85,7 @@ OWNERS = {
     "triton": ("kernels.",),
     "cma": ("search.cmaes",),
     "datasets": ("data", "data."),
-    "matplotlib": ("training.report", "training.plots"),
+    "matplotlib": ("training.report", "training.plots", "rewards.preference.training.plot"),
     "peft": ("prompts.adapter", "artifacts.export"),
     "trl": ("rewards.",),
     "httpx": ("rewards.remote.client",),
