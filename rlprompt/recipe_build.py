@@ -65,6 +65,7 @@ def build_trainer(
     rewards = build_rewards(recipe.rewards, base_dir, needs_score=needs_score)
     trackers = build_trackers(recipe.tracking, console)
     policy = build_policy(recipe.model)
+    rewards.bind_policy(policy)
     policy.prompt = build_prompt(recipe, policy, base_dir)
     policy.gradient_checkpointing = recipe.training.gradient_checkpointing
     given = Surroundings(policy, recipe.sampling.max_tokens, recipe.seed)
