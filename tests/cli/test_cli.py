@@ -19,7 +19,8 @@ from rlprompt.recipe import load_recipe
 from rlprompt.recipe_file import apply_override, read_tree
 from tests.cli.runs import rlprompt
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.y*ml"))
+FOLDER = Path(__file__).parents[2] / "recipes"
+RECIPES = sorted(p for p in FOLDER.rglob("*.y*ml") if p.parent.name != "reward_models")
 
 
 def surface() -> dict[str, list[str]]:
@@ -86,6 +87,20 @@ def test_commands_and_options_are_those_of_the_design() -> None:
         "model fetch": ["name", "--verbose"],
         "model list": [],
         "reward check": ["path", "--option", "--column", "--pairs", "--timeout"],
+        "reward train": ["recipe", "overrides", "--output", "--verbose"],
+        "reward serve": [
+            "path",
+            "--option",
+            "--host",
+            "--port",
+            "--token-env",
+            "--no-token",
+            "--certificate",
+            "--max-body-mb",
+            "--timeout",
+            "--isolate",
+            "--verbose",
+        ],
         "schema": ["--output"],
         "doctor": ["--json"],
     }
@@ -143,7 +158,7 @@ def test_the_schema_accepts_our_recipes(path: Path) -> None:
     [
         ("training.stepz=3", "training"),
         ("training.steps=many", "training.steps"),
-        ("prompt.num_virtual_tokens=true", "prompt"),
+        ("prompt.num_virtual_tokens=true", "prompt.num_virtual_tokens"),
         ("algorithm.group_size=1", "algorithm.group_size"),
         ("model.dtype=bf16", "model.dtype"),
         ("reference={type: text}", "reference"),
