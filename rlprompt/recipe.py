@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from rlprompt.algorithms.grpo import GRPOSettings
 from rlprompt.algorithms.make import AnyAlgorithmSettings
+from rlprompt.data.augment import AugmentSettings
 from rlprompt.data.base import DataSettings
 from rlprompt.engines.native import NativeSettings
 from rlprompt.engines.sampling import SamplingSettings
@@ -21,12 +22,15 @@ from rlprompt.errors import InputError
 from rlprompt.evaluation.heldout import EvaluationSettings
 from rlprompt.model.base import ModelSettings
 from rlprompt.model.template import read_template
+from rlprompt.prompts.make import PromptSettings
 from rlprompt.prompts.soft import SoftSettings
 from rlprompt.recipe_file import apply_override, explain, read_tree
 from rlprompt.rewards.base import RewardSettings
 from rlprompt.settings import Settings
+from rlprompt.training.guards import Guard, require_known_rewards
+from rlprompt.training.objective import ConstraintSettings, RobustSettings
 from rlprompt.training.settings import TrainingSettings
-from rlprompt.training.tracking import TrackingSettings
+from rlprompt.training.tracker import TrackingSettings
 
 
 class NoneReference(Settings):
@@ -62,8 +66,8 @@ class Recipe(Settings):
     """What this run is called in reports, artifacts and trackers."""
     model: ModelSettings = ModelSettings()
     """The frozen base."""
-    prompt: SoftSettings = SoftSettings()
-    """The prompt that is trained."""
+    prompt: PromptSettings = SoftSettings()
+    """The prompt that is trained; soft when it has no type."""
     algorithm: AnyAlgorithmSettings = GRPOSettings()
     """How it learns; by GRPO when it has no type."""
     reference: Reference = NoneReference()
@@ -74,9 +78,18 @@ class Recipe(Settings):
     """How completions are drawn, in training and in held-out evaluation."""
     data: DataSettings
     """Where the queries come from."""
+    augment: tuple[AugmentSettings, ...] = ()
+    """In what company a share of the training queries is asked, against a shift of the
+    conversation."""
     rewards: tuple[RewardSettings, ...] = ()
     """What is rewarded, and what is only watched. An algorithm that learns from rewards needs one
     with the role `score`."""
+    constraints: ConstraintSettings = ConstraintSettings()
+    """How multipliers of rewards with the role `constraint` are learned."""
+    robust: RobustSettings | None = None
+    """Learn for the worst queries; null = all queries count alike."""
+    guards: tuple[Guard, ...] = ()
+    """What watches the run for reward hacking."""
     training: TrainingSettings = TrainingSettings()
     """Steps, optimizer, checkpoints."""
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -91,6 +104,11 @@ class Recipe(Settings):
     def _grpo_by_default(cls, value: Any) -> Any:
         return {"type": "grpo", **value} if isinstance(value, dict) else value
 
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _soft_by_default(cls, value: Any) -> Any:
+        return {"type": "soft", **value} if isinstance(value, dict) else value
+
     @model_validator(mode="after")
     def _settings_have_effect(self) -> Recipe:
         if not self.algorithm.needs_reference and not isinstance(self.reference, NoneReference):
@@ -104,6 +122,23 @@ class Recipe(Settings):
             raise ValueError(
                 f"no reward has role: score, which {self.algorithm.type} learns from; add one to "
                 "rewards"
+            )
+        held = any(reward.role == "constraint" for reward in self.rewards)
+        if held and not self.algorithm.needs_rewards:
+            raise ValueError(
+                f"a reward has role: constraint, but {self.algorithm.type} does not learn from "
+                "rewards; choose another algorithm, or role: metric"
+            )
+        if not held and self.constraints != ConstraintSettings():
+            raise ValueError(
+                "constraints has no effect without a reward of role: constraint; remove it"
+            )
+        require_known_rewards(self.guards, {each.name: each.role for each in self.rewards})
+        chosen = self.evaluation.select_by
+        if chosen != "reward" and chosen not in {each.name for each in self.rewards}:
+            raise ValueError(
+                f"evaluation.select_by names the reward '{chosen}', which the recipe does not "
+                "have; write reward, or the name of one"
             )
         if self.sampling.min_tokens > self.sampling.max_tokens:
             raise ValueError(
