@@ -30,7 +30,7 @@ from rlprompt.settings import Settings
 from rlprompt.training.guards import Guard, require_known_rewards
 from rlprompt.training.objective import ConstraintSettings, RobustSettings
 from rlprompt.training.settings import TrainingSettings
-from rlprompt.training.tracking import TrackingSettings
+from rlprompt.training.tracker import TrackingSettings
 
 
 class NoneReference(Settings):

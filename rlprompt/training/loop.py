@@ -98,6 +98,7 @@ class Trainer:
             steps=parts.training.steps,
             base=parts.policy.base.id,
             recipe=parts.recipe,
+            identity=self._identity,
             resume_step=resume_step,
         )
         parts.trackers.start(info)
@@ -181,6 +182,9 @@ class Trainer:
             progress.step, completion_rows(batch, "train", "learned", signal.row_advantages)
         )
         parts.trackers.log_metrics(progress.step, metrics)
+        tensors = parts.policy.prompt.state_dict().items()
+        norms = {f"prompt/norms/{k}": v.float().norm(dim=-1) for k, v in tensors if v.dim() > 1}
+        parts.trackers.log_histograms(progress.step, norms)
 
     def _next_lr(self) -> float:
         """Set the rate of the coming update."""
