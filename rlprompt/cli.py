@@ -242,6 +242,38 @@ def chat(
     )
 
 
+@app.command("eval")
+def evaluate(
+    artifact: Path = typer.Argument(
+        None,
+        metavar="[ARTIFACT]",
+        help="The artifact/ folder of a run; without it, the recipe's prompt as it is before "
+        "training, such as a text.",
+    ),
+    recipe: Path = typer.Option(
+        ..., "--recipe", "-r", metavar="RECIPE", help="Gives held-out queries, rewards, sampling."
+    ),
+    overrides: list[str] = typer.Option(
+        None, "--set", metavar="KEY=VALUE", help="A change to the recipe; may be given again."
+    ),
+    output: Path | None = typer.Option(
+        None,
+        "--output",
+        "-o",
+        metavar="DIR",
+        help="Write evaluation.json there, and the prompt as an artifact if none was given.",
+    ),
+    force: bool = typer.Option(
+        False, "--force", help="Load the artifact although it was made on another base."
+    ),
+    verbose: bool = _VERBOSE,
+) -> None:
+    """Print held-out rewards of a prompt as JSON, with those of base and hand-written prompt."""
+    from rlprompt.commands.evaluate import run
+
+    run(artifact, recipe, overrides or [], output, force=force, verbose=verbose)
+
+
 @model_app.command("fetch")
 def model_fetch(
     name: str = typer.Argument(..., metavar="NAME", help="As in `rlprompt model list`."),
@@ -286,6 +318,56 @@ def reward_check(
     from rlprompt.commands.reward import check
 
     raise typer.Exit(check(path, option or [], column or [], pairs, timeout))
+
+
+@reward_app.command("train")
+def reward_train(
+    recipe: Path = typer.Argument(..., metavar="RECIPE", help="A YAML file; see docs/rewards.md."),
+    overrides: list[str] = typer.Argument(
+        None, metavar="KEY=VALUE", help="Changes to the recipe, such as learning.epochs=1."
+    ),
+    output: Path | None = typer.Option(
+        None, "--output", "-o", metavar="DIR", help="An empty folder; by default runs/<name>."
+    ),
+    verbose: bool = _VERBOSE,
+) -> None:
+    """Train a preference model on judged answers, and test it on queries that it never saw."""
+    from rlprompt.commands.reward_train import train
+
+    train(recipe, overrides or [], output, verbose=verbose)
+
+
+@reward_app.command("serve")
+def reward_serve(
+    path: str = typer.Argument(
+        ..., metavar="PATH", help="As in a recipe: my_reward.py:reward, builtin:NAME, ..."
+    ),
+    option: list[str] = typer.Option(
+        None, "--option", metavar="KEY=VALUE", help="An option of the reward; may be given again."
+    ),
+    host: str = typer.Option("127.0.0.1", "--host", help="0.0.0.0 = every address."),
+    port: int = typer.Option(8770, "--port", min=0, max=65535, help="0 = any free one."),
+    token_env: str | None = typer.Option(
+        None, "--token-env", metavar="VARIABLE", help="Variable with the token clients must send."
+    ),
+    no_token: bool = typer.Option(
+        False, "--no-token", help="Let other machines in without a token."
+    ),
+    certificate: Path | None = typer.Option(
+        None, "--certificate", metavar="FILE", help="PEM with certificate and key, for https."
+    ),
+    max_body_mb: float = typer.Option(16.0, "--max-body-mb", min=0.001, help="Longest request."),
+    timeout: float = typer.Option(
+        60.0, "--timeout", min=0.001, metavar="SECONDS", help="For one call of the reward."
+    ),
+    isolate: bool = typer.Option(False, "--isolate", help="Run it in a worker process."),
+    verbose: bool = _VERBOSE,
+) -> None:
+    """Serve a reward over HTTP, for runs that name it as `builtin:http` with its url."""
+    from rlprompt.commands.reward_serve import Serving, serve
+
+    access = Serving(host, port, token_env, no_token, certificate, max_body_mb)
+    serve(path, option or [], access, timeout=timeout, isolate=isolate, verbose=verbose)
 
 
 @app.command()

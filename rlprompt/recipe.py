@@ -28,6 +28,7 @@ from rlprompt.recipe_file import apply_override, explain, read_tree
 from rlprompt.rewards.base import RewardSettings
 from rlprompt.settings import Settings
 from rlprompt.training.distributed import DistributedSettings
+from rlprompt.training.guards import Guard, require_known_rewards
 from rlprompt.training.objective import ConstraintSettings, RobustSettings
 from rlprompt.training.settings import TrainingSettings
 from rlprompt.training.tracker import TrackingSettings
@@ -88,6 +89,8 @@ class Recipe(Settings):
     """How multipliers of rewards with the role `constraint` are learned."""
     robust: RobustSettings | None = None
     """Learn for the worst queries; null = all queries count alike."""
+    guards: tuple[Guard, ...] = ()
+    """What watches the run for reward hacking."""
     training: TrainingSettings = TrainingSettings()
     """Steps, optimizer, checkpoints."""
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -132,6 +135,13 @@ class Recipe(Settings):
         if not held and self.constraints != ConstraintSettings():
             raise ValueError(
                 "constraints has no effect without a reward of role: constraint; remove it"
+            )
+        require_known_rewards(self.guards, {each.name: each.role for each in self.rewards})
+        chosen = self.evaluation.select_by
+        if chosen != "reward" and chosen not in {each.name for each in self.rewards}:
+            raise ValueError(
+                f"evaluation.select_by names the reward '{chosen}', which the recipe does not "
+                "have; write reward, or the name of one"
             )
         if self.sampling.min_tokens > self.sampling.max_tokens:
             raise ValueError(

@@ -28,6 +28,7 @@ from rlprompt.prompts.text import NonePrompt, TextPrompt, TextSettings
 from rlprompt.recipe import InitialReference, Recipe, Reference, TextReference, with_template_text
 from rlprompt.rewards import RewardRunner, build_rewards
 from rlprompt.training.distributed import Ranks
+from rlprompt.training.guards import GuardWatch
 from rlprompt.training.loop import Trainer
 from rlprompt.training.objective import Constraints, QueryWeights
 from rlprompt.training.parts import RunParts
@@ -74,13 +75,13 @@ def build_trainer(
     rewards.once = ranks.first
     trackers = build_trackers(recipe.tracking, console) if ranks.is_first else TrackerGroup({})
     policy = build_policy(recipe.model)
+    rewards.bind_policy(policy)
     policy.prompt = build_prompt(recipe, policy, base_dir)
     policy.gradient_checkpointing = recipe.training.gradient_checkpointing
     given = Surroundings(policy, recipe.sampling.max_tokens, recipe.seed)
     algorithm = make_algorithm(recipe.algorithm, given)
     needs_reference = recipe.algorithm.needs_reference
-    text = recipe.algorithm.teacher_text
-    teacher = None if text is None else TextPrompt(text)
+    teacher = _teacher(recipe)
     engine: Engine = NativeEngine(policy, recipe.engine)
     if ranks.size > 1:
         engine = SharedEngine(engine, ranks)
@@ -102,8 +103,29 @@ def build_trainer(
         seed=recipe.seed,
         recipe=recipe.plain(),
         ranks=ranks,
+        guards=GuardWatch(recipe.guards),
     )
     return Trainer(parts, output)
+
+
+def build_evaluator(recipe: Recipe, base_dir: Path) -> tuple[Policy, HeldoutEvaluator]:
+    """What scores prompts on a recipe's held-out queries, and the policy to make them on.
+
+    Raises:
+        InputError: anything named by the recipe cannot be had, or no query is held out.
+    """
+    recipe = with_template_text(recipe, base_dir)
+    data = load_queries(recipe.data, base_dir)
+    if not data.heldout:
+        raise InputError(
+            "the recipe holds no queries out (data.heldout is 0), so there is nothing to evaluate "
+            "on; set data.heldout as it was in training"
+        )
+    needs_score = recipe.algorithm.needs_rewards
+    rewards = build_rewards(recipe.rewards, base_dir, needs_score=needs_score)
+    policy = build_policy(recipe.model)
+    engine = NativeEngine(policy, recipe.engine)
+    return policy, _evaluator(recipe, data, policy, engine, rewards, _teacher(recipe))
 
 
 def build_prompt(recipe: Recipe, policy: Policy, base_dir: Path) -> Prompt:
@@ -163,6 +185,11 @@ def _source(
     return RolloutSource(
         data.train, sampler, engine, prompt, rewards, algorithm, recipe.sampling, augment
     )
+
+
+def _teacher(recipe: Recipe) -> Prompt | None:
+    text = recipe.algorithm.teacher_text
+    return None if text is None else TextPrompt(text)
 
 
 def _constraints(recipe: Recipe, rewards: RewardRunner) -> Constraints | None:

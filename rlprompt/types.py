@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor, nn
+if TYPE_CHECKING:  # a reward's worker process must start without torch
+    from torch import Tensor, nn
 
 Message = dict[str, str]
 """One turn of a conversation: `{"role": "user" | "assistant" | "system", "content": text}`."""

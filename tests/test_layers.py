@@ -29,6 +29,8 @@ LAYERS = {
     "certify.bounds": 0,
     "prompts.": 1,
     "rewards.": 1,
+    "rewards.preference.": 3,  # its judge may be the policy's base
+    "rewards.preference.training.": 4,  # draws completions with an engine
     "model.": 1,
     "model.adapted": 0,  # knows modules and tensors only; adapters among the prompts use it
     "data": 1,
@@ -84,9 +86,10 @@ OWNERS = {
     "triton": ("kernels.",),
     "cma": ("search.cmaes",),
     "datasets": ("data", "data."),
-    "matplotlib": ("training.report", "training.plots"),
+    "matplotlib": ("training.report", "training.plots", "rewards.preference.training.plot"),
     "peft": ("prompts.adapter", "artifacts.export"),
     "trl": ("rewards.",),
+    "httpx": ("rewards.remote.client",),
 }
 
 ImportMap = dict[str, set[tuple[str, bool]]]

@@ -102,25 +102,31 @@ def _train(
             step = trainer.state.progress.step + 1
             report_error(_stopped_at(error, step, folder / f"failed_step_{step}"))
             return 1
-    done = summary["stopped_because"] in _ENDINGS
+    reason = summary["stopped_because"]
+    again = ["rlprompt", "train", str(recipe_path), *overrides, "--output", str(folder)]
     if ranks.is_first:
         show_results(folder, summary, console)
-        if not done:
-            again = ["rlprompt", "train", str(recipe_path), *overrides, "--output", str(folder)]
-            _show_stopped(summary, recipe.training.steps, again, console)
+        _show_ending(summary, recipe.training.steps, again, console)
+    done = reason in _ENDINGS or reason.startswith("guard:")
     return 0 if done else options.stop_exit_code
 
 
-def _show_stopped(
+def _show_ending(
     summary: Mapping[str, Any], steps: int, again: Sequence[str], console: Console
 ) -> None:
-    console.print(
-        Text(
-            f"stopped by {summary['stopped_because']} after {summary['steps']} of {steps} steps; "
-            f"go on with:\n  {shlex.join([*again, '--resume'])}"
-        ),
-        soft_wrap=True,
-    )
+    """Say why a run ended before its last step."""
+    reason = summary["stopped_because"]
+    if reason.startswith("guard:"):
+        alarm = next(each for each in summary["alarms"] if each["stop"])
+        text = f"stopped by guard '{alarm['guard']}' at step {alarm['step']}: {alarm['reason']}"
+    elif reason not in _ENDINGS:
+        text = (
+            f"stopped by {reason} after {summary['steps']} of {steps} steps; go on with:\n"
+            f"  {shlex.join([*again, '--resume'])}"
+        )
+    else:
+        return
+    console.print(Text(text), soft_wrap=True)
 
 
 def _stopped_at(error: NotFiniteError, step: int, data: Path) -> NotFiniteError:

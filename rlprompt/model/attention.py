@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rlprompt.errors import InputError
+from rlprompt.kernels.cpu.ops import LANES
 from rlprompt.kernels.reference import masked_attention
 from rlprompt.types import PrefixKV
 
@@ -31,7 +32,7 @@ the keys, and the context owns mask and cache."""
 class LayerCall:
     """One layer's request: tensors and the settings that its architecture asks for."""
 
-    __slots__ = ("key", "layer", "query", "scaling", "softcap", "value", "window")
+    __slots__ = ("compiled", "key", "layer", "query", "scaling", "softcap", "value", "window")
 
     def __init__(
         self,
@@ -40,13 +41,19 @@ class LayerCall:
         scaling: float,
         window: int | None,
         softcap: float | None,
+        compiled: bool = False,
     ) -> None:
-        """Store; query is [B, H, T, D], key and value are [B, H_kv, T, D]."""
+        """Store; query is [B, H, T, D], key and value are [B, H_kv, T, D].
+
+        `compiled` = contexts may use the C++ kernels (`rlprompt.kernels.cpu`).
+        """
         self.layer = layer
         self.query, self.key, self.value = tensors
         self.scaling = scaling
         self.window = window
         self.softcap = softcap
+        plain = window is None and softcap is None and self.query.shape[-1] % LANES == 0
+        self.compiled = compiled and plain and self.query.dtype == torch.bfloat16
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Masked attention with this layer's scaling and soft cap; see `masked_attention`."""
@@ -118,7 +125,7 @@ def _joined(before: Tensor, own: Tensor) -> Tensor:
     return torch.cat([before.to(own.dtype)[None], own], dim=2)
 
 
-def _attention(
+def attention_function(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -129,6 +136,7 @@ def _attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     attention_context: AttentionContext | None = None,
+    compiled_attention: bool = False,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """The function registered with transformers; see `AttentionInterface` there."""
@@ -154,7 +162,8 @@ def _attention(
         raise InputError(f"{type(module).__name__} has no layer_idx; choose another base model")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    call = LayerCall(int(layer), (query, key, value), scaling, sliding_window, softcap)
+    tensors = (query, key, value)
+    call = LayerCall(int(layer), tensors, scaling, sliding_window, softcap, compiled_attention)
     out = attention_context.attend(call)
     return out.transpose(1, 2).contiguous(), None
 
@@ -181,5 +190,5 @@ def register() -> None:
     """Make `rlprompt` known to transformers as an attention implementation; safe to repeat."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(ATTENTION_NAME, _attention)
+    AttentionInterface.register(ATTENTION_NAME, attention_function)
     AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)

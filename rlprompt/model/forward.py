@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from rlprompt.errors import InputError
+from rlprompt.kernels.cpu.ops import choose
 from rlprompt.kernels.lm_head import head_logits
 from rlprompt.model.attention import ATTENTION_NAME, AttentionContext, CausalContext, register
 from rlprompt.model.base import FrozenBase
+from rlprompt.model.fetch import cache_dir
 from rlprompt.model.frozen import head_of, pack_linears
+from rlprompt.model.fused import fuse_modules
 from rlprompt.model.tree import TreeContext, build_tree
 from rlprompt.types import Adapter, PrefixKV
 
@@ -31,9 +34,9 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, tor
 class PrefixForward:
     """A frozen base whose attention goes through contexts.
 
-    Construction switches the model's attention to rlprompt's, packs its linear layers where that
-    pays, and compares log-probabilities with the model's own forward; an architecture whose result
-    differs is refused.
+    Construction switches the model's attention to rlprompt's, packs its linear layers and puts C++
+    kernels in the place of known modules where that pays, and compares log-probabilities with the
+    model's own forward; an architecture whose result differs is refused.
     """
 
     def __init__(self, base: FrozenBase) -> None:
@@ -62,10 +65,16 @@ class PrefixForward:
         if own is not None:
             register()
             base.model.set_attn_implementation(ATTENTION_NAME)
-            logger.info("%s: %d linear layers packed", base.id, pack_linears(base.model))
+            packed = pack_linears(base.model)
+            logger.info("%s: %d linear layers packed", base.id, packed)
+        self.compiled = choose(base.cpu_kernels, cache_dir() / "kernels", base.dtype, base.device)
+        if own is not None and self.compiled:
+            fused = fuse_modules(self.body)
+            logger.info("%s: %d modules replaced by CPU kernels", base.id, fused)
         config = base.model.config.get_text_config()
         softcap = getattr(config, "final_logit_softcapping", None)
         self.head = head_of(base.model.get_output_embeddings(), softcap, _logit_scale(config))
+        self.head = self.head._replace(compiled=self.compiled and softcap is None)
         if own is not None:
             try:
                 self._compare(own)
@@ -216,6 +225,8 @@ class PrefixForward:
             [N, d], after the final norm, in the base's dtype.
         """
         arguments: dict[str, Any] = {"attention_context": context, "use_cache": False}
+        if self.compiled:
+            arguments["compiled_attention"] = True
         out = self.body(
             inputs_embeds=embeddings.to(self.dtype)[None],
             position_ids=positions.to(self.device)[None],

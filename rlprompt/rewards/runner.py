@@ -17,6 +17,8 @@ from rlprompt.errors import InputError
 from rlprompt.rewards.base import (
     GROUP_KEYWORD,
     RESERVED_KEYWORDS,
+    FailureKind,
+    ReportedError,
     RewardBatch,
     RewardFailure,
     RewardFunction,
@@ -167,9 +169,20 @@ class RewardRunner:
             group_index=index,
         )
 
+    def bind_policy(self, policy: Any) -> None:
+        """Lend a run's policy to the rewards that may judge with its base under another prompt."""
+        for _, function in self._rewards:
+            bind = getattr(function, "bind_policy", None)
+            if callable(bind):
+                bind(policy)
+
     def close(self) -> None:
-        """Stop idle worker threads; the runner stays usable."""
+        """Stop idle worker threads and end worker processes; the runner stays usable."""
         self._executor.close()
+        for _, function in self._rewards:
+            end = getattr(function, "close", None)
+            if callable(end):
+                end()
 
     def _call(
         self,
@@ -202,7 +215,10 @@ class RewardRunner:
             "log_metric": sink.log_metric,
         }
         kwargs = select_keywords(settings.name, function, available)
-        return Call(settings.name, function, kwargs, settings.timeout)
+        timeout = settings.timeout
+        if timeout is not None:
+            timeout += getattr(function, "backstop", 0.0)
+        return Call(settings.name, function, kwargs, timeout)
 
     def _run(self, calls: Sequence[Call]) -> list[tuple[Call, Outcome]]:
         waiting = [call for call in calls if is_async(call.function)]
@@ -246,7 +262,10 @@ def _evaluate(
         raise InputError(f"reward '{call.name}': {outcome.error}") from outcome.error
     if outcome.timed_out or outcome.error is not None:
         message = describe_failure(call, outcome, rows)
-        return RewardFailure(call.name, "timeout" if outcome.timed_out else "exception", message)
+        kind: FailureKind = "timeout" if outcome.timed_out else "exception"
+        if isinstance(outcome.error, ReportedError):
+            kind = outcome.error.kind
+        return RewardFailure(call.name, kind, message)
     try:
         values = parse_values(outcome.output, rows)
         sink.check(len(rows))

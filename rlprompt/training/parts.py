@@ -13,6 +13,7 @@ from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.rewards.runner import RewardRunner
 from rlprompt.training.distributed import Ranks
+from rlprompt.training.guards import GuardWatch
 from rlprompt.training.objective import Constraints, QueryWeights
 from rlprompt.training.settings import TrainingSettings
 from rlprompt.training.sources import Source
@@ -57,3 +58,5 @@ class RunParts:
     """The resolved recipe as plain values."""
     ranks: Ranks = field(default_factory=Ranks)
     """Among whom the work is divided; alone by default."""
+    guards: GuardWatch = field(default_factory=lambda: GuardWatch([]))
+    """Watch the metrics for reward hacking."""

@@ -204,6 +204,8 @@ class Updater:
                 remember(rows, "old_logprobs", scores.logprobs)
         shared.backward()
         clock.lap("backward")
+        if self._ranks.size == 1:
+            return result
         self._ranks.sum_gradients(self.trained)
         total = _summed(self._ranks.each(lambda: result, "the losses"))
         clock.lap("ranks")
@@ -314,7 +316,7 @@ class Updater:
             for chosen, scores in self._score_all(batch, rows, self._teacher):
                 remember_states(chosen, scores.states)
             clock.lap("teacher")
-        if needs - {"teacher_states"} or weighing:
+        if self._ranks.size > 1 and (needs - {"teacher_states"} or weighing):
             self._share_rows(rows)
             clock.lap("ranks")
 
@@ -323,8 +325,6 @@ class Updater:
 
         The teacher's states, which are large, stay with the rank that learns from them.
         """
-        if self._ranks.size == 1:
-            return
         names = ("old_logprobs", "ref_logprobs", "old_values")
         own = [row for g, group in enumerate(rows) if self._ranks.owns(g) for row in group]
         known = {row.index: [getattr(row, name) for name in names] for row in own}
