@@ -27,6 +27,7 @@ from rlprompt.prompts.soft import SoftSettings
 from rlprompt.recipe_file import apply_override, explain, read_tree
 from rlprompt.rewards.base import RewardSettings
 from rlprompt.settings import Settings
+from rlprompt.training.distributed import DistributedSettings
 from rlprompt.training.guards import Guard, require_known_rewards
 from rlprompt.training.objective import ConstraintSettings, RobustSettings
 from rlprompt.training.settings import TrainingSettings
@@ -96,6 +97,8 @@ class Recipe(Settings):
     """Held-out evaluation."""
     tracking: TrackingSettings = TrackingSettings()
     """Where the run reports to."""
+    distributed: DistributedSettings = DistributedSettings()
+    """How the run uses several ranks."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Of everything drawn at random."""
 

@@ -15,6 +15,7 @@ from rlprompt.data.augment import Augmenter
 from rlprompt.data.base import QuerySplit
 from rlprompt.engines.base import Engine
 from rlprompt.engines.native import NativeEngine
+from rlprompt.engines.shared import SharedEngine
 from rlprompt.errors import InputError
 from rlprompt.evaluation.heldout import HeldoutEvaluator, Objective
 from rlprompt.evaluation.probes import BaseLogprob, Probe, TargetLogprob, TeacherKL
@@ -26,11 +27,13 @@ from rlprompt.prompts.make import make_prompt
 from rlprompt.prompts.text import NonePrompt, TextPrompt, TextSettings
 from rlprompt.recipe import InitialReference, Recipe, Reference, TextReference, with_template_text
 from rlprompt.rewards import RewardRunner, build_rewards
+from rlprompt.training.distributed import Ranks
 from rlprompt.training.guards import GuardWatch
 from rlprompt.training.loop import Trainer
 from rlprompt.training.objective import Constraints, QueryWeights
 from rlprompt.training.parts import RunParts
 from rlprompt.training.sources import ColumnSource, RolloutSource, Source, given_completion
+from rlprompt.training.tracker import TrackerGroup
 from rlprompt.training.tracking import build_trackers
 from rlprompt.types import Group
 
@@ -39,7 +42,11 @@ _HELDOUT_SEED = 1_000_003
 
 
 def build_trainer(
-    recipe: Recipe, base_dir: Path, output: Path, console: Console | None = None
+    recipe: Recipe,
+    base_dir: Path,
+    output: Path,
+    console: Console | None = None,
+    ranks: Ranks | None = None,
 ) -> Trainer:
     """Build every object that a recipe names.
 
@@ -50,6 +57,7 @@ def build_trainer(
         base_dir: the recipe's folder; its paths are relative to it.
         output: the run folder.
         console: where the live display goes.
+        ranks: among whom the work is divided; None when this process is alone.
 
     Raises:
         InputError: anything named by the recipe cannot be had.
@@ -63,7 +71,9 @@ def build_trainer(
     data = load_queries(recipe.data, base_dir)
     needs_score = recipe.algorithm.needs_rewards
     rewards = build_rewards(recipe.rewards, base_dir, needs_score=needs_score)
-    trackers = build_trackers(recipe.tracking, console)
+    ranks = ranks or Ranks()
+    rewards.once = ranks.first
+    trackers = build_trackers(recipe.tracking, console) if ranks.is_first else TrackerGroup({})
     policy = build_policy(recipe.model)
     rewards.bind_policy(policy)
     policy.prompt = build_prompt(recipe, policy, base_dir)
@@ -72,7 +82,9 @@ def build_trainer(
     algorithm = make_algorithm(recipe.algorithm, given)
     needs_reference = recipe.algorithm.needs_reference
     teacher = _teacher(recipe)
-    engine = NativeEngine(policy, recipe.engine)
+    engine: Engine = NativeEngine(policy, recipe.engine)
+    if ranks.size > 1:
+        engine = SharedEngine(engine, ranks)
     parts = RunParts(
         name=recipe.name,
         policy=policy,
@@ -90,6 +102,7 @@ def build_trainer(
         trackers=trackers,
         seed=recipe.seed,
         recipe=recipe.plain(),
+        ranks=ranks,
         guards=GuardWatch(recipe.guards),
     )
     return Trainer(parts, output)
