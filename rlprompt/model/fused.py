@@ -82,7 +82,7 @@ class FusedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., d]."""
-        out: Tensor = self.down_proj(ops.silu_mul(self.joined(x, self._inputs())))
+        out: Tensor = self.get_submodule("down_proj")(ops.silu_mul(self.joined(x, self._inputs())))
         return out
 
 
@@ -117,7 +117,7 @@ class FusedAttention(nn.Module):
         kwargs |= {"scaling": self.scaling, "sliding_window": self.window, "softcap": self.softcap}
         kwargs.pop("past_key_values", None)
         out, _ = attention_function(self, q, k, v, attention_mask, **kwargs)
-        projected: Tensor = self.o_proj(out.reshape(*hidden_states.shape[:-1], -1))
+        projected: Tensor = self.get_submodule("o_proj")(out.reshape(*hidden_states.shape[:-1], -1))
         return projected, None
 
 
