@@ -9,6 +9,7 @@ H_kv key/value heads, D head dim, d model width. Masks: True = the position coun
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -105,6 +106,12 @@ class Policy:
     @prompt.setter
     def prompt(self, prompt: Prompt) -> None:
         self._prompt = prompt
+
+    def sibling(self) -> Policy:
+        """A policy over the same base, without a prompt yet; nothing is loaded or packed again."""
+        made = copy.copy(self)
+        made._prompt = None
+        return made
 
     @property
     def device(self) -> torch.device:
@@ -288,6 +295,20 @@ class Policy:
         out = head_scores(scored, tree.targets, self.forward.head, temperature, entropy_grad)
         mask = tree.target_mask
         return TokenScores(tree.unflatten(out.logprobs), tree.unflatten(out.entropy), mask, scored)
+
+    def hidden_scored(
+        self,
+        queries: Sequence[Query],
+        completions: Sequence[Sequence[Completion]],
+        prefix: PrefixKV,
+        prompt: Prompt | None = None,
+    ) -> Tensor:
+        """Final hidden states [M, d] that the completion tokens are predicted from.
+
+        Arguments and errors as for `tree`; the LM head does not run.
+        """
+        tree = self.tree(queries, completions, prefix, prompt)
+        return self.hidden(tree, prefix).index_select(0, tree.predictors)
 
     def parameters(self) -> list[nn.Parameter]:
         """Everything that trains: the prompt's parameters, never the base's."""

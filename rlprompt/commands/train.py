@@ -15,7 +15,9 @@ from rlprompt.commands.run_output import check_output, claim_output
 from rlprompt.commands.terminal import report_error, setup_logging
 from rlprompt.errors import InputError
 from rlprompt.recipe import Recipe, load_recipe
-from rlprompt.recipe_build import build_trainer
+from rlprompt.recipe_build import build_run
+from rlprompt.training.loop import Trainer
+from rlprompt.training.population import Population
 from rlprompt.training.update import NotFiniteError
 
 _ENDINGS = ("finished", "early_stopping")
@@ -50,13 +52,12 @@ def run(
     folder = _default_output(recipe) if output is None else output
     check_output(folder, recipe.plain(), resume)
     with console.status("loading data, rewards and model"):
-        trainer = build_trainer(recipe, recipe_path.parent, folder, console)
+        built = build_run(recipe, recipe_path.parent, folder, console)
     with claim_output(folder, recipe.plain(), recipe_path.parent, resume) as started:
         try:
-            summary = trainer.run(resume=started)
+            summary = built.run(resume=started)
         except NotFiniteError as error:
-            step = trainer.state.progress.step + 1
-            report_error(_stopped_at(error, step, folder / f"failed_step_{step}"))
+            report_error(_stopped_at(error, built))
             return 1
     show_results(folder, summary, console)
     if summary["stopped_because"] not in _ENDINGS:
@@ -72,11 +73,18 @@ def run(
     return 0
 
 
-def _stopped_at(error: NotFiniteError, step: int, data: Path) -> NotFiniteError:
-    told = NotFiniteError(
-        f"step {step}: {error}; its data is in '{data}', the state before it in the newest "
-        "checkpoint; lower the learning rate in a new run"
-    )
+def _stopped_at(error: NotFiniteError, run: Trainer | Population) -> NotFiniteError:
+    if isinstance(run, Population):
+        where = (
+            f"{error}; their data is in 'failed_step_*' of each folder in '{run.output}/members'"
+        )
+    else:
+        step = run.state.progress.step + 1
+        where = (
+            f"step {step}: {error}; its data is in '{run.output / f'failed_step_{step}'}', the "
+            "state before it in the newest checkpoint"
+        )
+    told = NotFiniteError(f"{where}; lower the learning rate in a new run")
     return told.with_traceback(error.__traceback__)
 
 

@@ -26,7 +26,7 @@ from rlprompt.training.optimizer import build_optimizer, learning_rate, lr_facto
 from rlprompt.training.parts import RunParts
 from rlprompt.training.report import write_report
 from rlprompt.training.startup import check_trainable
-from rlprompt.training.state import RunState
+from rlprompt.training.state import RunState, Stateful
 from rlprompt.training.summary import build_summary
 from rlprompt.training.tracker import RunInfo
 from rlprompt.training.update import NotFiniteError, PhaseClock, Updater
@@ -46,14 +46,18 @@ class Trainer:
         self.parts = parts
         self.output = output
         settings = parts.training
-        peak_lr = learning_rate(settings.optimizer, parts.policy.prompt.scale(parts.policy))
+        scale = parts.policy.prompt.scale(parts.policy)
+        peak_lr = learning_rate(settings.optimizer, scale)
         own = [(part.parameters, part.lr) for part in parts.algorithm.own_parameters()]
         parameters = parts.policy.parameters()
         optimizer = build_optimizer(parameters, settings.optimizer, peak_lr, own)
         check_trainable(parts.policy, optimizer, parts.data.train[0], [p for p, _ in own])
-        self.state = RunState(
-            parts.policy.prompt, optimizer, parts.source, {"algorithm": parts.algorithm}
-        )
+        others: dict[str, Stateful] = {"algorithm": parts.algorithm, "rewards": parts.rewards}
+        if parts.constraints is not None:
+            others["constraints"] = parts.constraints
+        if parts.query_weights is not None:
+            others["robust"] = parts.query_weights
+        self.state = RunState(parts.policy.prompt, optimizer, parts.source, others)
         self._updater = Updater(
             parts.policy,
             parts.algorithm,
@@ -61,6 +65,7 @@ class Trainer:
             temperature=parts.source.temperature,
             token_budget=settings.token_budget,
             teacher=parts.teacher,
+            query_weights=parts.query_weights,
         )
 
     def run(self, *, resume: bool = False) -> dict[str, Any]:
@@ -139,6 +144,9 @@ class Trainer:
         before = self.state.checkpoint(self._identity)
         seed = _step_seed(parts.seed, progress.step)
         batch = parts.source.collect(progress.step, seed)
+        objective = parts.rewards.objective(batch.rewards)
+        if parts.constraints is not None:
+            objective = parts.constraints.penalised(objective, batch.rewards.costs)
         settings = parts.training.optimizer
         try:
             signal, learned = self._updater.learn(
@@ -148,6 +156,7 @@ class Trainer:
                 settings.max_grad_norm,
                 clock,
                 seed=seed,
+                rewards=objective,
             )
         except NotFiniteError as error:
             self.state.restore(before, self._identity)
@@ -160,6 +169,10 @@ class Trainer:
         progress.step_seconds.append(seconds)
         metrics = {**completion_metrics(batch), **learned, **_times(batch, clock, seconds)}
         metrics |= {f"prompt/{k}": v for k, v in parts.policy.prompt.metrics().items()}
+        if parts.constraints is not None:
+            metrics |= parts.constraints.update(batch.rewards.costs)
+        if parts.query_weights is not None:
+            metrics |= parts.query_weights.metrics()
         metrics |= {"num_tokens": float(progress.num_tokens), "epoch": parts.source.epoch}
         parts.trackers.log_completions(
             progress.step, completion_rows(batch, "train", "learned", signal.row_advantages)

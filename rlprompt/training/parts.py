@@ -12,6 +12,7 @@ from rlprompt.evaluation.heldout import EvaluationSettings, HeldoutEvaluator
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.rewards.runner import RewardRunner
+from rlprompt.training.objective import Constraints, QueryWeights
 from rlprompt.training.settings import TrainingSettings
 from rlprompt.training.sources import Source
 from rlprompt.training.tracker import TrackerGroup
@@ -33,6 +34,10 @@ class RunParts:
     """Prompt of the reference policy; None when the algorithm needs none."""
     teacher: Prompt | None
     """Prompt of the teacher; None when the algorithm needs none."""
+    constraints: Constraints | None
+    """Multipliers of constraint rewards; None without any."""
+    query_weights: QueryWeights | None
+    """A robust objective; None when all queries count alike."""
     evaluator: HeldoutEvaluator
     """Scores prompts on held-out queries."""
     rewards: RewardRunner

@@ -27,8 +27,8 @@ def check_trainable(
     gradient that is not zero, except those that a zero multiplies there
     (`Prompt.gated_parameters`). A change of the parameters must change the log-probabilities, and
     after it every parameter without exception must have such a gradient. No parameter of the base
-    may have one, and the optimizer must hold exactly the prompt's parameters and the
-    algorithm's own.
+    may have one, and the optimizer must hold exactly the prompt's parameters and the algorithm's
+    own.
 
     Args:
         policy: with the prompt that is trained.

@@ -21,6 +21,7 @@ from rlprompt.algorithms.base import Algorithm, MicroSignal, Signal, TokenLosses
 from rlprompt.policy import Policy, SharedPrefix, TokenScores
 from rlprompt.prompts.base import Prompt
 from rlprompt.rollout import RolloutBatch
+from rlprompt.training.objective import QueryWeights
 from rlprompt.training.optimizer import clip_gradients
 from rlprompt.training.packing import MicroBatch, pack
 from rlprompt.training.rows import (
@@ -64,6 +65,10 @@ class UpdateResult:
     """The algorithm's metrics, summed over the tokens that have a weight."""
     num_weighted: int = 0
     """How many those are: TRL's masks too leave out what the loss does not see."""
+    row_sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """The algorithm's metrics of completions, summed over those that have a weight."""
+    num_weighted_rows: int = 0
+    """How many those are."""
     num_sampled: int = 0
     """Tokens that an engine drew."""
     gap_sum: float = 0.0
@@ -97,6 +102,7 @@ class Updater:
         temperature: float,
         token_budget: int,
         teacher: Prompt | None = None,
+        query_weights: QueryWeights | None = None,
     ) -> None:
         """Join the parts.
 
@@ -107,11 +113,13 @@ class Updater:
             temperature: of the sampling; log-probabilities are tempered alike.
             token_budget: most packed tokens per micro-batch.
             teacher: the prompt of the teacher; None when none is needed.
+            query_weights: a robust objective; None when all queries count alike.
         """
         self._policy = policy
         self._algorithm = algorithm
         self._reference = reference
         self._teacher = teacher
+        self._query_weights = query_weights
         self._temperature = temperature or 1.0
         self._budget = token_budget
 
@@ -125,7 +133,6 @@ class Updater:
         *,
         seed: int = 0,
         rewards: Tensor | None = None,
-        robust: Tensor | None = None,
     ) -> tuple[Signal, dict[str, float]]:
         """Run all updates on a batch.
 
@@ -137,7 +144,6 @@ class Updater:
             clock: gets the seconds of each phase.
             seed: of the order of minibatches.
             rewards: float32 [B] to learn from instead of the batch's totals.
-            robust: float32 [B], weights of the rows that a robust objective gives.
 
         Returns:
             The signal, and metrics under their logged names (means over the updates).
@@ -150,6 +156,10 @@ class Updater:
         rows = rows_of(batch)
         self._score_before(batch, rows, clock)
         view = view_of(batch, batch.rewards.total if rewards is None else rewards, rows)
+        robust = None
+        if self._query_weights is not None:
+            queries = [group.query for group in batch.groups]
+            robust = self._query_weights.row_weights(view, queries)
         whole = _Batch(batch, rows, self._algorithm.signal(view), robust)
         order = torch.Generator().manual_seed(seed)
         results = []
@@ -254,7 +264,8 @@ class Updater:
     def _score_before(self, batch: RolloutBatch, rows: list[list[Row]], clock: PhaseClock) -> None:
         """Fill in what the algorithm needs of every row before the first update."""
         needs = self._algorithm.needs
-        if needs & {"old_logprobs", "values"} or self._algorithm.num_minibatches > 1:
+        weighing = self._query_weights is not None and self._query_weights.needs_logprobs
+        if needs & {"old_logprobs", "values"} or self._algorithm.num_minibatches > 1 or weighing:
             for chosen, scores in self._score_all(batch, rows, self._policy.prompt):
                 remember(chosen, "old_logprobs", scores.logprobs)
                 if "values" in needs:
@@ -301,6 +312,10 @@ def _account(
     for name, values in (losses.metrics or {}).items():
         result.token_sums[name] += float((values * weighted).sum())
     result.num_weighted += int(weighted.sum())
+    weighted_rows = weighted.any(dim=1)
+    for name, values in (losses.row_metrics or {}).items():
+        result.row_sums[name] += float((values * weighted_rows).sum())
+    result.num_weighted_rows += int(weighted_rows.sum())
     sampled = sampling_logprobs(rows, scores)
     if sampled is None:
         return
@@ -311,12 +326,14 @@ def _account(
 
 
 def _merge(results: Sequence[UpdateResult], signal: Signal) -> dict[str, float]:
-    """Means over tokens, then over updates; a mean over no tokens is left out."""
+    """Means over tokens or completions, then over updates; a mean over none is left out."""
     out: dict[str, float] = defaultdict(float)
     for result in results:
         share = 1.0 / len(results)
         for name, value in result.token_sums.items() if result.num_weighted else ():
             out[name] += share * value / result.num_weighted
+        for name, value in result.row_sums.items() if result.num_weighted_rows else ():
+            out[name] += share * value / result.num_weighted_rows
         for name, value in result.losses.items():
             out[name] += share * value
         out["loss"] += share * sum(result.losses.values())
