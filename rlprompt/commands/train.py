@@ -18,9 +18,11 @@ from rlprompt.commands.results import show_results
 from rlprompt.commands.run_output import RECIPE_FILE, check_output, claim_output, default_output
 from rlprompt.commands.terminal import report_error, setup_logging
 from rlprompt.recipe import Recipe, load_recipe
-from rlprompt.recipe_build import build_trainer
+from rlprompt.recipe_build import build_run
 from rlprompt.training.distributed import RankLostError, Ranks, join_ranks
 from rlprompt.training.interrupt import StopRequest
+from rlprompt.training.loop import Trainer
+from rlprompt.training.population import Population
 from rlprompt.training.update import NotFiniteError
 
 _ENDINGS = ("finished", "early_stopping")
@@ -88,7 +90,7 @@ def _train(
 
     resume = ranks.first(check)
     with console.status("loading data, rewards and model"):
-        trainer = build_trainer(recipe, recipe_path.parent, folder, console, ranks)
+        built = build_run(recipe, recipe_path.parent, folder, console, ranks)
     reason = ranks.agree(stop.reason)
     if reason is not None:
         console.print(f"stopped by {reason} before the first step")
@@ -97,10 +99,9 @@ def _train(
         claim = partial(claim_output, folder, recipe.plain(), recipe_path.parent, resume)
         started = ranks.first(lambda: claimed.enter_context(claim()))
         try:
-            summary = trainer.run(resume=started)
+            summary = built.run(resume=started)
         except NotFiniteError as error:
-            step = trainer.state.progress.step + 1
-            report_error(_stopped_at(error, step, folder / f"failed_step_{step}"))
+            report_error(_stopped_at(error, built))
             return 1
     reason = summary["stopped_because"]
     again = ["rlprompt", "train", str(recipe_path), *overrides, "--output", str(folder)]
@@ -129,9 +130,16 @@ def _show_ending(
     console.print(Text(text), soft_wrap=True)
 
 
-def _stopped_at(error: NotFiniteError, step: int, data: Path) -> NotFiniteError:
-    told = NotFiniteError(
-        f"step {step}: {error}; its data is in '{data}', the state before it in the newest "
-        "checkpoint; lower the learning rate in a new run"
-    )
+def _stopped_at(error: NotFiniteError, run: Trainer | Population) -> NotFiniteError:
+    if isinstance(run, Population):
+        where = (
+            f"{error}; their data is in 'failed_step_*' of each folder in '{run.output}/members'"
+        )
+    else:
+        step = run.state.progress.step + 1
+        where = (
+            f"step {step}: {error}; its data is in '{run.output / f'failed_step_{step}'}', the "
+            "state before it in the newest checkpoint"
+        )
+    told = NotFiniteError(f"{where}; lower the learning rate in a new run")
     return told.with_traceback(error.__traceback__)
