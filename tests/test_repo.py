@@ -59,8 +59,12 @@ def test_there_are_recipes() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=short)
 def test_every_recipe_loads(path: Path) -> None:
     from rlprompt.recipe import Recipe, load_recipe
+    from rlprompt.rewards.preference.training.settings import RewardRecipe, load_reward_recipe
 
-    assert isinstance(load_recipe(path), Recipe)
+    if path.parent.name == "reward_models":
+        assert isinstance(load_reward_recipe(path), RewardRecipe)
+    else:
+        assert isinstance(load_recipe(path), Recipe)
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=short)

@@ -19,7 +19,11 @@ from rlprompt.recipe import load_recipe
 from rlprompt.recipe_file import apply_override, read_tree
 from tests.cli.runs import rlprompt
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.y*ml"))
+RECIPES = sorted(
+    path
+    for path in (Path(__file__).parents[2] / "recipes").rglob("*.y*ml")
+    if path.parent.name != "reward_models"  # those are of `rlprompt reward train`
+)
 
 
 def surface() -> dict[str, list[str]]:
@@ -54,6 +58,20 @@ def test_commands_and_options_are_those_of_the_design() -> None:
         "model fetch": ["name", "--verbose"],
         "model list": [],
         "reward check": ["path", "--option", "--column", "--pairs", "--timeout"],
+        "reward train": ["recipe", "overrides", "--output", "--verbose"],
+        "reward serve": [
+            "path",
+            "--option",
+            "--host",
+            "--port",
+            "--token-env",
+            "--no-token",
+            "--certificate",
+            "--max-body-mb",
+            "--timeout",
+            "--isolate",
+            "--verbose",
+        ],
         "schema": ["--output"],
         "doctor": ["--json"],
     }
