@@ -22,13 +22,15 @@ from rlprompt.errors import InputError
 from rlprompt.evaluation.heldout import EvaluationSettings
 from rlprompt.model.base import ModelSettings
 from rlprompt.model.template import read_template
+from rlprompt.prompts.make import PromptSettings
 from rlprompt.prompts.soft import SoftSettings
 from rlprompt.recipe_file import apply_override, explain, read_tree
 from rlprompt.rewards.base import RewardSettings
 from rlprompt.settings import Settings
+from rlprompt.training.guards import Guard, require_known_rewards
 from rlprompt.training.objective import ConstraintSettings, RobustSettings
 from rlprompt.training.settings import TrainingSettings
-from rlprompt.training.tracking import TrackingSettings
+from rlprompt.training.tracker import TrackingSettings
 
 
 class NoneReference(Settings):
@@ -64,8 +66,8 @@ class Recipe(Settings):
     """What this run is called in reports, artifacts and trackers."""
     model: ModelSettings = ModelSettings()
     """The frozen base."""
-    prompt: SoftSettings = SoftSettings()
-    """The prompt that is trained."""
+    prompt: PromptSettings = SoftSettings()
+    """The prompt that is trained; soft when it has no type."""
     algorithm: AnyAlgorithmSettings = GRPOSettings()
     """How it learns; by GRPO when it has no type."""
     reference: Reference = NoneReference()
@@ -86,6 +88,8 @@ class Recipe(Settings):
     """How multipliers of rewards with the role `constraint` are learned."""
     robust: RobustSettings | None = None
     """Learn for the worst queries; null = all queries count alike."""
+    guards: tuple[Guard, ...] = ()
+    """What watches the run for reward hacking."""
     training: TrainingSettings = TrainingSettings()
     """Steps, optimizer, checkpoints."""
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -99,6 +103,11 @@ class Recipe(Settings):
     @classmethod
     def _grpo_by_default(cls, value: Any) -> Any:
         return {"type": "grpo", **value} if isinstance(value, dict) else value
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _soft_by_default(cls, value: Any) -> Any:
+        return {"type": "soft", **value} if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _settings_have_effect(self) -> Recipe:
@@ -123,6 +132,13 @@ class Recipe(Settings):
         if not held and self.constraints != ConstraintSettings():
             raise ValueError(
                 "constraints has no effect without a reward of role: constraint; remove it"
+            )
+        require_known_rewards(self.guards, {each.name: each.role for each in self.rewards})
+        chosen = self.evaluation.select_by
+        if chosen != "reward" and chosen not in {each.name for each in self.rewards}:
+            raise ValueError(
+                f"evaluation.select_by names the reward '{chosen}', which the recipe does not "
+                "have; write reward, or the name of one"
             )
         if self.sampling.min_tokens > self.sampling.max_tokens:
             raise ValueError(

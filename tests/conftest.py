@@ -10,9 +10,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it at import, which 
 os.environ["WANDB_MODE"] = "offline"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import torch
+
+# Without a GPU, Triton's kernels run in its interpreter. Triton reads this when it is imported, and
+# packages below import it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import numpy as np
 import pytest
-import torch
 
 from rlprompt.errors import InputError
 from rlprompt.model.base import FrozenBase, ModelSettings, load_base

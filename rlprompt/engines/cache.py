@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlprompt.kernels.cpu.ops import decode_attention
+from rlprompt.kernels.dispatch import fused_decode, uses_triton
 from rlprompt.kernels.reference import mask_bias
 from rlprompt.model.attention import LayerCall
 from rlprompt.model.tree import TokenTree, TreeContext
@@ -90,6 +92,16 @@ class DecodeCache:
         layers = self._data.shape[0] // 2
         return self._data[layer, : self._rows], self._data[layers + layer, : self._rows]
 
+    @property
+    def data(self) -> Tensor:
+        """The whole block, [2 L, at least B, H_kv, S, D]: keys of all layers, then values."""
+        return self._data
+
+    def attend(self, layer: int, tensors: tuple[Tensor, Tensor, Tensor], scaling: float) -> Tensor:
+        """Write the column and attend, by the C++ kernel; see `decode_attention`."""
+        place = (self.prefix_tokens, self.column)
+        return decode_attention(tensors, self._data, layer, self.padding, place, scaling)
+
     def seen(self, window: int | None) -> Tensor:
         """The columns that the token about to be written may see, bool [B, 1, S]."""
         place = torch.arange(self._data.shape[3], device=self.padding.device)[None]
@@ -126,21 +138,49 @@ class DecodeCache:
 class DecodeContext:
     """Attention of one new token per row over its cache."""
 
-    def __init__(self, cache: DecodeCache) -> None:
-        """Attend over `cache`, whose `column` is written by this forward."""
+    def __init__(self, cache: DecodeCache, fused: bool | None = None) -> None:
+        """Attend over `cache`, whose `column` is written by this forward.
+
+        Args:
+            cache: keys and values of the rows.
+            fused: whether attention goes through the Triton kernels; None = as the device suggests.
+        """
         cache.reserve()
         self._cache = cache
+        self._fused = fused
+        self._spans: tuple[Tensor, Tensor] | None = None
         self._biases: dict[int | None, Tensor] = {}
 
     def attend(self, call: LayerCall) -> Tensor:
         """Write the column, then attend: packed [1, H, B, D] in and out."""
         cache = self._cache
+        if call.compiled:
+            tensors = [t[0].transpose(0, 1) for t in (call.query, call.key, call.value)]
+            out = cache.attend(call.layer, (tensors[0], tensors[1], tensors[2]), call.scaling)
+            return out.transpose(0, 1)[None]
         key, value = cache.layer(call.layer)
         key[:, :, cache.column] = call.key[0].transpose(0, 1)
         value[:, :, cache.column] = call.value[0].transpose(0, 1)
+        fused = self._fused
+        if fused is None:
+            fused = uses_triton(key.device, key.dtype, key.shape[-1])
+        if fused:
+            return self._attend_fused(call, key, value)
         query = call.query[0].transpose(0, 1)[:, :, None]  # [B, H, 1, D]
         out = call.attend(query, key, value, self._bias(call.window))
         return out.squeeze(2).transpose(0, 1)[None]
+
+    def _attend_fused(self, call: LayerCall, key: Tensor, value: Tensor) -> Tensor:
+        """The prefix is read from the first row, for all rows at once."""
+        cache, shared = self._cache, self._cache.prefix_tokens
+        if self._spans is None:
+            firsts = cache.padding[: cache.num_rows].int()
+            self._spans = (firsts, cache.column + 1 - shared - firsts)
+        own = (key[:, :, shared:], value[:, :, shared:])
+        prefix = (key[0, :, :shared], value[0, :, :shared])
+        scoring = (call.scaling, call.softcap, call.window)
+        out = fused_decode(call.query[0].transpose(0, 1), own, prefix, self._spans, scoring)
+        return out.transpose(0, 1)[None]
 
     def _bias(self, window: int | None) -> Tensor:
         if window not in self._biases:

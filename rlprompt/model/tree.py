@@ -17,7 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlprompt.kernels.cpu.ops import tree_attention
+from rlprompt.kernels.dispatch import fused_attention, uses_triton
 from rlprompt.kernels.gather import fold, repeat_rows, unfold
+from rlprompt.kernels.prefix_attention_rows import AttentionRows, attention_rows
 from rlprompt.kernels.reference import mask_bias
 from rlprompt.model.attention import LayerCall, windowed
 from rlprompt.types import PrefixKV
@@ -77,6 +80,9 @@ class TokenTree:
     """int64 [M]: the completion tokens, rows behind each other."""
     target_mask: Tensor
     """bool [B, T_max]: unflattens per-token results, `padded[target_mask] = flat`."""
+    spans: Tensor
+    """int64 [G + B, 4]: where queries and completion inputs stand, see
+    `kernels.cpu.ops.tree_attention`."""
 
     @property
     def num_tokens(self) -> int:
@@ -141,6 +147,7 @@ def build_tree(
         predictors=_predictors(rows, query_lengths, query_total),
         targets=torch.tensor([t for _, row in rows for t in row], dtype=torch.int64),
         target_mask=_target_mask([len(row) for _, row in rows]),
+        spans=_spans(query_lengths, [g for g, _ in rows], input_lengths),
     )
     return tree if device.type == "cpu" else _to_device(tree, device)
 
@@ -156,6 +163,17 @@ def _predictors(
         out.extend(range(offset, offset + len(row) - 1))
         offset += len(row) - 1
     return torch.tensor(out, dtype=torch.int64)
+
+
+def _spans(query_lengths: list[int], groups: list[int], input_lengths: list[int]) -> Tensor:
+    """First token and length of each run of tokens, and of the query that it follows."""
+    starts = [sum(query_lengths[:g]) for g in range(len(query_lengths))]
+    table = [[start, n, 0, 0] for start, n in zip(starts, query_lengths, strict=True)]
+    first = sum(query_lengths)
+    for group, length in zip(groups, input_lengths, strict=True):
+        table.append([first, length, starts[group], query_lengths[group]])
+        first += length
+    return torch.tensor(table, dtype=torch.int64)
 
 
 def _target_mask(lengths: list[int]) -> Tensor:
@@ -182,13 +200,16 @@ def _to_device(tree: TokenTree, device: torch.device) -> TokenTree:
         predictors=tree.predictors.to(device),
         targets=tree.targets.to(device),
         target_mask=tree.target_mask.to(device),
+        spans=tree.spans.to(device),
     )
 
 
 class TreeContext:
     """Attention in a `TokenTree`: queries see [prefix, own], completions [prefix, query, own]."""
 
-    def __init__(self, tree: TokenTree, prefix: PrefixKV, record: bool = False) -> None:
+    def __init__(
+        self, tree: TokenTree, prefix: PrefixKV, record: bool = False, fused: bool | None = None
+    ) -> None:
         """Prepare for one forward.
 
         Args:
@@ -196,6 +217,7 @@ class TreeContext:
             prefix: keys and values of the P shared positions; gradients flow back into them.
             record: keep each layer's padded query keys and values in `query_keys/query_values`
                 ([G, H_kv, Q, D], right padded), for decoding to go on from.
+            fused: whether attention goes through the Triton kernels; None = as the device suggests.
         """
         if prefix.num_tokens != tree.prefix_length:
             raise ValueError(
@@ -205,13 +227,22 @@ class TreeContext:
         self._tree = tree
         self._prefix = prefix
         self._record = record
+        self._fused = fused
+        self._rows: AttentionRows | None = None
         self._biases: dict[int | None, tuple[Tensor, Tensor | None]] = {}
         self.query_keys: list[Tensor] = []
         self.query_values: list[Tensor] = []
 
     def attend(self, call: LayerCall) -> Tensor:
         """Both levels of the tree, packed again: [1, H, N, D]."""
+        if call.compiled:
+            return self._attend_compiled(call)
         tree = self._tree
+        like = call.query
+        if self._fused or (
+            self._fused is None and uses_triton(like.device, like.dtype, like.shape[-1])
+        ):
+            return self._attend_fused(call)
         query_bias, completion_bias = self._bias(call.window, call.query.dtype)
         queries, keys, values = (self._split(t) for t in (call.query, call.key, call.value))
         key, value = tree.queries.unfold(keys[0]), tree.queries.unfold(values[0])
@@ -232,6 +263,32 @@ class TreeContext:
             packed.append(rows.fold(attended))
         return torch.cat(packed, dim=0).transpose(0, 1)[None]
 
+    def _attend_fused(self, call: LayerCall) -> Tensor:
+        """Both levels in one launch: a kernel reads rows as ranges of packed tokens."""
+        if self._rows is None:
+            self._rows = tree_rows(self._tree)
+        if self._record:
+            self.query_keys.append(self._tree.queries.unfold(self._split(call.key)[0]))
+            self.query_values.append(self._tree.queries.unfold(self._split(call.value)[0]))
+        query, key, value = (t[0].transpose(0, 1) for t in (call.query, call.key, call.value))
+        prefix = (self._prefix.keys[call.layer], self._prefix.values[call.layer])
+        scoring = (call.scaling, call.softcap, call.window)
+        out = fused_attention((query, key, value), prefix, self._rows, scoring)
+        return out.transpose(0, 1)[None]
+
+    def _attend_compiled(self, call: LayerCall) -> Tensor:
+        """The same by one kernel, which reads keys and values where they stand."""
+        tensors = [_dense(t[0].transpose(0, 1)) for t in (call.query, call.key, call.value)]
+        if self._record:
+            rows = self._tree.queries
+            self.query_keys.append(rows.unfold(tensors[1][: rows.num_tokens]))
+            self.query_values.append(rows.unfold(tensors[2][: rows.num_tokens]))
+        prefix = (self._prefix.keys[call.layer], self._prefix.values[call.layer])
+        out = tree_attention(
+            (tensors[0], tensors[1], tensors[2]), prefix, self._tree.spans, call.scaling
+        )
+        return out.transpose(0, 1)[None]
+
     def _split(self, packed: Tensor) -> tuple[Tensor, Tensor]:
         """[1, H, N, D] -> query tokens and completion tokens, each [n, H, D]."""
         tokens = packed[0].transpose(0, 1)
@@ -246,6 +303,23 @@ class TreeContext:
             bias = None if completions is None else mask_bias(completions, dtype)
             self._biases[window] = (mask_bias(queries, dtype), bias)
         return self._biases[window]
+
+
+def tree_rows(tree: TokenTree) -> AttentionRows:
+    """The tree as the Triton kernels read it: queries, and completions whose parents they are."""
+    rows = tree.completions
+    width = tree.queries.mask.shape[1] if rows is None else rows.mask.shape[1]
+    return attention_rows(
+        tree.queries.mask.sum(1),
+        None if rows is None else rows.mask.sum(1),
+        tree.group_of_row,
+        tree.positions,
+        max(width, tree.queries.mask.shape[1]),
+    )
+
+
+def _dense(packed: Tensor) -> Tensor:
+    return packed if packed.stride(-1) == 1 else packed.contiguous()
 
 
 def _after(prefix: Tensor, own: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from rlprompt.training.checkpoint import (
     seed_global_random,
 )
 from rlprompt.training.files import to_json, write_atomic
+from rlprompt.training.guards import stopped_by
 from rlprompt.training.interrupt import StopRequest
 from rlprompt.training.optimizer import build_optimizer, learning_rate, lr_factor
 from rlprompt.training.parts import RunParts
@@ -46,7 +47,8 @@ class Trainer:
         self.parts = parts
         self.output = output
         settings = parts.training
-        peak_lr = learning_rate(settings.optimizer, parts.policy.embedding_rms())
+        scale = parts.policy.prompt.scale(parts.policy)
+        peak_lr = learning_rate(settings.optimizer, scale)
         own = [(part.parameters, part.lr) for part in parts.algorithm.own_parameters()]
         parameters = parts.policy.parameters()
         optimizer = build_optimizer(parameters, settings.optimizer, peak_lr, own)
@@ -96,6 +98,7 @@ class Trainer:
             steps=parts.training.steps,
             base=parts.policy.base.id,
             recipe=parts.recipe,
+            identity=self._identity,
             resume_step=resume_step,
         )
         parts.trackers.start(info)
@@ -121,7 +124,7 @@ class Trainer:
         progress, settings = self.state.progress, self.parts.training
         if self.parts.data.heldout and "base" not in progress.heldout:
             self._baselines()
-        while progress.step < settings.steps and stop.reason is None and not self._is_stale():
+        while progress.step < settings.steps and stop.reason is None and not self._is_over():
             start = time.perf_counter()
             self._step()
             if self._evaluation_is_due():
@@ -133,7 +136,8 @@ class Trainer:
             self._save()
         if progress.step >= settings.steps:
             return "finished"
-        return stop.reason or "early_stopping"
+        guard = stopped_by(progress.guards)
+        return stop.reason or (f"guard:{guard}" if guard else "early_stopping")
 
     def _step(self) -> None:
         """One rollout batch and its updates."""
@@ -172,11 +176,15 @@ class Trainer:
             metrics |= parts.constraints.update(batch.rewards.costs)
         if parts.query_weights is not None:
             metrics |= parts.query_weights.metrics()
+        metrics |= parts.guards.observe(progress.step, metrics, progress.guards)
         metrics |= {"num_tokens": float(progress.num_tokens), "epoch": parts.source.epoch}
         parts.trackers.log_completions(
             progress.step, completion_rows(batch, "train", "learned", signal.row_advantages)
         )
         parts.trackers.log_metrics(progress.step, metrics)
+        tensors = parts.policy.prompt.state_dict().items()
+        norms = {f"prompt/norms/{k}": v.float().norm(dim=-1) for k, v in tensors if v.dim() > 1}
+        parts.trackers.log_histograms(progress.step, norms)
 
     def _next_lr(self) -> float:
         """Set the rate of the coming update."""
@@ -211,16 +219,20 @@ class Trainer:
     def _evaluate_learned(self) -> None:
         result = self.parts.evaluator.evaluate(self.parts.policy.prompt, self.state.progress.step)
         self._log_evaluation("learned", result)
-        self.state.remember_best(result.reward, result.metrics)
+        progress, chosen_by = self.state.progress, self.parts.evaluation.select_by
+        self.parts.guards.observe(progress.step, result.flat, progress.guards, split="heldout")
+        self.state.remember_best(result.value(chosen_by), result.metrics)
 
     def _log_evaluation(self, who: str, result: HeldoutResult) -> None:
         step = self.state.progress.step
         self.parts.trackers.log_completions(step, completion_rows(result.batch, "heldout", who))
         self.parts.trackers.log_evaluation(step, who, result.metrics)
 
-    def _is_stale(self) -> bool:
-        patience = self.parts.training.early_stopping
-        return patience is not None and self.state.progress.stale_evaluations >= patience
+    def _is_over(self) -> bool:
+        """Whether held-out reward has stopped rising, or a guard has ended the run."""
+        progress, patience = self.state.progress, self.parts.training.early_stopping
+        stale = patience is not None and progress.stale_evaluations >= patience
+        return stale or stopped_by(progress.guards) is not None
 
     def _save(self) -> None:
         checkpoint = self.state.checkpoint(self._identity)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rlprompt.algorithms.base import Algorithm
@@ -12,6 +12,7 @@ from rlprompt.evaluation.heldout import EvaluationSettings, HeldoutEvaluator
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.rewards.runner import RewardRunner
+from rlprompt.training.guards import GuardWatch
 from rlprompt.training.objective import Constraints, QueryWeights
 from rlprompt.training.settings import TrainingSettings
 from rlprompt.training.sources import Source
@@ -54,3 +55,5 @@ class RunParts:
     """Of everything drawn at random."""
     recipe: Mapping[str, Any]
     """The resolved recipe as plain values."""
+    guards: GuardWatch = field(default_factory=lambda: GuardWatch([]))
+    """Watch the metrics for reward hacking."""

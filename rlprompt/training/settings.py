@@ -17,8 +17,9 @@ class OptimizerSettings(Settings):
     lr: float | None = Field(default=None, gt=0.0)
     """Learning rate. Give this or `lr_relative`."""
     lr_relative: float | None = Field(default=None, gt=0.0)
-    """Learning rate as a share of the root mean square of the base's embedding entries, so that one
-    value serves bases of any scale. 0.05 when neither is given."""
+    """Learning rate as a share of the natural size of what is trained (for a soft prompt, the root
+    mean square of the base's embedding entries), so that one value serves bases of any scale and
+    every representation. 0.05 when neither is given."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay rates of AdamW's moments."""
     eps: float = Field(default=1e-8, gt=0.0)

@@ -296,6 +296,29 @@ RUNS = [
     ),
     ("a file as the output", lambda p: train("--output", "recipe.yaml")),
 ]
+SUBMIT = ("submit", "recipe.yaml", "--dry-run")
+CLUSTER = [
+    (
+        "an unknown key in a cluster file",
+        lambda p: (p.write("c.yaml", "partitoin: gpu"), (*SUBMIT, "--cluster", "c.yaml"))[1],
+    ),
+    (
+        "a time limit without quotes",
+        lambda p: (p.write("c.yaml", "time: 12:00:00"), (*SUBMIT, "--cluster", "c.yaml"))[1],
+    ),
+    ("a wrong recipe", lambda p: (*SUBMIT, "training.stepps=3")),
+    ("a sweep without a list", lambda p: (*SUBMIT, "--sweep", "seed=1")),
+    ("a sweep over a wrong key", lambda p: (*SUBMIT, "--sweep", "sede=[1, 2]")),
+    (
+        "ranks per node beside GPUs",
+        lambda p: (*SUBMIT, "--gpus-per-node", "2", "--tasks-per-node", "2"),
+    ),
+    ("a limit on a sweep that is none", lambda p: (*SUBMIT, "--max-parallel", "2")),
+    ("a server's address without a server", lambda p: (*SUBMIT, "name=at-{server}")),
+    ("an output that holds another run", lambda p: (*SUBMIT, "seed=5", "--output", "run")),
+    ("--status where nothing was submitted", lambda p: ("submit", "--status", "--output", "run")),
+    ("no recipe", lambda p: ("submit",)),
+]
 SECTIONS: dict[str, list[tuple[str, Callable[[Project], Sequence[str]]]]] = {
     "Recipes": RECIPES,
     "Models": MODELS,
@@ -303,6 +326,7 @@ SECTIONS: dict[str, list[tuple[str, Callable[[Project], Sequence[str]]]]] = {
     "Datasets": DATA,
     "Artifacts": ARTIFACTS,
     "Run folders": RUNS,
+    "Slurm": CLUSTER,
 }
 CASES = [
     Case(section, title, arguments)

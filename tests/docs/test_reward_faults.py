@@ -35,7 +35,7 @@ stopped with that line and exit code 2, and `--resume` did the steps that were l
 |---|---|---|---|
 """
 
-REWARD = '''
+REWARD = """
 import os, re, signal, time
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def faulty(completions, trainer_state, fault, **kwargs):
 
 def vowels(completions, **kwargs):
     return [sum(c in "aeiou" for c in text) / 8 for text in completions]
-'''
+"""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,9 @@ def table(settings: type[Settings]) -> str:
     schema: dict[str, Any] = settings.model_json_schema()
     lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for path, kind, default, description in rows(schema, schema, ""):
-        lines.append(f"| {code(path)} | {kind} | {default} | {description.replace('|', chr(92) + '|')} |")
+        lines.append(
+            f"| {code(path)} | {kind} | {default} | {description.replace('|', chr(92) + '|')} |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -1,0 +1,76 @@
+"""Which attention runs: Triton kernels on a GPU that they are made for, matrix products elsewhere.
+
+The choice is made once per device, dtype and head dim, and logged. Triton is imported only where it
+is chosen.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from rlprompt.kernels.prefix_attention_rows import MAX_HEAD_DIM, AttentionRows
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@lru_cache
+def uses_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether attention of this kind goes through the Triton kernels.
+
+    Both ways compute the same; written out, attention holds a score for each query and key.
+    """
+    if device.type != "cuda":
+        return False
+    reason = _obstacle(device, dtype, head_dim)
+    if reason is None:
+        logger.info("attention: Triton kernels (%s, head dim %d)", dtype, head_dim)
+        return True
+    logger.warning("attention: written out, which takes more memory, because %s", reason)
+    return False
+
+
+def _obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the kernels cannot run, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'rlprompt[triton]')"
+    if dtype not in _DTYPES:
+        return f"the kernels do not compute in {dtype}"
+    if head_dim > MAX_HEAD_DIM:
+        return f"head dim {head_dim} is beyond {MAX_HEAD_DIM}"
+    if dtype == torch.float32 and head_dim > 128:
+        return f"float32 tiles of head dim {head_dim} do not fit a GPU's registers"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU is older than Ampere"
+    return None
+
+
+def fused_attention(
+    packed: tuple[Tensor, Tensor, Tensor],
+    prefix: tuple[Tensor, Tensor],
+    rows: AttentionRows,
+    scoring: tuple[float, float | None, int | None],
+) -> Tensor:
+    """`prefix_attention` with (scaling, softcap, window); imports Triton."""
+    from rlprompt.kernels.prefix_attention import prefix_attention
+
+    return prefix_attention(packed, prefix, rows, *scoring)
+
+
+def fused_decode(
+    query: Tensor,
+    own: tuple[Tensor, Tensor],
+    prefix: tuple[Tensor, Tensor],
+    spans: tuple[Tensor, Tensor],
+    scoring: tuple[float, float | None, int | None],
+) -> Tensor:
+    """`prefix_decode`; imports Triton."""
+    from rlprompt.kernels.prefix_attention import prefix_decode
+
+    return prefix_decode(query, own, prefix, spans, scoring)
