@@ -90,15 +90,108 @@ def train(
     resume: bool = typer.Option(
         False, "--resume", help="Go on with the run in the output folder from its last checkpoint."
     ),
+    auto_resume: bool = typer.Option(
+        False, "--auto-resume", help="Go on with the run in the output folder if there is one."
+    ),
+    stop_exit_code: int = typer.Option(
+        0,
+        "--stop-exit-code",
+        min=0,
+        max=125,
+        metavar="N",
+        help="What to end with when a signal stopped the run, so that a scheduler knows.",
+    ),
     verbose: bool = _VERBOSE,
 ) -> None:
     """Learn a prompt as a recipe says, and compare it with the base before and after.
 
     Ctrl-C, SIGTERM and SIGUSR1 end the run after the step in progress, with a checkpoint.
     """
-    from rlprompt.commands.train import run
+    from rlprompt.commands.train import TrainOptions, run
 
-    raise typer.Exit(run(recipe, overrides or [], output, resume=resume, verbose=verbose))
+    options = TrainOptions(output, resume, auto_resume, stop_exit_code, verbose)
+    raise typer.Exit(run(recipe, overrides or [], options))
+
+
+@app.command()
+def submit(
+    recipe: Path = typer.Argument(None, metavar="RECIPE", help="As of `rlprompt train`."),
+    overrides: list[str] = typer.Argument(
+        None, metavar="KEY=VALUE", help="Changes to the recipe; {server} is the server's address."
+    ),
+    output: Path | None = typer.Option(
+        None, "--output", "-o", metavar="DIR", help="The run folder; by default runs/<name>."
+    ),
+    cluster: Path | None = typer.Option(
+        None, "--cluster", metavar="FILE", help="YAML about the cluster; see docs/cluster.md."
+    ),
+    nodes: int | None = typer.Option(None, "--nodes", metavar="N", help="Nodes that train."),
+    gpus_per_node: int | None = typer.Option(
+        None, "--gpus-per-node", metavar="N", help="GPUs of each; every one gets a rank."
+    ),
+    tasks_per_node: int | None = typer.Option(
+        None, "--tasks-per-node", metavar="N", help="Ranks of each node without GPUs."
+    ),
+    time: str | None = typer.Option(None, "--time", metavar="HH:MM:SS", help="Time limit."),
+    account: str | None = typer.Option(None, "--account", help="Whom the time is charged to."),
+    partition: str | None = typer.Option(None, "--partition", help="Partition."),
+    qos: str | None = typer.Option(None, "--qos", help="Quality of service."),
+    constraint: str | None = typer.Option(None, "--constraint", help="Node features."),
+    sweep: list[str] = typer.Option(
+        None, "--sweep", metavar="KEY=[A,B]", help="One run per value; again for a grid."
+    ),
+    max_parallel: int | None = typer.Option(
+        None, "--max-parallel", min=1, metavar="N", help="Runs of a sweep at a time."
+    ),
+    then: list[str] = typer.Option(
+        None, "--then", metavar="COMMAND", help="Run after it; knows {output} and {artifact}."
+    ),
+    after: list[str] = typer.Option(
+        None, "--after", metavar="JOB", help="Wait until this job has ended well."
+    ),
+    server: str | None = typer.Option(
+        None, "--server", metavar="COMMAND", help="Run it beside the training, on other nodes."
+    ),
+    server_nodes: int = typer.Option(1, "--server-nodes", min=1, help="Nodes of the server."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Print the scripts and do nothing."),
+    wait: bool = typer.Option(False, "--wait", help="Show what happens until the jobs end."),
+    status: bool = typer.Option(
+        False, "--status", help="Show the jobs of RECIPE or --output in place of submitting."
+    ),
+) -> None:
+    """Train on a Slurm cluster: one rank per GPU, requeued and resumed until the run is finished.
+
+    Exit code with --wait or --status: 1 when a job has failed.
+    """
+    from rlprompt.commands.submit import SubmitOptions, show_status, status_folder
+    from rlprompt.commands.submit import submit as run
+
+    if status:
+        raise typer.Exit(show_status(status_folder(recipe, overrides or [], output), wait=wait))
+    if recipe is None:
+        raise InputError("no recipe is named; give one, or --status with --output")
+    asked = {
+        "nodes": nodes,
+        "gpus_per_node": gpus_per_node,
+        "tasks_per_node": tasks_per_node,
+        "time": time,
+        "account": account,
+        "partition": partition,
+        "qos": qos,
+        "constraint": constraint,
+    }
+    options = SubmitOptions(
+        output=output,
+        cluster_file=cluster,
+        cluster=asked,
+        sweep=sweep or [],
+        max_parallel=max_parallel,
+        then=then or [],
+        after=after or [],
+        server=server,
+        server_nodes=server_nodes,
+    )
+    raise typer.Exit(run(recipe, overrides or [], options, dry_run=dry_run, wait=wait))
 
 
 @app.command()
@@ -149,6 +242,38 @@ def chat(
     )
 
 
+@app.command("eval")
+def evaluate(
+    artifact: Path = typer.Argument(
+        None,
+        metavar="[ARTIFACT]",
+        help="The artifact/ folder of a run; without it, the recipe's prompt as it is before "
+        "training, such as a text.",
+    ),
+    recipe: Path = typer.Option(
+        ..., "--recipe", "-r", metavar="RECIPE", help="Gives held-out queries, rewards, sampling."
+    ),
+    overrides: list[str] = typer.Option(
+        None, "--set", metavar="KEY=VALUE", help="A change to the recipe; may be given again."
+    ),
+    output: Path | None = typer.Option(
+        None,
+        "--output",
+        "-o",
+        metavar="DIR",
+        help="Write evaluation.json there, and the prompt as an artifact if none was given.",
+    ),
+    force: bool = typer.Option(
+        False, "--force", help="Load the artifact although it was made on another base."
+    ),
+    verbose: bool = _VERBOSE,
+) -> None:
+    """Print held-out rewards of a prompt as JSON, with those of base and hand-written prompt."""
+    from rlprompt.commands.evaluate import run
+
+    run(artifact, recipe, overrides or [], output, force=force, verbose=verbose)
+
+
 @model_app.command("fetch")
 def model_fetch(
     name: str = typer.Argument(..., metavar="NAME", help="As in `rlprompt model list`."),
@@ -193,6 +318,56 @@ def reward_check(
     from rlprompt.commands.reward import check
 
     raise typer.Exit(check(path, option or [], column or [], pairs, timeout))
+
+
+@reward_app.command("train")
+def reward_train(
+    recipe: Path = typer.Argument(..., metavar="RECIPE", help="A YAML file; see docs/rewards.md."),
+    overrides: list[str] = typer.Argument(
+        None, metavar="KEY=VALUE", help="Changes to the recipe, such as learning.epochs=1."
+    ),
+    output: Path | None = typer.Option(
+        None, "--output", "-o", metavar="DIR", help="An empty folder; by default runs/<name>."
+    ),
+    verbose: bool = _VERBOSE,
+) -> None:
+    """Train a preference model on judged answers, and test it on queries that it never saw."""
+    from rlprompt.commands.reward_train import train
+
+    train(recipe, overrides or [], output, verbose=verbose)
+
+
+@reward_app.command("serve")
+def reward_serve(
+    path: str = typer.Argument(
+        ..., metavar="PATH", help="As in a recipe: my_reward.py:reward, builtin:NAME, ..."
+    ),
+    option: list[str] = typer.Option(
+        None, "--option", metavar="KEY=VALUE", help="An option of the reward; may be given again."
+    ),
+    host: str = typer.Option("127.0.0.1", "--host", help="0.0.0.0 = every address."),
+    port: int = typer.Option(8770, "--port", min=0, max=65535, help="0 = any free one."),
+    token_env: str | None = typer.Option(
+        None, "--token-env", metavar="VARIABLE", help="Variable with the token clients must send."
+    ),
+    no_token: bool = typer.Option(
+        False, "--no-token", help="Let other machines in without a token."
+    ),
+    certificate: Path | None = typer.Option(
+        None, "--certificate", metavar="FILE", help="PEM with certificate and key, for https."
+    ),
+    max_body_mb: float = typer.Option(16.0, "--max-body-mb", min=0.001, help="Longest request."),
+    timeout: float = typer.Option(
+        60.0, "--timeout", min=0.001, metavar="SECONDS", help="For one call of the reward."
+    ),
+    isolate: bool = typer.Option(False, "--isolate", help="Run it in a worker process."),
+    verbose: bool = _VERBOSE,
+) -> None:
+    """Serve a reward over HTTP, for runs that name it as `builtin:http` with its url."""
+    from rlprompt.commands.reward_serve import Serving, serve
+
+    access = Serving(host, port, token_env, no_token, certificate, max_body_mb)
+    serve(path, option or [], access, timeout=timeout, isolate=isolate, verbose=verbose)
 
 
 @app.command()

@@ -9,7 +9,8 @@ H_kv key/value heads, D head dim, d model width. Masks: True = the position coun
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 
 from rlprompt.errors import InputError
 from rlprompt.kernels.lm_head import head_scores
+from rlprompt.model.adapted import linear_shapes
 from rlprompt.model.base import FrozenBase
 from rlprompt.model.forward import PrefixForward
 from rlprompt.model.slot import ChatSlot
 from rlprompt.model.tree import TokenTree, TreeContext, build_tree
 from rlprompt.prompts.base import Prompt
-from rlprompt.types import Completion, Message, PrefixKV, Query
+from rlprompt.types import Adapter, Completion, Message, PrefixKV, Query
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class SharedPrefix:
         self.leaves = PrefixKV(
             [_leaf(key) for key in made.keys],
             [_leaf(value) for value in made.values],
+            made.adapter,
         )
 
     def backward(self) -> None:
@@ -91,6 +94,7 @@ class Policy:
         self.slot = slot
         self.forward = PrefixForward(base)
         self._prompt = prompt
+        self._head_prefix: PrefixKV | None = None
 
     @property
     def prompt(self) -> Prompt:
@@ -102,6 +106,12 @@ class Policy:
     @prompt.setter
     def prompt(self, prompt: Prompt) -> None:
         self._prompt = prompt
+
+    def sibling(self) -> Policy:
+        """A policy over the same base, without a prompt yet; nothing is loaded or packed again."""
+        made = copy.copy(self)
+        made._prompt = None
+        return made
 
     @property
     def device(self) -> torch.device:
@@ -139,6 +149,21 @@ class Policy:
         """V, the number of tokens that have a name; embeddings may have unused rows beyond."""
         return min(self.base.vocab_size, len(self.base.tokenizer))
 
+    @property
+    def hidden_size(self) -> int:
+        """d, the width of an embedding."""
+        return self.base.hidden_size
+
+    @property
+    def kv_shape(self) -> tuple[int, int, int]:
+        """(L, H_kv, D)."""
+        return self.base.num_layers, self.base.num_kv_heads, self.base.head_dim
+
+    @property
+    def linear_shapes(self) -> Mapping[str, tuple[int, int]]:
+        """(out, in) of every linear layer inside the decoder's layers, by its full name."""
+        return linear_shapes(self.base.model)
+
     def slot_ids(self, text: str) -> list[int]:
         """A text as tokens of the slot."""
         return self.slot.slot_ids(text)
@@ -155,9 +180,22 @@ class Policy:
         """Input embeddings [n, d]."""
         return self.forward.embed(token_ids)
 
-    def prefill(self, embeddings: Tensor) -> PrefixKV:
-        """Keys and values of [P, d] embeddings."""
-        return self.forward.prefill(embeddings)
+    def prefill(
+        self,
+        embeddings: Tensor,
+        after: PrefixKV | None = None,
+        adapter: Adapter | None = None,
+    ) -> PrefixKV:
+        """Keys and values of [n, d] embeddings; see `PrefixForward.prefill`."""
+        return self.forward.prefill(embeddings, after, adapter)
+
+    def head_prefix(self) -> PrefixKV:
+        """The prefix of the head alone; computed once, without gradient."""
+        if self._head_prefix is None:
+            # Tensors of inference mode could not take part in a later backward.
+            with torch.inference_mode(False), torch.no_grad():
+                self._head_prefix = self.prefill(self.embed(self.head_ids))
+        return self._head_prefix
 
     def embedding_rms(self) -> float:
         """Root mean square of the entries of named tokens' embeddings: a soft prompt's scale."""
@@ -227,7 +265,8 @@ class Policy:
     def hidden(self, tree: TokenTree, prefix: PrefixKV) -> Tensor:
         """Final hidden states [N, d] of a tree's packed tokens."""
         context = TreeContext(tree, prefix)
-        return self.forward.hidden(self.embed_ids(tree.token_ids), tree.positions, context)
+        with self.forward.adapted(prefix.adapter):
+            return self.forward.hidden(self.embed_ids(tree.token_ids), tree.positions, context)
 
     def embed_ids(self, token_ids: Tensor) -> Tensor:
         """Input embeddings of a tensor of ids; they carry no gradient."""
@@ -256,6 +295,20 @@ class Policy:
         out = head_scores(scored, tree.targets, self.forward.head, temperature, entropy_grad)
         mask = tree.target_mask
         return TokenScores(tree.unflatten(out.logprobs), tree.unflatten(out.entropy), mask, scored)
+
+    def hidden_scored(
+        self,
+        queries: Sequence[Query],
+        completions: Sequence[Sequence[Completion]],
+        prefix: PrefixKV,
+        prompt: Prompt | None = None,
+    ) -> Tensor:
+        """Final hidden states [M, d] that the completion tokens are predicted from.
+
+        Arguments and errors as for `tree`; the LM head does not run.
+        """
+        tree = self.tree(queries, completions, prefix, prompt)
+        return self.hidden(tree, prefix).index_select(0, tree.predictors)
 
     def parameters(self) -> list[nn.Parameter]:
         """Everything that trains: the prompt's parameters, never the base's."""

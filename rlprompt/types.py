@@ -6,11 +6,12 @@ H_kv key/value heads, D head dimension, V vocabulary. Masks: True = the position
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:  # a reward's worker process must start without torch
+    from torch import Tensor, nn
 
 Message = dict[str, str]
 """One turn of a conversation: `{"role": "user" | "assistant" | "system", "content": text}`."""
@@ -57,17 +58,44 @@ class Group:
     completions: tuple[Completion, ...]
 
 
+class Adapter(Protocol):
+    """A change of a base's layers, such as LoRA.
+
+    Keys and values that were made under it belong to tokens that are computed under it: a
+    `PrefixKV` carries its adapter, and whoever attends to the prefix has it on.
+    """
+
+    def attach(self, model: nn.Module) -> Callable[[], None]:
+        """Change the layers of a base, without touching its weights; the result undoes it."""
+        ...
+
+    def snapshot(self) -> Adapter:
+        """A copy without gradients that later updates leave alone."""
+        ...
+
+
 @dataclass(frozen=True)
 class PrefixKV:
     """Keys and values of the tokens that every row of a batch shares.
 
     keys, values: one tensor per layer, [H_kv, P, D], rotary embedding already applied to keys.
+    adapter: what must be on in the layers wherever they are attended to; None = the plain base.
     """
 
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
+    adapter: Adapter | None = None
 
     @property
     def num_tokens(self) -> int:
         """P, the number of shared positions."""
         return int(self.keys[0].shape[1])
+
+    def cut(self, tokens: int) -> PrefixKV:
+        """The first so many positions."""
+        keys, values = [k[:, :tokens] for k in self.keys], [v[:, :tokens] for v in self.values]
+        return replace(self, keys=keys, values=values)
+
+    def snapshot(self) -> PrefixKV:
+        """The same prefix, whose adapter no longer follows the prompt's updates."""
+        return self if self.adapter is None else replace(self, adapter=self.adapter.snapshot())

@@ -8,7 +8,16 @@ linear      one linear layer of SmolLM2 in bf16: `nn.Linear` against packed weig
 decode      one decode step's attention of one layer: the cache sliced to its filled columns against
             the whole block with a mask (`engines.cache`)
 head        log-probabilities, entropy and gradient of 1536 tokens: log_softmax over [M, V] with
-            autograd against `kernels.lm_head`
+            autograd, against `kernels.lm_head` in plain torch, and that against its C++ kernel
+kernels     the other C++ kernels (`kernels.cpu`) at a training micro-batch of 800 tokens, forward
+            and backward, against plain torch
+step        one decode step of SmolLM2 for 32 rows: the base's own modules, the lean
+            step, the compiled one, and the floor, max(weights / bandwidth, FLOPs / peak), with both
+            measured here
+agreement   how far sampling log-probabilities are from those of the training forward, in nats, with
+            and without the kernels
+
+    python scripts/bench_cpu.py --only step --only agreement
 
 Times are the minimum over repeats, in milliseconds.
 """
@@ -20,6 +29,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -27,9 +37,20 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from rlprompt.engines.native import NativeEngine, NativeSettings
+from rlprompt.engines.sampling import SamplingSettings
+from rlprompt.kernels.cpu import ops
 from rlprompt.kernels.lm_head import Head, head_scores
 from rlprompt.kernels.reference import mask_bias, masked_attention
+from rlprompt.model.attention import LayerCall
+from rlprompt.model.base import ModelSettings, load_base
+from rlprompt.model.fetch import cache_dir
 from rlprompt.model.frozen import FrozenLinear, can_pack
+from rlprompt.model.slot import ChatSlot
+from rlprompt.model.tree import TreeContext, build_tree
+from rlprompt.policy import Policy
+from rlprompt.prompts.text import TextPrompt
+from rlprompt.types import PrefixKV, Query
 
 HEADS, KV_HEADS, DIM = 9, 3, 64
 
@@ -129,17 +150,145 @@ def head() -> None:
     def ours() -> None:
         head_scores(hidden, targets, chunked).logprobs.sum().backward()
 
-    row("head, 1536 tokens", ("log_softmax", best(naive, 3)), ("chunked", best(ours, 3)))
+    plain = best(ours, 3)
+    row("head, 1536 tokens", ("log_softmax", best(naive, 3)), ("chunked", plain))
+    if kernels_usable():
+        chunked = chunked._replace(compiled=True)
+        row("head, 1536 tokens", ("chunked", plain), ("kernel", best(ours, 3)))
+
+
+def kernels_usable() -> bool:
+    """Whether the C++ kernels are there; says so otherwise."""
+    usable, why = ops.status(cache_dir() / "kernels")
+    if not usable:
+        print(f"C++ kernels: not used, {why}")
+    return usable
+
+
+def kernels() -> None:
+    """Element-wise kernels and tree attention."""
+    if not kernels_usable():
+        return
+    tokens, width, inner = 800, 576, 1536
+    x, weight = torch.randn(tokens, width).bfloat16().requires_grad_(), torch.ones(width).bfloat16()
+    upstream = torch.randn(tokens, width).bfloat16()
+
+    def plain_norm() -> None:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
+        (weight * normed.bfloat16()).backward(upstream)
+
+    def norm() -> None:
+        ops.rms_norm(x, weight, 1e-5).backward(upstream)
+
+    row(f"norm, {tokens} x {width}", ("plain", best(plain_norm)), ("kernel", best(norm)))
+    gates = torch.randn(tokens, 2 * inner).bfloat16().requires_grad_()
+    gate, up = (t.detach().contiguous().requires_grad_() for t in gates.chunk(2, 1))
+    above = torch.randn(tokens, inner).bfloat16()
+
+    def plain_silu() -> None:
+        (functional.silu(gate) * up).backward(above)
+
+    def silu() -> None:
+        ops.silu_mul(gates).backward(above)
+
+    row(f"silu x up, {tokens} x {inner}", ("plain", best(plain_silu)), ("kernel", best(silu)))
+    for rows, length in ((16, 48), (16, 128), (4, 256)):
+        for shared in (19, 512):
+            tree_row(rows, length, shared)
+
+
+def tree_row(rows: int, length: int, shared: int) -> None:
+    """Tree attention of two groups under one prefix."""
+    completions = [[[0] * (length + 1)] * (rows // 2)] * 2
+    tree = build_tree([[0] * 22] * 2, completions, shared, torch.device("cpu"))
+    heads = (HEADS, KV_HEADS, KV_HEADS)
+    tensors = [torch.randn(1, h, tree.num_tokens, DIM).bfloat16().requires_grad_() for h in heads]
+    prefix = [torch.randn(KV_HEADS, shared, DIM, requires_grad=True) for _ in range(2)]
+    upstream = torch.randn(1, HEADS, tree.num_tokens, DIM).bfloat16()
+
+    def run(compiled: bool) -> None:
+        context = TreeContext(tree, PrefixKV([prefix[0]], [prefix[1]]))
+        call = LayerCall(0, (tensors[0], tensors[1], tensors[2]), 0.125, None, None, compiled)
+        context.attend(call).backward(upstream)
+
+    label = f"tree attention {rows} x {length} after {shared} + 22"
+    row(label, ("plain", best(lambda: run(False))), ("kernel", best(lambda: run(True))))
+
+
+def policy(cpu_kernels: Literal["auto", "off"]) -> Policy:
+    """SmolLM2 in bf16 under a text prompt."""
+    base = load_base(ModelSettings(cpu_kernels=cpu_kernels, dtype="bfloat16"))
+    return Policy(base, ChatSlot.from_tokenizer(base.tokenizer), TextPrompt("Be brief and kind."))
+
+
+QUERIES = [
+    Query(({"role": "user", "content": text},))
+    for text in ("Why is the sky blue?", "Name a city.", "What is rain?", "How do I boil an egg?")
+]
+
+
+def decode_step_ms(of: Policy, lean: bool) -> float:
+    """Milliseconds of one decode step and its LM head with 32 rows, whole rollout / tokens."""
+    engine = NativeEngine(of, NativeSettings(lean_decode=lean))
+    engine.sync(of.prompt)
+    times = []
+    for tokens in (8, 40):
+        sampling = SamplingSettings(max_tokens=tokens, min_tokens=tokens)
+        times.append(best(lambda s=sampling: engine.generate(QUERIES, 8, s, 0), 3))
+    return (times[1] - times[0]) / 32
+
+
+def step() -> None:
+    """A decode step against its floor."""
+    of = policy("off")
+    print(f"step, 32 rows, own modules {decode_step_ms(of, False):8.2f}")
+    print(f"step, 32 rows, lean        {decode_step_ms(of, True):8.2f}")
+    of = policy("auto")
+    ours = decode_step_ms(of, True)
+    print(f"step, 32 rows, compiled    {ours:8.2f}   ({of.forward.compiled = })")
+    parameters = sum(p.numel() for p in of.base.model.parameters())
+    big = torch.ones(2**28)
+    square = torch.randn(2048, 2048).bfloat16()
+    bandwidth = 4 * big.numel() / best(lambda: big.sum(), 5) / 1e6  # GB/s
+    peak = 2 * 2048**3 / best(lambda: square @ square, 9) / 1e6  # GFLOP/s
+    by_weights, by_work = 2 * parameters / bandwidth / 1e6, 2 * parameters * 32 / peak / 1e6
+    print(f"floor: weights at {bandwidth:.0f} GB/s {by_weights:.2f}, ", end="")
+    print(f"products at {peak:.0f} GFLOP/s {by_work:.2f}; step / floor ", end="")
+    print(f"{ours / max(by_weights, by_work):.2f}")
+
+
+def agreement() -> None:
+    """Sampling against training log-probabilities."""
+    for choice in ("off", "auto"):
+        of = policy(choice)
+        engine = NativeEngine(of)
+        engine.sync(of.prompt)
+        groups = engine.generate(QUERIES, 8, SamplingSettings(max_tokens=48, min_tokens=48), 0)
+        with torch.no_grad():
+            prefix = of.prefix()
+            tree = of.tree(QUERIES, [g.completions for g in groups], prefix)
+            scores = of.logprobs(tree, prefix)
+        sampled = torch.tensor([c.sampling_logprobs for g in groups for c in g.completions])
+        gap = (scores.logprobs - sampled).abs()
+        print(f"agreement, kernels {choice:5} mean {gap.mean():.4f} nats, most {gap.max():.3f}")
+
+
+TABLES: dict[str, Callable[[], None]] = {
+    table.__name__: table for table in (attention, linear, decode, head, kernels, step, agreement)
+}
 
 
 def main() -> None:
-    """Print all tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    torch.set_num_threads(parser.parse_args().threads)
+    parser.add_argument("--only", action="append", choices=list(TABLES), help="may be repeated")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, milliseconds")
-    for table in (attention, linear, decode, head):
-        table()
+    for name in options.only or TABLES:
+        TABLES[name]()
 
 
 if __name__ == "__main__":

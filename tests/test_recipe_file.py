@@ -88,7 +88,7 @@ def test_an_override_goes_below_a_key_that_the_file_leaves_empty(tmp_path: Path)
         ("reference={type: text}", "'reference.text' is missing; add it"),
         ("reference.type=foo", "'reference.type' is 'foo'; use none, initial, text"),
         ("model.dtype=Bfloat", "'model.dtype' is 'Bfloat'; did you mean 'bfloat16'?"),
-        ("prompt.type=lora", "'prompt.type' is 'lora'; use one of soft"),
+        ("prompt.type=lora", "'prompt.type' is 'lora'; use soft, prefix, text, adapter, sequence"),
         ("rewards=length", "'rewards' must be a list (begin each entry with '- '), given 'length'"),
         ("rewards.0.options=[1]", "'rewards.0.options' must be a mapping of keys, given [1]"),
         ("training.optimizer.betas=[1, 2, 3]", "must be a list of at most 2, given [1, 2, 3]"),

@@ -144,6 +144,9 @@ class TokenLosses:
     metrics: Mapping[str, Tensor] | None = None
     """Per token, [b, T], without gradient; logged as means over the tokens of the batch that have a
     weight."""
+    row_metrics: Mapping[str, Tensor] | None = None
+    """Per completion, [b], without gradient; logged as means over the completions that have a
+    weight."""
 
     def total(self) -> Tensor:
         """The scalar to differentiate.

@@ -50,14 +50,14 @@ def adapted_kl_coef(
     """The KL coefficient after a batch (Ziegler et al., 2019, arXiv 1909.08593, section 2.2).
 
     A proportional controller in log space: with e = kl / target - 1, clipped to +-0.2, the
-    coefficient is multiplied by 1 + e * num_completions / horizon.
+    coefficient is multiplied by 1 + e * num_completions / horizon, the fraction being at most 1.
 
     Args:
         kl_coef: the present one, > 0.
-        kl: measured on the batch, nats per completion.
+        kl: measured on the batch, in nats.
         target: wanted, in the same unit.
         num_completions: in the batch.
         horizon: completions over which an error of 1 would be acted on in full.
     """
     error = min(max(kl / target - 1.0, -STEP_LIMIT), STEP_LIMIT)
-    return kl_coef * max(0.0, 1.0 + error * num_completions / horizon)
+    return kl_coef * (1.0 + error * min(1.0, num_completions / horizon))

@@ -19,23 +19,23 @@ def card(info: Mapping[str, Any]) -> str:
         info: the fields of `ArtifactInfo`.
     """
     lines = [
-        f"# {_cell(info['name'])}: a learned system prompt",
+        f"# {cell(info['name'])}: a learned system prompt",
         "",
         f"A {info['representation']} prompt of {info['num_virtual_tokens']} positions for the "
-        f"system slot of {_cell(info['base'])}, learned by rlprompt with the model frozen.",
+        f"system slot of {cell(info['base'])}, learned by rlprompt with the model frozen.",
         "",
         "| | |",
         "|---|---|",
-        f"| base | {_cell(info['base'])} |",
+        f"| base | {cell(info['base'])} |",
         f"| base fingerprint | `{info['base_fingerprint']}` |",
         f"| chat template hash | `{info['template_hash']}` |",
-        f"| started from | {_cell(info['init_text']) or 'random embeddings'} |",
+        f"| started from | {cell(info['init_text']) or 'random embeddings'} |",
         f"| created | {info['created']} |",
         "",
     ]
     if info["metrics"]:
         lines += ["## Held-out results", "", "| | |", "|---|---|"]
-        lines += [f"| {_cell(k)} | {_cell(v)} |" for k, v in info["metrics"].items()]
+        lines += [f"| {cell(k)} | {cell(v)} |" for k, v in info["metrics"].items()]
         lines.append("")
     lines += [
         "## Use",
@@ -50,7 +50,8 @@ def card(info: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A value as text that neither breaks a table nor acts as markup."""
     if value is None:
         return "-"
     text = f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())

@@ -3,6 +3,12 @@
     prompt.safetensors   the tensors of its representation
     prompt.json          what it is, what it was made on, and how
     README.md            a card for people
+    adapter/             of an adapter: its weights in PEFT's own files
+
+Tensors by representation: `soft` has embeddings [m, d], `prefix` has keys_values
+[L, 2, H_kv, m, D], a `sequence` has those of its parts under 0/, 1/ and so on, `text` and `adapter`
+have none. Files are safetensors and JSON only: reading one runs no code. Version 2 added `details`
+and the representations beside soft and text; version 1 is read as well.
 
 An artifact belongs to one base (by fingerprint) and one chat template (by hash): under another one
 the same tensors mean something else, so loading there is refused unless forced.
@@ -17,23 +23,23 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
+from torch import Tensor
 
 from rlprompt.artifacts.card import card
 from rlprompt.errors import InputError
 from rlprompt.policy import Policy
-from rlprompt.prompts.base import Prompt
-from rlprompt.prompts.soft import SoftPrompt
-from rlprompt.prompts.text import TextPrompt
+from rlprompt.prompts.base import Prompt, SavedPrompt
+from rlprompt.prompts.make import PROMPTS
 from rlprompt.settings import Settings
 from rlprompt.training.files import to_json, write_atomic
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_READABLE = (1, 2)
 
 
 class ArtifactInfo(Settings):
@@ -44,11 +50,13 @@ class ArtifactInfo(Settings):
     name: str
     """Name of the recipe."""
     representation: str
-    """`soft` or `text`."""
+    """A key of `rlprompt.prompts.make.PROMPTS`."""
     num_virtual_tokens: int
     """Positions in the slot."""
     init_text: str
-    """What the prompt started from, or is."""
+    """What the prompt started from, or is; of an adapter, the text that it stands on."""
+    details: dict[str, Any] = Field(default_factory=dict)
+    """What the representation needs beside its tensors."""
     base: str
     """Id of the base."""
     base_fingerprint: str
@@ -65,12 +73,6 @@ class ArtifactInfo(Settings):
     """Risk certificate, when one was issued."""
 
 
-_LOADERS: dict[str, Callable[[Mapping[str, torch.Tensor], ArtifactInfo], Prompt]] = {
-    "soft": lambda tensors, info: SoftPrompt(tensors["embeddings"], info.init_text),
-    "text": lambda tensors, info: TextPrompt(info.init_text),
-}
-
-
 def save_artifact(
     folder: Path,
     policy: Policy,
@@ -85,7 +87,7 @@ def save_artifact(
     Args:
         folder: made if absent.
         policy: says which base and template the prompt belongs to.
-        prompt: soft or text.
+        prompt: of any representation in `PROMPTS`.
         name: of the recipe.
         recipe: resolved, as plain values.
         metrics: held-out results for the card.
@@ -93,16 +95,14 @@ def save_artifact(
     Raises:
         InputError: the representation has no artifact form.
     """
-    if prompt.kind not in _LOADERS:
+    if prompt.kind not in PROMPTS:
         raise InputError(f"a {prompt.kind} prompt cannot be saved as an artifact")
-    folder.mkdir(parents=True, exist_ok=True)
-    state = prompt.state_dict()
-    length = state["embeddings"].shape[0] if state else len(policy.slot_ids(prompt.init_text))
     info = ArtifactInfo(
         name=name,
         representation=prompt.kind,
-        num_virtual_tokens=int(length),
+        num_virtual_tokens=policy.prefix_length(prompt) - len(policy.head_ids),
         init_text=prompt.init_text,
+        details=prompt.artifact_details(),
         base=policy.base.id,
         base_fingerprint=policy.base.fingerprint,
         template_hash=policy.slot.template_hash,
@@ -110,7 +110,10 @@ def save_artifact(
         recipe=dict(recipe),
         metrics=dict(metrics),
     )
-    write_atomic(folder / "prompt.safetensors", save(state, {"format": "pt"}))
+    for name, content in prompt.artifact_files(policy.base.id).items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, content)
     write_atomic(folder / "README.md", card(info.model_dump()))
     write_atomic(folder / "prompt.json", to_json(info.model_dump(), indent=2))
     return info
@@ -132,10 +135,10 @@ def read_artifact_info(folder: Path) -> ArtifactInfo:
         version = content["schema_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"'{path}' is damaged ({error}); copy the artifact again") from error
-    if version != SCHEMA_VERSION:
+    if version not in _READABLE:
         raise InputError(
-            f"'{path}' has schema version {version}, this rlprompt reads {SCHEMA_VERSION}; install "
-            "the version that wrote it"
+            f"'{path}' has schema version {version}, this rlprompt reads "
+            f"{' and '.join(map(str, _READABLE))}; install the version that wrote it"
         )
     try:
         return ArtifactInfo(**content)
@@ -160,19 +163,24 @@ def load_artifact(folder: Path, policy: Policy, *, force: bool = False) -> Promp
     """
     info = read_artifact_info(folder)
     _check_belongs(info, folder, policy, force)
-    if info.representation not in _LOADERS:
+    if info.representation not in PROMPTS:
         raise InputError(
             f"'{folder}' holds a {info.representation} prompt, this rlprompt knows "
-            f"{', '.join(_LOADERS)}; install the version that wrote it"
+            f"{', '.join(PROMPTS)}; install the version that wrote it"
         )
     path = Path(folder) / "prompt.safetensors"
     try:
         tensors = load_file(path)
-        prompt = _LOADERS[info.representation](tensors, info)
-    except (OSError, SafetensorError, KeyError) as error:
+        saved = SavedPrompt(info.init_text, tensors, info.details, _reader(Path(folder)))
+        prompt = PROMPTS[info.representation](saved)
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"'{path}' cannot be read ({error}); copy the artifact again") from error
-    _check_tensors(tensors, info, path, policy)
+    _check_prompt(prompt, info, path, policy)
     return prompt
+
+
+def _reader(folder: Path) -> Callable[[str], bytes]:
+    return lambda name: (folder / name).read_bytes()
 
 
 def _check_belongs(info: ArtifactInfo, folder: Path, policy: Policy, force: bool) -> None:
@@ -194,22 +202,22 @@ def _check_belongs(info: ArtifactInfo, folder: Path, policy: Policy, force: bool
     logger.warning("%s; loaded because it was forced", message)
 
 
-def _check_tensors(
-    tensors: Mapping[str, torch.Tensor], info: ArtifactInfo, path: Path, policy: Policy
-) -> None:
-    embeddings = tensors.get("embeddings")
-    if embeddings is None:
-        return
-    width = policy.base.hidden_size
-    if embeddings.dim() != 2 or embeddings.shape[1] != width:
+def _check_prompt(prompt: Prompt, info: ArtifactInfo, path: Path, policy: Policy) -> None:
+    try:
+        prompt.check(policy)
+    except ValueError as error:
         raise InputError(
-            f"'{path}' holds embeddings of shape {tuple(embeddings.shape)}, {policy.base.id} needs "
-            f"width {width}; use the base it was made on"
-        )
-    if embeddings.shape[0] != info.num_virtual_tokens:
-        raise InputError(
-            f"'{path}' holds {embeddings.shape[0]} embeddings, prompt.json says "
-            f"{info.num_virtual_tokens}; copy the artifact again"
-        )
-    if not bool(embeddings.isfinite().all()):
+            f"'{path}' does not fit {policy.base.id} ({error}); use the base it was made on"
+        ) from error
+    if not all(_is_finite(tensor) for tensor in prompt.state_dict().values()):
         raise InputError(f"'{path}' holds values that are not finite; copy the artifact again")
+    length = policy.prefix_length(prompt) - len(policy.head_ids)
+    if length != info.num_virtual_tokens:
+        raise InputError(
+            f"'{path}' holds {length} positions, prompt.json says {info.num_virtual_tokens}; copy "
+            "the artifact again"
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())

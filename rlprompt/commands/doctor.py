@@ -82,6 +82,7 @@ def _compute(problems: list[str]) -> dict[str, Any] | None:
     try:
         import torch
 
+        from rlprompt.kernels.cpu.ops import outlook
         from rlprompt.model.device import choose_device, choose_dtype, has_fast_bfloat16
     except (ImportError, OSError) as error:  # OSError: a shared library does not load
         reason = " ".join(str(error).split())
@@ -89,9 +90,13 @@ def _compute(problems: list[str]) -> dict[str, Any] | None:
         return None
     device = choose_device("auto")
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    dtype = choose_dtype("auto", device)
+    serves = device.type == "cpu" and dtype == torch.bfloat16
+    kernels = outlook(cache_dir() / "kernels") if serves else "not used: for bfloat16 on a CPU only"
     return {
         "device": str(device),
-        "dtype": str(choose_dtype("auto", device)).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
+        "cpu_kernels": kernels,
         "fast_bfloat16": has_fast_bfloat16(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -167,6 +172,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         rows += [
             ("device", f"{compute['device']} with {compute['dtype']}"),
             ("bfloat16", native),
+            ("cpu kernels", compute["cpu_kernels"]),
             ("threads", f"{compute['threads']} on {compute['cores']} cores"),
             ("gpu", f"{', '.join(gpus)}, CUDA {compute['cuda']}" if gpus else "none"),
         ]

@@ -18,6 +18,7 @@ import yaml
 
 from rlprompt import __version__
 from rlprompt.errors import InputError
+from rlprompt.recipe import Recipe
 from rlprompt.training.checkpoint import checkpoint_steps
 from rlprompt.training.files import write_atomic
 
@@ -26,8 +27,22 @@ logger = logging.getLogger(__name__)
 RECIPE_FILE = "recipe.resolved.yaml"
 _LOCK_FILE = ".lock"
 _SHOWN_DIFFERENCES = 3
-_MAY_CHANGE = "tracking."
+_MAY_CHANGE = ("tracking.", "distributed.")
 _ABSENT = object()
+
+
+def default_output(recipe: Recipe) -> Path:
+    """The run folder of a recipe when none is named: `runs/<name>`.
+
+    Raises:
+        InputError: the name cannot be that of a folder.
+    """
+    if Path(recipe.name).name != recipe.name:
+        raise InputError(
+            f"the name {recipe.name!r} cannot be a folder under runs/; change it, or name the run "
+            "folder with --output"
+        )
+    return Path("runs") / recipe.name
 
 
 def check_output(folder: Path, recipe: Mapping[str, Any], resume: bool) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import ssl
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
+from typing import Any
 
 from rlprompt.data.base import Table
 from rlprompt.errors import InputError
@@ -47,6 +49,13 @@ def read_hub(dataset_id: str, name: str | None, split: str) -> Table:
     if not rows:
         raise InputError(f"the split '{split}' of '{dataset_id}' holds no rows; choose another")
     return Table(label=f"{dataset_id}[{split}]", rows=rows)
+
+
+def to_dataset(columns: Mapping[str, list[Any]]) -> Any:
+    """Columns as a `datasets.Dataset`, for the trainers that ask for one."""
+    import datasets
+
+    return datasets.Dataset.from_dict(dict(columns))
 
 
 def _check_reachable(dataset_id: str, endpoint: str) -> None:

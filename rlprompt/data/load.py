@@ -45,7 +45,7 @@ def load_queries(settings: DataSettings, base_dir: Path) -> QuerySplit:
         InputError: The data cannot be found or read, a row is wrong, a given division overlaps,
             or there are too few queries for it.
     """
-    table = _read(settings, base_dir)
+    table = read_table(settings, base_dir)
     queries = build_queries(table, settings.query_column, settings.split_column)
     if settings.heldout_path is not None:
         train, heldout = _divide_by_file(settings, base_dir, table, queries)
@@ -66,7 +66,12 @@ class _Side:
     places: dict[str, str]
 
 
-def _read(settings: DataSettings, base_dir: Path) -> Table:
+def read_table(settings: DataSettings, base_dir: Path) -> Table:
+    """The rows of a recipe's dataset as they stand.
+
+    Raises:
+        InputError: it cannot be found or read, or a setting has no effect on it.
+    """
     if settings.path is None:
         _refuse_hub_settings(settings, "rows")
         return read_rows(settings.rows or [], settings.query_column)

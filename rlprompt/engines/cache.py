@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlprompt.kernels.cpu.ops import decode_attention
 from rlprompt.kernels.dispatch import fused_decode, uses_triton
 from rlprompt.kernels.reference import mask_bias
 from rlprompt.model.attention import LayerCall
@@ -91,6 +92,16 @@ class DecodeCache:
         layers = self._data.shape[0] // 2
         return self._data[layer, : self._rows], self._data[layers + layer, : self._rows]
 
+    @property
+    def data(self) -> Tensor:
+        """The whole block, [2 L, at least B, H_kv, S, D]: keys of all layers, then values."""
+        return self._data
+
+    def attend(self, layer: int, tensors: tuple[Tensor, Tensor, Tensor], scaling: float) -> Tensor:
+        """Write the column and attend, by the C++ kernel; see `decode_attention`."""
+        place = (self.prefix_tokens, self.column)
+        return decode_attention(tensors, self._data, layer, self.padding, place, scaling)
+
     def seen(self, window: int | None) -> Tensor:
         """The columns that the token about to be written may see, bool [B, 1, S]."""
         place = torch.arange(self._data.shape[3], device=self.padding.device)[None]
@@ -143,6 +154,10 @@ class DecodeContext:
     def attend(self, call: LayerCall) -> Tensor:
         """Write the column, then attend: packed [1, H, B, D] in and out."""
         cache = self._cache
+        if call.compiled:
+            tensors = [t[0].transpose(0, 1) for t in (call.query, call.key, call.value)]
+            out = cache.attend(call.layer, (tensors[0], tensors[1], tensors[2]), call.scaling)
+            return out.transpose(0, 1)[None]
         key, value = cache.layer(call.layer)
         key[:, :, cache.column] = call.key[0].transpose(0, 1)
         value[:, :, cache.column] = call.value[0].transpose(0, 1)

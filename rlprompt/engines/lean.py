@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rlprompt.engines.cache import DecodeCache
+from rlprompt.engines.compiled import CompiledDecoder
 from rlprompt.kernels.reference import mask_bias
 from rlprompt.model.forward import PrefixForward
 from rlprompt.model.frozen import FrozenLinear, pack_weight
@@ -55,10 +56,11 @@ class LeanDecoder:
         self._forward = forward
         self._layers = layers
         self._final = final
+        body: Any = forward.body
+        self._linears = [linear for layer in body.layers for linear in _linears(layer)]
         base = forward.base
         self._kv_heads, self._dim = base.num_kv_heads, base.head_dim
         self._heads = layers[0].out.in_features // self._dim
-        body: Any = forward.body
         self._rotary = body.rotary_emb
         self._scaling = float(body.layers[0].self_attn.scaling)
 
@@ -82,6 +84,12 @@ class LeanDecoder:
             x = x + layer.down.packed_forward(gate * layer.up.packed_forward(normed))
         states: Tensor = self._final(x)
         return states
+
+    def is_current(self) -> bool:
+        """Whether no layer has been changed since its weights were packed."""
+        layers: Any = self._forward.body.layers
+        linears = [linear for layer in layers for linear in _linears(layer)]
+        return all(_known(x) for x in layers) and linears == self._linears
 
     def _rotation(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Factors [B, 1, D] of x, and of x rolled by half its dims (with the sign of that half)."""
@@ -132,7 +140,9 @@ def lean_decoder(forward: PrefixForward) -> LeanDecoder | None:
     return LeanDecoder(forward, [_pack_layer(layer) for layer in layers], body.norm)
 
 
-def agrees(decoder: LeanDecoder, forward: PrefixForward, cache: DecodeCache, step: Any) -> bool:
+def agrees(
+    decoder: LeanDecoder | CompiledDecoder, forward: PrefixForward, cache: DecodeCache, step: Any
+) -> bool:
     """Whether one step gives the bits that the base's own modules give.
 
     Args:
@@ -143,7 +153,8 @@ def agrees(decoder: LeanDecoder, forward: PrefixForward, cache: DecodeCache, ste
     """
     tokens = torch.arange(cache.num_rows, device=forward.device) * 7 % forward.base.vocab_size
     same = torch.equal(step(tokens, cache), decoder.hidden(tokens, cache))
-    logger.info("lean decode: %s", "used" if same else "not used, its bits differ")
+    name = type(decoder).__name__
+    logger.info("%s: %s", name, "used" if same else "not used, its bits differ")
     return same
 
 
@@ -160,6 +171,10 @@ def _known(layer: nn.Module) -> bool:
     silu = isinstance(mlp["act_fn"], nn.SiLU) or type(mlp["act_fn"]).__name__ == "SiLUActivation"
     packed = all(isinstance(linear, FrozenLinear) for linear in linears)
     return packed and silu and all(_is_rms_norm(norm) for norm in norms)
+
+
+def _linears(layer: Any) -> list[nn.Module]:
+    return [*layer.self_attn.children(), *layer.mlp.children()]
 
 
 def _is_rms_norm(norm: Any) -> bool:

@@ -15,10 +15,10 @@ from pydantic import Field
 from torch import Tensor
 
 from rlprompt.engines.cache import DecodeCache, DecodeContext
+from rlprompt.engines.compiled import compiled_decoder
 from rlprompt.engines.lean import agrees, lean_decoder
-from rlprompt.engines.sampling import SamplingSettings, next_tokens
+from rlprompt.engines.sampling import Drawer, SamplingSettings
 from rlprompt.errors import InputError
-from rlprompt.kernels.lm_head import Head, head_logits
 from rlprompt.model.tree import TreeContext
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
@@ -35,8 +35,8 @@ class NativeSettings(Settings):
     type: Literal["native"] = "native"
     """Engine."""
     lean_decode: bool = True
-    """Decode with fewer operations and the same bits where the base allows it (Llama-shaped, bf16
-    on a CPU)."""
+    """Decode with fewer operations, or in one call, and the same bits where the base allows it
+    (Llama-shaped, bf16 on a CPU)."""
     max_rows: int = Field(default=256, ge=1)
     """Most completions decoded at once; more are decoded in turns. Bounds the cache's memory."""
 
@@ -49,6 +49,7 @@ class NativeEngine:
         self._policy = policy
         self._settings = settings or NativeSettings()
         self._step: DecodeStep | None = None
+        self._is_current: Callable[[], bool] = _always
         self._prompt: Prompt | None = None
         self._prefix: PrefixKV | None = None
 
@@ -59,7 +60,7 @@ class NativeEngine:
     def sync(self, prompt: Prompt) -> None:
         """Prefill the prompt; its prefix is used until the next sync."""
         with torch.inference_mode():
-            self._prefix = self._policy.prefix(prompt)
+            self._prefix = self._policy.prefix(prompt).snapshot()
         self._prompt = prompt
 
     @torch.inference_mode()
@@ -70,6 +71,7 @@ class NativeEngine:
         sampling: SamplingSettings,
         seed: int,
         progress: Callable[[int, int], None] | None = None,
+        first: int = 0,
     ) -> list[Group]:
         """Draw completions; see `Engine.generate`.
 
@@ -77,7 +79,7 @@ class NativeEngine:
             InputError: no prompt is synced, a stop token does not exist, or a query with prompt and
                 completion is longer than the base's positions.
         """
-        if self._prompt is None:
+        if self._prompt is None or self._prefix is None:
             raise InputError("the engine has no prompt; call engine.sync(prompt) before generate")
         unknown = [i for i in sampling.stop_token_ids if not 0 <= i < self._policy.base.vocab_size]
         if unknown:
@@ -86,16 +88,17 @@ class NativeEngine:
                 f"{unknown}; take ids of its tokenizer"
             )
         generator = torch.Generator().manual_seed(seed)
-        shape = (len(queries), num_completions, sampling.max_tokens)
+        shape = (first + len(queries), num_completions, sampling.max_tokens)
         # Row by row, so that a query's draws do not depend on how many queries follow it.
-        uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+        uniform = torch.rand(shape, generator=generator, dtype=torch.float64)[first:]
         copies = min(num_completions, self._settings.max_rows)
         per_turn = self._settings.max_rows // copies
         completions: list[list[Completion]] = [[] for _ in queries]
         for first in range(0, len(queries), per_turn):
             turn = slice(first, first + per_turn)
             for draws in uniform[turn].split(copies, dim=1):
-                done = self._turn(queries[turn], sampling, draws, progress)
+                with self._policy.forward.adapted(self._prefix.adapter):
+                    done = self._turn(queries[turn], sampling, draws, progress)
                 for row, more in zip(completions[turn], done, strict=True):
                     row += more
         return [Group(q, tuple(row)) for q, row in zip(queries, completions, strict=True)]
@@ -118,28 +121,39 @@ class NativeEngine:
         context = TreeContext(tree, prefix, record=True)
         states = policy.forward.hidden(policy.embed_ids(tree.token_ids), tree.positions, context)
         last = torch.cumsum(tree.queries.mask.sum(1), 0) - 1
-        first_logits = head_logits(states[last], policy.forward.head).repeat_interleave(copies, 0)
+        drawer = Drawer(policy.forward.head, sampling)
+        first_logits = drawer.logits(states[last]).repeat_interleave(copies, 0)
         cache = DecodeCache(tree, context, prefix, copies, sampling.max_tokens)
         stop = policy.stop_ids | set(sampling.stop_token_ids)
         draw = (uniform.flatten(0, 1).t(), stop, progress)
-        if self._step is None:
-            self._step = self._choose_step(cache)
-        rows = _decode(self._step, policy.forward.head, cache, (first_logits, sampling), draw)
+        step = self._step_for(cache, prefix)
+        rows = _decode(step, drawer, cache, first_logits, draw)
         done = [self._completion(tokens, logprobs, stop) for tokens, logprobs in rows]
         return [done[i : i + copies] for i in range(0, len(done), copies)]
+
+    def _step_for(self, cache: DecodeCache, prefix: PrefixKV) -> DecodeStep:
+        """The decode step under a prefix; an adapter acts on the base's own modules only."""
+        if prefix.adapter is not None:
+            return self._own_modules
+        if self._step is None or not self._is_current():
+            self._step = self._choose_step(cache)
+        return self._step
 
     def _choose_step(self, cache: DecodeCache) -> DecodeStep:
         """The lean decode step where there is one that agrees, else the base's own modules."""
         forward = self._policy.forward
+        self._is_current = _always
+        if not self._settings.lean_decode:
+            return self._own_modules
+        for decoder in (compiled_decoder(forward), lean_decoder(forward)):
+            if decoder is not None and agrees(decoder, forward, cache, self._own_modules):
+                self._is_current = decoder.is_current
+                return decoder.hidden
+        return self._own_modules
 
-        def own_modules(tokens: Tensor, cache: DecodeCache) -> Tensor:
-            context = DecodeContext(cache)
-            return forward.hidden(forward.embed(tokens), cache.positions(), context)
-
-        lean = lean_decoder(forward) if self._settings.lean_decode else None
-        if lean is not None and agrees(lean, forward, cache, own_modules):
-            return lean.hidden
-        return own_modules
+    def _own_modules(self, tokens: Tensor, cache: DecodeCache) -> Tensor:
+        forward = self._policy.forward
+        return forward.hidden(forward.embed(tokens), cache.positions(), DecodeContext(cache))
 
     def _completion(
         self, tokens: list[int], logprobs: list[float], stop: frozenset[int]
@@ -148,27 +162,32 @@ class NativeEngine:
         return Completion(tuple(tokens), tuple(logprobs), text, tokens[-1] in stop)
 
 
+def _always() -> bool:
+    return True
+
+
 def _decode(
     decode_step: DecodeStep,
-    head: Head,
+    drawer: Drawer,
     cache: DecodeCache,
-    start: tuple[Tensor, SamplingSettings],
+    logits: Tensor,
     draw: tuple[Tensor, frozenset[int], Callable[[int, int], None] | None],
 ) -> list[tuple[list[int], list[float]]]:
     """The token loop. Returns (token ids, log-probs) of every row in its first order."""
-    logits, sampling = start
+    sampling = drawer.sampling
     uniform, stop, progress = draw
     device = logits.device
     uniform = uniform.to(device)
     stop_ids = torch.tensor(sorted(stop), device=device, dtype=torch.int64)
     total = logits.shape[0]
     token_rows = torch.zeros(total, sampling.max_tokens, dtype=torch.int64, device=device)
-    logprob_rows = logits.new_zeros(total, sampling.max_tokens)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    logprob_rows = logits.new_zeros(total, sampling.max_tokens, dtype=wide)
     lengths = torch.zeros(total, dtype=torch.int64, device=device)
     row_ids = torch.arange(total, device=device)
     for step in range(sampling.max_tokens):
         banned = stop_ids if step < sampling.min_tokens else None
-        tokens, logprobs = next_tokens(logits, uniform[step, row_ids], sampling, banned)
+        tokens, logprobs = drawer.draw(logits, uniform[step, row_ids], banned)
         token_rows[row_ids, step] = tokens
         logprob_rows[row_ids, step] = logprobs
         lengths[row_ids] = step + 1
@@ -182,7 +201,7 @@ def _decode(
             break
         states = decode_step(tokens, cache)
         cache.column += 1
-        logits = head_logits(states, head)
+        logits = drawer.logits(states)
     ends = lengths.tolist()
     ids, scores = token_rows.tolist(), logprob_rows.tolist()
     return [(ids[i][: ends[i]], scores[i][: ends[i]]) for i in range(total)]

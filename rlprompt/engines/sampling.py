@@ -9,6 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from rlprompt.kernels.cpu.ops import draw
+from rlprompt.kernels.lm_head import Head, head_logits
 from rlprompt.settings import Settings
 
 _BLOCK = 256
@@ -31,6 +33,28 @@ class SamplingSettings(Settings):
     """Stop tokens cannot be drawn before this many tokens."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end a completion, beside the template's and the base's own."""
+
+
+class Drawer:
+    """Hidden states to logits to tokens, by the C++ kernels where they can."""
+
+    def __init__(self, head: Head, sampling: SamplingSettings) -> None:
+        """Draw from `head` as `sampling` says."""
+        self.sampling = sampling
+        self._head = head
+        self._compiled = head.compiled and sampling.temperature > 0.0 and not _truncates(sampling)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """What `draw` takes, [B, V], of final hidden states [B, d]."""
+        if self._compiled:
+            return self._head.project(states.contiguous())
+        return head_logits(states, self._head)
+
+    def draw(self, logits: Tensor, uniform: Tensor, banned: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Tokens and log-probabilities; see `next_tokens`. Logits may change."""
+        if self._compiled:
+            return draw(logits, uniform.double(), self.sampling.temperature, banned)
+        return next_tokens(logits, uniform, self.sampling, banned)
 
 
 def next_tokens(

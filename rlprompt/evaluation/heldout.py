@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import Field, field_validator
 from torch import Tensor
@@ -33,6 +34,10 @@ class EvaluationSettings(Settings):
     """A hand-written system prompt to compare with; null = none."""
     max_queries: int | None = Field(default=None, ge=1)
     """Evaluate on the first this many held-out queries; null = all."""
+
+    select_by: str = "reward"
+    """What makes a prompt the best one, which the artifact holds: `reward` (the total), or the name
+    of a reward, such as a gold one with the role `metric` that the trained reward cannot buy."""
 
     @field_validator("handwritten")
     @classmethod
@@ -64,6 +69,19 @@ class HeldoutResult:
     def reward(self) -> float:
         """Mean total reward, or the objective that stands for it."""
         return float(self.metrics["reward"])  # type: ignore[arg-type]
+
+    def value(self, name: str) -> float:
+        """`reward`, or the mean of the reward of that name; NaN when it could not be scored."""
+        if name == "reward":
+            return self.reward
+        value = self.flat.get(f"rewards/{name}/mean")
+        return math.nan if value is None else float(value)
+
+    @property
+    def flat(self) -> dict[str, Any]:
+        """The metrics, those of rewards as `rewards/{name}/mean`."""
+        rewards: Any = self.metrics["rewards"]
+        return {**self.metrics, **{f"rewards/{k}/mean": v for k, v in rewards.items()}}
 
 
 class HeldoutEvaluator:
@@ -101,11 +119,25 @@ class HeldoutEvaluator:
         self._seed = seed
         self._probes = dict(probes)
         self._objective = objective
+        self._fixed: dict[tuple[str, str], HeldoutResult] = {}
 
     def evaluate(
         self, prompt: Prompt, step: int, progress: Callable[[int, int], None] | None = None
     ) -> HeldoutResult:
-        """Complete every query under a prompt and score it."""
+        """Complete every query under a prompt and score it.
+
+        A prompt that has nothing to train does the same every time: it is evaluated once.
+        """
+        key = (prompt.kind, prompt.init_text)
+        if prompt.parameters():
+            return self._evaluate(prompt, step, progress)
+        if key not in self._fixed:
+            self._fixed[key] = self._evaluate(prompt, step, progress)
+        return self._fixed[key]
+
+    def _evaluate(
+        self, prompt: Prompt, step: int, progress: Callable[[int, int], None] | None
+    ) -> HeldoutResult:
         self._engine.sync(prompt)
         batch = collect(
             self._engine,

@@ -5,11 +5,12 @@ Letters: B completions, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 
+from rlprompt.kernels.divergence import head_divergence
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.text import NonePrompt
@@ -58,6 +59,62 @@ class TargetLogprob:
     def __call__(self, prompt: Prompt, drawn: Sequence[Group]) -> float:
         """See the class; what was drawn does not matter."""
         return mean_logprob(self._policy, prompt, self._targets, self._budget)
+
+
+class TeacherKL:
+    """Mean KL(teacher || prompt) per token over the whole vocabulary, in nats.
+
+    Measured on completions that the teacher wrote for the held-out queries, drawn once, so that all
+    prompts and steps meet the same tokens.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        teacher: Prompt,
+        write: Callable[[Prompt], Sequence[Group]],
+        token_budget: int,
+    ) -> None:
+        """Keep the parts; nothing is drawn yet.
+
+        Args:
+            policy: over the base that both share.
+            teacher: its prompt.
+            write: draws completions of the held-out queries under a prompt.
+            token_budget: most packed tokens per micro-batch.
+        """
+        self._policy = policy
+        self._teacher = teacher
+        self._write = write
+        self._budget = token_budget
+        self._written: Sequence[Group] | None = None
+
+    @torch.no_grad()
+    def __call__(self, prompt: Prompt, drawn: Sequence[Group]) -> float:
+        """See the class; what was drawn under the prompt does not matter."""
+        if self._written is None:
+            self._written = self._write(self._teacher)
+        total, count = 0.0, 0
+        prompts = (self._teacher, prompt)
+        prefixes = [self._policy.prefix(each) for each in prompts]
+        for some in self._micro_batches(self._written, prompt):
+            queries = [group.query for group in some]
+            completions = [group.completions for group in some]
+            teacher, student = (
+                self._policy.hidden_scored(queries, completions, prefix, each)
+                for prefix, each in zip(prefixes, prompts, strict=True)
+            )
+            divergence = head_divergence(student, teacher, self._policy.forward.head, "forward_kl")
+            total += float(divergence.sum())
+            count += divergence.numel()
+        return total / count
+
+    def _micro_batches(self, groups: Sequence[Group], prompt: Prompt) -> list[list[Group]]:
+        """Whole groups, so that both prompts are scored on the same rows."""
+        queries = [len(self._policy.query_ids(group.query, prompt)) for group in groups]
+        lengths = [[len(c.token_ids) for c in group.completions] for group in groups]
+        packed = pack(queries, lengths, self._budget, whole_groups=True)
+        return [[groups[g] for g, _ in micro.rows] for micro in packed]
 
 
 @torch.no_grad()

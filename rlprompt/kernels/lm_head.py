@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rlprompt.kernels.cpu.ops import head_scores as compiled_scores
+
 CHUNK_TOKENS = 128
 """C: two float32 buffers of 128 x 49152 are 50 MB."""
 
@@ -46,6 +48,8 @@ class Head(NamedTuple):
     """V."""
     softcap: float | None = None
     """Logits become softcap * tanh(logits / softcap) when given (Gemma 2)."""
+    compiled: bool = False
+    """Whether the C++ kernels score rows of logits; without a soft cap only."""
 
 
 def head_logits(hidden: Tensor, head: Head, out: Tensor | None = None) -> Tensor:
@@ -131,6 +135,18 @@ def _through(grad_logits: Tensor, head: Head, slope: Tensor | None) -> Tensor:
     return head.pull_back(grad_logits.to(head.dtype))
 
 
+def _compiled_chunk(
+    hidden: Tensor, targets: Tensor, call: _Call
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """What `_chunk` gives; the logits stay in the head's dtype and become their gradient."""
+    head, tau, grad = call.head, call.temperature, call.wants_logprob_grad
+    logits = head.project(hidden.contiguous())
+    spread = torch.empty_like(logits) if grad and call.wants_entropy_grad else None
+    logprobs, entropy = compiled_scores(logits, targets, tau, grad, spread)
+    pull = head.pull_back(logits).div_(tau) if grad else None
+    return logprobs, entropy, pull, None if spread is None else head.pull_back(spread).div_(tau)
+
+
 class _HeadScores(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -143,11 +159,12 @@ class _HeadScores(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wants_grad = ctx.needs_input_grad[0]
         call = _Call(head, temperature, wants_grad, wants_grad and entropy_grad)
-        space = _Workspace(min(CHUNK_TOKENS, hidden.shape[0]), head.vocab_size, hidden)
-        pieces = [
-            _chunk(h, t, call, space.take(h.shape[0]))
-            for h, t in zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
-        ]
+        chunks = zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
+        if head.compiled:
+            pieces = [_compiled_chunk(h, t, call) for h, t in chunks]
+        else:
+            space = _Workspace(min(CHUNK_TOKENS, hidden.shape[0]), head.vocab_size, hidden)
+            pieces = [_chunk(h, t, call, space.take(h.shape[0])) for h, t in chunks]
         logprobs, entropy, pull, spread = zip(*pieces, strict=True)
         ctx.save_for_backward(
             torch.cat(pull) if call.wants_logprob_grad else None,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rlprompt.errors import InputError
+from rlprompt.kernels.cpu.ops import LANES
 from rlprompt.kernels.reference import masked_attention
 from rlprompt.types import PrefixKV
 
@@ -31,7 +32,7 @@ the keys, and the context owns mask and cache."""
 class LayerCall:
     """One layer's request: tensors and the settings that its architecture asks for."""
 
-    __slots__ = ("key", "layer", "query", "scaling", "softcap", "value", "window")
+    __slots__ = ("compiled", "key", "layer", "query", "scaling", "softcap", "value", "window")
 
     def __init__(
         self,
@@ -40,13 +41,19 @@ class LayerCall:
         scaling: float,
         window: int | None,
         softcap: float | None,
+        compiled: bool = False,
     ) -> None:
-        """Store; query is [B, H, T, D], key and value are [B, H_kv, T, D]."""
+        """Store; query is [B, H, T, D], key and value are [B, H_kv, T, D].
+
+        `compiled` = contexts may use the C++ kernels (`rlprompt.kernels.cpu`).
+        """
         self.layer = layer
         self.query, self.key, self.value = tensors
         self.scaling = scaling
         self.window = window
         self.softcap = softcap
+        plain = window is None and softcap is None and self.query.shape[-1] % LANES == 0
+        self.compiled = compiled and plain and self.query.dtype == torch.bfloat16
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Masked attention with this layer's scaling and soft cap; see `masked_attention`."""
@@ -76,35 +83,49 @@ def windowed(mask: Tensor, query_pos: Tensor, key_pos: Tensor, window: int | Non
 
 
 class CausalContext:
-    """Plain causal attention of rows without padding that start at position 0; records keys.
+    """Plain causal attention of rows without padding, from position 0 or after a prefix.
 
-    Used to prefill a prompt: `keys[l]` and `values[l]` are [B, H_kv, T, D] and carry gradients.
+    Used to prefill a prompt: `keys[l]` and `values[l]` are [B, H_kv, P + T, D] and carry gradients.
     """
 
-    def __init__(self) -> None:
-        """Start with nothing recorded."""
+    def __init__(self, after: PrefixKV | None = None) -> None:
+        """Start with nothing recorded.
+
+        Args:
+            after: P tokens that stand before this forward's own; the rows then are one.
+        """
+        self._after = after
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.layers: list[tuple[int, int | None]] = []
         """Layer and window of each call."""
 
     def attend(self, call: LayerCall) -> Tensor:
-        """Causal attention within the call's own tokens."""
+        """Causal attention to the tokens before and to the call's own."""
         self.layers.append((call.layer, call.window))
-        self.keys.append(call.key)
-        self.values.append(call.value)
-        tokens = call.query.shape[2]
-        place = torch.arange(tokens, device=call.query.device)[None]
-        mask = place[:, None, :] <= place[:, :, None]
-        mask = windowed(mask, place, place, call.window)
-        return call.attend(call.query, call.key, call.value, mask)
+        key, value = call.key, call.value
+        if self._after is not None:
+            key = _joined(self._after.keys[call.layer], key)
+            value = _joined(self._after.values[call.layer], value)
+        self.keys.append(key)
+        self.values.append(value)
+        place = torch.arange(key.shape[2], device=key.device)[None]
+        own = place[:, key.shape[2] - call.key.shape[2] :]
+        mask = place[:, None, :] <= own[:, :, None]
+        mask = windowed(mask, own, place, call.window)
+        return call.attend(call.query, key, value, mask)
 
     def prefix(self) -> PrefixKV:
-        """What was recorded of the first row, as a prefix."""
+        """What was recorded of the first row, and what stood before it, as a prefix."""
         return PrefixKV([k[0] for k in self.keys], [v[0] for v in self.values])
 
 
-def _attention(
+def _joined(before: Tensor, own: Tensor) -> Tensor:
+    """[H_kv, P, D] before [1, H_kv, T, D]."""
+    return torch.cat([before.to(own.dtype)[None], own], dim=2)
+
+
+def attention_function(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -115,6 +136,7 @@ def _attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     attention_context: AttentionContext | None = None,
+    compiled_attention: bool = False,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """The function registered with transformers; see `AttentionInterface` there."""
@@ -140,7 +162,8 @@ def _attention(
         raise InputError(f"{type(module).__name__} has no layer_idx; choose another base model")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    call = LayerCall(int(layer), (query, key, value), scaling, sliding_window, softcap)
+    tensors = (query, key, value)
+    call = LayerCall(int(layer), tensors, scaling, sliding_window, softcap, compiled_attention)
     out = attention_context.attend(call)
     return out.transpose(1, 2).contiguous(), None
 
@@ -167,5 +190,5 @@ def register() -> None:
     """Make `rlprompt` known to transformers as an attention implementation; safe to repeat."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(ATTENTION_NAME, _attention)
+    AttentionInterface.register(ATTENTION_NAME, attention_function)
     AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -47,6 +47,10 @@ class ModelSettings(Settings):
     the path of a .jinja file relative to the recipe's folder, or the text of a template."""
     threads: PositiveInt | None = None
     """CPU threads of torch; none = torch's choice."""
+    cpu_kernels: Literal["auto", "on", "off"] = "auto"
+    """Small C++ kernels for a bfloat16 base on a CPU, built once on this machine: auto = where a
+    compiler is there and they pass their check, on = refuse to run without them, off = plain
+    torch."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,10 @@ class FrozenBase:
     device: torch.device
     exact_digests: Mapping[str, str]
     """Tensor name -> digest of its bytes at load; what `verify_unchanged` compares with."""
+    is_sharded: bool = False
+    """Whether each rank holds a part of every weight only; see `rlprompt.model.sharding`."""
+    cpu_kernels: Literal["auto", "on", "off"] = "auto"
+    """See `ModelSettings`."""
 
     @property
     def num_layers(self) -> int:
@@ -136,6 +144,7 @@ def load_base(settings: ModelSettings) -> FrozenBase:
     tokenizer = read_tokenizer(source.folder, settings.trust_remote_code)
     model = read_model(source.folder, config, dtype, settings.trust_remote_code)
     base = freeze(_move(model, device), tokenizer, source.id)
+    base = replace(base, cpu_kernels=settings.cpu_kernels)
     _check_embedded(source, base)
     logger.info("base %s: %s on %s, fingerprint %s", base.id, dtype, device, base.fingerprint[:12])
     return base

@@ -6,19 +6,23 @@ Letters: N packed tokens, P prefix tokens, d model width, V vocabulary.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlprompt.errors import InputError
+from rlprompt.kernels.cpu.ops import choose
 from rlprompt.kernels.lm_head import head_logits
 from rlprompt.model.attention import ATTENTION_NAME, AttentionContext, CausalContext, register
 from rlprompt.model.base import FrozenBase
+from rlprompt.model.fetch import cache_dir
 from rlprompt.model.frozen import head_of, pack_linears
+from rlprompt.model.fused import fuse_modules
 from rlprompt.model.tree import TreeContext, build_tree
-from rlprompt.types import PrefixKV
+from rlprompt.types import Adapter, PrefixKV
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +34,9 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, tor
 class PrefixForward:
     """A frozen base whose attention goes through contexts.
 
-    Construction switches the model's attention to rlprompt's, packs its linear layers where that
-    pays, and compares log-probabilities with the model's own forward; an architecture whose result
-    differs is refused.
+    Construction switches the model's attention to rlprompt's, packs its linear layers and puts C++
+    kernels in the place of known modules where that pays, and compares log-probabilities with the
+    model's own forward; an architecture whose result differs is refused.
     """
 
     def __init__(self, base: FrozenBase) -> None:
@@ -42,6 +46,8 @@ class PrefixForward:
             InputError: the architecture cannot be run exactly (see the class docstring).
         """
         self.base = base
+        self._adapter: Adapter | None = None
+        self._detach: Callable[[], None] | None = None
         self.body = base.model.get_decoder()
         if self.body is base.model:
             raise InputError(
@@ -59,10 +65,16 @@ class PrefixForward:
         if own is not None:
             register()
             base.model.set_attn_implementation(ATTENTION_NAME)
-            logger.info("%s: %d linear layers packed", base.id, pack_linears(base.model))
+            packed = pack_linears(base.model)
+            logger.info("%s: %d linear layers packed", base.id, packed)
+        self.compiled = choose(base.cpu_kernels, cache_dir() / "kernels", base.dtype, base.device)
+        if own is not None and self.compiled:
+            fused = fuse_modules(self.body)
+            logger.info("%s: %d modules replaced by CPU kernels", base.id, fused)
         config = base.model.config.get_text_config()
         softcap = getattr(config, "final_logit_softcapping", None)
         self.head = head_of(base.model.get_output_embeddings(), softcap, _logit_scale(config))
+        self.head = self.head._replace(compiled=self.compiled and softcap is None)
         if own is not None:
             try:
                 self._compare(own)
@@ -156,7 +168,8 @@ class PrefixForward:
         # transformers 5.23 has a new name for the switch, and warns of the old one.
         name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
         if on:
-            getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+            settings = {"use_reentrant": False, "context_fn": self._recompute_contexts}
+            getattr(model, f"{name}_checkpointing_enable")(settings)
         else:
             getattr(model, f"{name}_checkpointing_disable")()
         # transformers recomputes only in layers that are in training mode. The flag is set on the
@@ -170,6 +183,26 @@ class PrefixForward:
             )
         for layer in layers:
             layer.training = on
+
+    def adapted(self, adapter: Adapter | None) -> AbstractContextManager[None]:
+        """A context in which an adapter, and no other, is on in the layers; None = none is."""
+        return _Adapted(self, adapter)
+
+    def switch_adapter(self, adapter: Adapter | None) -> Adapter | None:
+        """Put an adapter in the place of the one that is on; returns that one."""
+        previous = self._adapter
+        if adapter is not previous:
+            if self._detach is not None:
+                self._detach()
+            self._detach = None if adapter is None else adapter.attach(self.base.model)
+            self._adapter = adapter
+        return previous
+
+    def _recompute_contexts(
+        self,
+    ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """A layer is recomputed in the backward under the adapter that it was computed under."""
+        return nullcontext(), self.adapted(self._adapter)
 
     def embed(self, token_ids: Sequence[int] | Tensor) -> Tensor:
         """Input embeddings [n, d] of tokens, scaled as the architecture scales them.
@@ -192,6 +225,8 @@ class PrefixForward:
             [N, d], after the final norm, in the base's dtype.
         """
         arguments: dict[str, Any] = {"attention_context": context, "use_cache": False}
+        if self.compiled:
+            arguments["compiled_attention"] = True
         out = self.body(
             inputs_embeds=embeddings.to(self.dtype)[None],
             position_ids=positions.to(self.device)[None],
@@ -200,19 +235,46 @@ class PrefixForward:
         states: Tensor = out.last_hidden_state[0]
         return states
 
-    def prefill(self, embeddings: Tensor) -> PrefixKV:
+    def prefill(
+        self,
+        embeddings: Tensor,
+        after: PrefixKV | None = None,
+        adapter: Adapter | None = None,
+    ) -> PrefixKV:
         """Keys and values of a prompt, with gradients back to its embeddings.
 
         Args:
-            embeddings: [P, d] of head and slot together; P may be 0 (a plain template without a
-                system message).
+            embeddings: [n, d] of head and slot together, or of what follows `after`; n may be 0 (a
+                plain template without a system message).
+            after: what stands before; it is part of the result, and gradients reach it.
+            adapter: what is on in the layers; the result carries it.
         """
         if embeddings.shape[0] == 0:
-            one = self.prefill(self.embed([0]))  # for the shapes
-            return PrefixKV([k[:, :0] for k in one.keys], [v[:, :0] for v in one.values])
-        context = CausalContext()
-        self.hidden(embeddings, torch.arange(embeddings.shape[0]), context)
-        return context.prefix()
+            # One token, for the shapes.
+            whole = after or self.prefill(self.embed([0])).cut(0)
+            return PrefixKV(whole.keys, whole.values, adapter)
+        context = CausalContext(after)
+        start = 0 if after is None else after.num_tokens
+        positions = torch.arange(start, start + embeddings.shape[0])
+        with self.adapted(adapter):
+            self.hidden(embeddings, positions, context)
+        made = context.prefix()
+        return PrefixKV(made.keys, made.values, adapter)
+
+
+class _Adapted(AbstractContextManager[None]):
+    """Switches an adapter on and back; may be entered again, as recomputation may."""
+
+    def __init__(self, forward: PrefixForward, adapter: Adapter | None) -> None:
+        self._forward = forward
+        self._adapter = adapter
+        self._previous: list[Adapter | None] = []
+
+    def __enter__(self) -> None:
+        self._previous.append(self._forward.switch_adapter(self._adapter))
+
+    def __exit__(self, *error: object) -> None:
+        self._forward.switch_adapter(self._previous.pop())
 
 
 def _logit_scale(config: Any) -> float:

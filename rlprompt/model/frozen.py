@@ -10,7 +10,7 @@ and `state_dict` do not change.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,52 +24,93 @@ _PACK_ROWS = 64
 """The row count that oneDNN is told to expect; a layout chosen for it serves every other count."""
 
 
+class PackedWeight:
+    """A frozen linear map in oneDNN's layout, packed in each direction at its first use there.
+
+    Several layers that share an input may be packed as one: their outputs stand side by side.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear | FrozenLinear]) -> None:
+        """Keep the layers; their parameters are read when packing, and never again."""
+        self._layers = tuple(layers)
+        self._forward: Tensor | None = None
+        self._transposed: Tensor | None = None
+        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+        if len(biases) not in (0, len(layers)):
+            raise ValueError("layers that are packed as one need a bias each, or none")
+        self.bias = torch.cat(biases) if biases else None
+
+    @property
+    def forward_weight(self) -> Tensor:
+        """What `mkldnn._linear_pointwise` takes."""
+        if self._forward is None:
+            self._forward = pack_weight(self._weight())
+        return self._forward
+
+    def apply(self, x: Tensor) -> Tensor:
+        """The product, with a gradient of the input only."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            out: Tensor = _PackedLinear.apply(x, self)  # type: ignore[no-untyped-call]
+            return out
+        return self.forward(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product without autograd."""
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self.forward_weight, self.bias, "none", [], ""
+        )
+        return out
+
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        """The gradient of the input, grad @ W."""
+        if self._transposed is None:
+            self._transposed = pack_weight(self._weight().t().contiguous())
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(
+            grad.contiguous(), self._transposed, None, "none", [], ""
+        )
+        return out
+
+    def _weight(self) -> Tensor:
+        weights = [layer.weight.detach() for layer in self._layers]
+        return weights[0] if len(weights) == 1 else torch.cat(weights)
+
+
 class _PackedLinear(torch.autograd.Function):
     """y = x W^T + b with packed W forward and packed W^T backward; nothing saved."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: FrozenLinear) -> Tensor:
-        ctx.layer = layer
-        return layer.packed_forward(x)
+    def forward(ctx: Any, x: Tensor, packed: PackedWeight) -> Tensor:
+        ctx.packed = packed
+        return packed.forward(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.layer.packed_input_gradient(grads[0]), None
+        return ctx.packed.input_gradient(grads[0]), None
 
 
 class FrozenLinear(nn.Module):
     """A stand-in for a frozen bf16 `nn.Linear` on a CPU, with the same parameters and results."""
 
     def __init__(self, linear: nn.Linear) -> None:
-        """Pack `linear`'s weight; its parameters are shared, not copied."""
+        """Take over `linear`'s parameters; they are shared, not copied."""
         super().__init__()
         self.weight = linear.weight
         self.bias = linear.bias
         self.in_features = linear.in_features
         self.out_features = linear.out_features
-        self._packed = pack_weight(self.weight.detach())
-        self._packed_transposed: Tensor | None = None
+        self.packed = PackedWeight([self])
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to [..., in_features]; the gradient reaches the input only."""
-        if torch.is_grad_enabled() and x.requires_grad:
-            out: Tensor = _PackedLinear.apply(x, self)  # type: ignore[no-untyped-call]
-            return out
-        return self.packed_forward(x)
+        return self.packed.apply(x)
 
     def packed_forward(self, x: Tensor) -> Tensor:
         """The product without autograd."""
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
-        return out
+        return self.packed.forward(x)
 
     def packed_input_gradient(self, grad: Tensor) -> Tensor:
         """The gradient of the input, grad @ W; W^T is packed at the first backward."""
-        if self._packed_transposed is None:
-            self._packed_transposed = pack_weight(self.weight.detach().t().contiguous())
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(
-            grad.contiguous(), self._packed_transposed, None, "none", [], ""
-        )
-        return out
+        return self.packed.input_gradient(grad)
 
 
 def pack_weight(weight: Tensor) -> Tensor:

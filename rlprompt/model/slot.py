@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlprompt.errors import InputError
 from rlprompt.model.conversation import checked_text, contents_of
+from rlprompt.model.slot_pieces import added_text, hole_position, last_control, through_control
 from rlprompt.model.template import (
     PLAIN,
     SYSTEM,
@@ -79,7 +80,7 @@ class ChatSlot:
         self._end_id = next((token for token in reversed(stops) if token is not None), None)
         self._check_no_default(turn_break, end_of_turn)
         self._set_boundary()
-        self.head_ids = encoder.encode_pieces(_through_control(self._head)) + self._left_ids
+        self.head_ids = encoder.encode_pieces(through_control(self._head)) + self._left_ids
         for probe in _SYSTEM_PROBES:
             self.slot_ids(probe)
         self._check_against_tokenizer()
@@ -121,7 +122,7 @@ class ChatSlot:
         contents = contents_of(messages)
         layout, head = self._none_split(len(contents))
         pieces = self._fill(layout, layout.parts, contents)
-        return self._encoder.encode_pieces(pieces[len(head) :], _last_control(head))
+        return self._encoder.encode_pieces(pieces[len(head) :], last_control(head))
 
     def slot_ids(self, text: str) -> list[int]:
         """A system text as tokens of the slot; white space at its ends is dropped.
@@ -160,7 +161,7 @@ class ChatSlot:
                 "given answers cannot be learned from; choose a base with one."
             )
         header = self._encoder.pieces(self._split(1)[2], {0: ""})
-        before = _last_control(header)
+        before = last_control(header)
         last = header[-1] if header else ""
         lead = strip_beside(last, before, None) if isinstance(last, str) else ""
         text = checked_text(text, "An answer").strip()
@@ -194,7 +195,7 @@ class ChatSlot:
     def _split(self, num_messages: int) -> tuple[Layout, Pieces, tuple[str | Hole, ...]]:
         """Layout with a system message, the pieces before its slot, and the parts after it."""
         layout = self._layout(num_messages, with_system=True)
-        at = _hole_position(layout, SYSTEM)
+        at = hole_position(layout, SYSTEM)
         before, tail = layout.parts[:at], layout.parts[at + 1 :]
         if any(isinstance(part, Hole) for part in before):
             raise InputError(
@@ -219,7 +220,7 @@ class ChatSlot:
         layout = self._layout(num_messages, with_system=False)
         first = layout.parts[0]
         pieces = self._encoder.split(first) if isinstance(first, str) else []
-        pieces = _through_control(pieces)
+        pieces = through_control(pieces)
         self._check_constant("first user text", self._none_head, pieces, num_messages)
         return layout, pieces
 
@@ -246,7 +247,7 @@ class ChatSlot:
             layout = self._layout(3, with_system=False)
         except InputError:  # a template for single turns
             return ""
-        part = layout.parts[_hole_position(layout, 1) + 1]
+        part = layout.parts[hole_position(layout, 1) + 1]
         return part if isinstance(part, str) else ""
 
     def _check_no_default(self, turn_break: str, end_of_turn: str | Control | None) -> None:
@@ -256,7 +257,7 @@ class ChatSlot:
         head_text = "".join(p.text if isinstance(p, Control) else p for p in head)
         literals = [part for part in tail if isinstance(part, str)]
         none_text = layout.parts[0] if isinstance(layout.parts[0], str) else ""
-        default = _added_text(none_text, head_text, turn_break or literals[0])
+        default = added_text(none_text, head_text, turn_break or literals[0])
         sentences = [p.strip() for p in self._encoder.split(default) if isinstance(p, str)]
         given = "\0".join([head_text, *literals])
         is_beside = any(len(text.split()) > 1 and text in given for text in sentences)
@@ -275,7 +276,7 @@ class ChatSlot:
         _, head, tail = self._split(1)
         after = self._encoder.pieces(tail[:1], {})
         last = head[-1] if head else ""
-        self._before = _last_control(head)
+        self._before = last_control(head)
         left = strip_beside(last, self._before, None) if isinstance(last, str) else ""
         # Tokenizers join a space with the word after it, so that the space belongs to the slot.
         self._left = left.rstrip(" ")
@@ -317,30 +318,3 @@ class ChatSlot:
                 "The tokenizer reads the chat template's text in a way that rlprompt cannot "
                 "reproduce piece by piece; pass another template or use another model."
             )
-
-
-def _hole_position(layout: Layout, index: int) -> int:
-    parts = enumerate(layout.parts)
-    return next(i for i, part in parts if isinstance(part, Hole) and part.index == index)
-
-
-def _last_control(pieces: Pieces) -> Control | None:
-    return next((piece for piece in reversed(pieces) if isinstance(piece, Control)), None)
-
-
-def _through_control(pieces: Pieces) -> Pieces:
-    """The pieces without the text after the last control token."""
-    return pieces[:-1] if pieces and isinstance(pieces[-1], str) else pieces
-
-
-def _added_text(none: str, head: str, turn_break: str) -> str:
-    """What a template writes only when no system message is given."""
-    rest = none[_shared_length(none, head) :]
-    return rest[: len(rest) - _shared_length(rest[::-1], turn_break[::-1])]
-
-
-def _shared_length(a: str, b: str) -> int:
-    """How many characters two texts begin with in common."""
-    return next(
-        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-    )

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlprompt.kernels.cpu.ops import tree_attention
 from rlprompt.kernels.dispatch import fused_attention, uses_triton
 from rlprompt.kernels.gather import fold, repeat_rows, unfold
 from rlprompt.kernels.prefix_attention_rows import AttentionRows, attention_rows
@@ -79,6 +80,9 @@ class TokenTree:
     """int64 [M]: the completion tokens, rows behind each other."""
     target_mask: Tensor
     """bool [B, T_max]: unflattens per-token results, `padded[target_mask] = flat`."""
+    spans: Tensor
+    """int64 [G + B, 4]: where queries and completion inputs stand, see
+    `kernels.cpu.ops.tree_attention`."""
 
     @property
     def num_tokens(self) -> int:
@@ -143,6 +147,7 @@ def build_tree(
         predictors=_predictors(rows, query_lengths, query_total),
         targets=torch.tensor([t for _, row in rows for t in row], dtype=torch.int64),
         target_mask=_target_mask([len(row) for _, row in rows]),
+        spans=_spans(query_lengths, [g for g, _ in rows], input_lengths),
     )
     return tree if device.type == "cpu" else _to_device(tree, device)
 
@@ -158,6 +163,17 @@ def _predictors(
         out.extend(range(offset, offset + len(row) - 1))
         offset += len(row) - 1
     return torch.tensor(out, dtype=torch.int64)
+
+
+def _spans(query_lengths: list[int], groups: list[int], input_lengths: list[int]) -> Tensor:
+    """First token and length of each run of tokens, and of the query that it follows."""
+    starts = [sum(query_lengths[:g]) for g in range(len(query_lengths))]
+    table = [[start, n, 0, 0] for start, n in zip(starts, query_lengths, strict=True)]
+    first = sum(query_lengths)
+    for group, length in zip(groups, input_lengths, strict=True):
+        table.append([first, length, starts[group], query_lengths[group]])
+        first += length
+    return torch.tensor(table, dtype=torch.int64)
 
 
 def _target_mask(lengths: list[int]) -> Tensor:
@@ -184,6 +200,7 @@ def _to_device(tree: TokenTree, device: torch.device) -> TokenTree:
         predictors=tree.predictors.to(device),
         targets=tree.targets.to(device),
         target_mask=tree.target_mask.to(device),
+        spans=tree.spans.to(device),
     )
 
 
@@ -218,6 +235,8 @@ class TreeContext:
 
     def attend(self, call: LayerCall) -> Tensor:
         """Both levels of the tree, packed again: [1, H, N, D]."""
+        if call.compiled:
+            return self._attend_compiled(call)
         tree = self._tree
         like = call.query
         if self._fused or (
@@ -257,6 +276,19 @@ class TreeContext:
         out = fused_attention((query, key, value), prefix, self._rows, scoring)
         return out.transpose(0, 1)[None]
 
+    def _attend_compiled(self, call: LayerCall) -> Tensor:
+        """The same by one kernel, which reads keys and values where they stand."""
+        tensors = [_dense(t[0].transpose(0, 1)) for t in (call.query, call.key, call.value)]
+        if self._record:
+            rows = self._tree.queries
+            self.query_keys.append(rows.unfold(tensors[1][: rows.num_tokens]))
+            self.query_values.append(rows.unfold(tensors[2][: rows.num_tokens]))
+        prefix = (self._prefix.keys[call.layer], self._prefix.values[call.layer])
+        out = tree_attention(
+            (tensors[0], tensors[1], tensors[2]), prefix, self._tree.spans, call.scaling
+        )
+        return out.transpose(0, 1)[None]
+
     def _split(self, packed: Tensor) -> tuple[Tensor, Tensor]:
         """[1, H, N, D] -> query tokens and completion tokens, each [n, H, D]."""
         tokens = packed[0].transpose(0, 1)
@@ -284,6 +316,10 @@ def tree_rows(tree: TokenTree) -> AttentionRows:
         tree.positions,
         max(width, tree.queries.mask.shape[1]),
     )
+
+
+def _dense(packed: Tensor) -> Tensor:
+    return packed if packed.stride(-1) == 1 else packed.contiguous()
 
 
 def _after(prefix: Tensor, own: Tensor) -> Tensor:

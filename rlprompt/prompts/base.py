@@ -1,17 +1,20 @@
 """What a prompt is: something that makes a prefix, and the little that trains.
 
-Letters: m virtual tokens, d model width.
+Letters: m virtual tokens, d model width, L layers, H_kv key/value heads, D head dim.
 """
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, Self
 
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from rlprompt.types import Message, PrefixKV
+from rlprompt.types import Adapter, Message, PrefixKV
 
 
 class Conditioner(Protocol):
@@ -32,8 +35,27 @@ class Conditioner(Protocol):
         """V, the number of embeddings."""
         ...
 
+    @property
+    def hidden_size(self) -> int:
+        """d, the width of an embedding."""
+        ...
+
+    @property
+    def kv_shape(self) -> tuple[int, int, int]:
+        """(L, H_kv, D)."""
+        ...
+
+    @property
+    def linear_shapes(self) -> Mapping[str, tuple[int, int]]:
+        """(out, in) of every linear layer inside the decoder's layers, by its full name."""
+        ...
+
     def embedding_norm(self) -> float:
         """Median norm of a vocabulary embedding."""
+        ...
+
+    def embedding_rms(self) -> float:
+        """Root mean square of the entries of vocabulary embeddings."""
         ...
 
     def slot_ids(self, text: str) -> list[int]:
@@ -52,9 +74,31 @@ class Conditioner(Protocol):
         """Input embeddings [n, d] in the base's dtype."""
         ...
 
-    def prefill(self, embeddings: Tensor) -> PrefixKV:
-        """Keys and values of [P, d] embeddings."""
+    def prefill(
+        self,
+        embeddings: Tensor,
+        after: PrefixKV | None = None,
+        adapter: Adapter | None = None,
+    ) -> PrefixKV:
+        """Keys and values of [n, d] embeddings that stand after a prefix, which is included."""
         ...
+
+    def head_prefix(self) -> PrefixKV:
+        """The prefix of the head alone, without gradient."""
+        ...
+
+
+@dataclass(frozen=True)
+class SavedPrompt:
+    """What an artifact gives to the kind of prompt that it holds."""
+
+    init_text: str
+    tensors: Mapping[str, Tensor]
+    """The content of `prompt.safetensors`."""
+    details: Mapping[str, Any]
+    """What `Prompt.artifact_details` gave."""
+    file: Callable[[str], bytes]
+    """Reads another file of the artifact, by relative path; raises OSError."""
 
 
 class Prompt(ABC):
@@ -81,6 +125,21 @@ class Prompt(ABC):
         """What an optimizer trains; empty for a fixed prompt."""
         return []
 
+    def gated_parameters(self) -> list[nn.Parameter]:
+        """Those that a factor of zero multiplies in a fresh prompt, such as LoRA's A while B is 0.
+
+        Their gradient is zero until the first update; that of all others must not be.
+        """
+        return []
+
+    def scale(self, conditioner: Conditioner) -> float:
+        """The size of a parameter's entry that means something to the base.
+
+        A relative learning rate is relative to this, so that one value serves all representations.
+        """
+        del conditioner
+        return 1.0
+
     def metrics(self) -> dict[str, float]:
         """Numbers worth watching in training, such as norms."""
         return {}
@@ -100,3 +159,59 @@ class Prompt(ABC):
         """
         if state:
             raise ValueError(f"a {self.kind} prompt has no tensors, given {sorted(state)}")
+
+    def copy(self) -> Self:
+        """The prompt as it is now, which later updates leave alone."""
+        return copy.deepcopy(self)
+
+    # What an artifact keeps. `rlprompt.prompts.PROMPTS` names what reads it.
+
+    def check(self, conditioner: Conditioner) -> None:  # noqa: B027 (a text fits every base)
+        """Refuse a base that the prompt's tensors do not fit.
+
+        Raises:
+            ValueError: it says what the prompt has and what the base needs.
+        """
+
+    def artifact_tensors(self) -> dict[str, Tensor]:
+        """What `prompt.safetensors` holds: what the prompt is, without how it is being trained."""
+        return self.state_dict()
+
+    def artifact_details(self) -> dict[str, Any]:
+        """What else is needed to restore it, as plain JSON values."""
+        return {}
+
+    def artifact_files(self, base: str) -> dict[str, bytes]:
+        """The files of its artifact, by path relative to the artifact.
+
+        Args:
+            base: id of the base, for formats that name it.
+        """
+        del base
+        return {"prompt.safetensors": save(self.artifact_tensors(), {"format": "pt"})}
+
+
+class SlotPrompt(Prompt):
+    """A prompt that fills positions of the slot, so that others may stand before or after it."""
+
+    @abstractmethod
+    def extend(self, conditioner: Conditioner, before: PrefixKV) -> PrefixKV:
+        """`before` and this prompt behind it, differentiable in both."""
+
+    def prefix(self, conditioner: Conditioner) -> PrefixKV:
+        """Head and slot."""
+        return self.extend(conditioner, conditioner.head_prefix())
+
+
+def check_state(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Refuse tensors of other names or shapes than a prompt's own.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if {name: t.shape for name, t in state.items()} != {name: t.shape for name, t in own.items()}:
+        raise ValueError(f"expected {_shapes(own)}, given {_shapes(state)}")
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items()) or "nothing"

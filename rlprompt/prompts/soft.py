@@ -3,7 +3,7 @@
 Lester et al., 2021 (arXiv 2104.08691) put trainable embeddings before the whole input. Here they
 stand inside the system turn, between the template's own tokens.
 
-Letters: m virtual tokens, d model width, V vocabulary.
+Letters: m virtual tokens, d model width.
 """
 
 from __future__ import annotations
@@ -11,38 +11,32 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from rlprompt.errors import InputError
-from rlprompt.prompts.base import Conditioner, Prompt
-from rlprompt.settings import Settings
+from rlprompt.prompts.base import Conditioner, Prompt, SavedPrompt, SlotPrompt, check_state
+from rlprompt.prompts.settings import StartSettings
+from rlprompt.prompts.start import start_ids
+from rlprompt.prompts.text import TextPrompt
 from rlprompt.types import PrefixKV
 
 
-class SoftSettings(Settings):
+class SoftSettings(StartSettings):
     """A soft prompt: m trainable embeddings in the system slot."""
 
     type: Literal["soft"] = "soft"
     """Representation."""
     num_virtual_tokens: int | None = Field(default=16, ge=1, le=4096)
-    """m, the number of trainable embeddings; null = as many as `init_text` has tokens."""
-    init_text: str | None = "You are a helpful assistant."
-    """Text whose embeddings the prompt starts from, repeated or cut to m tokens; null = random
-    vocabulary embeddings."""
+    """m, the number of trainable embeddings; null = as many as `init_text` or the artifact has. A
+    soft artifact of another length is resampled to m along its tokens."""
     max_norm_ratio: float | None = Field(default=1.5, gt=0.0)
     """Trust region: after each update a token longer than this multiple of the median vocabulary
     embedding is scaled back to it; null = no limit."""
 
-    @model_validator(mode="after")
-    def _length_is_known(self) -> SoftSettings:
-        if self.num_virtual_tokens is None and not (self.init_text or "").strip():
-            raise ValueError("num_virtual_tokens is null, which needs an init_text to count")
-        return self
 
-
-class SoftPrompt(Prompt):
-    """Embeddings [m, d] in float32, whatever the base's dtype."""
+class SoftPrompt(SlotPrompt):
+    """Embeddings [m, d] in float32 (float64 of a float64 base)."""
 
     kind: ClassVar[str] = "soft"
 
@@ -57,7 +51,8 @@ class SoftPrompt(Prompt):
             max_norm: longest token that `constrain` leaves alone. Tokens that start longer may stay
                 as long as they are.
         """
-        self.embeddings = nn.Parameter(embeddings.detach().float().clone())
+        wide = torch.promote_types(embeddings.dtype, torch.float32)
+        self.embeddings = nn.Parameter(embeddings.detach().to(wide, copy=True))
         self.init_text = init_text
         self._start = self.embeddings.detach().clone()
         self._max_norm = (
@@ -70,40 +65,69 @@ class SoftPrompt(Prompt):
         return int(self.embeddings.shape[0])
 
     @classmethod
-    def create(cls, settings: SoftSettings, conditioner: Conditioner, seed: int) -> SoftPrompt:
+    def create(
+        cls,
+        settings: SoftSettings,
+        conditioner: Conditioner,
+        seed: int,
+        warm: Prompt | None = None,
+    ) -> SoftPrompt:
         """A fresh prompt.
 
         With `init_text` and m = its token count, the fresh prompt is exactly that text. A longer m
         repeats the text's embeddings, a shorter one cuts them, as PEFT does. Without a text, m
-        embeddings of random vocabulary tokens are drawn by `seed`.
+        embeddings of random vocabulary tokens are drawn by `seed`. From a soft prompt of another
+        length, see `resample`.
+
+        Args:
+            settings: what to make.
+            conditioner: the base.
+            seed: of what is drawn.
+            warm: what `settings.from_artifact` holds.
 
         Raises:
-            InputError: the text has no tokens.
+            InputError: the text has no tokens, or `warm` cannot be turned into embeddings.
         """
-        length = settings.num_virtual_tokens
         ratio = settings.max_norm_ratio
         max_norm = None if ratio is None else ratio * conditioner.embedding_norm()
-        if settings.init_text is None:
-            assert length is not None  # settings refuse both being null
-            generator = torch.Generator().manual_seed(seed)
-            drawn = torch.randint(conditioner.vocab_size, (length,), generator=generator)
-            return cls(conditioner.embed(drawn.tolist()), max_norm=max_norm)
-        ids = conditioner.slot_ids(settings.init_text)
-        if not ids:
-            raise InputError("prompt.init_text is empty; write a text, or null for a random start")
-        length = len(ids) if length is None else length
-        tiled = [ids[i % len(ids)] for i in range(length)]
-        return cls(conditioner.embed(tiled), settings.init_text, max_norm)
+        length = settings.num_virtual_tokens
+        if isinstance(warm, SoftPrompt):
+            own = warm.embeddings.detach()
+            return cls(resample(own, length or len(own)), warm.init_text, max_norm)
+        if warm is not None and not isinstance(warm, TextPrompt):
+            raise InputError(
+                f"prompt.from_artifact holds a {warm.kind} prompt, which cannot be turned back "
+                "into embeddings; start a soft prompt from a soft or text artifact, or set "
+                f"prompt.type: {warm.kind}"
+            )
+        text = settings.init_text if warm is None else warm.init_text
+        ids = start_ids(text, length, conditioner, seed)
+        return cls(conditioner.embed(ids), text or "", max_norm)
+
+    @classmethod
+    def restore(cls, saved: SavedPrompt) -> SoftPrompt:
+        """The prompt of an artifact."""
+        return cls(saved.tensors["embeddings"], saved.init_text)
 
     def prefix(self, conditioner: Conditioner) -> PrefixKV:
-        """Head and embeddings, prefilled; gradients reach the embeddings."""
+        """Head and embeddings, prefilled in one forward; gradients reach the embeddings."""
         head = conditioner.embed(list(conditioner.head_ids))
-        slot = self.embeddings.to(device=head.device, dtype=head.dtype)
-        return conditioner.prefill(torch.cat([head, slot]))
+        return conditioner.prefill(torch.cat([head, self._slot(head)]))
+
+    def extend(self, conditioner: Conditioner, before: PrefixKV) -> PrefixKV:
+        """The embeddings after a prefix."""
+        return conditioner.prefill(self._slot(conditioner.embed([])), before)
+
+    def _slot(self, like: Tensor) -> Tensor:
+        return self.embeddings.to(device=like.device, dtype=like.dtype)
 
     def parameters(self) -> list[nn.Parameter]:
         """The embeddings."""
         return [self.embeddings]
+
+    def scale(self, conditioner: Conditioner) -> float:
+        """Root mean square of vocabulary embeddings."""
+        return conditioner.embedding_rms()
 
     @torch.no_grad()
     def constrain(self) -> None:
@@ -123,13 +147,45 @@ class SoftPrompt(Prompt):
         return {"norm": float(norm), "drift_from_init": float(drift.mean())}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`embeddings`, a float32 [m, d] copy on the CPU."""
+        """`embeddings`, an [m, d] copy on the CPU."""
         return {"embeddings": self.embeddings.detach().cpu().clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over `embeddings`; see the base class."""
-        if set(state) != {"embeddings"} or state["embeddings"].shape != self.embeddings.shape:
-            given = {name: tuple(t.shape) for name, t in state.items()}
-            raise ValueError(f"expected embeddings {tuple(self.embeddings.shape)}, given {given}")
+        check_state(state, self.state_dict())
         with torch.no_grad():
             self.embeddings.copy_(state["embeddings"])
+
+    def check(self, conditioner: Conditioner) -> None:
+        """The embeddings must be as wide as the base's."""
+        width = conditioner.hidden_size
+        if self.embeddings.dim() != 2 or self.embeddings.shape[1] != width:
+            raise ValueError(
+                f"embeddings of shape {tuple(self.embeddings.shape)}, the base needs width {width}"
+            )
+
+
+def resample(embeddings: Tensor, length: int) -> Tensor:
+    """Embeddings [n, d] read off at m places spread evenly from the first token to the last.
+
+    Between two tokens the direction is that of their linear mixture and the length the mixture of
+    their lengths: a mixture alone would be shorter than both. The own length changes no bit; one
+    place lies in the middle.
+
+    Returns:
+        [m, d].
+    """
+    count = embeddings.shape[0]
+    if length == count:
+        return embeddings.clone()
+    last = count - 1
+    place = torch.linspace(0, last, length) if length > 1 else torch.tensor([last / 2])
+    place = place.to(embeddings)
+    low = place.floor().long().clamp_max(last)
+    high = (low + 1).clamp_max(last)
+    share = (place - low)[:, None]
+    mixed = torch.lerp(embeddings[low], embeddings[high], share)
+    norms = embeddings.norm(dim=1, keepdim=True)
+    wanted = torch.lerp(norms[low], norms[high], share)
+    out: Tensor = mixed * (wanted / mixed.norm(dim=1, keepdim=True).clamp_min(1e-12))
+    return out

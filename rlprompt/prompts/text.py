@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
+
+from pydantic import field_validator
 
 from rlprompt.errors import InputError
-from rlprompt.prompts.base import Conditioner, Prompt
+from rlprompt.prompts.base import Conditioner, Prompt, SavedPrompt, SlotPrompt
+from rlprompt.settings import Settings
 from rlprompt.types import Message, PrefixKV
 
 
-class TextPrompt(Prompt):
+class TextSettings(Settings):
+    """A hand-written system message: it is evaluated and talked to, not trained."""
+
+    type: Literal["text"] = "text"
+    """Representation."""
+    text: str
+    """The system message."""
+
+    @field_validator("text")
+    @classmethod
+    def _not_blank(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("text is blank; write a system message")
+        return value
+
+
+class TextPrompt(SlotPrompt):
     """A hand-written system message: fixed tokens in the slot. The baseline to beat."""
 
     kind: ClassVar[str] = "text"
@@ -25,10 +44,31 @@ class TextPrompt(Prompt):
             raise InputError("a text prompt is empty; write a system message, or use `none`")
         self.init_text = text
 
+    @classmethod
+    def create(
+        cls,
+        settings: TextSettings,
+        conditioner: Conditioner,
+        seed: int,
+        warm: Prompt | None = None,
+    ) -> TextPrompt:
+        """The prompt of its settings; the other arguments are those of every representation."""
+        del conditioner, seed, warm
+        return cls(settings.text)
+
+    @classmethod
+    def restore(cls, saved: SavedPrompt) -> TextPrompt:
+        """The prompt of an artifact."""
+        return cls(saved.init_text)
+
     def prefix(self, conditioner: Conditioner) -> PrefixKV:
-        """Head and text, prefilled."""
+        """Head and text, prefilled in one forward."""
         ids = [*conditioner.head_ids, *conditioner.slot_ids(self.init_text)]
         return conditioner.prefill(conditioner.embed(ids))
+
+    def extend(self, conditioner: Conditioner, before: PrefixKV) -> PrefixKV:
+        """The text after a prefix."""
+        return conditioner.prefill(conditioner.embed(conditioner.slot_ids(self.init_text)), before)
 
 
 class NonePrompt(Prompt):

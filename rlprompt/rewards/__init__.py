@@ -7,7 +7,9 @@ their file (see `reward_models/` in the checkout).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rlprompt.rewards.base import (
     Example,
@@ -17,8 +19,11 @@ from rlprompt.rewards.base import (
     RewardSettings,
     TrainerState,
 )
+from rlprompt.rewards.isolation import IsolatedReward
 from rlprompt.rewards.load import load_reward
-from rlprompt.rewards.runner import RewardRunner
+
+if TYPE_CHECKING:
+    from rlprompt.rewards.runner import RewardRunner
 
 BUILTIN: dict[str, str] = {
     "diversity": "rlprompt.rewards.diversity:Diversity",
@@ -32,7 +37,27 @@ BUILTIN: dict[str, str] = {
     "repetition": "rlprompt.rewards.repetition:Repetition",
     "sentence": "rlprompt.rewards.sentence:Sentence",
 }
-"""Name after `builtin:` -> where it is defined; imported only when a recipe names it."""
+"""Rules: name after `builtin:` -> where it is defined; imported only when a recipe names it."""
+
+MODELS: dict[str, str] = {
+    "http": "rlprompt.rewards.remote.server_reward:ServerReward",
+    "judge": "rlprompt.rewards.preference.judge:JudgeReward",
+    "openai_judge": "rlprompt.rewards.remote.judge:OpenAIJudge",
+    "pairwise": "rlprompt.rewards.preference.pairwise:PairwiseReward",
+    "preference": "rlprompt.rewards.preference.reward:PreferenceReward",
+    "preference_ensemble": "rlprompt.rewards.preference.reward:EnsembleReward",
+}
+"""Rewards that ask a model or a server, named in the same way."""
+
+NAMED: dict[str, str] = BUILTIN | MODELS
+"""All that `builtin:` can name."""
+
+
+def __getattr__(name: str) -> Any:
+    # The runner needs torch, which a reward's worker process must not wait for.
+    if name == "RewardRunner":
+        return import_module("rlprompt.rewards.runner").RewardRunner
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def build_rewards(
@@ -49,12 +74,22 @@ def build_rewards(
         InputError: a reward cannot be loaded, two share a name, or none has the role `score` though
             one is needed.
     """
-    loaded = [(each, load_reward(each, base_dir, BUILTIN)) for each in settings]
+    from rlprompt.rewards.runner import RewardRunner
+
+    loaded = [(each, _load(each, base_dir)) for each in settings]
     return RewardRunner(loaded, needs_score=needs_score)
+
+
+def _load(settings: RewardSettings, base_dir: Path) -> RewardFunction:
+    if settings.isolation is not None:
+        return IsolatedReward(settings, base_dir, NAMED)
+    return load_reward(settings, base_dir, NAMED)
 
 
 __all__ = [
     "BUILTIN",
+    "MODELS",
+    "NAMED",
     "Example",
     "RewardBatch",
     "RewardFailure",

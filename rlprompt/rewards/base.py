@@ -68,6 +68,16 @@ _OWN_ROLE: dict[str, Role] = {
 _NAME = re.compile(r"[A-Za-z0-9_.\-]+")
 
 
+class IsolationSettings(Settings):
+    """A worker process for one reward, which it may crash or hang without harm to the run."""
+
+    memory_gb: float | None = Field(default=4.0, gt=0)
+    """GiB that the reward may allocate beyond what its process holds once it is loaded (Linux);
+    null = no limit."""
+    start_timeout: float = Field(default=120.0, gt=0)
+    """Seconds in which the process must have loaded the reward."""
+
+
 class RewardSettings(Settings):
     """One reward of a recipe: where its code is, and what its values are used for."""
 
@@ -105,6 +115,9 @@ class RewardSettings(Settings):
     on_error: Literal["raise", "skip"] = "raise"
     """What a failed call does: `raise` stops the run; `skip` leaves this reward out of the batch,
     counts it in `rewards/{name}/failures` and logs a warning."""
+    isolation: IsolationSettings | None = None
+    """Run it in a worker process of its own (`{}` for the defaults): one that hangs, crashes or
+    takes too much memory then costs one batch, see `on_error`; null = in the run's own process."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments: for the constructor of a class, for a function that makes a reward, or
     bound to the reward function itself."""
@@ -164,13 +177,31 @@ class TrainerState:
     """Updates of the prompt made so far."""
 
 
+FailureKind = Literal["exception", "timeout", "values"]
+
+
+class ReportedError(Exception):
+    """A failure whose message goes on a sentence that begins with the reward's name.
+
+    Args:
+        message: such as `raised ValueError: no number at reward.py:3`.
+        advice: what to do about it; empty when the message says so itself.
+        kind: see `RewardFailure.kind`.
+    """
+
+    def __init__(self, message: str, advice: str = "", kind: FailureKind = "exception") -> None:
+        super().__init__(message)
+        self.advice = advice
+        self.kind: FailureKind = kind
+
+
 @dataclass(frozen=True)
 class RewardFailure:
     """One call that failed under `on_error: skip`."""
 
     name: str
     """The reward's name."""
-    kind: Literal["exception", "timeout", "values"]
+    kind: FailureKind
     """It raised, it took too long, or what it returned or logged is not usable."""
     message: str
     """The sentence that `on_error: raise` would have stopped the run with."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlprompt.errors import InputError
-from rlprompt.rewards import BUILTIN
+from rlprompt.rewards import NAMED
 from rlprompt.rewards.base import Example, RewardFunction, RewardSettings
 from rlprompt.rewards.check_inputs import (
     HUGE_CHARACTERS,
@@ -109,7 +109,7 @@ class _Subject:
     def __init__(self, probe: Probe) -> None:
         self.probe = probe
         settings = probe.settings
-        target = resolve_target(settings.path, probe.base_dir, BUILTIN)
+        target = resolve_target(settings.path, probe.base_dir, NAMED)
         self.examples = examples_of(target)
         first = self.examples[0] if self.examples else None
         # A reward with an option that must be given shows in its examples how to give it.
@@ -123,7 +123,7 @@ class _Subject:
         """The reward, made from options in place of the usual ones."""
         chosen = dict(self.options if options is None else options)
         settings = self.probe.settings.model_copy(update={"options": chosen})
-        return load_reward(settings, self.probe.base_dir, BUILTIN)
+        return load_reward(settings, self.probe.base_dir, NAMED)
 
     def values(
         self,

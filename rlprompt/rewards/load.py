@@ -54,7 +54,7 @@ def load_reward(
     """
     try:
         target = resolve_target(settings.path, base_dir, builtin)
-        return _configure(target, settings)
+        return _configure(target, settings, base_dir)
     except InputError as error:
         raise InputError(f"reward '{settings.name}': {error}") from error
 
@@ -170,8 +170,10 @@ def _attribute(module: ModuleType, attribute: str, where: str) -> Any:
     return target
 
 
-def _configure(target: Any, settings: RewardSettings) -> RewardFunction:
-    options = settings.options
+def _configure(target: Any, settings: RewardSettings, base_dir: Path) -> RewardFunction:
+    options: Mapping[str, Any] = settings.options
+    if hasattr(target, "resolve_paths"):  # options that name files, relative to the recipe's folder
+        options = target.resolve_paths(options, base_dir)
     if settings.adapter != "trl":
         return ADAPTERS[settings.adapter](target, options)
     if not callable(target):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from rlprompt.errors import InputError
 from rlprompt.rewards.base import (
     GROUP_KEYWORD,
     RESERVED_KEYWORDS,
+    FailureKind,
+    ReportedError,
     RewardBatch,
     RewardFailure,
     RewardFunction,
@@ -68,6 +70,8 @@ class RewardRunner:
         self._rewards = list(rewards)
         self._executor = Executor()
         self._normaliser = Normaliser(self.settings)
+        self.once: Callable[[Callable[[], RewardBatch]], RewardBatch] = lambda work: work()
+        """How a batch is scored; ranks of one run score it on the first of them."""
 
     @property
     def settings(self) -> list[RewardSettings]:
@@ -126,6 +130,9 @@ class RewardRunner:
                 reward raised InputError itself, or a call failed under `on_error: raise` (it
                 raised, took too long, or returned or logged something unusable).
         """
+        return self.once(lambda: self._score(groups, step))
+
+    def _score(self, groups: Sequence[Group], step: int) -> RewardBatch:
         rows = [(group.query, completion) for group in groups for completion in group.completions]
         columns = _columns(rows)
         index = tuple(i for i, group in enumerate(groups) for _ in group.completions)
@@ -162,9 +169,20 @@ class RewardRunner:
             group_index=index,
         )
 
+    def bind_policy(self, policy: Any) -> None:
+        """Lend a run's policy to the rewards that may judge with its base under another prompt."""
+        for _, function in self._rewards:
+            bind = getattr(function, "bind_policy", None)
+            if callable(bind):
+                bind(policy)
+
     def close(self) -> None:
-        """Stop idle worker threads; the runner stays usable."""
+        """Stop idle worker threads and end worker processes; the runner stays usable."""
         self._executor.close()
+        for _, function in self._rewards:
+            end = getattr(function, "close", None)
+            if callable(end):
+                end()
 
     def _call(
         self,
@@ -197,7 +215,10 @@ class RewardRunner:
             "log_metric": sink.log_metric,
         }
         kwargs = select_keywords(settings.name, function, available)
-        return Call(settings.name, function, kwargs, settings.timeout)
+        timeout = settings.timeout
+        if timeout is not None:
+            timeout += getattr(function, "backstop", 0.0)
+        return Call(settings.name, function, kwargs, timeout)
 
     def _run(self, calls: Sequence[Call]) -> list[tuple[Call, Outcome]]:
         waiting = [call for call in calls if is_async(call.function)]
@@ -241,7 +262,10 @@ def _evaluate(
         raise InputError(f"reward '{call.name}': {outcome.error}") from outcome.error
     if outcome.timed_out or outcome.error is not None:
         message = describe_failure(call, outcome, rows)
-        return RewardFailure(call.name, "timeout" if outcome.timed_out else "exception", message)
+        kind: FailureKind = "timeout" if outcome.timed_out else "exception"
+        if isinstance(outcome.error, ReportedError):
+            kind = outcome.error.kind
+        return RewardFailure(call.name, kind, message)
     try:
         values = parse_values(outcome.output, rows)
         sink.check(len(rows))

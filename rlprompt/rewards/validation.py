@@ -9,7 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlprompt.errors import InputError
-from rlprompt.rewards.base import GROUP_KEYWORD, RESERVED_KEYWORDS, RewardFunction
+from rlprompt.rewards.base import (
+    GROUP_KEYWORD,
+    RESERVED_KEYWORDS,
+    ReportedError,
+    RewardFunction,
+)
 from rlprompt.rewards.execution import Call, Outcome
 from rlprompt.rewards.messages import describe_error, quote, shorten, user_frame
 from rlprompt.types import Completion, Query
@@ -18,6 +23,7 @@ Row = tuple[Query, Completion]
 """One completion with its query."""
 
 
+NOT_A_LIST = "return a list with one float or None per completion"
 _FLOAT32_MAX = 3.4028234e38
 
 
@@ -72,7 +78,7 @@ def parse_values(output: Any, rows: Sequence[Row]) -> list[float]:
     if getattr(output, "ndim", None) == 1 and hasattr(output, "tolist"):
         output = output.tolist()
     if not isinstance(output, list | tuple):
-        advice = "return a list with one float or None per completion"
+        advice = NOT_A_LIST
         if inspect.iscoroutine(output):
             output.close()
             advice = "define it with async def, so that it is awaited"
@@ -97,9 +103,12 @@ def describe_failure(call: Call, outcome: Outcome, rows: Sequence[Row]) -> str:
         )
     error = outcome.error
     assert error is not None
+    if isinstance(error, ReportedError):
+        advice = f"; {error.advice}" if error.advice else ""
+        return f"reward '{call.name}' {error}, {example}{advice}"
     return (
         f"reward '{call.name}' raised {describe_error(error)} at "
-        f"{user_frame(error, _source_file(call.function))}, {example}; mend it"
+        f"{user_frame(error, source_file(call.function))}, {example}; mend it"
     )
 
 
@@ -171,7 +180,7 @@ def _describe(row: Row) -> str:
     return f"query {quote(query.text)} with completion {quote(completion.text)}"
 
 
-def _source_file(function: RewardFunction) -> str | None:
+def source_file(function: RewardFunction) -> str | None:
     """The file that defines the reward, to find its line in a traceback."""
     function = getattr(function, "func", function)  # a partial binds the recipe's options
     called = function if inspect.isfunction(function) else type(function).__call__

@@ -7,17 +7,26 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SCHEDULER = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (*_SCHEDULER, signal.SIGINT)
 
 
 class StopRequest:
     """Within its `with` block, the first stop signal is noted; a second Ctrl-C ends at once.
 
+    Blocks may be nested, so that a signal is noted from the moment a command starts: an inner one
+    begins with what the outer one was told, and tells it what it was told itself.
+
     Outside the main thread Python takes no signal handlers; then nothing is noted.
     """
 
-    def __init__(self) -> None:
-        """Nothing asked for yet."""
+    def __init__(self, *, keyboard: bool = True) -> None:
+        """Nothing asked for yet.
+
+        Args:
+            keyboard: whether Ctrl-C is noted too; else it does what it did before.
+        """
+        self._signals = _SIGNALS if keyboard else _SCHEDULER
         self.reason: str | None = None
         """Name of the signal that asked, such as SIGTERM."""
         self._before: dict[signal.Signals, Any] = {}
@@ -25,9 +34,17 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         """Install the handlers."""
         if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
+            for number in self._signals:
                 self._before[number] = signal.signal(number, self._note)
+        if self._outer is not None:
+            self.reason = self._outer.reason
         return self
+
+    @property
+    def _outer(self) -> StopRequest | None:
+        handler = self._before.get(signal.SIGTERM)
+        owner = getattr(handler, "__self__", None)
+        return owner if isinstance(owner, StopRequest) else None
 
     def __exit__(
         self,
@@ -36,6 +53,8 @@ class StopRequest:
         trace: TracebackType | None,
     ) -> None:
         """Put the former handlers back."""
+        if self._outer is not None:
+            self._outer.reason = self.reason
         for number, handler in self._before.items():
             if (
                 handler is not None

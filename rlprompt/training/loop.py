@@ -21,12 +21,13 @@ from rlprompt.training.checkpoint import (
     seed_global_random,
 )
 from rlprompt.training.files import to_json, write_atomic
+from rlprompt.training.guards import stopped_by
 from rlprompt.training.interrupt import StopRequest
 from rlprompt.training.optimizer import build_optimizer, learning_rate, lr_factor
 from rlprompt.training.parts import RunParts
 from rlprompt.training.report import write_report
 from rlprompt.training.startup import check_trainable
-from rlprompt.training.state import RunState
+from rlprompt.training.state import RunState, Stateful
 from rlprompt.training.summary import build_summary
 from rlprompt.training.tracker import RunInfo
 from rlprompt.training.update import NotFiniteError, PhaseClock, Updater
@@ -46,14 +47,18 @@ class Trainer:
         self.parts = parts
         self.output = output
         settings = parts.training
-        peak_lr = learning_rate(settings.optimizer, parts.policy.embedding_rms())
+        scale = parts.policy.prompt.scale(parts.policy)
+        peak_lr = learning_rate(settings.optimizer, scale)
         own = [(part.parameters, part.lr) for part in parts.algorithm.own_parameters()]
         parameters = parts.policy.parameters()
         optimizer = build_optimizer(parameters, settings.optimizer, peak_lr, own)
         check_trainable(parts.policy, optimizer, parts.data.train[0], [p for p, _ in own])
-        self.state = RunState(
-            parts.policy.prompt, optimizer, parts.source, {"algorithm": parts.algorithm}
-        )
+        others: dict[str, Stateful] = {"algorithm": parts.algorithm, "rewards": parts.rewards}
+        if parts.constraints is not None:
+            others["constraints"] = parts.constraints
+        if parts.query_weights is not None:
+            others["robust"] = parts.query_weights
+        self.state = RunState(parts.policy.prompt, optimizer, parts.source, others)
         self._updater = Updater(
             parts.policy,
             parts.algorithm,
@@ -61,7 +66,10 @@ class Trainer:
             temperature=parts.source.temperature,
             token_budget=settings.token_budget,
             teacher=parts.teacher,
+            query_weights=parts.query_weights,
+            ranks=parts.ranks,
         )
+        parts.ranks.copy_first(self._updater.trained)
 
     def run(self, *, resume: bool = False) -> dict[str, Any]:
         """Train to the end, or until a stop signal; returns the content of summary.json.
@@ -79,7 +87,7 @@ class Trainer:
         seed_global_random(self.parts.seed)
         resume_step = self._resume() if resume else None
         folder = self.output / "checkpoints"
-        if not resume and checkpoint_steps(folder):
+        if not resume and self.parts.ranks.first(lambda: checkpoint_steps(folder)):
             raise InputError(
                 f"'{folder}' holds checkpoints of another run; resume that run, or choose another "
                 "output folder"
@@ -92,6 +100,7 @@ class Trainer:
             steps=parts.training.steps,
             base=parts.policy.base.id,
             recipe=parts.recipe,
+            identity=self._identity,
             resume_step=resume_step,
         )
         parts.trackers.start(info)
@@ -106,9 +115,10 @@ class Trainer:
     def _resume(self) -> int:
         """Restore the newest checkpoint; gives its step, or -1 when there is none."""
         folder = self.output / "checkpoints"
-        if not checkpoint_steps(folder):
+        ranks = self.parts.ranks
+        if not ranks.first(lambda: checkpoint_steps(folder)):
             return -1
-        checkpoint = load_checkpoint(folder)
+        checkpoint = ranks.first(lambda: load_checkpoint(folder), "the checkpoint")
         self.state.restore(checkpoint, self._identity)
         return checkpoint.step
 
@@ -117,7 +127,9 @@ class Trainer:
         progress, settings = self.state.progress, self.parts.training
         if self.parts.data.heldout and "base" not in progress.heldout:
             self._baselines()
-        while progress.step < settings.steps and stop.reason is None and not self._is_stale():
+        agree = self.parts.ranks.agree
+        reason = agree(stop.reason)
+        while progress.step < settings.steps and reason is None and not self._is_over():
             start = time.perf_counter()
             self._step()
             if self._evaluation_is_due():
@@ -125,11 +137,13 @@ class Trainer:
             progress.seconds += time.perf_counter() - start
             if progress.step % settings.save_every == 0:
                 self._save()
+            reason = agree(stop.reason)
         if checkpoint_steps(self.output / "checkpoints")[-1:] != [progress.step]:
             self._save()
         if progress.step >= settings.steps:
             return "finished"
-        return stop.reason or "early_stopping"
+        guard = stopped_by(progress.guards)
+        return reason or (f"guard:{guard}" if guard else "early_stopping")
 
     def _step(self) -> None:
         """One rollout batch and its updates."""
@@ -139,6 +153,9 @@ class Trainer:
         before = self.state.checkpoint(self._identity)
         seed = _step_seed(parts.seed, progress.step)
         batch = parts.source.collect(progress.step, seed)
+        objective = parts.rewards.objective(batch.rewards)
+        if parts.constraints is not None:
+            objective = parts.constraints.penalised(objective, batch.rewards.costs)
         settings = parts.training.optimizer
         try:
             signal, learned = self._updater.learn(
@@ -148,6 +165,7 @@ class Trainer:
                 settings.max_grad_norm,
                 clock,
                 seed=seed,
+                rewards=objective,
             )
         except NotFiniteError as error:
             self.state.restore(before, self._identity)
@@ -160,11 +178,19 @@ class Trainer:
         progress.step_seconds.append(seconds)
         metrics = {**completion_metrics(batch), **learned, **_times(batch, clock, seconds)}
         metrics |= {f"prompt/{k}": v for k, v in parts.policy.prompt.metrics().items()}
+        if parts.constraints is not None:
+            metrics |= parts.constraints.update(batch.rewards.costs)
+        if parts.query_weights is not None:
+            metrics |= parts.query_weights.metrics()
+        metrics |= parts.guards.observe(progress.step, metrics, progress.guards)
         metrics |= {"num_tokens": float(progress.num_tokens), "epoch": parts.source.epoch}
         parts.trackers.log_completions(
             progress.step, completion_rows(batch, "train", "learned", signal.row_advantages)
         )
         parts.trackers.log_metrics(progress.step, metrics)
+        tensors = parts.policy.prompt.state_dict().items()
+        norms = {f"prompt/norms/{k}": v.float().norm(dim=-1) for k, v in tensors if v.dim() > 1}
+        parts.trackers.log_histograms(progress.step, norms)
 
     def _next_lr(self) -> float:
         """Set the rate of the coming update."""
@@ -199,21 +225,26 @@ class Trainer:
     def _evaluate_learned(self) -> None:
         result = self.parts.evaluator.evaluate(self.parts.policy.prompt, self.state.progress.step)
         self._log_evaluation("learned", result)
-        self.state.remember_best(result.reward, result.metrics)
+        progress, chosen_by = self.state.progress, self.parts.evaluation.select_by
+        self.parts.guards.observe(progress.step, result.flat, progress.guards, split="heldout")
+        self.state.remember_best(result.value(chosen_by), result.metrics)
 
     def _log_evaluation(self, who: str, result: HeldoutResult) -> None:
         step = self.state.progress.step
         self.parts.trackers.log_completions(step, completion_rows(result.batch, "heldout", who))
         self.parts.trackers.log_evaluation(step, who, result.metrics)
 
-    def _is_stale(self) -> bool:
-        patience = self.parts.training.early_stopping
-        return patience is not None and self.state.progress.stale_evaluations >= patience
+    def _is_over(self) -> bool:
+        """Whether held-out reward has stopped rising, or a guard has ended the run."""
+        progress, patience = self.state.progress, self.parts.training.early_stopping
+        stale = patience is not None and progress.stale_evaluations >= patience
+        return stale or stopped_by(progress.guards) is not None
 
     def _save(self) -> None:
         checkpoint = self.state.checkpoint(self._identity)
-        folder = self.output / "checkpoints"
-        save_checkpoint(folder, checkpoint, self.parts.training.keep_checkpoints)
+        if self.parts.ranks.is_first:
+            folder = self.output / "checkpoints"
+            save_checkpoint(folder, checkpoint, self.parts.training.keep_checkpoints)
 
     @property
     def _identity(self) -> dict[str, str]:
@@ -227,6 +258,8 @@ class Trainer:
 
     def _save_failure(self, batch: RolloutBatch, error: NotFiniteError) -> None:
         """Keep what led to a loss that is not finite; the state is that before the step again."""
+        if not self.parts.ranks.is_first:
+            return
         step = self.state.progress.step + 1
         folder = self.output / f"failed_step_{step}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -249,6 +282,13 @@ class Trainer:
             fingerprint_after=verify_unchanged(parts.policy.base),
             reason=reason,
         )
+        if parts.ranks.is_first:
+            self._write_results(summary)
+        parts.policy.prompt.load_state_dict(last)
+        return summary
+
+    def _write_results(self, summary: dict[str, Any]) -> None:
+        parts = self.parts
         shown = ("heldout_reward_before", "heldout_reward_handwritten", "heldout_reward_after")
         save_artifact(
             self.output / "artifact",
@@ -258,10 +298,8 @@ class Trainer:
             recipe=parts.recipe,
             metrics={k: summary[k] for k in (*shown, "best_step", "steps")},
         )
-        parts.policy.prompt.load_state_dict(last)
         write_atomic(self.output / "summary.json", to_json(summary, indent=2))
         write_report(self.output)
-        return summary
 
 
 def _step_seed(seed: int, step: int) -> int:

@@ -14,17 +14,17 @@ from rlprompt.training.settings import OptimizerSettings
 DEFAULT_LR_RELATIVE = 0.05
 
 
-def learning_rate(settings: OptimizerSettings, embedding_rms: float) -> float:
+def learning_rate(settings: OptimizerSettings, scale: float) -> float:
     """The peak learning rate.
 
     Args:
         settings: absolute or relative rate.
-        embedding_rms: root mean square of the base's embedding entries.
+        scale: of the prompt's parameters, see `Prompt.scale`.
     """
     if settings.lr is not None:
         return settings.lr
     relative = DEFAULT_LR_RELATIVE if settings.lr_relative is None else settings.lr_relative
-    return relative * embedding_rms
+    return relative * scale
 
 
 def lr_factor(settings: OptimizerSettings, update: int, total: int) -> float:

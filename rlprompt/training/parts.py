@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rlprompt.algorithms.base import Algorithm
@@ -12,6 +12,9 @@ from rlprompt.evaluation.heldout import EvaluationSettings, HeldoutEvaluator
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.rewards.runner import RewardRunner
+from rlprompt.training.distributed import Ranks
+from rlprompt.training.guards import GuardWatch
+from rlprompt.training.objective import Constraints, QueryWeights
 from rlprompt.training.settings import TrainingSettings
 from rlprompt.training.sources import Source
 from rlprompt.training.tracker import TrackerGroup
@@ -33,6 +36,10 @@ class RunParts:
     """Prompt of the reference policy; None when the algorithm needs none."""
     teacher: Prompt | None
     """Prompt of the teacher; None when the algorithm needs none."""
+    constraints: Constraints | None
+    """Multipliers of constraint rewards; None without any."""
+    query_weights: QueryWeights | None
+    """A robust objective; None when all queries count alike."""
     evaluator: HeldoutEvaluator
     """Scores prompts on held-out queries."""
     rewards: RewardRunner
@@ -49,3 +56,7 @@ class RunParts:
     """Of everything drawn at random."""
     recipe: Mapping[str, Any]
     """The resolved recipe as plain values."""
+    ranks: Ranks = field(default_factory=Ranks)
+    """Among whom the work is divided; alone by default."""
+    guards: GuardWatch = field(default_factory=lambda: GuardWatch([]))
+    """Watch the metrics for reward hacking."""

@@ -77,12 +77,13 @@ class Curve:
     width: float = 1.6
 
 
-def draw_curves(curves: Sequence[Curve], name: str) -> str:
+def draw_curves(curves: Sequence[Curve], name: str, *, x_label: str = "") -> str:
     """Draw curves over steps; values that are None or not finite are passed over.
 
     Args:
         curves: Drawn in this order, later ones on top.
         name: Unique on the page, of letters, digits and `-`; becomes part of the ids.
+        x_label: What `Curve.steps` are, when they are no steps and need not be whole.
 
     Returns:
         An `<svg>` element.
@@ -91,6 +92,9 @@ def draw_curves(curves: Sequence[Curve], name: str) -> str:
         figure, axes = _figure()
         for curve in curves:
             _draw(axes, curve)
+        if x_label:
+            axes.xaxis.set_major_locator(MaxNLocator(6))
+            axes.set_xlabel(x_label)
         return _to_svg(figure, name)
 
 

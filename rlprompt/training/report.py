@@ -19,6 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from rlprompt.training.files import write_atomic
 from rlprompt.training.report_charts import WHO, report_sections
+from rlprompt.training.report_guards import alarm_sentences
 from rlprompt.training.run_folder import Row, RunFiles, load_run
 
 _MAX_PAIRS = 10
@@ -88,6 +89,7 @@ def _notices(run: RunFiles) -> list[str]:
     notices = []
     if not run.summary:
         notices.append("This run has no summary.json: it is still going on, or it was cut off.")
+    notices += [_clean(sentence, _MAX_TEXT) for sentence in alarm_sentences(run)]
     if not run.metrics:
         notices.append("No training step was logged.")
     if not run.evaluations:

@@ -9,6 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from rlprompt.training.plots import Color, Curve, draw_curves, draw_stack
+from rlprompt.training.report_guards import guard_section
 from rlprompt.training.run_folder import RunFiles
 
 WHO: dict[str, tuple[str, Color]] = {
@@ -64,6 +65,7 @@ def report_sections(run: RunFiles) -> list[dict[str, Any]]:
             "layout": "wide",
             "charts": [*_train_chart(run), *_heldout_chart(run)],
         },
+        *guard_section(run),
         {"title": "Every reward by itself", "note": note, "layout": "grid", "charts": singles},
         {"title": "Policy and prompt", "note": "", "layout": "grid", "charts": _health_charts(run)},
         {

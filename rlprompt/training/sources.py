@@ -283,6 +283,8 @@ def _joined(first: RolloutBatch, second: RolloutBatch) -> RolloutBatch:
         extras=extras,
         metrics=metrics,
         errors=[*a.errors, *b.errors],
+        costs={name: torch.cat([a.costs[name], b.costs[name]]) for name in a.costs},
+        group_index=(*a.group_index, *(sizes[0] + g for g in b.group_index)),
     )
     return RolloutBatch(
         (*first.groups, *second.groups),
@@ -302,5 +304,7 @@ def _only(batch: RolloutBatch, groups: Sequence[int]) -> RolloutBatch:
         total=old.total[rows],
         values={name: values[rows] for name, values in old.values.items()},
         extras={name: [values[i] for i in rows] for name, values in old.extras.items()},
+        costs={name: values[rows] for name, values in old.costs.items()},
+        group_index=tuple(g for g in range(len(groups)) for _ in range(size)),
     )
     return replace(batch, groups=tuple(batch.groups[g] for g in groups), rewards=rewards)

@@ -46,6 +46,8 @@ class Progress:
     """Duration of every step."""
     heldout: dict[str, Any] = field(default_factory=dict)
     """First evaluation of `base` and `handwritten`, and the best of `learned`: their metrics."""
+    guards: dict[str, Any] = field(default_factory=dict)
+    """What the guards have seen and the alarms they raised; see `GuardWatch`."""
 
 
 class Position(Protocol):

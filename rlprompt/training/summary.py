@@ -15,6 +15,7 @@ import torch
 
 import rlprompt
 from rlprompt.policy import Policy
+from rlprompt.training.guards import alarms_of
 from rlprompt.training.state import Progress
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "pydantic")
@@ -37,6 +38,7 @@ def build_summary(
         "steps": progress.step,
         "seconds": progress.seconds,
         "stopped_because": reason,
+        "alarms": [alarm._asdict() for alarm in alarms_of(progress.guards)],
         "heldout_reward_before": rewards.get("base"),
         "heldout_reward_after": rewards.get("learned"),
         "heldout_reward_handwritten": rewards.get("handwritten"),

@@ -7,17 +7,67 @@ warning, because hours of training are worth more than a curve.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Real
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor
 
 from rlprompt.errors import InputError
+from rlprompt.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+
+_BINS = 32
+_WITH_TABLES = ("wandb", "tensorboard")
+"""Trackers that make a file, or a page of text, of every table."""
+
+
+class TrackingSettings(Settings):
+    """Where a run reports to."""
+
+    trackers: list[Literal["console", "jsonl", "wandb", "tensorboard"]] = Field(
+        default=["console", "jsonl"]
+    )
+    """Where metrics go. `jsonl` is always written, named here or not: the report reads it."""
+    project: str = "rlprompt"
+    """Project of the run at Weights & Biases."""
+    run_name: str | None = None
+    """Name of the run at Weights & Biases; without one, the name of the run itself."""
+    group: str | None = None
+    """Group of runs that it belongs to at Weights & Biases, such as a sweep."""
+    tags: list[str] = Field(default=[])
+    """Tags of the run at Weights & Biases."""
+    notes: str | None = None
+    """What a person should know of the run, shown at Weights & Biases."""
+    completions_every: int = Field(default=1, ge=1)
+    """Log the training completions of every n-th step; held-out ones are always logged."""
+    tables_every: int = Field(default=10, ge=1)
+    """Of those, show at Weights & Biases and TensorBoard the ones of every n-th step, which is also
+    how often histograms of token norms are logged: each table is a file of its own there."""
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How values are spread."""
+
+    counts: Sequence[int]
+    """Values in each of the bins."""
+    edges: Sequence[float]
+    """One more than bins; a value at an inner edge belongs to the upper bin."""
+    total: float
+    """Sum of the values."""
+    total_squares: float
+    """Sum of their squares."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +83,8 @@ class RunInfo:
     """Id or path of the base model."""
     recipe: Mapping[str, Any] = field(default_factory=dict)
     """The resolved recipe as plain values."""
+    identity: Mapping[str, str] = field(default_factory=dict)
+    """What the run stands on, as hashes: `dataset`, `base`, `chat template`."""
     resume_step: int | None = None
     """None for a new run; else the step of the checkpoint it continues from, or -1 for a run that
     is resumed before its first checkpoint."""
@@ -56,6 +108,9 @@ class Tracker(Protocol):
         `who` is base, handwritten or learned.
         """
 
+    def log_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        """Take histograms, by their final names."""
+
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Close everything; `summary` is the content of `summary.json`, or empty on a crash."""
 
@@ -65,16 +120,18 @@ class TrackerGroup:
 
     Args:
         trackers: By name; called in this order.
-        completions_every: Training completions are passed on at multiples of this step number.
+        settings: How often completions, tables and histograms are passed on.
 
     Attributes:
         lost: For each tracker that failed, how many records it did not take.
     """
 
-    def __init__(self, trackers: Mapping[str, Tracker], completions_every: int = 1) -> None:
+    def __init__(
+        self, trackers: Mapping[str, Tracker], settings: TrackingSettings | None = None
+    ) -> None:
         self.lost: dict[str, int] = {}
         self._trackers = dict(trackers)
-        self._completions_every = completions_every
+        self._settings = settings or TrackingSettings()
         self._running: list[str] = []
 
     def start(self, run: RunInfo) -> None:
@@ -101,15 +158,32 @@ class TrackerGroup:
         self._each(lambda tracker: tracker.log_metrics(step, metrics))
 
     def log_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Pass on completions; those of the split `train` only every `completions_every` steps."""
-        if step % self._completions_every:
-            rows = [row for row in rows if row.get("split") != "train"]
-        if rows:
-            self._each(lambda tracker: tracker.log_completions(step, rows))
+        """Pass on completions; those of the split `train` only as often as the settings say."""
+        settings = self._settings
+        heldout = [row for row in rows if row.get("split") != "train"]
+        logged = rows if step % settings.completions_every == 0 else heldout
+        shown = logged if step % settings.tables_every == 0 else heldout
+        tables = [name for name in self._running if name in _WITH_TABLES]
+        others = [name for name in self._running if name not in _WITH_TABLES]
+        for names, chosen in ((others, logged), (tables, shown)):
+            if chosen:
+                self._each(partial(_log_completions, step=step, rows=chosen), names)
 
     def log_evaluation(self, step: int, who: str, metrics: Mapping[str, Any]) -> None:
         """Pass on a held-out evaluation."""
         self._each(lambda tracker: tracker.log_evaluation(step, who, metrics))
+
+    def log_histograms(self, step: int, values: Mapping[str, Tensor]) -> None:
+        """Pass on how values are spread, every `tables_every` steps.
+
+        Args:
+            step: finished steps.
+            values: by name; any shape.
+        """
+        if step % self._settings.tables_every:
+            return
+        histograms = {name: histogram(each) for name, each in values.items() if each.numel()}
+        self._each(lambda tracker: tracker.log_histograms(step, histograms))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Close every tracker that started, failed ones too; calling it again does nothing."""
@@ -122,8 +196,8 @@ class TrackerGroup:
         for name, count in self.lost.items():
             logger.warning("Tracker '%s' failed during the run and lost %d records.", name, count)
 
-    def _each(self, call: Callable[[Tracker], None]) -> None:
-        for name in self._running:
+    def _each(self, call: Callable[[Tracker], None], names: Sequence[str] | None = None) -> None:
+        for name in self._running if names is None else names:
             if name in self.lost:
                 self.lost[name] += 1
                 continue
@@ -141,6 +215,43 @@ class TrackerGroup:
                 exc_info=logger.isEnabledFor(logging.DEBUG),
             )
         self.lost[name] = self.lost.get(name, 0) + 1
+
+
+def _log_completions(tracker: Tracker, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    tracker.log_completions(step, rows)
+
+
+def histogram(values: Tensor) -> Histogram:
+    """Spread values over 32 bins of equal width from the least to the largest finite one."""
+    flat = values.detach().flatten().to("cpu", torch.float64)
+    flat = flat[flat.isfinite()]
+    if not flat.numel():
+        return Histogram([0], [0.0, 0.0], 0.0, 0.0)
+    low, high = float(flat.min()), float(flat.max())
+    high = high if high > low else low + max(1e-6, abs(low) * 1e-6)
+    counts = torch.histc(flat, _BINS, low, high)
+    edges = torch.linspace(low, high, _BINS + 1, dtype=torch.float64)
+    return Histogram(
+        [int(count) for count in counts],
+        edges.tolist(),
+        float(flat.sum()),
+        float(flat.square().sum()),
+    )
+
+
+def optional_import(module: str, package: str, extra: str) -> Any:
+    """Import what only some trackers need.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(
+            f"Tracker '{extra}' needs a package that is not installed ({error}); run "
+            f"`pip install {package}`, or remove it from 'trackers' in the recipe."
+        ) from error
 
 
 def evaluation_metrics(who: str, metrics: Mapping[str, Any]) -> dict[str, float]:

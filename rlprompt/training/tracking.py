@@ -1,57 +1,34 @@
 """The trackers: JSON Lines, console, Weights & Biases, TensorBoard.
 
-JSON Lines are always written, because the report reads them. This is the only module that imports
-wandb or TensorBoard, and it does so only in a run that asks for them.
+JSON Lines are always written, because the report reads them. TensorBoard is imported here only, and
+only in a run that asks for it; W&B is in `tracking_wandb`.
 """
 
 from __future__ import annotations
 
-import importlib
-import netrc
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from typing import Any
 
-from pydantic import Field
 from rich.console import Console
 
-from rlprompt.errors import InputError
-from rlprompt.settings import Settings
 from rlprompt.training.console import TrainingDisplay, format_number
-from rlprompt.training.files import JsonlWriter, write_atomic
+from rlprompt.training.files import JsonlWriter
 from rlprompt.training.tracker import (
+    Histogram,
     RunInfo,
     Tracker,
     TrackerGroup,
+    TrackingSettings,
     evaluation_metrics,
     known_values,
+    optional_import,
 )
-
-_COLUMNS = ("split", "who", "query", "completion", "reward", "advantage", "terminated")
-
-
-class TrackingSettings(Settings):
-    """Where a run reports to."""
-
-    trackers: list[Literal["console", "jsonl", "wandb", "tensorboard"]] = Field(
-        default=["console", "jsonl"]
-    )
-    """Where metrics go. `jsonl` is always written, named here or not: the report reads it."""
-    project: str = "rlprompt"
-    """Project of the run at Weights & Biases."""
-    run_name: str | None = None
-    """Name of the run at Weights & Biases; without one, the name of the run itself."""
-    tags: list[str] = Field(default=[])
-    """Tags of the run at Weights & Biases."""
-    completions_every: int = Field(default=1, ge=1)
-    """Log the training completions of every n-th step; held-out ones are always logged."""
+from rlprompt.training.tracking_wandb import WandbTracker
 
 
 class JsonlTracker:
-    """Writes `metrics.jsonl`, `completions.jsonl` and `evaluation.jsonl` into the run folder."""
+    """Writes `metrics.jsonl`, `completions.jsonl`, `evaluation.jsonl` and `histograms.jsonl`."""
 
     def __init__(self) -> None:
         self._writers: dict[str, JsonlWriter] = {}
@@ -62,7 +39,7 @@ class JsonlTracker:
         Raises:
             InputError: if a new run finds rows of another one, or a damaged file.
         """
-        for kind in ("metrics", "completions", "evaluation"):
+        for kind in ("metrics", "completions", "evaluation", "histograms"):
             path = run.output_dir / f"{kind}.jsonl"
             self._writers[kind] = JsonlWriter(path, run.resume_step)
 
@@ -78,6 +55,12 @@ class JsonlTracker:
     def log_evaluation(self, step: int, who: str, metrics: Mapping[str, Any]) -> None:
         """Append one row."""
         self._writers["evaluation"].write({"step": step, "who": who, **metrics})
+
+    def log_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        """Append one row per histogram."""
+        for name, each in histograms.items():
+            row = {"step": step, "name": name, "counts": each.counts, "edges": each.edges}
+            self._writers["histograms"].write(row)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Close the files. `summary.json` is the loop's to write."""
@@ -113,76 +96,13 @@ class ConsoleTracker:
         if self._display is not None:
             self._display.show_evaluation(step, who, metrics)
 
+    def log_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        """Show nothing: a terminal has no room for it."""
+
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Give the terminal back and say in one line what was learned."""
         if self._display is not None:
             self._display.close(_last_line(summary))
-
-
-class WandbTracker:
-    """Weights & Biases: offline unless the environment has a key or a mode, and never asks.
-
-    The run id is kept in `wandb_id` in the run folder, so that a resumed run continues its own
-    curves. Steps are a metric of their own (`step`), because W&B's counter cannot go back to the
-    checkpoint that a run resumes from.
-    """
-
-    def __init__(self, settings: TrackingSettings) -> None:
-        self._settings = settings
-        self._wandb: Any = None
-        self._run: Any = None
-
-    def start(self, run: RunInfo) -> None:
-        """Open the run.
-
-        Raises:
-            InputError: if wandb is not installed, or WANDB_MODE wants a server and no key is set.
-        """
-        self._wandb = _optional_import("wandb", "wandb", "wandb")
-        key_file = run.output_dir / "wandb_id"
-        run_id = key_file.read_text() if run.resume_step is not None and key_file.exists() else None
-        self._run = self._wandb.init(
-            project=self._settings.project,
-            name=self._settings.run_name or run.name,
-            tags=self._settings.tags,
-            dir=str(run.output_dir),
-            config={"base": run.base, "recipe": dict(run.recipe)},
-            mode=_wandb_mode(),
-            id=run_id,
-            resume="allow" if run_id else None,
-            # Capturing the terminal would fight with the live display for it.
-            settings=self._wandb.Settings(console="off", silent=True),
-        )
-        write_atomic(key_file, str(self._run.id))
-        self._run.define_metric("step", hidden=True)
-        self._run.define_metric("*", step_metric="step")
-
-    def log_metrics(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """Log the metrics that have a value."""
-        self._run.log({"step": step, **known_values(metrics)})
-
-    def log_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Log one table per split."""
-        for split in sorted({str(row.get("split")) for row in rows}):
-            data = [
-                [row.get(column) for column in _COLUMNS]
-                for row in rows
-                if str(row.get("split")) == split
-            ]
-            table = self._wandb.Table(columns=list(_COLUMNS), data=data, allow_mixed_types=True)
-            self._run.log({"step": step, f"completions/{split}": table})
-
-    def log_evaluation(self, step: int, who: str, metrics: Mapping[str, Any]) -> None:
-        """Log the evaluation as `eval/{who}/...`."""
-        self._run.log({"step": step, **evaluation_metrics(who, metrics)})
-
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Store the summary and close the run.
-
-        W&B's own process may write its last records after that; it has when this process ends.
-        """
-        self._run.summary.update(dict(summary))
-        self._run.finish(exit_code=0 if summary else 1)
 
 
 class TensorBoardTracker:
@@ -197,7 +117,7 @@ class TensorBoardTracker:
         Raises:
             InputError: if TensorBoard is not installed.
         """
-        module = _optional_import("torch.utils.tensorboard", "tensorboard", "tensorboard")
+        module = optional_import("torch.utils.tensorboard", "tensorboard", "tensorboard")
         purge = None if run.resume_step is None else run.resume_step + 1
         self._writer = module.SummaryWriter(str(run.output_dir / "tensorboard"), purge_step=purge)
 
@@ -217,6 +137,21 @@ class TensorBoardTracker:
     def log_evaluation(self, step: int, who: str, metrics: Mapping[str, Any]) -> None:
         """Write the evaluation as `eval/{who}/...`."""
         self.log_metrics(step, evaluation_metrics(who, metrics))
+
+    def log_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        """Write the bins as they are."""
+        for name, each in histograms.items():
+            self._writer.add_histogram_raw(
+                name,
+                min=each.edges[0],
+                max=each.edges[-1],
+                num=sum(each.counts),
+                sum=each.total,
+                sum_squares=each.total_squares,
+                bucket_limits=list(each.edges[1:]),
+                bucket_counts=list(each.counts),
+                global_step=step,
+            )
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write what is pending and close the event file."""
@@ -240,40 +175,7 @@ def build_trackers(settings: TrackingSettings, console: Console | None = None) -
     }
     wanted = {"jsonl", *settings.trackers}
     trackers: dict[str, Tracker] = {name: make() for name, make in makers.items() if name in wanted}
-    return TrackerGroup(trackers, settings.completions_every)
-
-
-def _optional_import(module: str, package: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise InputError(
-            f"Tracker '{extra}' needs a package that is not installed ({error}); run "
-            f"`pip install {package}`, or remove it from 'trackers' in the recipe."
-        ) from error
-
-
-def _wandb_mode() -> str:
-    """Return W&B's mode: WANDB_MODE, else online with a key in the environment, else offline."""
-    has_key = bool(os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"))
-    mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
-    # Without a key W&B would stop and ask for one, which no batch job can answer.
-    if mode in {"online", "shared"} and not has_key and not _wandb_login():
-        raise InputError(
-            f"WANDB_MODE is '{mode}' but there is no key for Weights & Biases; set WANDB_API_KEY, "
-            "or unset WANDB_MODE to write the run offline."
-        )
-    return mode
-
-
-def _wandb_login() -> bool:
-    """Say whether `wandb login` was run for the server in use: it leaves an entry in netrc."""
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    try:
-        return netrc.netrc(str(path)).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+    return TrackerGroup(trackers, settings)
 
 
 def _last_line(summary: Mapping[str, Any]) -> str | None:

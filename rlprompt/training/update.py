@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlprompt.algorithms.base import Algorithm, MicroSignal, Signal, TokenLosses
 from rlprompt.policy import Policy, SharedPrefix, TokenScores
 from rlprompt.prompts.base import Prompt
 from rlprompt.rollout import RolloutBatch
+from rlprompt.training.distributed import Ranks
+from rlprompt.training.objective import QueryWeights
 from rlprompt.training.optimizer import clip_gradients
 from rlprompt.training.packing import MicroBatch, pack
 from rlprompt.training.rows import (
@@ -64,6 +66,10 @@ class UpdateResult:
     """The algorithm's metrics, summed over the tokens that have a weight."""
     num_weighted: int = 0
     """How many those are: TRL's masks too leave out what the loss does not see."""
+    row_sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """The algorithm's metrics of completions, summed over those that have a weight."""
+    num_weighted_rows: int = 0
+    """How many those are."""
     num_sampled: int = 0
     """Tokens that an engine drew."""
     gap_sum: float = 0.0
@@ -97,6 +103,8 @@ class Updater:
         temperature: float,
         token_budget: int,
         teacher: Prompt | None = None,
+        query_weights: QueryWeights | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """Join the parts.
 
@@ -107,11 +115,15 @@ class Updater:
             temperature: of the sampling; log-probabilities are tempered alike.
             token_budget: most packed tokens per micro-batch.
             teacher: the prompt of the teacher; None when none is needed.
+            query_weights: a robust objective; None when all queries count alike.
+            ranks: among whom groups are divided; None when this process is alone.
         """
+        self._ranks = ranks or Ranks()
         self._policy = policy
         self._algorithm = algorithm
         self._reference = reference
         self._teacher = teacher
+        self._query_weights = query_weights
         self._temperature = temperature or 1.0
         self._budget = token_budget
 
@@ -125,7 +137,6 @@ class Updater:
         *,
         seed: int = 0,
         rewards: Tensor | None = None,
-        robust: Tensor | None = None,
     ) -> tuple[Signal, dict[str, float]]:
         """Run all updates on a batch.
 
@@ -137,7 +148,6 @@ class Updater:
             clock: gets the seconds of each phase.
             seed: of the order of minibatches.
             rewards: float32 [B] to learn from instead of the batch's totals.
-            robust: float32 [B], weights of the rows that a robust objective gives.
 
         Returns:
             The signal, and metrics under their logged names (means over the updates).
@@ -150,6 +160,10 @@ class Updater:
         rows = rows_of(batch)
         self._score_before(batch, rows, clock)
         view = view_of(batch, batch.rewards.total if rewards is None else rewards, rows)
+        robust = None
+        if self._query_weights is not None:
+            queries = [group.query for group in batch.groups]
+            robust = self._query_weights.row_weights(view, queries)
         whole = _Batch(batch, rows, self._algorithm.signal(view), robust)
         order = torch.Generator().manual_seed(seed)
         results = []
@@ -174,9 +188,12 @@ class Updater:
         weights = self._token_weights(batch, chosen)
         shared = SharedPrefix(policy.prefix())
         clock.lap("prefill")
-        for micro in self._micro_batches(batch.rollouts, policy.prompt, chosen):
+        for micro, is_own in self._turns(batch.rollouts, policy.prompt, chosen):
             rows = _rows_in(micro, batch.rows)
             scores = self._scores(batch.rollouts, micro, shared.leaves, policy.prompt)
+            if not is_own:
+                (0.0 * scores.logprobs.sum()).backward()
+                continue
             part = micro_signal(rows, batch.signal, (weights, batch.robust), scores)
             losses = self._algorithm.losses(scores, part)
             clock.lap("forward")
@@ -187,7 +204,18 @@ class Updater:
                 remember(rows, "old_logprobs", scores.logprobs)
         shared.backward()
         clock.lap("backward")
-        return result
+        if self._ranks.size == 1:
+            return result
+        self._ranks.sum_gradients(self.trained)
+        total = _summed(self._ranks.each(lambda: result, "the losses"))
+        clock.lap("ranks")
+        return total
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The prompt's parameters and the algorithm's own."""
+        own = [p for part in self._algorithm.own_parameters() for p in part.parameters]
+        return [*self._policy.parameters(), *own]
 
     def _apply(
         self,
@@ -207,6 +235,7 @@ class Updater:
             raise NotFiniteError(f"{', '.join(wrong)} is not finite")
         optimizer.step()
         self._policy.prompt.constrain()
+        self._ranks.copy_first(self.trained)
         if not all(bool(p.isfinite().all()) for p in self._policy.parameters()):
             raise NotFiniteError(
                 f"the prompt after an update at learning rate {lr:g} is not finite"
@@ -226,6 +255,21 @@ class Updater:
         out = torch.zeros(len(batch.rollouts.completions))
         out[index] = self._algorithm.token_weights(batch.signal.counted_lengths[index]).to(out)
         return out
+
+    def _turns(
+        self, batch: RolloutBatch, prompt: Prompt, groups: Sequence[int]
+    ) -> list[tuple[MicroBatch, bool]]:
+        """This rank's micro-batches; ranks that share weights all take the same number of turns.
+
+        A turn without work of its own, marked False, runs some micro-batch for the others' sake.
+        """
+        own = [g for g in groups if self._ranks.owns(g)]
+        turns = [(micro, True) for micro in self._micro_batches(batch, prompt, own)]
+        if not self._policy.base.is_sharded:
+            return turns
+        spare = self._micro_batches(batch, prompt, groups[:1])[0]
+        missing = self._ranks.largest(len(turns)) - len(turns)
+        return turns + [(spare, False)] * missing
 
     def _micro_batches(
         self, batch: RolloutBatch, prompt: Prompt, groups: Sequence[int]
@@ -254,7 +298,8 @@ class Updater:
     def _score_before(self, batch: RolloutBatch, rows: list[list[Row]], clock: PhaseClock) -> None:
         """Fill in what the algorithm needs of every row before the first update."""
         needs = self._algorithm.needs
-        if needs & {"old_logprobs", "values"} or self._algorithm.num_minibatches > 1:
+        weighing = self._query_weights is not None and self._query_weights.needs_logprobs
+        if needs & {"old_logprobs", "values"} or self._algorithm.num_minibatches > 1 or weighing:
             for chosen, scores in self._score_all(batch, rows, self._policy.prompt):
                 remember(chosen, "old_logprobs", scores.logprobs)
                 if "values" in needs:
@@ -271,14 +316,52 @@ class Updater:
             for chosen, scores in self._score_all(batch, rows, self._teacher):
                 remember_states(chosen, scores.states)
             clock.lap("teacher")
+        if self._ranks.size > 1 and (needs - {"teacher_states"} or weighing):
+            self._share_rows(rows)
+            clock.lap("ranks")
+
+    def _share_rows(self, rows: list[list[Row]]) -> None:
+        """Give every rank what the others know per token: the signal looks at the whole batch.
+
+        The teacher's states, which are large, stay with the rank that learns from them.
+        """
+        names = ("old_logprobs", "ref_logprobs", "old_values")
+        own = [row for g, group in enumerate(rows) if self._ranks.owns(g) for row in group]
+        known = {row.index: [getattr(row, name) for name in names] for row in own}
+        flat = {row.index: row for group in rows for row in group}
+        for part in self._ranks.each(lambda: known, "the scores before the update"):
+            for index, values in part.items():
+                for name, value in zip(names, values, strict=True):
+                    setattr(flat[index], name, value)
 
     def _score_all(
         self, batch: RolloutBatch, rows: list[list[Row]], prompt: Prompt
     ) -> Iterator[tuple[list[Row], TokenScores]]:
         """Scores of all rows under a prompt, micro-batch by micro-batch."""
         prefix = self._policy.prefix(prompt)
-        for micro in self._micro_batches(batch, prompt, range(len(rows))):
-            yield _rows_in(micro, rows), self._scores(batch, micro, prefix, prompt)
+        for micro, is_own in self._turns(batch, prompt, range(len(rows))):
+            scores = self._scores(batch, micro, prefix, prompt)
+            if is_own:
+                yield _rows_in(micro, rows), scores
+
+
+def _summed(parts: Sequence[UpdateResult]) -> UpdateResult:
+    """What all ranks did together."""
+    total = parts[0]
+    for part in parts[1:]:
+        for mine, other in (
+            (total.losses, part.losses),
+            (total.token_sums, part.token_sums),
+            (total.row_sums, part.row_sums),
+        ):
+            for name, value in other.items():
+                mine[name] += value
+        total.num_weighted += part.num_weighted
+        total.num_weighted_rows += part.num_weighted_rows
+        total.num_sampled += part.num_sampled
+        total.gap_sum += part.gap_sum
+        total.largest_gap = max(total.largest_gap, part.largest_gap)
+    return total
 
 
 def _rows_in(micro: MicroBatch, rows: Sequence[Sequence[Row]]) -> list[Row]:
@@ -301,6 +384,10 @@ def _account(
     for name, values in (losses.metrics or {}).items():
         result.token_sums[name] += float((values * weighted).sum())
     result.num_weighted += int(weighted.sum())
+    weighted_rows = weighted.any(dim=1)
+    for name, values in (losses.row_metrics or {}).items():
+        result.row_sums[name] += float((values * weighted_rows).sum())
+    result.num_weighted_rows += int(weighted_rows.sum())
     sampled = sampling_logprobs(rows, scores)
     if sampled is None:
         return
@@ -311,12 +398,14 @@ def _account(
 
 
 def _merge(results: Sequence[UpdateResult], signal: Signal) -> dict[str, float]:
-    """Means over tokens, then over updates; a mean over no tokens is left out."""
+    """Means over tokens or completions, then over updates; a mean over none is left out."""
     out: dict[str, float] = defaultdict(float)
     for result in results:
         share = 1.0 / len(results)
         for name, value in result.token_sums.items() if result.num_weighted else ():
             out[name] += share * value / result.num_weighted
+        for name, value in result.row_sums.items() if result.num_weighted_rows else ():
+            out[name] += share * value / result.num_weighted_rows
         for name, value in result.losses.items():
             out[name] += share * value
         out["loss"] += share * sum(result.losses.values())

@@ -58,6 +58,13 @@ class StepSettings(GrpoWork):
     cosine_steps: int = setting(0, "Length of a cosine schedule; 0 = constant.")
     max_norm_ratio: float = setting(1.5, "Trust region of the soft tokens; 0 switches it off.")
     token_budget: int = setting(1024, "Packed tokens per micro-batch.")
+    eval_late_every: int = setting(0, "Another --eval-every, after step --eval-late-from; 0 = no.")
+    eval_late_from: int = setting(0, "See --eval-late-every.")
+
+    def evaluates(self, step: int) -> bool:
+        """Whether the held-out reward is measured after this step."""
+        late = self.eval_late_every and step > self.eval_late_from
+        return step % (self.eval_late_every if late else self.eval_every) == 0 or step == self.steps
 
 
 class Stepper:
@@ -82,9 +89,17 @@ class Stepper:
         )
         reward = RewardSettings(path=str(Path(settings.reward).absolute()), name="reward")
         self.rewards = build_rewards([reward], Path.cwd())
-        grpo = GRPOSettings(group_size=settings.group_size, kl_coef=settings.beta)
+        grpo = GRPOSettings.model_validate(
+            {
+                "group_size": settings.group_size,
+                "kl_coef": settings.beta,
+                "scale_rewards": settings.scale_rewards,
+            }
+        )
         self.optimizer = build_optimizer(
-            self.policy.parameters(), OptimizerSettings(lr=settings.lr), settings.lr
+            self.policy.parameters(),
+            OptimizerSettings(lr=settings.lr, betas=(0.9, settings.adam_beta2)),
+            settings.lr,
         )
         self.queries = as_queries(load_queries(settings.queries))
         self.sampler = QuerySampler(len(self.queries), settings.num_queries, settings.seed)
@@ -185,7 +200,7 @@ def train_and_evaluate(settings: StepSettings) -> dict[str, Any]:
     for number in range(settings.steps + 1):
         if number:
             reports.append(stepper.step())
-        if number % settings.eval_every == 0 or number == settings.steps:
+        if settings.evaluates(number):
             result = evaluator.evaluate(stepper.policy.prompt, number)
             curve.append({"step": number, **result.metrics})
             sys.stderr.write(f"step {number}: held-out reward {result.reward:.3f}\n")

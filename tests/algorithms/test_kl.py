@@ -81,7 +81,7 @@ def test_the_coefficient_grows_over_its_target_and_shrinks_under_it() -> None:
     assert adapted_kl_coef(0.1, 6.6, 6.0, 100, 1000) == pytest.approx(0.1 * 1.01)
     assert adapted_kl_coef(0.1, 600.0, 6.0, 100, 1000) == pytest.approx(0.1 * 1.02)
     assert adapted_kl_coef(0.1, -5.0, 6.0, 100, 1000) == pytest.approx(0.1 * 0.98)
-    assert adapted_kl_coef(0.1, 0.0, 6.0, 10**9, 1) == 0.0
+    assert adapted_kl_coef(0.1, 0.0, 6.0, 10**9, 1) == pytest.approx(0.08)
 
 
 def test_the_coefficient_settles_where_the_kl_meets_its_target() -> None:

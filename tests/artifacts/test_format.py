@@ -74,7 +74,7 @@ def test_prompt_json_says_where_it_comes_from(tmp_path: Path) -> None:
         "prompt.json",
         "prompt.safetensors",
     ]
-    assert (info.schema_version, info.representation, info.num_virtual_tokens) == (1, "soft", 6)
+    assert (info.schema_version, info.representation, info.num_virtual_tokens) == (2, "soft", 6)
     assert info.base == "tiny-llama" and info.base_fingerprint == policy.base.fingerprint
     assert info.template_hash == policy.slot.template_hash
     assert info.init_text == "You are a helpful assistant." and info.recipe == {"seed": 1}
@@ -130,7 +130,7 @@ def test_force_cannot_make_the_width_fit(tmp_path: Path) -> None:
     policy = tiny_policy()
     folder = save(tmp_path / "a", policy, policy.prompt)
     save_file({"embeddings": torch.ones(6, 32)}, folder / "prompt.safetensors")
-    with pytest.raises(InputError, match=r"shape \(6, 32\), tiny-llama needs width 64"):
+    with pytest.raises(InputError, match=r"tiny-llama .*shape \(6, 32\), the base needs width 64"):
         load_artifact(folder, policy, force=True)
 
 
@@ -176,16 +176,16 @@ def damage_info(path: Path, what: str) -> None:
         ("no_tensors", r"prompt.safetensors' cannot be read"),
         ("cut_tensors", r"prompt.safetensors' cannot be read .*copy the artifact again"),
         ("other_tensors", r"cannot be read \('embeddings'\)"),
-        ("fewer_tokens", "holds 2 embeddings, prompt.json says 6"),
-        ("flat", "shape .* needs width 64"),
+        ("fewer_tokens", "holds 2 positions, prompt.json says 6"),
+        ("flat", "shape .*the base needs width 64"),
         ("nan", "values that are not finite"),
         ("cut_info", r"prompt.json' is damaged"),
         ("list_info", r"prompt.json' is damaged"),
         ("no_version", r"is damaged \('schema_version'\)"),
-        ("newer", "schema version 2, this rlprompt reads 1; install"),
+        ("newer", "schema version 3, this rlprompt reads 1 and 2; install"),
         ("unknown_field", "is damaged .surprise"),
         ("missing_field", "is damaged .base: Field required"),
-        ("other_kind", "holds a hologram prompt, this rlprompt knows soft, text"),
+        ("other_kind", "holds a hologram prompt, this rlprompt knows soft, prefix, text"),
     ],
 )
 def test_damage_is_one_sentence(tmp_path: Path, what: str, sentence: str) -> None:

@@ -19,7 +19,8 @@ from rlprompt.recipe import load_recipe
 from rlprompt.recipe_file import apply_override, read_tree
 from tests.cli.runs import rlprompt
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.y*ml"))
+FOLDER = Path(__file__).parents[2] / "recipes"
+RECIPES = sorted(p for p in FOLDER.rglob("*.y*ml") if p.parent.name != "reward_models")
 
 
 def surface() -> dict[str, list[str]]:
@@ -38,7 +39,38 @@ def surface() -> dict[str, list[str]]:
 
 def test_commands_and_options_are_those_of_the_design() -> None:
     assert surface() == {
-        "train": ["recipe", "overrides", "--output", "--resume", "--verbose"],
+        "train": [
+            "recipe",
+            "overrides",
+            "--output",
+            "--resume",
+            "--auto-resume",
+            "--stop-exit-code",
+            "--verbose",
+        ],
+        "submit": [
+            "recipe",
+            "overrides",
+            "--output",
+            "--cluster",
+            "--nodes",
+            "--gpus-per-node",
+            "--tasks-per-node",
+            "--time",
+            "--account",
+            "--partition",
+            "--qos",
+            "--constraint",
+            "--sweep",
+            "--max-parallel",
+            "--then",
+            "--after",
+            "--server",
+            "--server-nodes",
+            "--dry-run",
+            "--wait",
+            "--status",
+        ],
         "chat": [
             "artifact",
             "--compare",
@@ -51,9 +83,24 @@ def test_commands_and_options_are_those_of_the_design() -> None:
             "--trust-remote-code",
             "--verbose",
         ],
+        "eval": ["artifact", "--recipe", "--set", "--output", "--force", "--verbose"],
         "model fetch": ["name", "--verbose"],
         "model list": [],
         "reward check": ["path", "--option", "--column", "--pairs", "--timeout"],
+        "reward train": ["recipe", "overrides", "--output", "--verbose"],
+        "reward serve": [
+            "path",
+            "--option",
+            "--host",
+            "--port",
+            "--token-env",
+            "--no-token",
+            "--certificate",
+            "--max-body-mb",
+            "--timeout",
+            "--isolate",
+            "--verbose",
+        ],
         "schema": ["--output"],
         "doctor": ["--json"],
     }

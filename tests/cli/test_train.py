@@ -276,11 +276,11 @@ def test_a_signal_ends_a_run_cleanly_and_it_can_go_on(
         "    return [len(text) / 8 for text in completions]\n"
     )
     run = tmp_path / "run"
-    process = start_training(recipe, run)
+    process = start_training(recipe, run, "--stop-exit-code", "85")
     wait_for_rows(run / "metrics.jsonl", 2, process)
     process.send_signal(number)
     out, err = process.communicate(timeout=TIMEOUT)
-    assert (process.returncode, err) == (0, "")
+    assert (process.returncode, err) == (85, "")
     summary = json.loads((run / "summary.json").read_text())
     assert summary["stopped_because"] == number.name
     done = summary["steps"]
@@ -296,3 +296,25 @@ def test_a_signal_ends_a_run_cleanly_and_it_can_go_on(
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["steps"], summary["stopped_because"]) == (8, "finished")
     assert [row["step"] for row in read_jsonl(run / "metrics.jsonl")] == list(range(1, 9))
+
+
+def test_auto_resume_starts_a_run_and_goes_on_with_it(model_dir: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, model_dir)
+    run = tmp_path / "run"
+    for _ in range(2):
+        shown = rlprompt("train", recipe, "-o", run, "--auto-resume")
+        assert shown.code == 0, shown.err
+        assert [row["step"] for row in read_jsonl(run / "metrics.jsonl")] == [1, 2, 3]
+    shown = rlprompt("train", recipe, "seed=5", "-o", run, "--auto-resume")
+    assert shown.code == 2 and "another recipe" in shown.err
+
+
+def test_a_stop_signal_while_loading_leaves_nothing_behind(model_dir: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, model_dir)
+    source = (tmp_path / "reward.py").read_text()
+    signals = "import os, signal\nos.kill(os.getpid(), signal.SIGUSR1)\n"
+    (tmp_path / "reward.py").write_text(signals + source)
+    shown = rlprompt("train", recipe, "-o", tmp_path / "run", "--stop-exit-code", "85")
+    assert shown.code == 85, shown.err
+    assert "stopped by SIGUSR1 before the first step" in shown.out
+    assert not (tmp_path / "run").exists()

@@ -6,9 +6,11 @@ Found by discovery: a new file needs a function or class named `reward` and a li
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import math
 import pickle
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -22,7 +24,21 @@ from rlprompt.types import Completion, Group, Query
 
 FOLDER = Path(__file__).parents[2] / "reward_models"
 FILES = sorted(file for file in FOLDER.rglob("*.py"))
-PATHS = [f"builtin:{name}" for name in BUILTIN] + [f"{file}:reward" for file in FILES]
+NEEDED = {file: re.search(r'^REQUIRES = "(\w+)"', file.read_text("utf-8"), re.M) for file in FILES}
+MISSING = {
+    file: match.group(1)
+    for file, match in NEEDED.items()
+    if match and importlib.util.find_spec(match.group(1)) is None
+}
+"""Files whose optional package is not installed; their tests skip and say so."""
+PATHS: list[Any] = [f"builtin:{name}" for name in BUILTIN]
+PATHS += [
+    pytest.param(
+        f"{file}:reward",
+        marks=pytest.mark.skipif(file in MISSING, reason=f"needs {MISSING.get(file)}"),
+    )
+    for file in FILES
+]
 
 ODD_TEXTS = [
     "",

@@ -165,6 +165,16 @@ RECIPES = [
         "two settings that exclude each other",
         lambda p: p.recipe(training__optimizer={"lr": 0.1, "lr_relative": 0.1}),
     ),
+    ("a clip range with one update per batch", lambda p: p.recipe(algorithm__clip_low=0.1)),
+    (
+        "a reference for supervised tuning",
+        lambda p: p.recipe(algorithm={"type": "supervised"}, reference={"type": "initial"}),
+    ),
+    (
+        "an overlong margin beyond max_tokens",
+        lambda p: p.recipe(algorithm__overlong_margin=5000),
+    ),
+    ("an algorithm with a typo", lambda p: p.recipe(algorithm={"type": "grop"})),
     ("greedy sampling in training", lambda p: p.recipe(sampling__temperature=0)),
     ("an override without a value", lambda p: train("training.steps")),
     ("an override past the end of a list", lambda p: train("rewards.2.weight=1")),
@@ -192,6 +202,10 @@ MODELS = [
     ("a revision of a local folder", lambda p: p.recipe(model__revision="main")),
     ("a device that does not exist", lambda p: p.recipe(model__device="gpu")),
     ("float16 on the CPU", lambda p: p.recipe(model__dtype="float16")),
+    (
+        "C++ kernels for float32",
+        lambda p: p.recipe(model__cpu_kernels="on", model__dtype="float32"),
+    ),
     ("a tokenizer without chat template", _no_template),
     (
         "a chat template without a place for the system message",
@@ -296,6 +310,29 @@ RUNS = [
     ),
     ("a file as the output", lambda p: train("--output", "recipe.yaml")),
 ]
+SUBMIT = ("submit", "recipe.yaml", "--dry-run")
+CLUSTER = [
+    (
+        "an unknown key in a cluster file",
+        lambda p: (p.write("c.yaml", "partitoin: gpu"), (*SUBMIT, "--cluster", "c.yaml"))[1],
+    ),
+    (
+        "a time limit without quotes",
+        lambda p: (p.write("c.yaml", "time: 12:00:00"), (*SUBMIT, "--cluster", "c.yaml"))[1],
+    ),
+    ("a wrong recipe", lambda p: (*SUBMIT, "training.stepps=3")),
+    ("a sweep without a list", lambda p: (*SUBMIT, "--sweep", "seed=1")),
+    ("a sweep over a wrong key", lambda p: (*SUBMIT, "--sweep", "sede=[1, 2]")),
+    (
+        "ranks per node beside GPUs",
+        lambda p: (*SUBMIT, "--gpus-per-node", "2", "--tasks-per-node", "2"),
+    ),
+    ("a limit on a sweep that is none", lambda p: (*SUBMIT, "--max-parallel", "2")),
+    ("a server's address without a server", lambda p: (*SUBMIT, "name=at-{server}")),
+    ("an output that holds another run", lambda p: (*SUBMIT, "seed=5", "--output", "run")),
+    ("--status where nothing was submitted", lambda p: ("submit", "--status", "--output", "run")),
+    ("no recipe", lambda p: ("submit",)),
+]
 SECTIONS: dict[str, list[tuple[str, Callable[[Project], Sequence[str]]]]] = {
     "Recipes": RECIPES,
     "Models": MODELS,
@@ -303,6 +340,7 @@ SECTIONS: dict[str, list[tuple[str, Callable[[Project], Sequence[str]]]]] = {
     "Datasets": DATA,
     "Artifacts": ARTIFACTS,
     "Run folders": RUNS,
+    "Slurm": CLUSTER,
 }
 CASES = [
     Case(section, title, arguments)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from torch import nn
 from rlprompt.engines.lean import lean_decoder
 from rlprompt.engines.native import NativeEngine, NativeSettings
 from rlprompt.engines.sampling import SamplingSettings
-from rlprompt.model.base import FrozenBase
+from rlprompt.model.base import ModelSettings, load_base
 from rlprompt.model.frozen import can_pack
 from rlprompt.model.slot import ChatSlot
 from rlprompt.policy import Policy
@@ -25,7 +27,8 @@ TEXT = TextPrompt("be brief")
 
 
 def policy_of(family: str, dtype: torch.dtype) -> Policy:
-    base = tiny_base(family, dtype)
+    """Without the C++ kernels, whose stand-ins have a decoder of their own."""
+    base = replace(tiny_base(family, dtype), cpu_kernels="off")
     return Policy(base, ChatSlot.from_tokenizer(base.tokenizer), TEXT)
 
 
@@ -83,7 +86,8 @@ def test_rows_that_finish_are_dropped_in_lean_steps_too() -> None:
 
 @needs_packing
 @pytest.mark.model
-def test_the_real_model_decodes_lean(smollm2: FrozenBase) -> None:
+def test_the_real_model_decodes_lean() -> None:
+    smollm2 = load_base(ModelSettings(cpu_kernels="off"))
     policy = Policy(smollm2, ChatSlot.from_tokenizer(smollm2.tokenizer), TEXT)
     assert lean_decoder(policy.forward) is not None
     asked = [Query(({"role": "user", "content": text},)) for text in ("Why is the sky blue?", "Hi")]

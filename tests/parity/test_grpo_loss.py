@@ -9,6 +9,7 @@ Where rlprompt differs on purpose:
   division by `std + 1e-4` turns into advantages when rewards are large;
 - `frac_reward_zero_std` is always about groups (TRL: about the batch under `scale_rewards=batch`),
   and counts a group with fewer than two scored completions, which teaches nothing either;
+- `clip_ratio/*` of GSPO is a mean over the completions that count; TRL's over all of them;
 - the entropy bonus has the normaliser of the loss; TRL takes the mean over tokens for every loss.
 """
 
@@ -22,7 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlprompt.algorithms.advantages import Normalizer, Scale, group_advantages
+from rlprompt.algorithms.advantages import Scale, group_advantages
 from rlprompt.algorithms.base import BatchView, MicroSignal, Signal, TokenLosses
 from rlprompt.algorithms.grpo import GRPO, GRPOSettings
 from rlprompt.policy import TokenScores
@@ -70,16 +71,16 @@ def bare_trainer(loss_type: str, scale: str, beta: float, low: float, high: floa
             report_to=[],
         ),
         state=SimpleNamespace(global_step=0),
-        loss_type=loss_type,
+        loss_type="grpo" if loss_type == "gspo" else loss_type,
         scale_rewards=scale,
         beta=beta,
         epsilon_low=low,
-        epsilon_high=high,
+        epsilon_high=1 + high if loss_type == "cispo" else high,  # there a bound of the ratio
         num_iterations=1,
         num_generations=GROUP,
         max_completion_length=MAX_TOKENS,
         current_gradient_accumulation_steps=1,
-        importance_sampling_level="token",
+        importance_sampling_level="sequence" if loss_type == "gspo" else "token",
         multi_objective_aggregation="sum_then_normalize",
         reward_weights=torch.ones(1),
         reward_funcs=[None],
@@ -181,33 +182,36 @@ def our_loss(
     return total.detach(), leaf.grad, signal, losses
 
 
-LOSSES: list[tuple[str, Normalizer]] = [
-    ("grpo", "sequence"),
-    ("dapo", "token"),
-    ("bnpo", "token"),
-    ("dr_grpo", "constant"),
-]
+LOSSES: dict[str, dict[str, Any]] = {
+    "grpo": {"normalizer": "sequence", "clip_low": 0.15, "clip_high": 0.28},
+    "dapo": {"normalizer": "token", "clip_low": 0.15, "clip_high": 0.28},
+    "bnpo": {"normalizer": "token", "clip_low": 0.15, "clip_high": 0.28},
+    "dr_grpo": {"normalizer": "constant", "clip_low": 0.15, "clip_high": 0.28},
+    "gspo": {"clip_low": 0.03, "clip_high": 0.04, "ratio": "sequence_mean"},
+    "cispo": {"normalizer": "token", "surrogate": "cispo", "clip_high": 0.28},
+}
+"""Our settings for TRL's `loss_type`; GSPO is TRL's importance sampling level "sequence"."""
 
 
 @pytest.mark.parametrize("mask_truncated", [False, True], ids=["all", "mask_truncated"])
 @pytest.mark.parametrize("updated", [False, True], ids=["first_update", "later_update"])
 @pytest.mark.parametrize("kl_coef", [0.0, 0.07])
-@pytest.mark.parametrize(("loss_type", "normalizer"), LOSSES, ids=[name for name, _ in LOSSES])
+@pytest.mark.parametrize("loss_type", LOSSES)
 def test_loss_gradient_and_metrics_equal_trls(
-    loss_type: str, normalizer: Normalizer, kl_coef: float, updated: bool, mask_truncated: bool
+    loss_type: str, kl_coef: float, updated: bool, mask_truncated: bool
 ) -> None:
-    low, high, batch = 0.2, 0.28, Batch()
+    batch, options = Batch(), LOSSES[loss_type]
+    low, high = options.get("clip_low", 0.2), options["clip_high"]
     trainer = bare_trainer(loss_type, "group", kl_coef, low, high)
     trainer.mask_truncated_completions = mask_truncated
     old = batch.old if updated else None
     theirs, their_grad = trl_loss(trainer, batch, old, REWARDS)
     settings = GRPOSettings(
         group_size=GROUP,
-        clip_low=low,
-        clip_high=high,
+        num_epochs=2,
         kl_coef=kl_coef,
-        normalizer=normalizer,
         mask_truncated=mask_truncated,
+        **options,
     )
     ours, our_grad, signal, losses = our_loss(GRPO(settings, MAX_TOKENS), batch, old, REWARDS)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
@@ -217,12 +221,22 @@ def test_loss_gradient_and_metrics_equal_trls(
     counted = batch.mask & (signal.counted_lengths > 0)[:, None]
     logged = trainer._metrics["train"]
     assert losses.metrics is not None
-    names = ["entropy", *(f"clip_ratio/{part}_mean" for part in ("low", "high", "region"))]
-    for name in names + (["kl"] if kl_coef else []):
+    theirs_by_ours = {name: name for name in ["entropy", *(["kl"] if kl_coef else [])]}
+    if loss_type == "cispo":
+        theirs_by_ours["clip_ratio/high_mean"] = "cispo_clip_ratio"
+    else:
+        theirs_by_ours |= {name: name for name in losses.metrics if name.startswith("clip_ratio/")}
+    for name, theirs_name in theirs_by_ours.items():
         mean = (losses.metrics[name] * counted).sum() / counted.sum()
-        assert float(mean) == pytest.approx(logged[name][0], abs=1e-6), name
+        assert float(mean) == pytest.approx(logged[theirs_name][0], abs=1e-6), name
+    # Of completions rather than tokens; TRL counts those masked out too, as not clipped.
+    rows = counted.any(dim=1)
+    for name, values in (losses.row_metrics or {}).items():
+        total = float((values * rows).sum()) / (len(rows) if mask_truncated else rows.sum())
+        assert float(total) == pytest.approx(logged[name][0], abs=1e-6), name
     if updated:
-        assert logged["clip_ratio/low_mean"][0] > 0 and logged["clip_ratio/high_mean"][0] > 0
+        name = "cispo_clip_ratio" if loss_type == "cispo" else "clip_ratio/region_mean"
+        assert logged[name][0] > 0
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])

@@ -52,7 +52,12 @@ PATHS = [f"builtin:{name}" for name in BUILTIN] + [f"{file}:reward" for file in 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_every_reward_that_ships_passes(path: str) -> None:
-    rows = check(path)
+    try:
+        rows = check(path)
+    except InputError as error:
+        if "rlprompt[rules]" not in str(error):
+            raise
+        pytest.skip(str(error))
     assert failed(rows) == set(), rows
     skipped = {name for name, row in rows.items() if row.outcome == "skipped"}
     assert skipped <= {"supplied pairs are in order", "wrong column types"}

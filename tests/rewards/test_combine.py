@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from rlprompt.errors import InputError
 from rlprompt.rewards import RewardRunner, RewardSettings
 from rlprompt.rewards.check_inputs import make_group
 

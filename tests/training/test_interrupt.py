@@ -64,3 +64,21 @@ def test_outside_the_main_thread_nothing_is_installed() -> None:
     thread.start()
     thread.join()
     assert seen == [None, expected]
+
+
+def test_a_signal_before_the_inner_block_is_known_inside_it_and_the_other_way_round() -> None:
+    with StopRequest(keyboard=False) as outer:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with StopRequest() as inner:
+            assert inner.reason == "SIGUSR1"
+    with StopRequest(keyboard=False) as outer:
+        with StopRequest() as inner:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert (inner.reason, outer.reason) == ("SIGTERM", "SIGTERM")
+
+
+def test_ctrl_c_can_be_left_as_it_was() -> None:
+    with StopRequest(keyboard=False) as stop:
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.reason is None

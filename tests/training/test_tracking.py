@@ -4,27 +4,37 @@ import importlib
 import io
 import json
 import logging
+import math
 import struct
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 from rich.console import Console
 
 from rlprompt.errors import InputError
+from rlprompt.training import tracking_wandb
 from rlprompt.training.files import read_jsonl
-from rlprompt.training.tracker import RunInfo, TrackerGroup, evaluation_metrics
+from rlprompt.training.tracker import (
+    Histogram,
+    RunInfo,
+    TrackerGroup,
+    TrackingSettings,
+    evaluation_metrics,
+    histogram,
+)
 from rlprompt.training.tracking import (
     ConsoleTracker,
     JsonlTracker,
     TensorBoardTracker,
-    TrackingSettings,
-    WandbTracker,
     build_trackers,
 )
+from rlprompt.training.tracking_wandb import WandbTracker
 
 EVALUATION = {
     "reward": 0.5,
@@ -41,7 +51,8 @@ def run_info(folder: Path, resume_step: int | None = None) -> RunInfo:
         output_dir=folder,
         steps=4,
         base="tiny",
-        recipe={"seed": 1},
+        recipe={"seed": 1, "training": {"steps": 4}},
+        identity={"base": "b" * 64, "dataset": "d" * 64, "chat template": "c" * 64},
         resume_step=resume_step,
     )
 
@@ -83,6 +94,9 @@ class Recorder:
 
     def log_evaluation(self, step: int, who: str, metrics: Mapping[str, Any]) -> None:
         self.note("evaluation", step, who)
+
+    def log_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        self.note("histograms", step, sorted(histograms))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         self.note("finish", dict(summary))
@@ -140,16 +154,50 @@ def test_a_keyboard_interrupt_is_not_a_failing_tracker(tmp_path: Path) -> None:
 
 
 def test_training_completions_every_n_steps_and_held_out_ones_always(tmp_path: Path) -> None:
-    tracker = Recorder()
-    group = TrackerGroup({"it": tracker}, completions_every=2)
+    log, tables = Recorder(), Recorder()
+    settings = TrackingSettings(completions_every=2, tables_every=4)
+    group = TrackerGroup({"it": log, "wandb": tables}, settings)
     group.start(run_info(tmp_path))
-    for step in (1, 2):
+    for step in (1, 2, 4):
         group.log_completions(step, [completion("train"), completion("heldout")])
     group.log_completions(3, [completion("train")])
-    assert tracker.calls[1:] == [
+    assert log.calls[1:] == [
         ("completions", 1, ["heldout"]),
         ("completions", 2, ["train", "heldout"]),
+        ("completions", 4, ["train", "heldout"]),
     ]
+    assert tables.calls[1:] == [
+        ("completions", 1, ["heldout"]),
+        ("completions", 2, ["heldout"]),
+        ("completions", 4, ["train", "heldout"]),
+    ]
+
+
+def test_histograms_every_n_steps(tmp_path: Path) -> None:
+    tracker = Recorder()
+    group = TrackerGroup({"it": tracker}, TrackingSettings(tables_every=2))
+    group.start(run_info(tmp_path))
+    for step in (1, 2, 3, 4):
+        group.log_histograms(step, {"norms": torch.ones(3), "none": torch.ones(0)})
+    assert tracker.calls[1:] == [("histograms", 2, ["norms"]), ("histograms", 4, ["norms"])]
+
+
+@pytest.mark.parametrize("values", [torch.randn(4, 7), torch.ones(5), torch.zeros(2)])
+def test_a_histogram_has_every_value_in_one_bin(values: torch.Tensor) -> None:
+    made = histogram(values)
+    flat = values.flatten().tolist()
+    assert len(made.edges) == len(made.counts) + 1 and sum(made.counts) == len(flat)
+    assert made.edges == sorted(set(made.edges))
+    assert made.edges[0] <= min(flat) and max(flat) <= made.edges[-1]
+    assert made.total == pytest.approx(sum(flat), abs=1e-5)
+    assert made.total_squares == pytest.approx(sum(v * v for v in flat), abs=1e-4)
+    expected = np.histogram(np.array(flat), bins=np.array(made.edges))[0]
+    assert list(made.counts) == expected.tolist()
+
+
+def test_a_histogram_leaves_out_what_is_not_finite() -> None:
+    assert sum(histogram(torch.tensor([1.0, math.nan, math.inf, 2.0])).counts) == 2
+    assert sum(histogram(torch.tensor([math.nan])).counts) == 0
 
 
 def test_jsonl_files_hold_what_was_logged_and_resume_drops_the_repeated_steps(
@@ -257,18 +305,39 @@ def wandb_history(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def test_an_offline_wandb_run_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wandb = pytest.importorskip("wandb")
+def wandb_kind(folder: Path, kind: str) -> list[Any]:
+    """Records of a kind, also where they are requests to W&B's own process."""
+    found = []
+    for record in wandb_records(folder):
+        if record.WhichOneof("record_type") == "request":
+            request = record.request
+            if request.WhichOneof("request_type") == f"log_{kind}":
+                found.append(getattr(getattr(request, f"log_{kind}"), kind))
+        elif record.WhichOneof("record_type") == kind:
+            found.append(getattr(record, kind))
+    return found
+
+
+def no_questions(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("wandb asked for something"))
-    group = TrackerGroup({"wandb": WandbTracker(TrackingSettings(project="p", tags=["t"]))})
+
+
+def test_an_offline_wandb_run_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    no_questions(monkeypatch)
+    settings = TrackingSettings(
+        project="p", group="g", tags=["t"], notes="what it is for", tables_every=1
+    )
+    group = TrackerGroup({"wandb": WandbTracker(settings)}, settings)
     group.start(run_info(tmp_path))
     group.log_evaluation(0, "base", EVALUATION)
     for step in (1, 2):
         group.log_metrics(step, {"reward": step / 2, "kl": None})
         group.log_completions(step, [completion(text="<b>" + "x" * 40_000)])
-    group.finish({"steps": 2, "artifact": "somewhere"})
+        group.log_histograms(step, {"prompt/norms/embeddings": torch.arange(8.0)})
+    group.finish({"steps": 2})
     assert group.lost == {}
     wandb.teardown()  # its process may still be writing the file when `finish` returns
 
@@ -279,9 +348,74 @@ def test_an_offline_wandb_run_reads_back(tmp_path: Path, monkeypatch: pytest.Mon
     (table, _) = sorted(tmp_path.glob("wandb/offline-run-*/files/media/table/completions/*.json"))
     content = json.loads(table.read_text())
     assert dict(zip(content["columns"], content["data"][0], strict=True))["query"] == "why?"
-    (info,) = [r.run for r in wandb_records(tmp_path) if r.WhichOneof("record_type") == "run"][:1]
+    assert sum(sum(r.get("prompt/norms/embeddings/values", [])) for r in rows) == 2 * 8
+    info = wandb_kind(tmp_path, "run")[0]
     assert (info.project, info.display_name, list(info.tags)) == ("p", "test", ["t"])
+    assert (info.run_group, info.notes) == ("g", "what it is for")
     assert info.run_id == (tmp_path / "wandb_id").read_text()
+    config = {item.key: json.loads(item.value_json) for item in info.config.update}
+    assert config["recipe"] == {"seed": 1, "training": {"steps": 4}}
+    assert config["identity"]["base"] == "b" * 64
+
+
+def test_the_artifact_is_logged_with_what_it_was_made_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    no_questions(monkeypatch)
+    artifact = tmp_path / "artifact"
+    artifact.mkdir()
+    for name in ("prompt.safetensors", "prompt.json"):
+        (artifact / name).write_text("1234")
+    (tmp_path / "report.html").write_text("<html></html>")
+    tracker = WandbTracker(TrackingSettings())
+    tracker.start(run_info(tmp_path))
+    tracker.finish({"steps": 2, "artifact": str(artifact), "heldout_reward_after": 0.5})
+    wandb.teardown()
+    artifacts = {each.name: each for each in wandb_kind(tmp_path, "artifact")}
+    made, base, data = artifacts["test"], artifacts["base-tiny"], artifacts["data-dddddddddddd"]
+    assert (made.type, base.type, data.type) == ("soft_prompt", "model", "dataset")
+    assert not made.use_after_commit and base.use_after_commit and data.use_after_commit
+    assert sorted(made.aliases) == ["latest", "step-2"]
+    assert json.loads(made.metadata)["heldout_reward_after"] == 0.5
+    assert json.loads(made.metadata)["base"] == json.loads(base.metadata)["fingerprint"] == "b" * 64
+    files = {entry.path for entry in made.manifest.contents}
+    assert files == {"artifact/prompt.safetensors", "artifact/prompt.json", "report.html"}
+
+
+def test_a_requeued_run_goes_on_as_the_same_wandb_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    no_questions(monkeypatch)
+    for resume_step in (None, 1):
+        tracker = WandbTracker(TrackingSettings())
+        tracker.start(run_info(tmp_path, resume_step))
+        tracker.log_metrics((resume_step or 0) + 1, {"reward": 1.0})
+        tracker.finish({})
+    wandb.teardown()
+    files = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert {path.name for path in files} == {f"run-{(tmp_path / 'wandb_id').read_text()}.wandb"}
+
+
+def test_a_wandb_server_that_is_away_stops_a_new_run_and_not_a_resumed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    no_questions(monkeypatch)
+    monkeypatch.setattr(tracking_wandb, "_START_SECONDS", 3.0)
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nothing listens there
+    with pytest.raises(InputError, match="set WANDB_MODE=offline"):
+        WandbTracker(TrackingSettings()).start(run_info(tmp_path))
+    tracker = WandbTracker(TrackingSettings())
+    with caplog.at_level(logging.WARNING):
+        tracker.start(run_info(tmp_path, resume_step=1))
+    assert "goes on offline" in caplog.text
+    tracker.log_metrics(2, {"reward": 1.0})
+    tracker.finish({})
+    wandb.teardown()
+    assert [row["step"] for row in wandb_history(tmp_path) if "reward" in row] == [2]
 
 
 @pytest.mark.parametrize("mode", ["online", "shared"])
@@ -319,8 +453,11 @@ def test_tensorboard_events_read_back(tmp_path: Path) -> None:
         tracker.log_metrics(step, {"reward": step / 2, "kl": None})
     tracker.log_completions(2, [completion(text="```\n<script>")])
     tracker.log_evaluation(2, "learned", EVALUATION)
+    tracker.log_histograms(2, {"norms": histogram(torch.arange(8.0))})
     tracker.finish({})
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("reward")] == [(1, 0.5), (2, 1.0)]
     assert "eval/learned/rewards/brevity" in events.Tags()["scalars"]
     assert "kl" not in events.Tags()["scalars"]
+    (bins,) = events.Histograms("norms")
+    assert (bins.step, bins.histogram_value.num, bins.histogram_value.sum) == (2, 8.0, 28.0)

@@ -1,0 +1,102 @@
+"""Decode steps in one call each, by the C++ kernels.
+
+Taken where every layer of the base is made of the stand-ins of `rlprompt.model.fused` and nothing
+is wrapped; it gives the bits that those modules give, which one step proves before it is used.
+
+Letters: B rows, d model width, D head dim.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlprompt.engines.cache import DecodeCache
+from rlprompt.model.forward import PrefixForward
+from rlprompt.model.frozen import FrozenLinear
+from rlprompt.model.fused import FusedAttention, FusedMLP, FusedNorm
+
+logger = logging.getLogger(__name__)
+
+_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+
+
+class CompiledDecoder:
+    """Decode steps of one base; made by `compiled_decoder`."""
+
+    def __init__(self, forward: PrefixForward, layers: list[Any], final: FusedNorm) -> None:
+        """Collect the weights of all layers."""
+        self._forward = forward
+        self._layers = layers
+        self._rotary: Any = forward.body.rotary_emb
+        self._scaling = float(layers[0].self_attn.scaling)
+        self._eps = final.variance_epsilon
+        weights: list[Tensor | None] = []
+        for layer in layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            weights.append(layer.input_layernorm.weight)
+            weights += _map(attention.joined.packed) + _map(attention.o_proj.packed)
+            weights.append(layer.post_attention_layernorm.weight)
+            weights += _map(mlp.joined.packed) + _map(mlp.down_proj.packed)
+        self._weights = [*weights, final.weight]
+
+    def hidden(self, tokens: Tensor, cache: DecodeCache) -> Tensor:
+        """Final hidden states [B, d] of one new token per row; writes the cache's next column.
+
+        Args:
+            tokens: int64 [B].
+            cache: its `column` is written, and stays where it is.
+        """
+        cache.reserve()
+        x = self._forward.embed(tokens)
+        cos, sin = self._rotary(x[None], cache.positions()[None])
+        place = (cache.padding, cache.prefix_tokens, cache.column)
+        turn = (cos[0].contiguous(), sin[0].contiguous())
+        numbers = (self._scaling, self._eps)
+        step = torch.ops.rlprompt_cpu.decode_step
+        out: Tensor = step(x.clone(), self._weights, cache.data, *place, *turn, *numbers)
+        return out
+
+    def is_current(self) -> bool:
+        """Whether the base's layers are still those whose weights were collected."""
+        layers: Any = self._forward.body.layers
+        same = all(a is b for a, b in zip(layers, self._layers, strict=True))
+        return same and all(_known(layer) for layer in layers)
+
+
+def compiled_decoder(forward: PrefixForward) -> CompiledDecoder | None:
+    """A decoder for a base that is all stand-ins; None for any other."""
+    body: Any = forward.body
+    layers, final = getattr(body, "layers", None), getattr(body, "norm", None)
+    if not forward.compiled or layers is None or not isinstance(final, FusedNorm):
+        return None
+    if not all(_known(layer) for layer in layers) or not hasattr(body, "rotary_emb"):
+        return None
+    settings = {
+        (part.self_attn.scaling, norm.variance_epsilon)
+        for part in layers
+        for norm in (part.input_layernorm, part.post_attention_layernorm, final)
+    }
+    return CompiledDecoder(forward, list(layers), final) if len(settings) == 1 else None
+
+
+def _map(packed: Any) -> list[Tensor | None]:
+    return [packed.forward_weight, packed.bias]
+
+
+def _known(layer: nn.Module) -> bool:
+    """Whether a layer is made of unwrapped stand-ins, without windows or soft caps."""
+    parts: Any = dict(layer.named_children())
+    if set(parts) != set(_PARTS):
+        return False
+    attention, mlp = parts["self_attn"], parts["mlp"]
+    if type(attention) is not FusedAttention or type(mlp) is not FusedMLP:
+        return False
+    norms = [parts["input_layernorm"], parts["post_attention_layernorm"]]
+    linears = [*attention.children(), mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    plain = attention.window is None and attention.softcap is None
+    frozen = all(type(linear) is FrozenLinear for linear in linears)
+    return plain and frozen and all(type(norm) is FusedNorm for norm in norms)

@@ -1,0 +1,213 @@
+// RMS norm, rotary embedding and the gated activation, forward and backward, each in one pass.
+//
+// Every operation of the plain path rounds its result to the tensor's type; so do these, in the
+// same places, and nothing but the order of sums differs.
+
+#include "common.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
+namespace rlprompt {
+namespace {
+
+constexpr int64_t kGrain = 8;  // rows per task at least
+
+template <typename T>
+float mean_square(const T* x, int64_t width) {
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < width; ++i) {
+    const float value = widen(x[i]);
+    sum += value * value;
+  }
+  return sum / static_cast<float>(width);
+}
+
+template <typename T>
+void norm_row(const T* x, const T* weight, T* out, int64_t width, float eps) {
+  const float scale = 1.0f / std::sqrt(mean_square(x, width) + eps);
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i)
+    out[i] = narrow<T>(widen(weight[i]) * rounded<T>(widen(x[i]) * scale));
+}
+
+}  // namespace
+
+// x [N, d] -> weight * x / rms(x).
+at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
+  at::Tensor out = at::empty_like(x);
+  const int64_t width = x.size(-1), rows = x.numel() / width;
+  by_type(x, [&](auto type) {
+    using T = decltype(type);
+    const T *from = data<T>(x), *by = data<T>(weight);
+    T* to = data_out<T>(out);
+    at::parallel_for(0, rows, kGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r)
+        norm_row(from + r * width, by, to + r * width, width, static_cast<float>(eps));
+    });
+  });
+  return out;
+}
+
+// The gradient of rms_norm's input; the mean square is computed again.
+at::Tensor rms_norm_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight,
+                             double eps) {
+  at::Tensor out = at::empty_like(x);
+  const int64_t width = x.size(-1), rows = x.numel() / width;
+  by_type(x, [&](auto type) {
+    using T = decltype(type);
+    const T *from = data<T>(x), *by = data<T>(weight), *up = data<T>(grad);
+    T* to = data_out<T>(out);
+    at::parallel_for(0, rows, kGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        const T *xr = from + r * width, *gr = up + r * width;
+        T* dr = to + r * width;
+        const float scale =
+            1.0f / std::sqrt(mean_square(xr, width) + static_cast<float>(eps));
+        float dot = 0.0f;
+#pragma omp simd reduction(+ : dot)
+        for (int64_t i = 0; i < width; ++i)
+          dot += rounded<T>(widen(gr[i]) * widen(by[i])) * widen(xr[i]);
+        const float pull = dot * scale * scale * scale / static_cast<float>(width);
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) {
+          const float g = rounded<T>(widen(gr[i]) * widen(by[i]));
+          dr[i] = narrow<T>(g * scale - widen(xr[i]) * pull);
+        }
+      }
+    });
+  });
+  return out;
+}
+
+// residual += update in place, and the norm of the sum.
+at::Tensor add_rms_norm_(at::Tensor& residual, const at::Tensor& update, const at::Tensor& weight,
+                         double eps) {
+  at::Tensor out = at::empty_like(residual);
+  const int64_t width = residual.size(-1), rows = residual.numel() / width;
+  by_type(residual, [&](auto type) {
+    using T = decltype(type);
+    T *sum = data_out<T>(residual), *to = data_out<T>(out);
+    const T *more = data<T>(update), *by = data<T>(weight);
+    at::parallel_for(0, rows, kGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        T* row = sum + r * width;
+        const T* add = more + r * width;
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) row[i] = narrow<T>(widen(row[i]) + widen(add[i]));
+        norm_row(row, by, to + r * width, width, static_cast<float>(eps));
+      }
+    });
+  });
+  return out;
+}
+
+// The first `heads` heads of x [N, all heads, D] are turned in place by cos and sin [N, D].
+void rotary_(at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, int64_t heads) {
+  const int64_t rows = x.size(0), all = x.size(1), dim = x.size(2);
+  by_type(x, [&](auto type) {
+    using T = decltype(type);
+    T* values = data_out<T>(x);
+    const T *c = data<T>(cos), *s = data<T>(sin);
+    at::parallel_for(0, rows, kGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r)
+        for (int64_t h = 0; h < heads; ++h) {
+          T* head = values + (r * all + h) * dim;
+          rotate(head, c + r * dim, s + r * dim, head, dim, false);
+        }
+    });
+  });
+}
+
+// Gradients of q, k and v, [N, heads, D] with any row and head strides, to the gradient of their
+// common product [N, (H + 2 H_kv) D].
+at::Tensor rotary_backward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                           const at::Tensor& cos, const at::Tensor& sin) {
+  const int64_t rows = q.size(0), heads = q.size(1), kv = k.size(1), dim = q.size(2);
+  at::Tensor out = at::empty({rows, (heads + 2 * kv) * dim}, q.options());
+  by_type(q, [&](auto type) {
+    using T = decltype(type);
+    const T *c = data<T>(cos), *s = data<T>(sin);
+    T* to = data_out<T>(out);
+    at::parallel_for(0, rows, kGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        T* row = to + r * (heads + 2 * kv) * dim;
+        for (int64_t h = 0; h < heads; ++h, row += dim)
+          rotate(data<T>(q) + r * q.stride(0) + h * q.stride(1), c + r * dim, s + r * dim, row, dim,
+                 true);
+        for (int64_t h = 0; h < kv; ++h, row += dim)
+          rotate(data<T>(k) + r * k.stride(0) + h * k.stride(1), c + r * dim, s + r * dim, row, dim,
+                 true);
+        for (int64_t h = 0; h < kv; ++h, row += dim)
+          std::memcpy(row, data<T>(v) + r * v.stride(0) + h * v.stride(1), dim * sizeof(T));
+      }
+    });
+  });
+  return out;
+}
+
+// silu(gate) * up of x = [gate | up], [N, 2 I] -> [N, I].
+at::Tensor silu_mul(const at::Tensor& x) {
+  const int64_t width = x.size(-1) / 2, rows = x.numel() / (2 * width);
+  at::Tensor out = at::empty({rows, width}, x.options());
+  by_type(x, [&](auto type) {
+    using T = decltype(type);
+    const T* from = data<T>(x);
+    T* to = data_out<T>(out);
+    at::parallel_for(0, rows, kGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        const T *gate = from + 2 * r * width, *up = gate + width;
+        T* row = to + r * width;
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) {
+          const float g = widen(gate[i]);
+          row[i] = narrow<T>(rounded<T>(g / (1.0f + exponential(-g))) * widen(up[i]));
+        }
+      }
+    });
+  });
+  return out;
+}
+
+// The gradient of silu_mul's input.
+at::Tensor silu_mul_backward(const at::Tensor& grad, const at::Tensor& x) {
+  at::Tensor out = at::empty_like(x);
+  const int64_t width = x.size(-1) / 2, rows = x.numel() / (2 * width);
+  by_type(x, [&](auto type) {
+    using T = decltype(type);
+    const T *from = data<T>(x), *upstream = data<T>(grad);
+    T* to = data_out<T>(out);
+    at::parallel_for(0, rows, kGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        const T *gate = from + 2 * r * width, *up = gate + width, *g = upstream + r * width;
+        T *d_gate = to + 2 * r * width, *d_up = d_gate + width;
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) {
+          const float x0 = widen(gate[i]), g0 = widen(g[i]);
+          const float sigmoid = 1.0f / (1.0f + exponential(-x0));
+          d_up[i] = narrow<T>(g0 * rounded<T>(x0 * sigmoid));
+          const float through = rounded<T>(g0 * widen(up[i]));
+          d_gate[i] = narrow<T>(through * sigmoid * (1.0f + x0 * (1.0f - sigmoid)));
+        }
+      }
+    });
+  });
+  return out;
+}
+
+TORCH_LIBRARY_FRAGMENT(rlprompt_cpu, m) {
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", &rms_norm);
+  m.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps) -> Tensor",
+        &rms_norm_backward);
+  m.def(
+      "add_rms_norm_(Tensor(a!) residual, Tensor update, Tensor weight, float eps) -> Tensor",
+      &add_rms_norm_);
+  m.def("rotary_(Tensor(a!) x, Tensor cos, Tensor sin, int heads) -> ()", &rotary_);
+  m.def("rotary_backward(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin) -> Tensor",
+        &rotary_backward);
+  m.def("silu_mul(Tensor x) -> Tensor", &silu_mul);
+  m.def("silu_mul_backward(Tensor grad, Tensor x) -> Tensor", &silu_mul_backward);
+}
+
+}  // namespace rlprompt

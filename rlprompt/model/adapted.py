@@ -1,0 +1,60 @@
+"""Linear layers of a base that an adapter may change, and hooks that change them.
+
+A hook leaves module and weight as they are, so that names, bytes and fingerprint of the base stay,
+and it acts on `FrozenLinear` as on `nn.Linear`. It acts where a layer's module is called: code that
+reads weights past the modules must not run under an adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor, nn
+
+InputHook = Callable[[Tensor], Tensor]
+"""Input [..., in] of a layer -> what the layer gets in its place."""
+OutputHook = Callable[[Tensor, Tensor], Tensor]
+"""Input [..., in] and output [..., out] of a layer -> the output in its place."""
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(out, in) of every linear layer inside the layers of a decoder, by full name.
+
+    The LM head is not one: its input is what every other part of rlprompt calls hidden states.
+    """
+    shapes = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        inside = any(part.isdecimal() for part in name.split("."))
+        if inside and hasattr(module, "in_features") and isinstance(weight, Tensor):
+            rows, columns = weight.shape
+            shapes[name] = (int(rows), int(columns))
+    return shapes
+
+
+def attach_hooks(
+    model: nn.Module, inputs: Mapping[str, InputHook], outputs: Mapping[str, OutputHook]
+) -> Callable[[], None]:
+    """Hook layers by full module name; the result takes all hooks off again."""
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(_on_input(hook))
+        for name, hook in inputs.items()
+    ]
+    handles += [
+        model.get_submodule(name).register_forward_hook(_on_output(hook))
+        for name, hook in outputs.items()
+    ]
+
+    def detach() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return detach
+
+
+def _on_input(hook: InputHook) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:
+    return lambda module, arguments: hook(arguments[0])
+
+
+def _on_output(hook: OutputHook) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor]:
+    return lambda module, arguments, output: hook(arguments[0], output)

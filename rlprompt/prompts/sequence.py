@@ -1,0 +1,180 @@
+"""Prompts in sequence: several fill the slot one after the other, one of them is trained.
+
+A safety prompt that is finished, then a persona that is learned under it: the frozen parts keep
+their bits, and every part sees those before it. No separator stands between parts, so two texts in
+sequence are their tokens joined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from rlprompt.errors import InputError
+from rlprompt.prompts.base import Conditioner, SavedPrompt, SlotPrompt, check_state
+from rlprompt.prompts.prefix import PrefixPrompt, PrefixSettings
+from rlprompt.prompts.soft import SoftPrompt, SoftSettings
+from rlprompt.prompts.text import TextPrompt, TextSettings
+from rlprompt.settings import Settings
+from rlprompt.types import PrefixKV
+
+PartSettings = Annotated[SoftSettings | PrefixSettings | TextSettings, Field(discriminator="type")]
+
+
+class SequenceSettings(Settings):
+    """Prompts one after the other in the system slot, one of them trained."""
+
+    type: Literal["sequence"] = "sequence"
+    """Representation."""
+    parts: tuple[PartSettings, ...] = Field(default=(), max_length=16)
+    """The prompts in order, without anything between them, each written as a `prompt` of type soft,
+    prefix or text; a frozen one usually comes from an artifact or is a text."""
+    train: int | None = Field(default=None, ge=0)
+    """Which part is trained, counted from 0; null = the last one, or the artifact's."""
+    from_artifact: str | None = None
+    """Artifact of a sequence to continue from in place of `parts`, relative to the recipe's
+    folder."""
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> SequenceSettings:
+        if self.from_artifact is not None:
+            if self.parts:
+                raise ValueError("from_artifact and parts are both given; keep one")
+            return self
+        if len(self.parts) < 2:
+            raise ValueError("parts must be a list of at least 2; give two, or use the part alone")
+        trained = len(self.parts) - 1 if self.train is None else self.train
+        if trained >= len(self.parts):
+            raise ValueError(f"train is {trained}, the parts are 0 to {len(self.parts) - 1}")
+        if isinstance(self.parts[trained], TextSettings):
+            raise ValueError(
+                f"part {trained} is to be trained and is a text, which has nothing to train; set "
+                "its type to soft, or train another"
+            )
+        if any(isinstance(part, PrefixSettings) for part in self.parts[trained + 1 :]):
+            raise ValueError(
+                f"part {trained} is trained and a prefix follows it, whose keys were made behind "
+                "the untrained part; put the prefix first"
+            )
+        return self
+
+
+class SequencePrompt(SlotPrompt):
+    """The parts, of which all but one are frozen."""
+
+    kind: ClassVar[str] = "sequence"
+
+    def __init__(self, parts: Sequence[SlotPrompt], train: int) -> None:
+        """Join prompts and freeze all but one.
+
+        Args:
+            parts: in order; their parameters are used, not copied.
+            train: index of the one that is trained.
+
+        Raises:
+            InputError: there is no such part, or nothing to train in it.
+        """
+        if not 0 <= train < len(parts):
+            raise InputError(f"prompt.train is {train}, the parts are 0 to {len(parts) - 1}")
+        self.parts = list(parts)
+        self.train = train
+        self.init_text = " | ".join(part.init_text for part in parts)
+        if not parts[train].parameters():
+            raise InputError(
+                f"prompt.train is {train}, which is a {parts[train].kind} and has nothing to "
+                "train; train another part"
+            )
+        for place, part in enumerate(parts):
+            for parameter in part.parameters():
+                parameter.requires_grad_(place == train)
+
+    @classmethod
+    def restore(cls, saved: SavedPrompt) -> SequencePrompt:
+        """The prompt of an artifact."""
+        parts = []
+        for place, described in enumerate(saved.details["parts"]):
+            tensors = _of_part(saved.tensors, place)
+            part = SavedPrompt(described["init_text"], tensors, described["details"], saved.file)
+            parts.append(_RESTORE[described["kind"]](part))
+        return cls(parts, int(saved.details["train"]))
+
+    @property
+    def trained(self) -> SlotPrompt:
+        """The part that is trained."""
+        return self.parts[self.train]
+
+    def extend(self, conditioner: Conditioner, before: PrefixKV) -> PrefixKV:
+        """Every part after the ones before it."""
+        for part in self.parts:
+            before = part.extend(conditioner, before)
+        return before
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Those of the trained part."""
+        return self.trained.parameters()
+
+    def gated_parameters(self) -> list[nn.Parameter]:
+        """Those of the trained part."""
+        return self.trained.gated_parameters()
+
+    def scale(self, conditioner: Conditioner) -> float:
+        """That of the trained part."""
+        return self.trained.scale(conditioner)
+
+    def constrain(self) -> None:
+        """Keep the trained part in its trust region."""
+        self.trained.constrain()
+
+    def metrics(self) -> dict[str, float]:
+        """Those of the trained part."""
+        return self.trained.metrics()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors of every part, under `0/name`, `1/name`."""
+        return {
+            f"{place}/{name}": tensor
+            for place, part in enumerate(self.parts)
+            for name, tensor in part.state_dict().items()
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over the tensors of every part; see the base class."""
+        check_state(state, self.state_dict())
+        for place, part in enumerate(self.parts):
+            part.load_state_dict(_of_part(state, place))
+
+    def check(self, conditioner: Conditioner) -> None:
+        """Every part must fit the base."""
+        for part in self.parts:
+            part.check(conditioner)
+
+    def artifact_tensors(self) -> dict[str, Tensor]:
+        """Those of every part, under `0/name`, `1/name`."""
+        return {
+            f"{place}/{name}": tensor
+            for place, part in enumerate(self.parts)
+            for name, tensor in part.artifact_tensors().items()
+        }
+
+    def artifact_details(self) -> dict[str, Any]:
+        """What every part is, and which one was trained."""
+        described = [
+            {"kind": p.kind, "init_text": p.init_text, "details": p.artifact_details()}
+            for p in self.parts
+        ]
+        return {"parts": described, "train": self.train}
+
+
+_RESTORE = {
+    "soft": SoftPrompt.restore,
+    "prefix": PrefixPrompt.restore,
+    "text": TextPrompt.restore,
+}
+
+
+def _of_part(tensors: Mapping[str, Tensor], place: int) -> dict[str, Tensor]:
+    start = f"{place}/"
+    return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}

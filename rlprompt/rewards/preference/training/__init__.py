@@ -1,0 +1,1 @@
+"""`rlprompt reward train`: a preference model from preferences, with honest numbers about it."""
