@@ -9,6 +9,7 @@ H_kv key/value heads, D head dim, d model width. Masks: True = the position coun
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -105,6 +106,12 @@ class Policy:
     @prompt.setter
     def prompt(self, prompt: Prompt) -> None:
         self._prompt = prompt
+
+    def sibling(self) -> Policy:
+        """A policy over the same base, without a prompt yet; nothing is loaded or packed again."""
+        made = copy.copy(self)
+        made._prompt = None
+        return made
 
     @property
     def device(self) -> torch.device:

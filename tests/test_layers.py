@@ -65,6 +65,7 @@ LAYERS = {
     "certify.": 5,
     "training.parts": 6,
     "training.loop": 6,
+    "training.population": 6,
     "recipe": 7,
     "recipe_build": 8,
     "recipe_file": 1,

@@ -71,6 +71,7 @@ class NativeEngine:
         sampling: SamplingSettings,
         seed: int,
         progress: Callable[[int, int], None] | None = None,
+        first: int = 0,
     ) -> list[Group]:
         """Draw completions; see `Engine.generate`.
 
@@ -87,9 +88,9 @@ class NativeEngine:
                 f"{unknown}; take ids of its tokenizer"
             )
         generator = torch.Generator().manual_seed(seed)
-        shape = (len(queries), num_completions, sampling.max_tokens)
+        shape = (first + len(queries), num_completions, sampling.max_tokens)
         # Row by row, so that a query's draws do not depend on how many queries follow it.
-        uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+        uniform = torch.rand(shape, generator=generator, dtype=torch.float64)[first:]
         copies = min(num_completions, self._settings.max_rows)
         per_turn = self._settings.max_rows // copies
         completions: list[list[Completion]] = [[] for _ in queries]

@@ -71,6 +71,8 @@ class FrozenBase:
     device: torch.device
     exact_digests: Mapping[str, str]
     """Tensor name -> digest of its bytes at load; what `verify_unchanged` compares with."""
+    is_sharded: bool = False
+    """Whether each rank holds a part of every weight only; see `rlprompt.model.sharding`."""
     cpu_kernels: Literal["auto", "on", "off"] = "auto"
     """See `ModelSettings`."""
 

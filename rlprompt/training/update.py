@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlprompt.algorithms.base import Algorithm, MicroSignal, Signal, TokenLosses
 from rlprompt.policy import Policy, SharedPrefix, TokenScores
 from rlprompt.prompts.base import Prompt
 from rlprompt.rollout import RolloutBatch
+from rlprompt.training.distributed import Ranks
 from rlprompt.training.objective import QueryWeights
 from rlprompt.training.optimizer import clip_gradients
 from rlprompt.training.packing import MicroBatch, pack
@@ -103,6 +104,7 @@ class Updater:
         token_budget: int,
         teacher: Prompt | None = None,
         query_weights: QueryWeights | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """Join the parts.
 
@@ -114,7 +116,9 @@ class Updater:
             token_budget: most packed tokens per micro-batch.
             teacher: the prompt of the teacher; None when none is needed.
             query_weights: a robust objective; None when all queries count alike.
+            ranks: among whom groups are divided; None when this process is alone.
         """
+        self._ranks = ranks or Ranks()
         self._policy = policy
         self._algorithm = algorithm
         self._reference = reference
@@ -184,9 +188,12 @@ class Updater:
         weights = self._token_weights(batch, chosen)
         shared = SharedPrefix(policy.prefix())
         clock.lap("prefill")
-        for micro in self._micro_batches(batch.rollouts, policy.prompt, chosen):
+        for micro, is_own in self._turns(batch.rollouts, policy.prompt, chosen):
             rows = _rows_in(micro, batch.rows)
             scores = self._scores(batch.rollouts, micro, shared.leaves, policy.prompt)
+            if not is_own:
+                (0.0 * scores.logprobs.sum()).backward()
+                continue
             part = micro_signal(rows, batch.signal, (weights, batch.robust), scores)
             losses = self._algorithm.losses(scores, part)
             clock.lap("forward")
@@ -197,7 +204,18 @@ class Updater:
                 remember(rows, "old_logprobs", scores.logprobs)
         shared.backward()
         clock.lap("backward")
-        return result
+        if self._ranks.size == 1:
+            return result
+        self._ranks.sum_gradients(self.trained)
+        total = _summed(self._ranks.each(lambda: result, "the losses"))
+        clock.lap("ranks")
+        return total
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The prompt's parameters and the algorithm's own."""
+        own = [p for part in self._algorithm.own_parameters() for p in part.parameters]
+        return [*self._policy.parameters(), *own]
 
     def _apply(
         self,
@@ -217,6 +235,7 @@ class Updater:
             raise NotFiniteError(f"{', '.join(wrong)} is not finite")
         optimizer.step()
         self._policy.prompt.constrain()
+        self._ranks.copy_first(self.trained)
         if not all(bool(p.isfinite().all()) for p in self._policy.parameters()):
             raise NotFiniteError(
                 f"the prompt after an update at learning rate {lr:g} is not finite"
@@ -236,6 +255,21 @@ class Updater:
         out = torch.zeros(len(batch.rollouts.completions))
         out[index] = self._algorithm.token_weights(batch.signal.counted_lengths[index]).to(out)
         return out
+
+    def _turns(
+        self, batch: RolloutBatch, prompt: Prompt, groups: Sequence[int]
+    ) -> list[tuple[MicroBatch, bool]]:
+        """This rank's micro-batches; ranks that share weights all take the same number of turns.
+
+        A turn without work of its own, marked False, runs some micro-batch for the others' sake.
+        """
+        own = [g for g in groups if self._ranks.owns(g)]
+        turns = [(micro, True) for micro in self._micro_batches(batch, prompt, own)]
+        if not self._policy.base.is_sharded:
+            return turns
+        spare = self._micro_batches(batch, prompt, groups[:1])[0]
+        missing = self._ranks.largest(len(turns)) - len(turns)
+        return turns + [(spare, False)] * missing
 
     def _micro_batches(
         self, batch: RolloutBatch, prompt: Prompt, groups: Sequence[int]
@@ -282,14 +316,52 @@ class Updater:
             for chosen, scores in self._score_all(batch, rows, self._teacher):
                 remember_states(chosen, scores.states)
             clock.lap("teacher")
+        if self._ranks.size > 1 and (needs - {"teacher_states"} or weighing):
+            self._share_rows(rows)
+            clock.lap("ranks")
+
+    def _share_rows(self, rows: list[list[Row]]) -> None:
+        """Give every rank what the others know per token: the signal looks at the whole batch.
+
+        The teacher's states, which are large, stay with the rank that learns from them.
+        """
+        names = ("old_logprobs", "ref_logprobs", "old_values")
+        own = [row for g, group in enumerate(rows) if self._ranks.owns(g) for row in group]
+        known = {row.index: [getattr(row, name) for name in names] for row in own}
+        flat = {row.index: row for group in rows for row in group}
+        for part in self._ranks.each(lambda: known, "the scores before the update"):
+            for index, values in part.items():
+                for name, value in zip(names, values, strict=True):
+                    setattr(flat[index], name, value)
 
     def _score_all(
         self, batch: RolloutBatch, rows: list[list[Row]], prompt: Prompt
     ) -> Iterator[tuple[list[Row], TokenScores]]:
         """Scores of all rows under a prompt, micro-batch by micro-batch."""
         prefix = self._policy.prefix(prompt)
-        for micro in self._micro_batches(batch, prompt, range(len(rows))):
-            yield _rows_in(micro, rows), self._scores(batch, micro, prefix, prompt)
+        for micro, is_own in self._turns(batch, prompt, range(len(rows))):
+            scores = self._scores(batch, micro, prefix, prompt)
+            if is_own:
+                yield _rows_in(micro, rows), scores
+
+
+def _summed(parts: Sequence[UpdateResult]) -> UpdateResult:
+    """What all ranks did together."""
+    total = parts[0]
+    for part in parts[1:]:
+        for mine, other in (
+            (total.losses, part.losses),
+            (total.token_sums, part.token_sums),
+            (total.row_sums, part.row_sums),
+        ):
+            for name, value in other.items():
+                mine[name] += value
+        total.num_weighted += part.num_weighted
+        total.num_weighted_rows += part.num_weighted_rows
+        total.num_sampled += part.num_sampled
+        total.gap_sum += part.gap_sum
+        total.largest_gap = max(total.largest_gap, part.largest_gap)
+    return total
 
 
 def _rows_in(micro: MicroBatch, rows: Sequence[Sequence[Row]]) -> list[Row]:

@@ -202,6 +202,10 @@ MODELS = [
     ("a revision of a local folder", lambda p: p.recipe(model__revision="main")),
     ("a device that does not exist", lambda p: p.recipe(model__device="gpu")),
     ("float16 on the CPU", lambda p: p.recipe(model__dtype="float16")),
+    (
+        "C++ kernels for float32",
+        lambda p: p.recipe(model__cpu_kernels="on", model__dtype="float32"),
+    ),
     ("a tokenizer without chat template", _no_template),
     (
         "a chat template without a place for the system message",

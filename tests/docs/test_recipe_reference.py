@@ -51,6 +51,12 @@ def type_of(node: dict[str, Any], schema: dict[str, Any]) -> str:
     return f"{name} {bounds}".strip()
 
 
+def optional_part(node: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any] | None:
+    """The mapping with known keys that a value is unless it is null."""
+    parts = [resolve(each, schema) for each in node.get("anyOf", [])]
+    return next((each for each in parts if "properties" in each), None)
+
+
 def rows(
     node: dict[str, Any], schema: dict[str, Any], path: str
 ) -> Iterator[tuple[str, str, str, str]]:
@@ -72,6 +78,9 @@ def rows(
                 inner = {"properties": kept, "required": target.get("required", [])}
                 for path_, type_, default_, about_ in rows(inner, schema, f"{place}."):
                     yield path_, type_, default_, f"With `type: {kind}`: {about_}"
+        elif inner := optional_part(value, schema):
+            yield place, "mapping or null", code("null"), description
+            yield from rows(inner, schema, f"{place}.")
         elif "properties" in resolve(value.get("items", {}), schema):
             yield from rows(resolve(value["items"], schema), schema, f"{place}.N.")
         else:

@@ -77,13 +77,13 @@ class Picky:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("isolated")
-    (folder / "mine.py").write_text(REWARD)
+    (folder / "apart.py").write_text(REWARD)
     return folder
 
 
 def runner(folder: Path, name: str = "reward", **settings: Any) -> RewardRunner:
     isolation = {"memory_gb": 1.0} | settings.pop("isolation", {})
-    given = {"path": f"mine.py:{name}", "name": "r", "timeout": 20.0, "isolation": isolation}
+    given = {"path": f"apart.py:{name}", "name": "r", "timeout": 20.0, "isolation": isolation}
     return build_rewards([RewardSettings.model_validate(given | settings)], folder)
 
 
@@ -111,7 +111,7 @@ def test_values_and_logs_come_back_and_the_process_is_kept(folder: Path) -> None
             assert batch.total.tolist() == [6.0, 8.0]
             assert batch.extras == {"words": [2, 1]}
             assert batch.metrics["calls"] == call
-        assert "rlprompt_reward_mine" not in " ".join(sys.modules)
+        assert "rlprompt_reward_apart" not in " ".join(sys.modules)
     finally:
         isolated.close()
 
@@ -144,10 +144,10 @@ def test_async_rewards_and_columns_work_in_the_worker(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "kind", "sentence"),
     [
-        ("hang", "timeout", r"than its timeout of 2 s at .*mine.py:\d+ \(time.sleep\(60\)\)"),
-        ("hold the lock", "timeout", r"than its timeout of 2 s at .*mine.py:\d+ \(re.match"),
-        ("raise", "exception", r"raised ValueError: .* at .*mine.py:\d+ \(return \[int\(text\)"),
-        ("exit", "exception", r"raised SystemExit: 3 at .*mine.py:\d+ \(sys.exit\(3\)\)"),
+        ("hang", "timeout", r"than its timeout of 2 s at .*apart.py:\d+ \(time.sleep\(60\)\)"),
+        ("hold the lock", "timeout", r"than its timeout of 2 s at .*apart.py:\d+ \(re.match"),
+        ("raise", "exception", r"raised ValueError: .* at .*apart.py:\d+ \(return \[int\(text\)"),
+        ("exit", "exception", r"raised SystemExit: 3 at .*apart.py:\d+ \(sys.exit\(3\)\)"),
         ("kill", "exception", r"lost its process, which was killed by SIGKILL"),
         ("segfault", "exception", r"lost its process, which was killed by SIGSEGV"),
         ("memory", "exception", r"raised MemoryError: .*mend it or raise isolation.memory_gb"),
@@ -212,7 +212,7 @@ def test_rewards_in_processes_of_their_own_run_at_the_same_time(folder: Path) ->
 def test_wrong_rewards_are_refused_at_the_start(folder: Path) -> None:
     with pytest.raises(InputError, match=r"^reward 'r': size -1 is negative; write a positive one"):
         runner(folder, "Picky", options={"size": -1})
-    with pytest.raises(InputError, match=r"^reward 'r': .*mine.py has no object 'rewrad'"):
+    with pytest.raises(InputError, match=r"^reward 'r': .*apart.py has no object 'rewrad'"):
         runner(folder, "rewrad")
     (folder / "dies.py").write_text("import os\nos._exit(7)\n")
     with pytest.raises(InputError, match=r"its worker process exited with code 7 while loading"):
@@ -232,7 +232,7 @@ def test_the_worker_ends_when_the_run_is_killed(folder: Path, tmp_path: Path) ->
         "import sys, time\nfrom pathlib import Path\n"
         "from rlprompt.rewards import RewardSettings, build_rewards\n"
         "from rlprompt.types import Completion, Group, Query\n"
-        "s = RewardSettings.model_validate({'path': 'mine.py:reward', 'isolation': {}})\n"
+        "s = RewardSettings.model_validate({'path': 'apart.py:reward', 'isolation': {}})\n"
         "r = build_rewards([s], Path(sys.argv[1]))\n"
         "q = Query(({'role': 'user', 'content': 'x'},), {'task': 'pid'}, 0, False)\n"
         "b = r.score([Group(q, (Completion((2,), (0.0,), 'a', True),))], step=0)\n"

@@ -27,7 +27,7 @@ LANES = 16
 
 
 def status(folder: Path) -> tuple[bool, str]:
-    """Whether the kernels can be used here, and a sentence about it; builds them if need be."""
+    """Whether the kernels can be used here, or why not; builds them if need be."""
     return _loaded(folder)
 
 
@@ -37,7 +37,10 @@ def outlook(folder: Path) -> str:
         built = build.is_built(folder)
     except build.BuildError as error:
         return f"not used: {error}"
-    return status(folder)[1] if built else "built at the first run in bfloat16"
+    if not built:
+        return "built at the first run in bfloat16"
+    usable, why = status(folder)
+    return "used" if usable else f"not used: {why}"
 
 
 @cache
@@ -46,10 +49,13 @@ def _loaded(folder: Path) -> tuple[bool, str]:
         build.load(folder)
         _check()
     except build.BuildError as error:
-        return False, f"not used: {error}"
+        return False, str(error)
     except (RuntimeError, AssertionError) as error:
-        return False, f"not used: they fail their check ({str(error).splitlines()[0][:200]})"
-    return True, "used"
+        return (
+            False,
+            f"they fail their check ({(str(error).splitlines() or [type(error).__name__])[0]})",
+        )
+    return True, ""
 
 
 def choose(choice: Choice, folder: Path, dtype: torch.dtype, device: torch.device) -> bool:
@@ -67,13 +73,17 @@ def choose(choice: Choice, folder: Path, dtype: torch.dtype, device: torch.devic
     if choice == "off":
         return False
     if device.type != "cpu" or dtype != torch.bfloat16:
-        usable, why = False, f"not used: they serve bfloat16 on a CPU, this base is {dtype}"
-        why = f"{why} on {device.type}"
+        precision = str(dtype).removeprefix("torch.")
+        usable = False
+        why = f"they serve bfloat16 on a CPU, and this base is {precision} on {device.type}"
     else:
         usable, why = status(folder)
     if not usable and choice == "on":
-        raise InputError(f"model.cpu_kernels is on, but the CPU kernels are {why}")
-    logger.info("CPU kernels: %s", why)
+        raise InputError(
+            f"model.cpu_kernels is on, but the C++ kernels cannot be used: {why}; mend that, or "
+            "set it to auto"
+        )
+    logger.info("C++ kernels: %s", "used" if usable else f"not used, {why}")
     return usable
 
 

@@ -51,8 +51,7 @@ class EnsembleSettings(Settings):
     """The preference models; their values should be on one scale."""
     combine: Literal["mean", "min", "uncertainty"] = "mean"
     """`mean`; `min`, the most sceptical member; or `uncertainty`, mean - penalty * variance over
-    the members, which distrusts what they disagree on (Coste et al. 2023, arXiv 2310.02743,
-    section 3.1)."""
+    the members, which distrusts what they disagree on (Coste et al. 2023, arXiv 2310.02743)."""
     penalty: float = Field(default=1.0, gt=0)
     """For `uncertainty`."""
     cache_size: int = Field(default=10_000, ge=0)

@@ -142,7 +142,7 @@ class JsonClient:
                     f"cannot verify the certificate of {self.shown} ({shorten(str(error), 120)})",
                     "give ca_file for a certificate of your own",
                 ) from error
-            reason = shorten(str(error), 120) or type(error).__name__
+            reason = shorten(str(error), 120).rstrip(".") or type(error).__name__
             raise _Retryable(reason) from error
         return self._parsed(status, text, retry_after)
 

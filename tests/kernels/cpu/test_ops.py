@@ -211,7 +211,7 @@ def test_a_missing_compiler_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> 
     folder = FOLDER / "nowhere"
     usable, why = ops.status(folder)
     assert not usable
-    assert why == "not used: there is no C++ compiler (no-such-compiler); install g++"
+    assert why == "there is no C++ compiler (no-such-compiler); install g++"
     assert not ops.choose("auto", folder, torch.bfloat16, CPU)
     with pytest.raises(InputError, match="no C\\+\\+ compiler"):
         ops.choose("on", folder, torch.bfloat16, CPU)

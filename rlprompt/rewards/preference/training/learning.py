@@ -18,8 +18,10 @@ from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     TrainerCallback,
 )
+from transformers.utils import logging as transformers_logging
 
 from rlprompt.data.hub import to_dataset
 from rlprompt.errors import InputError
@@ -70,6 +72,8 @@ def read_start(
     except InputError as error:
         raise InputError(str(error).replace("model.path", "path")) from error
     torch.manual_seed(seed)  # of the new output
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     try:
         model: Any = AutoModelForSequenceClassification.from_pretrained(
             folder,
@@ -84,6 +88,9 @@ def read_start(
             f"the model in {folder} cannot be loaded as a classifier ({first_line(error)}); choose "
             f"another"
         ) from error
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
@@ -149,6 +156,7 @@ def learn(
         processing_class=tokenizer,
         callbacks=[_Teller(progress)],
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     return [
         {key: float(value) for key, value in row.items() if isinstance(value, int | float)}
