@@ -65,10 +65,12 @@ def rows(
         place = f"{path}{key}"
         value = resolve(entry, schema)
         description = " ".join(entry.get("description", "").split())
-        if "properties" in value:
+        choices = value.get("oneOf", [])  # by `type`, or by if and then
+        choices = choices or [part["then"] for part in value.get("allOf", []) if "then" in part]
+        if "properties" in value and not choices:
             yield from rows(value, schema, f"{place}.")
-        elif "oneOf" in value:
-            for option in value["oneOf"]:
+        elif choices:
+            for option in choices:
                 target = resolve(option, schema)
                 kind = target["properties"]["type"]["const"]
                 kept = {k: v for k, v in target["properties"].items() if k != "type"}
