@@ -183,6 +183,64 @@ RECIPES = [
     ("more queries per step than there are", lambda p: p.recipe(training__queries_per_step=9)),
     ("an empty prompt to start from", lambda p: p.recipe(prompt__init_text="")),
 ]
+TEXT_PART = {"type": "text", "text": "Be safe."}
+SOFT_PART = {"type": "soft", "init_text": "Be nice."}
+PROMPTS = [
+    ("a text, which has nothing to train", lambda p: p.recipe(prompt=TEXT_PART)),
+    ("a kind of prompt that does not exist", lambda p: p.recipe(prompt={"type": "lora"})),
+    (
+        "a setting of another kind of prompt",
+        lambda p: p.recipe(prompt={**SOFT_PART, "rank": 4}),
+    ),
+    (
+        "an artifact and a text to start from",
+        lambda p: p.recipe(prompt={**SOFT_PART, "from_artifact": "run/artifact"}),
+    ),
+    (
+        "an artifact that is not there",
+        lambda p: p.recipe(prompt={"type": "soft", "from_artifact": "runs/artifact"}),
+    ),
+    (
+        "an artifact that another kind cannot start from",
+        lambda p: p.recipe(prompt={"type": "adapter", "from_artifact": "run/artifact"}),
+    ),
+    (
+        "a layer that the base does not have",
+        lambda p: p.recipe(
+            prompt={"type": "adapter", "method": {"type": "lora", "target_modules": ["query"]}}
+        ),
+    ),
+    (
+        "IA3 that scales inputs of layers it does not adapt",
+        lambda p: p.recipe(
+            prompt={"type": "adapter", "method": {"type": "ia3", "target_modules": ["k_proj"]}}
+        ),
+    ),
+    (
+        "a sequence of one",
+        lambda p: p.recipe(prompt={"type": "sequence", "parts": [SOFT_PART]}),
+    ),
+    (
+        "a sequence whose trained part is a text",
+        lambda p: p.recipe(prompt={"type": "sequence", "parts": [SOFT_PART, TEXT_PART]}),
+    ),
+    (
+        "steps that a population cannot share",
+        lambda p: p.recipe(population=[{"name": "a"}, {"name": "b"}]),
+    ),
+    (
+        "a member that changes what all share",
+        lambda p: p.recipe(population=[{"name": "a", "changes": {"sampling.top_p": 0.9}}]),
+    ),
+    (
+        "a population without held-out queries",
+        lambda p: p.recipe(population=[{"name": "a"}], data__heldout=0),
+    ),
+    (
+        "an evaluation without held-out queries",
+        lambda p: ("eval", "run/artifact", "--recipe", "recipe.yaml", "--set", "data.heldout=0"),
+    ),
+]
 MODELS = [
     ("a path with a typo", lambda p: p.recipe(model__path="modle")),
     ("a folder that is not there", lambda p: p.recipe(model__path="models/tiny")),
@@ -335,6 +393,7 @@ CLUSTER = [
 ]
 SECTIONS: dict[str, list[tuple[str, Callable[[Project], Sequence[str]]]]] = {
     "Recipes": RECIPES,
+    "Prompts": PROMPTS,
     "Models": MODELS,
     "Rewards": REWARDS,
     "Datasets": DATA,
