@@ -53,6 +53,11 @@ class Project:
         (self.folder / name).write_text(text)
         return TRAIN
 
+    def pairs(self, text: str) -> Sequence[str]:
+        """Write a file of compared answers, and check the reward on them."""
+        self.write("pairs.jsonl", text)
+        return ("reward", "check", "reward.py", "--pairs", "pairs.jsonl")
+
     def rows(self, name: str, *rows: Any, **changes: Any) -> Sequence[str]:
         """Write a JSONL dataset and name it in the recipe."""
         lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
@@ -297,6 +302,33 @@ REWARDS = [
         "a column that the data does not have",
         lambda p: p.reward("def reward(completions, answer):\n    return [0.0]\n"),
     ),
+    ("a constraint without a limit", lambda p: p.recipe(rewards__1__role="constraint")),
+    ("a limit of a reward that is no constraint", lambda p: p.recipe(rewards__0__limit=0.1)),
+    ("a reward that TRL does not ship", lambda p: p.recipe(rewards=[{"path": "trl:think_format"}])),
+    (
+        "verl's function without the column it needs",
+        lambda p: p.reward(
+            "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
+            "    return 1.0\n",
+            rewards=[{"path": "reward.py:compute_score", "adapter": "verl"}],
+        ),
+    ),
+    (
+        "a guard whose gold reward is trained on",
+        lambda p: p.recipe(guards=[{"type": "parting", "name": "hacked", "gold": "vowels"}]),
+    ),
+    (
+        "a guard that watches a metric nobody logs",
+        lambda p: p.recipe(
+            guards=[{"type": "limit", "name": "long", "metric": "lenght", "above": 1, "window": 2}]
+        ),
+    ),
+    (
+        "an artifact chosen by a reward that is not there",
+        lambda p: p.recipe(evaluation__select_by="vowel"),
+    ),
+    ("a reward to check that is not there", lambda p: ("reward", "check", "mine.py")),
+    ("pairs that are no pairs", lambda p: p.pairs("{}")),
 ]
 DATA = [
     ("a path with a typo", lambda p: p.rows("queries.jsonl", "a", path="querys.jsonl")),
