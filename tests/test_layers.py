@@ -58,6 +58,7 @@ LAYERS = {
     "training.objective": 4,
     "training.rows": 5,
     "training.update": 5,
+    "training.update_result": 5,
     "training.sources": 5,
     "search.loop": 5,
     "evaluation.": 5,
