@@ -80,7 +80,7 @@ VOCABULARY = ("types", "errors", "settings")
 
 # Packages that are heavy or optional, and the only modules that may import them (at any depth).
 OWNERS = {
-    "deepspeed": ("training.distributed",),
+    "deepspeed": ("model.sharding",),
     "wandb": ("training.tracking_wandb",),
     "tensorboard": ("training.tracking", "training.tracking."),
     "vllm": ("engines.vllm",),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rlprompt.algorithms.base import Algorithm, MicroSignal, Signal, TokenLosses
-from rlprompt.policy import Policy, SharedPrefix, TokenScores
+from rlprompt.policy import Policy, TokenScores
 from rlprompt.prompts.base import Prompt
 from rlprompt.rollout import RolloutBatch
 from rlprompt.training.distributed import Ranks
@@ -156,6 +156,19 @@ class Updater:
             NotFiniteError: the loss or its gradient is not finite, or an update made the prompt so.
                 Earlier updates on this batch have been applied.
         """
+        with self._policy.whole_ends():
+            return self._learn(batch, optimizer, set_lr, max_grad_norm, clock, seed, rewards)
+
+    def _learn(
+        self,
+        batch: RolloutBatch,
+        optimizer: torch.optim.Optimizer,
+        set_lr: Callable[[], float],
+        max_grad_norm: float | None,
+        clock: PhaseClock,
+        seed: int,
+        rewards: Tensor | None,
+    ) -> tuple[Signal, dict[str, float]]:
         clock.lap(None)
         rows = rows_of(batch)
         self._score_before(batch, rows, clock)
@@ -186,7 +199,7 @@ class Updater:
         policy = self._policy
         chosen = range(len(batch.rows)) if groups is None else groups
         weights = self._token_weights(batch, chosen)
-        shared = SharedPrefix(policy.prefix())
+        shared = policy.shared_prefix()
         clock.lap("prefill")
         for micro, is_own in self._turns(batch.rollouts, policy.prompt, chosen):
             rows = _rows_in(micro, batch.rows)
@@ -202,7 +215,7 @@ class Updater:
             _account(result, losses, scores, part, rows)
             if any(row.old_logprobs is None for row in rows):
                 remember(rows, "old_logprobs", scores.logprobs)
-        shared.backward()
+        policy.finish_prefix(shared)
         clock.lap("backward")
         if self._ranks.size == 1:
             return result
@@ -265,7 +278,7 @@ class Updater:
         """
         own = [g for g in groups if self._ranks.owns(g)]
         turns = [(micro, True) for micro in self._micro_batches(batch, prompt, own)]
-        if not self._policy.base.is_sharded:
+        if self._policy.base.shards is None:
             return turns
         spare = self._micro_batches(batch, prompt, groups[:1])[0]
         missing = self._ranks.largest(len(turns)) - len(turns)
