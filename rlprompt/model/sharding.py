@@ -1,9 +1,9 @@
 """A base of which every rank holds a part: DeepSpeed ZeRO-3 over frozen weights, no optimizer.
 
 Only the frozen base goes into DeepSpeed. The prompt stays a plain tensor outside, so checkpoints
-and optimizers know nothing of shards. Weights are cut up while they are read, one tensor at a time: no
-rank ever holds more than its part and one tensor. Decoder layers are gathered by DeepSpeed's hooks
-while they run, forward and backward; embedding and LM head are gathered here, while they are used.
+and optimizers know nothing of shards. Weights are cut up while they are read, one tensor at a time:
+no rank ever holds more than its part and one tensor. Decoder layers are gathered by DeepSpeed's
+hooks while they run, forward and backward; embedding and LM head are gathered here, while used.
 
 Gathering is a meeting of all ranks, so all of them must run the same layers in the same order. Who
 runs the base (updates, rollouts, probes) keeps that.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.runs import rlprompt
+from tests.cli.runs import rlprompt, write_recipe
 from tests.fixtures.ranks import run_ranks
 from tests.fixtures.tiny import save_tiny
 from tests.training.test_distributed import assert_close_runs, recipe_of
