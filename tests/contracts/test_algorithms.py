@@ -33,6 +33,7 @@ from rlprompt.rollout import RolloutBatch
 from rlprompt.training.files import read_jsonl
 from rlprompt.training.loop import Trainer
 from rlprompt.training.update import PhaseClock, Updater
+from tests.fixtures.prompts import make
 from tests.fixtures.runs import QUERIES, sampled_batch, tiny_policy, tiny_recipe
 
 TWICE = {"num_epochs": 2, "num_minibatches": 2}
@@ -155,6 +156,24 @@ def test_the_gradient_is_that_of_the_loss(name: str) -> None:
     # The mean of two losses: that before the step, which is `start`, and that after it.
     moved = learn(policy, algorithm_of(name, policy, **once), batch, 100_000, lr=rate)["loss"]
     assert 2 * (moved - start) == pytest.approx(-rate * square, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["prefix", "lora", "ia3", "soft_then_prefix"])  # soft: above
+@pytest.mark.parametrize("name", [name for name in CASES if name != "cispo"])
+def test_every_representation_learns_by_every_algorithm(name: str, kind: str) -> None:
+    """Two steps down the gradient: the second begins where the loss is lower."""
+    policy = tiny_policy(dtype=torch.float64)
+    policy.prompt = make(kind, policy)
+    batch = batch_for(algorithm_of(name, policy), policy)
+    once = {"num_epochs": 2, "num_minibatches": 1}
+    algorithm = algorithm_of(name, policy, **once)
+    start = learn(policy, algorithm, batch, 100_000)["loss"]
+    square = sum(float(grad.square().sum()) for grad in gradients(policy, algorithm))
+    assert square > 0
+    moved = learn(
+        policy, algorithm_of(name, policy, **once), batch, 100_000, lr=1e-3 / square**0.5
+    )["loss"]
+    assert moved < start - 0.2e-3 * square**0.5
 
 
 def trainer(folder: Path, output: Path, name: str) -> Trainer:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from rlprompt.commands.schema import recipe_schema
+from rlprompt.recipe import Recipe
 from tests.docs.pages import check_page, code
 
 HEAD = """# Recipe reference
@@ -65,10 +65,12 @@ def rows(
         place = f"{path}{key}"
         value = resolve(entry, schema)
         description = " ".join(entry.get("description", "").split())
-        if "properties" in value:
+        choices = value.get("oneOf", [])  # by `type`, or by if and then
+        choices = choices or [part["then"] for part in value.get("allOf", []) if "then" in part]
+        if "properties" in value and not choices:
             yield from rows(value, schema, f"{place}.")
-        elif "oneOf" in value:
-            for option in value["oneOf"]:
+        elif choices:
+            for option in choices:
                 target = resolve(option, schema)
                 kind = target["properties"]["type"]["const"]
                 kept = {k: v for k, v in target["properties"].items() if k != "type"}
@@ -92,7 +94,7 @@ def rows(
 
 
 def reference() -> str:
-    schema = recipe_schema()
+    schema = Recipe.model_json_schema()
     parts = [HEAD]
     for key, entry in schema["properties"].items():
         part = {"properties": {key: entry}, "required": schema.get("required", [])}

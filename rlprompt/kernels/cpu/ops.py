@@ -230,8 +230,8 @@ def decode_attention(
     tensors: tuple[Tensor, Tensor, Tensor],
     cache: Tensor,
     layer: int,
-    padding: Tensor,
-    place: tuple[int, int],
+    table: Tensor,
+    place: tuple[int, int, int],
     scaling: float,
 ) -> Tensor:
     """Write one column of a layer's cache and attend to what each row sees of it.
@@ -240,14 +240,15 @@ def decode_attention(
         tensors: q [B, H, D], k and v [B, H_kv, D] of one new token per row.
         cache: [2 L, at least B, H_kv, S, D], dense, keys of all layers first.
         layer: which one.
-        padding: int64 [B] or longer, unseen columns behind the prefix.
-        place: prefix columns, and the column to write.
+        table: int64 [2, B or more], dense: of each row, its unseen columns behind the prefix, and
+            the row whose shared columns are read in place of its own, which are equal.
+        place: prefix columns, shared columns (prefix, padding and query), and the column to write.
         scaling: factor on the scores.
 
     Returns:
         [B, H, D].
     """
-    out: Tensor = _ops().decode_attention(*tensors, cache, layer, padding, *place, scaling)
+    out: Tensor = _ops().decode_attention(*tensors, cache, layer, table, list(place), scaling)
     return out
 
 
