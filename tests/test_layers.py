@@ -56,6 +56,7 @@ LAYERS = {
     "search.": 3,
     "rollout": 4,
     "training.objective": 4,
+    "training.accounts": 5,
     "training.rows": 5,
     "training.update": 5,
     "training.sources": 5,

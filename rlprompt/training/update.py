@@ -8,19 +8,23 @@ Letters: B completions, T tokens, P prefix tokens.
 
 from __future__ import annotations
 
+import gc
+import logging
 import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from rlprompt.algorithms.base import Algorithm, MicroSignal, Signal, TokenLosses
+from rlprompt.algorithms.base import Algorithm, Signal
 from rlprompt.policy import Policy, TokenScores
 from rlprompt.prompts.base import Prompt
 from rlprompt.rollout import RolloutBatch
+from rlprompt.training.accounts import UpdateResult, account, merged, summed
 from rlprompt.training.distributed import Ranks
 from rlprompt.training.objective import QueryWeights
 from rlprompt.training.optimizer import clip_gradients
@@ -31,10 +35,16 @@ from rlprompt.training.rows import (
     remember,
     remember_states,
     rows_of,
-    sampling_logprobs,
     view_of,
 )
 from rlprompt.types import PrefixKV
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_LEAST_TOKENS = 64
+"""No micro-batch budget is made smaller than this when memory runs out."""
 
 
 class NotFiniteError(RuntimeError):
@@ -55,29 +65,6 @@ class PhaseClock:
         if phase is not None:
             self.seconds[phase] += now - self._last
         self._last = now
-
-
-@dataclass
-class UpdateResult:
-    """What an update did."""
-
-    losses: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    token_sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """The algorithm's metrics, summed over the tokens that have a weight."""
-    num_weighted: int = 0
-    """How many those are: TRL's masks too leave out what the loss does not see."""
-    row_sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """The algorithm's metrics of completions, summed over those that have a weight."""
-    num_weighted_rows: int = 0
-    """How many those are."""
-    num_sampled: int = 0
-    """Tokens that an engine drew."""
-    gap_sum: float = 0.0
-    """Absolute differences between sampling and training log-probabilities, over those tokens."""
-    largest_gap: float = 0.0
-    """The largest of them."""
-    grad_norm: float = 0.0
-    lr: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -171,7 +158,10 @@ class Updater:
     ) -> tuple[Signal, dict[str, float]]:
         clock.lap(None)
         rows = rows_of(batch)
-        self._score_before(batch, rows, clock)
+        self._in_memory(lambda: self._score_before(batch, rows, clock))
+        if self._ranks.size > 1:
+            self._share_rows(rows)
+            clock.lap("ranks")
         view = view_of(batch, batch.rewards.total if rewards is None else rewards, rows)
         robust = None
         if self._query_weights is not None:
@@ -188,16 +178,44 @@ class Updater:
                 self._apply(result, optimizer, lr, max_grad_norm)
                 clock.lap("optimizer")
                 results.append(result)
-        metrics = _merge(results, whole.signal)
+        metrics = merged(results, whole.signal)
         return whole.signal, {**metrics, **self._algorithm.after_batch(metrics)}
 
     def gradient(
         self, batch: _Batch, groups: Sequence[int] | None, clock: PhaseClock
     ) -> UpdateResult:
         """Accumulate the gradient over the micro-batches of some groups; see the module."""
+        chosen = range(len(batch.rows)) if groups is None else groups
+        result = self._in_memory(lambda: self._accumulate(batch, chosen, clock))
+        if self._ranks.size == 1:
+            return result
+        self._ranks.sum_gradients(self.trained)
+        total = summed(self._ranks.each(lambda: result, "the losses"))
+        clock.lap("ranks")
+        return total
+
+    def _in_memory(self, work: Callable[[], T]) -> T:
+        """Do something, with smaller micro-batches when memory runs out."""
+        while True:
+            try:
+                return work()
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                # Under shards the others would wait for the turns that this rank repeats.
+                together = self._policy.base.shards is not None
+                if not _is_out_of_memory(error) or self._budget < 2 * _LEAST_TOKENS or together:
+                    raise
+            self._budget //= 2
+            logger.warning("out of memory: micro-batches have %d tokens from now on", self._budget)
+            for parameter in self.trained:
+                parameter.grad = None
+            gc.collect()  # the graph of what failed
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _accumulate(self, batch: _Batch, chosen: Sequence[int], clock: PhaseClock) -> UpdateResult:
+        """The gradient of this rank's share."""
         result = UpdateResult()
         policy = self._policy
-        chosen = range(len(batch.rows)) if groups is None else groups
         weights = self._token_weights(batch, chosen)
         shared = policy.shared_prefix()
         clock.lap("prefill")
@@ -212,17 +230,12 @@ class Updater:
             clock.lap("forward")
             losses.total().backward()
             clock.lap("backward")
-            _account(result, losses, scores, part, rows)
+            account(result, losses, scores, part, rows)
             if any(row.old_logprobs is None for row in rows):
                 remember(rows, "old_logprobs", scores.logprobs)
         policy.finish_prefix(shared)
         clock.lap("backward")
-        if self._ranks.size == 1:
-            return result
-        self._ranks.sum_gradients(self.trained)
-        total = _summed(self._ranks.each(lambda: result, "the losses"))
-        clock.lap("ranks")
-        return total
+        return result
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -329,9 +342,6 @@ class Updater:
             for chosen, scores in self._score_all(batch, rows, self._teacher):
                 remember_states(chosen, scores.states)
             clock.lap("teacher")
-        if self._ranks.size > 1 and (needs - {"teacher_states"} or weighing):
-            self._share_rows(rows)
-            clock.lap("ranks")
 
     def _share_rows(self, rows: list[list[Row]]) -> None:
         """Give every rank what the others know per token: the signal looks at the whole batch.
@@ -358,75 +368,10 @@ class Updater:
                 yield _rows_in(micro, rows), scores
 
 
-def _summed(parts: Sequence[UpdateResult]) -> UpdateResult:
-    """What all ranks did together."""
-    total = parts[0]
-    for part in parts[1:]:
-        for mine, other in (
-            (total.losses, part.losses),
-            (total.token_sums, part.token_sums),
-            (total.row_sums, part.row_sums),
-        ):
-            for name, value in other.items():
-                mine[name] += value
-        total.num_weighted += part.num_weighted
-        total.num_weighted_rows += part.num_weighted_rows
-        total.num_sampled += part.num_sampled
-        total.gap_sum += part.gap_sum
-        total.largest_gap = max(total.largest_gap, part.largest_gap)
-    return total
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Also on a CPU, where torch raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _rows_in(micro: MicroBatch, rows: Sequence[Sequence[Row]]) -> list[Row]:
     return [rows[g][i] for g, places in micro.rows for i in places]
-
-
-def _account(
-    result: UpdateResult,
-    losses: TokenLosses,
-    scores: TokenScores,
-    signal: MicroSignal,
-    rows: Sequence[Row],
-) -> None:
-    """Add a micro-batch's losses and token sums to the update's."""
-    for name in ("rl", "kl", "ce", "value"):
-        part = getattr(losses, name)
-        if part is not None:
-            result.losses[f"loss/{name}"] += float(part.detach())
-    weighted = signal.weights > 0
-    for name, values in (losses.metrics or {}).items():
-        result.token_sums[name] += float((values * weighted).sum())
-    result.num_weighted += int(weighted.sum())
-    weighted_rows = weighted.any(dim=1)
-    for name, values in (losses.row_metrics or {}).items():
-        result.row_sums[name] += float((values * weighted_rows).sum())
-    result.num_weighted_rows += int(weighted_rows.sum())
-    sampled = sampling_logprobs(rows, scores)
-    if sampled is None:
-        return
-    gap = ((scores.logprobs.detach() - sampled) * scores.mask).abs()
-    result.gap_sum += float(gap.sum())
-    result.largest_gap = max(result.largest_gap, float(gap.max()))
-    result.num_sampled += int(scores.mask.sum())
-
-
-def _merge(results: Sequence[UpdateResult], signal: Signal) -> dict[str, float]:
-    """Means over tokens or completions, then over updates; a mean over none is left out."""
-    out: dict[str, float] = defaultdict(float)
-    for result in results:
-        share = 1.0 / len(results)
-        for name, value in result.token_sums.items() if result.num_weighted else ():
-            out[name] += share * value / result.num_weighted
-        for name, value in result.row_sums.items() if result.num_weighted_rows else ():
-            out[name] += share * value / result.num_weighted_rows
-        for name, value in result.losses.items():
-            out[name] += share * value
-        out["loss"] += share * sum(result.losses.values())
-        out["prompt/grad_norm"] += share * result.grad_norm
-    # Later updates are off-policy on purpose: only the first compares like with like.
-    first = results[0]
-    if first.num_sampled:
-        out["sampling/sampling_logp_difference/mean"] = first.gap_sum / first.num_sampled
-        out["sampling/sampling_logp_difference/max"] = first.largest_gap
-    out["lr"] = results[-1].lr
-    return {**out, **signal.metrics}
