@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -21,6 +22,7 @@ from rlprompt.errors import InputError
 from rlprompt.evaluation.heldout import HeldoutEvaluator, Objective
 from rlprompt.evaluation.probes import BaseLogprob, Probe, TargetLogprob, TeacherKL
 from rlprompt.model.base import ModelSettings, load_base
+from rlprompt.model.sharding import ShardSettings
 from rlprompt.model.slot import ChatSlot
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
@@ -28,7 +30,7 @@ from rlprompt.prompts.make import make_prompt
 from rlprompt.prompts.text import NonePrompt, TextPrompt, TextSettings
 from rlprompt.recipe import InitialReference, Recipe, Reference, TextReference, with_template_text
 from rlprompt.rewards import RewardRunner, build_rewards
-from rlprompt.training.distributed import Ranks
+from rlprompt.training.distributed import DistributedSettings, Ranks
 from rlprompt.training.guards import GuardWatch
 from rlprompt.training.loop import Trainer
 from rlprompt.training.objective import Constraints, QueryWeights
@@ -159,15 +161,32 @@ def _trackers(recipe: Recipe, console: Console | None, ranks: Ranks) -> TrackerG
 
 
 def _ground(recipe: Recipe, data: QuerySplit, rewards: RewardRunner, ranks: Ranks) -> Ground:
-    policy = build_policy(recipe.model)
-    rewards.bind_policy(policy)
+    policy = build_policy(recipe.model, _sharding(recipe.distributed))
+    judged = rewards.bind_policy(policy)
+    if policy.base.shards is not None and judged:
+        # A judge runs the base, which all ranks can only do together.
+        rewards.once = lambda work: ranks.each(work, "the rewards")[0]
     policy.gradient_checkpointing = recipe.training.gradient_checkpointing
     teacher = _teacher(recipe)
     engine: Engine = NativeEngine(policy, recipe.engine)
-    if ranks.size > 1:
+    shards = policy.base.shards
+    if shards is not None:
+        whole = all(ranks.each(lambda: shards.rolls_out_whole, "the free memory"))
+        around = partial(shards.rollout, whole)
+        engine = SharedEngine(engine, ranks, together=not whole, around=around)
+    elif ranks.size > 1:
         engine = SharedEngine(engine, ranks)
     evaluator = _evaluator(recipe, data, policy, engine, rewards, teacher)
     return Ground(data, policy, engine, teacher, evaluator, ranks)
+
+
+def _sharding(settings: DistributedSettings) -> ShardSettings | None:
+    """How the base is cut up; None when every rank holds it whole."""
+    if settings.base == "replicated":
+        return None
+    return ShardSettings(
+        settings.offload, settings.nvme_path, settings.secondary_shards, settings.gather
+    )
 
 
 def _parts(
@@ -219,7 +238,7 @@ def build_prompt(recipe: Recipe, policy: Policy, base_dir: Path) -> Prompt:
     return make_prompt(recipe.prompt, policy, recipe.seed, load)
 
 
-def build_policy(settings: ModelSettings) -> Policy:
+def build_policy(settings: ModelSettings, sharding: ShardSettings | None = None) -> Policy:
     """A base with its chat slot, and no prompt yet.
 
     A template's path in these settings is relative to the working directory.
@@ -227,7 +246,7 @@ def build_policy(settings: ModelSettings) -> Policy:
     Raises:
         InputError: see `load_base`, `ChatSlot.from_tokenizer` and `Policy`.
     """
-    base = load_base(settings)
+    base = load_base(settings, sharding)
     return Policy(base, ChatSlot.from_tokenizer(base.tokenizer, settings.template))
 
 

@@ -56,9 +56,9 @@ LAYERS = {
     "search.": 3,
     "rollout": 4,
     "training.objective": 4,
+    "training.accounts": 5,
     "training.rows": 5,
     "training.update": 5,
-    "training.update_result": 5,
     "training.sources": 5,
     "search.loop": 5,
     "evaluation.": 5,
@@ -81,7 +81,7 @@ VOCABULARY = ("types", "errors", "settings")
 
 # Packages that are heavy or optional, and the only modules that may import them (at any depth).
 OWNERS = {
-    "deepspeed": ("training.distributed",),
+    "deepspeed": ("model.sharding",),
     "wandb": ("training.tracking_wandb",),
     "tensorboard": ("training.tracking", "training.tracking."),
     "vllm": ("engines.vllm",),

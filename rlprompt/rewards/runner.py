@@ -169,12 +169,16 @@ class RewardRunner:
             group_index=index,
         )
 
-    def bind_policy(self, policy: Any) -> None:
-        """Lend a run's policy to the rewards that may judge with its base under another prompt."""
-        for _, function in self._rewards:
-            bind = getattr(function, "bind_policy", None)
-            if callable(bind):
-                bind(policy)
+    def bind_policy(self, policy: Any) -> bool:
+        """Lend a run's policy to the rewards that may judge with its base under another prompt.
+
+        Returns:
+            Whether any does.
+        """
+        binds = [getattr(function, "bind_policy", None) for _, function in self._rewards]
+        for bind in filter(callable, binds):
+            bind(policy)
+        return any(map(callable, binds))
 
     def close(self) -> None:
         """Stop idle worker threads and end worker processes; the runner stays usable."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rlprompt.artifacts.format import save_artifact
@@ -28,7 +30,7 @@ from rlprompt.training.parts import RunParts
 from rlprompt.training.report import write_report
 from rlprompt.training.startup import check_trainable
 from rlprompt.training.state import RunState, Stateful
-from rlprompt.training.summary import build_summary
+from rlprompt.training.summary import build_summary, peak_rss_mb
 from rlprompt.training.tracker import RunInfo
 from rlprompt.training.update import NotFiniteError, PhaseClock, Updater
 
@@ -282,24 +284,37 @@ class Trainer:
             fingerprint_after=verify_unchanged(parts.policy.base),
             reason=reason,
         )
+        summary["ranks"] = parts.ranks.each(self._rank_memory, "the summary")
+        with ExitStack() as scratch:
+            folder = self.output / "artifact"
+            if not parts.ranks.is_first:
+                folder = Path(scratch.enter_context(TemporaryDirectory())) / "artifact"
+            # Every rank: describing a prompt runs the base, and a sharded one needs them all.
+            self._save_artifact(folder, summary)
         if parts.ranks.is_first:
-            self._write_results(summary)
+            write_atomic(self.output / "summary.json", to_json(summary, indent=2))
+            write_report(self.output)
         parts.policy.prompt.load_state_dict(last)
         return summary
 
-    def _write_results(self, summary: dict[str, Any]) -> None:
+    def _rank_memory(self) -> dict[str, float | int]:
+        """What this rank held: bytes of the base's weights, and its peak memory."""
+        base = self.parts.policy.base
+        weights = [p.numel() * p.element_size() for p in base.model.parameters()]
+        held = sum(weights) if base.shards is None else base.shards.bytes_on_rank
+        return {"base_bytes": held, "peak_rss_mb": peak_rss_mb()}
+
+    def _save_artifact(self, folder: Path, summary: dict[str, Any]) -> None:
         parts = self.parts
         shown = ("heldout_reward_before", "heldout_reward_handwritten", "heldout_reward_after")
         save_artifact(
-            self.output / "artifact",
+            folder,
             parts.policy,
             parts.policy.prompt,
             name=parts.name,
             recipe=parts.recipe,
             metrics={k: summary[k] for k in (*shown, "best_step", "steps")},
         )
-        write_atomic(self.output / "summary.json", to_json(summary, indent=2))
-        write_report(self.output)
 
 
 def _step_seed(seed: int, step: int) -> int:

@@ -8,19 +8,23 @@ Letters: B completions, T tokens, P prefix tokens.
 
 from __future__ import annotations
 
+import gc
+import logging
 import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from rlprompt.algorithms.base import Algorithm, Signal
-from rlprompt.policy import Policy, SharedPrefix, TokenScores
+from rlprompt.policy import Policy, TokenScores
 from rlprompt.prompts.base import Prompt
 from rlprompt.rollout import RolloutBatch
+from rlprompt.training.accounts import UpdateResult, account, merged, summed
 from rlprompt.training.distributed import Ranks
 from rlprompt.training.objective import QueryWeights
 from rlprompt.training.optimizer import clip_gradients
@@ -33,8 +37,14 @@ from rlprompt.training.rows import (
     rows_of,
     view_of,
 )
-from rlprompt.training.update_result import UpdateResult, account, merge, summed
 from rlprompt.types import PrefixKV
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_LEAST_TOKENS = 64
+"""No micro-batch budget is made smaller than this when memory runs out."""
 
 
 class NotFiniteError(RuntimeError):
@@ -133,9 +143,25 @@ class Updater:
             NotFiniteError: the loss or its gradient is not finite, or an update made the prompt so.
                 Earlier updates on this batch have been applied.
         """
+        with self._policy.whole_ends():
+            return self._learn(batch, optimizer, set_lr, max_grad_norm, clock, seed, rewards)
+
+    def _learn(
+        self,
+        batch: RolloutBatch,
+        optimizer: torch.optim.Optimizer,
+        set_lr: Callable[[], float],
+        max_grad_norm: float | None,
+        clock: PhaseClock,
+        seed: int,
+        rewards: Tensor | None,
+    ) -> tuple[Signal, dict[str, float]]:
         clock.lap(None)
         rows = rows_of(batch)
-        self._score_before(batch, rows, clock)
+        self._in_memory(lambda: self._score_before(batch, rows, clock))
+        if self._ranks.size > 1:
+            self._share_rows(rows)
+            clock.lap("ranks")
         view = view_of(batch, batch.rewards.total if rewards is None else rewards, rows)
         robust = None
         if self._query_weights is not None:
@@ -152,18 +178,46 @@ class Updater:
                 self._apply(result, optimizer, lr, max_grad_norm)
                 clock.lap("optimizer")
                 results.append(result)
-        metrics = merge(results, whole.signal)
+        metrics = merged(results, whole.signal)
         return whole.signal, {**metrics, **self._algorithm.after_batch(metrics)}
 
     def gradient(
         self, batch: _Batch, groups: Sequence[int] | None, clock: PhaseClock
     ) -> UpdateResult:
         """Accumulate the gradient over the micro-batches of some groups; see the module."""
+        chosen = range(len(batch.rows)) if groups is None else groups
+        result = self._in_memory(lambda: self._accumulate(batch, chosen, clock))
+        if self._ranks.size == 1:
+            return result
+        self._ranks.sum_gradients(self.trained)
+        total = summed(self._ranks.each(lambda: result, "the losses"))
+        clock.lap("ranks")
+        return total
+
+    def _in_memory(self, work: Callable[[], T]) -> T:
+        """Do something, with smaller micro-batches when memory runs out."""
+        while True:
+            try:
+                return work()
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                # Under shards the others would wait for the turns that this rank repeats.
+                together = self._policy.base.shards is not None
+                if not _is_out_of_memory(error) or self._budget < 2 * _LEAST_TOKENS or together:
+                    raise
+            self._budget //= 2
+            logger.warning("out of memory: micro-batches have %d tokens from now on", self._budget)
+            for parameter in self.trained:
+                parameter.grad = None
+            gc.collect()  # the graph of what failed
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _accumulate(self, batch: _Batch, chosen: Sequence[int], clock: PhaseClock) -> UpdateResult:
+        """The gradient of this rank's share."""
         result = UpdateResult()
         policy = self._policy
-        chosen = range(len(batch.rows)) if groups is None else groups
         weights = self._token_weights(batch, chosen)
-        shared = SharedPrefix(policy.prefix())
+        shared = policy.shared_prefix()
         clock.lap("prefill")
         for micro, is_own in self._turns(batch.rollouts, policy.prompt, chosen):
             rows = _rows_in(micro, batch.rows)
@@ -179,14 +233,9 @@ class Updater:
             account(result, losses, scores, part, rows)
             if any(row.old_logprobs is None for row in rows):
                 remember(rows, "old_logprobs", scores.logprobs)
-        shared.backward()
+        policy.finish_prefix(shared)
         clock.lap("backward")
-        if self._ranks.size == 1:
-            return result
-        self._ranks.sum_gradients(self.trained)
-        total = summed(self._ranks.each(lambda: result, "the losses"))
-        clock.lap("ranks")
-        return total
+        return result
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -242,7 +291,7 @@ class Updater:
         """
         own = [g for g in groups if self._ranks.owns(g)]
         turns = [(micro, True) for micro in self._micro_batches(batch, prompt, own)]
-        if not self._policy.base.is_sharded:
+        if self._policy.base.shards is None:
             return turns
         spare = self._micro_batches(batch, prompt, groups[:1])[0]
         missing = self._ranks.largest(len(turns)) - len(turns)
@@ -293,9 +342,6 @@ class Updater:
             for chosen, scores in self._score_all(batch, rows, self._teacher):
                 remember_states(chosen, scores.states)
             clock.lap("teacher")
-        if self._ranks.size > 1 and (needs - {"teacher_states"} or weighing):
-            self._share_rows(rows)
-            clock.lap("ranks")
 
     def _share_rows(self, rows: list[list[Row]]) -> None:
         """Give every rank what the others know per token: the signal looks at the whole batch.
@@ -320,6 +366,11 @@ class Updater:
             scores = self._scores(batch, micro, prefix, prompt)
             if is_own:
                 yield _rows_in(micro, rows), scores
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Also on a CPU, where torch raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _rows_in(micro: MicroBatch, rows: Sequence[Sequence[Row]]) -> list[Row]:

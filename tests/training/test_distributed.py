@@ -54,7 +54,7 @@ def recipe_of(folder: Path, model_dir: Path, **changes: Any) -> Path:
     return write_recipe(folder, model_dir, **{**plain, **changes})
 
 
-def assert_close_runs(one: Path, two: Path) -> None:
+def assert_close_runs(one: Path, two: Path, tolerance: float = TOLERANCE) -> None:
     """Equal texts, and numbers that differ by the order of sums only."""
     for kind in ("metrics", "completions", "evaluation"):
         first, second = (comparable_rows(output, kind) for output in (one, two))
@@ -62,18 +62,18 @@ def assert_close_runs(one: Path, two: Path) -> None:
         for a, b in zip(first, second, strict=True):
             assert a.keys() == b.keys()
             for key in a:
-                assert_close(a[key], b[key], f"{kind} {key}")
+                assert_close(a[key], b[key], f"{kind} {key}", tolerance)
     prompts = [load_file(o / "artifact" / "prompt.safetensors")["embeddings"] for o in (one, two)]
-    assert (prompts[0] - prompts[1]).abs().max() < TOLERANCE
+    assert (prompts[0] - prompts[1]).abs().max() < tolerance
 
 
-def assert_close(a: Any, b: Any, where: str) -> None:
+def assert_close(a: Any, b: Any, where: str, tolerance: float) -> None:
     if isinstance(a, dict):
         assert a.keys() == b.keys(), where
         for key in a:
-            assert_close(a[key], b[key], f"{where} {key}")
+            assert_close(a[key], b[key], f"{where} {key}", tolerance)
     elif isinstance(a, float) and isinstance(b, float):
-        assert abs(a - b) <= TOLERANCE * max(1.0, abs(a)), (where, a, b)
+        assert abs(a - b) <= tolerance * max(1.0, abs(a)), (where, a, b)
     else:
         assert a == b, where
 

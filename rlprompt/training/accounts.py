@@ -1,7 +1,4 @@
-"""What an update did, added up over micro-batches, ranks and updates.
-
-Letters: b rows of a micro-batch, T tokens.
-"""
+"""What an update did, added up: over micro-batches, over ranks, over the updates of a batch."""
 
 from __future__ import annotations
 
@@ -85,7 +82,7 @@ def account(
     result.num_sampled += int(scores.mask.sum())
 
 
-def merge(results: Sequence[UpdateResult], signal: Signal) -> dict[str, float]:
+def merged(results: Sequence[UpdateResult], signal: Signal) -> dict[str, float]:
     """Means over tokens or completions, then over updates; a mean over none is left out."""
     out: dict[str, float] = defaultdict(float)
     for result in results:
