@@ -25,7 +25,7 @@ from rlprompt.training.loop import Trainer
 from rlprompt.training.population import Population
 from rlprompt.training.update import NotFiniteError
 
-_ENDINGS = ("finished", "early_stopping")
+_ENDINGS = ("finished", "early_stopping", "max_seconds")
 
 
 @dataclass(frozen=True)

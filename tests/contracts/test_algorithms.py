@@ -1,6 +1,7 @@
 """What holds for every algorithm of a recipe, found in the one list of them.
 
-An algorithm that joins `ALGORITHMS` must be given settings here, or the first test fails.
+An algorithm that joins `ALGORITHMS` must be given settings in `tests.fixtures.algorithms`, or the
+first test fails.
 """
 
 from __future__ import annotations
@@ -33,41 +34,10 @@ from rlprompt.rollout import RolloutBatch
 from rlprompt.training.files import read_jsonl
 from rlprompt.training.loop import Trainer
 from rlprompt.training.update import PhaseClock, Updater
+from tests.fixtures.algorithms import CASES
 from tests.fixtures.prompts import make
 from tests.fixtures.runs import QUERIES, sampled_batch, tiny_policy, tiny_recipe
 
-TWICE = {"num_epochs": 2, "num_minibatches": 2}
-KL = {"kl_coef": 0.05, "entropy_coef": 0.01}
-CASES: dict[str, dict[str, Any]] = {
-    "grpo": {"type": "grpo", "group_size": 4, **KL},
-    "dr_grpo": {"type": "grpo", "group_size": 4, "normalizer": "constant", "scale_rewards": "none"},
-    "dapo": {
-        "type": "grpo", "group_size": 4, "normalizer": "token", "clip_high": 0.28, "max_draws": 2,
-        "overlong_margin": 2, **TWICE,
-    },
-    "gspo": {"type": "grpo", "group_size": 4, "ratio": "sequence_mean", **TWICE},
-    "cispo": {
-        "type": "grpo", "group_size": 4, "surrogate": "cispo", "normalizer": "token", **TWICE,
-    },
-    "rloo": {"type": "rloo", "group_size": 4, **KL, **TWICE},
-    "reinforce": {"type": "reinforce", "group_size": 4, "normalize_advantages": True, **KL},
-    "ppo": {
-        "type": "ppo", "group_size": 4, "num_minibatches": 2, "whiten_rewards": True,
-        "missing_eos_penalty": 0.5, "clip_value": 0.2, **KL,
-    },
-    "supervised": {"type": "supervised"},
-    "dpo": {"type": "dpo"},
-    "ipo": {"type": "dpo", "loss": "ipo"},
-    "distill_teacher": {"type": "distill", "teacher": "Be nice.", "group_size": 2},
-    "distill_student": {
-        "type": "distill", "teacher": "Be nice.", "completions": "student",
-        "divergence": "reverse_kl",
-    },
-    "distill_given": {
-        "type": "distill", "teacher": "Be nice.", "completions": "given",
-        "divergence": "jensen_shannon", "mixture": 0.3, **TWICE,
-    },
-}  # fmt: skip
 FREE = SoftSettings(num_virtual_tokens=6, max_norm_ratio=None)
 ANSWERS = {"completion": "the sun", "chosen": "the rain and the sun", "rejected": "one line"}
 
