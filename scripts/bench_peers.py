@@ -1,6 +1,7 @@
-"""rlprompt against TRL + PEFT prompt tuning: one GRPO step, rollout, memory, and the GEMM floor.
+"""rlprompt against TRL + PEFT: one GRPO step, rollout, memory, and the GEMM floor.
 
-    python scripts/bench_peers.py [--json FILE] [--rounds 5] [--max-new-tokens 48]
+    python scripts/bench_peers.py [--json FILE] [--rounds 5] [--tokens 48]
+        [--method prompt|prefix|lora]
 
 Four processes take turns (TRL, rlprompt, HF generate, bare matrix products; A B C D A B C D ...) on
 the same model, dtype, queries, reward and number of completion tokens; the others sleep meanwhile.
@@ -30,6 +31,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 REWARD = "reward_models/concise.py:reward"
+INIT_TEXT = "You are a helpful assistant."
+METHODS = ("prompt", "prefix", "lora")
 GOALS = {
     "step_ratio": (6.0, "at least"),
     "rollout_ratio": (4.0, "at least"),
@@ -125,7 +128,7 @@ def write_queries(folder: Path) -> Path:
 def start_workers(options: argparse.Namespace, queries: Path) -> dict[str, Worker]:
     """All four processes, ready."""
     model = str(model_folder())
-    tokens = options.max_new_tokens
+    tokens = options.tokens
     work = {
         "model": model,
         "queries": queries,
@@ -135,12 +138,16 @@ def start_workers(options: argparse.Namespace, queries: Path) -> dict[str, Worke
     train = {
         **work,
         "reward": REWARD,
+        "method": options.method,
+        "init-text": INIT_TEXT,
         "num-virtual-tokens": options.num_virtual_tokens,
         "max-new-tokens": tokens,
         "min-new-tokens": tokens,
     }
+    # LoRA has no tokens of its own: the init text is then the system message of both sides.
+    system = {"system-text": INIT_TEXT} if options.method == "lora" else {}
     workers = {
-        "trl": Worker("TRL + PEFT", "trl_grpo", train),
+        "trl": Worker("TRL + PEFT", "trl_grpo", {**train, **system}),
         "rlprompt": Worker("rlprompt", "rlprompt_grpo", train),
         "generate": Worker("HF generate", "hf_generate", {**work, "new-tokens": tokens}),
     }
@@ -187,6 +194,7 @@ def summarise(workers: dict[str, Worker], options: argparse.Namespace) -> dict[s
         "rss_ratio": ours.steps[-1]["peak_rss_mb"] / trl.steps[-1]["peak_rss_mb"],
         "floor_ratio": learned / floor["floor_seconds"],
         "rounds": options.rounds,
+        "method": options.method,
         "trl": {
             **trl.ready,
             "seconds": trl.median("seconds"),
@@ -243,7 +251,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="counted steps of each side")
     parser.add_argument("--num-queries", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=8)
-    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--tokens", type=int, default=48, help="new tokens of each completion")
+    parser.add_argument(
+        "--method",
+        default="prompt",
+        choices=METHODS,
+        help="what both sides train: soft tokens, a prefix, or LoRA of rank 8 on all linear layers",
+    )
     parser.add_argument("--num-virtual-tokens", type=int, default=16)
     options = parser.parse_args()
     if options.rounds < 1:
