@@ -23,106 +23,26 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from scripts.peers.client import Worker, model_folder, write_queries  # noqa: E402
+from scripts.peers.gemm_floor import summarise as summarise_floor  # noqa: E402
+from scripts.peers.worker import METHODS  # noqa: E402
+
 REWARD = "reward_models/concise.py:reward"
 INIT_TEXT = "You are a helpful assistant."
-METHODS = ("prompt", "prefix", "lora")
 GOALS = {
     "step_ratio": (6.0, "at least"),
     "rollout_ratio": (4.0, "at least"),
     "rss_ratio": (0.35, "at most"),
     "floor_ratio": (1.4, "at most"),
 }
-
-
-class Worker:
-    """A peer process that does one unit of work per command."""
-
-    def __init__(self, name: str, module: str, flags: dict[str, Any]) -> None:
-        """Start it and wait until it is ready."""
-        self.name = name
-        command = [sys.executable, "-m", f"scripts.peers.{module}"]
-        for key, value in flags.items():
-            command += [f"--{key}", str(value)]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        self._process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-        )
-        self.ready = self._read()
-        self.steps: list[dict[str, Any]] = []
-
-    def step(self, *, counts: bool) -> dict[str, Any]:
-        """One unit of work; `counts` = it belongs to the medians."""
-        assert self._process.stdin is not None
-        self._process.stdin.write('{"cmd": "step"}\n')
-        self._process.stdin.flush()
-        report = self._read()
-        if counts:
-            self.steps.append(report)
-        return report
-
-    def quit(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.write('{"cmd": "quit"}\n')
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
-
-    def median(self, *keys: str) -> float:
-        """Median over counted steps of a nested number."""
-        values = []
-        for step in self.steps:
-            value: Any = step
-            for key in keys:
-                value = value.get(key, 0.0)
-            values.append(float(value))
-        return statistics.median(values)
-
-    def phases(self) -> dict[str, float]:
-        """Median seconds by phase."""
-        names = dict.fromkeys(name for step in self.steps for name in step["phases"])
-        return {name: self.median("phases", name) for name in names}
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._log.seek(0)
-            tail = "".join(self._log.readlines()[-15:])
-            raise SystemExit(f"the {self.name} process ended:\n{tail}")
-        report: dict[str, Any] = json.loads(line)
-        if report["event"] == "error":
-            raise SystemExit(f"{self.name}: {report['message']}")
-        return report
-
-
-def model_folder() -> Path:
-    """The embedded default model, fetched if need be."""
-    from rlprompt.model.fetch import fetch
-
-    return fetch("smollm2-135m", progress=lambda line: print(line, file=sys.stderr))
-
-
-def write_queries(folder: Path) -> Path:
-    """The training queries of `everyday.jsonl` in a file of their own."""
-    rows = (ROOT / "recipes/data/everyday.jsonl").read_text(encoding="utf-8").splitlines()
-    kept = [row for row in rows if json.loads(row)["split"] == "train"]
-    path = folder / "queries.jsonl"
-    path.write_text("\n".join(kept) + "\n", encoding="utf-8")
-    return path
 
 
 def start_workers(options: argparse.Namespace, queries: Path) -> dict[str, Worker]:
@@ -178,8 +98,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def summarise(workers: dict[str, Worker], options: argparse.Namespace) -> dict[str, Any]:
     """Medians, ratios and settings."""
-    from scripts.peers.gemm_floor import summarise as summarise_floor
-
     trl, ours, generate = workers["trl"], workers["rlprompt"], workers["generate"]
     floor = summarise_floor([step["parts"] for step in workers["floor"].steps])
     phases = ours.phases()
@@ -262,7 +180,6 @@ def main() -> None:
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
-    sys.path.insert(0, str(ROOT))
     result = measure(options)
     show(result)
     if options.json:
