@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from rlprompt.recipe import load_recipe
+from rlprompt.training.checkpoint import load_checkpoint
 from rlprompt.training.files import read_jsonl
 from tests.cli.runs import rlprompt, write_recipe
 
@@ -318,3 +319,28 @@ def test_a_stop_signal_while_loading_leaves_nothing_behind(model_dir: Path, tmp_
     assert shown.code == 85, shown.err
     assert "stopped by SIGUSR1 before the first step" in shown.out
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_full_disk_ends_a_run_with_a_whole_checkpoint(model_dir: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, model_dir, training__steps=400, training__save_every=1)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", disk], capture_output=True, timeout=20
+    )
+    if mounted.returncode:
+        pytest.skip("this machine lets nobody mount a disk")
+    try:
+        shown = rlprompt("train", recipe, "-o", disk / "run")
+        assert shown.code == 1
+        assert "No space left on device" in shown.err and "go on with --resume" in shown.err
+        assert "Traceback" not in shown.err
+        checkpoint = load_checkpoint(disk / "run" / "checkpoints")
+        assert checkpoint.step > 1
+        # Somewhere else there is room.
+        subprocess.run(["cp", "-r", disk / "run", tmp_path / "run"], check=True, timeout=20)
+        more = ("training.steps=400", "--resume")
+        assert rlprompt("train", recipe, "-o", tmp_path / "run", *more).code == 0
+    finally:
+        subprocess.run(["umount", disk], check=True, timeout=20)
