@@ -24,6 +24,12 @@ logger = logging.getLogger(__name__)
 Choice = Literal["auto", "on", "off"]
 LANES = 16
 """Head dims are a multiple of it."""
+_MOST_DIMS = 512
+
+
+def serves_dim(dim: int) -> bool:
+    """Whether the attention kernels take heads of this size."""
+    return dim % LANES == 0 and dim <= _MOST_DIMS
 
 
 def status(folder: Path) -> tuple[bool, str]:
