@@ -9,7 +9,9 @@ H_kv key/value heads, D head dim, d model width. Masks: True = the position coun
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -61,18 +63,24 @@ class SharedPrefix:
             made.adapter,
         )
 
-    def backward(self) -> None:
-        """Carry the leaves' summed gradients into the prompt's parameters."""
+    def backward(self, again: PrefixKV | None = None) -> None:
+        """Carry the leaves' summed gradients into the prompt's parameters.
+
+        Args:
+            again: the same prefix made anew, where the first one was made without a graph.
+        """
+        source = again or self._made
         pairs = [
             (made, leaf.grad.to(made.dtype))
             for made, leaf in zip(
-                [*self._made.keys, *self._made.values],
+                [*source.keys, *source.values],
                 [*self.leaves.keys, *self.leaves.values],
                 strict=True,
             )
             if leaf.grad is not None and made.requires_grad
         ]
-        torch.autograd.backward([m for m, _ in pairs], [g for _, g in pairs])
+        if pairs:  # a rank may have had nothing to do
+            torch.autograd.backward([m for m, _ in pairs], [g for _, g in pairs])
 
 
 def _leaf(made: Tensor) -> Tensor:
@@ -105,6 +113,12 @@ class Policy:
     @prompt.setter
     def prompt(self, prompt: Prompt) -> None:
         self._prompt = prompt
+
+    def sibling(self) -> Policy:
+        """A policy over the same base, without a prompt yet; nothing is loaded or packed again."""
+        made = copy.copy(self)
+        made._prompt = None
+        return made
 
     @property
     def device(self) -> torch.device:
@@ -213,6 +227,25 @@ class Policy:
             prompt: the policy's own prompt when None.
         """
         return (prompt or self.prompt).prefix(self)
+
+    def shared_prefix(self) -> SharedPrefix:
+        """The policy's own prefix for micro-batches; `finish_prefix` ends with it."""
+        # Under shards no graph may be pending while others run: hooks count one run at a time.
+        with torch.set_grad_enabled(self.base.shards is None and torch.is_grad_enabled()):
+            return SharedPrefix(self.prefix())
+
+    def finish_prefix(self, shared: SharedPrefix) -> None:
+        """Carry a shared prefix's gradients into the prompt."""
+        if self.base.shards is None:
+            shared.backward()
+            return
+        shared.backward(self.prefix())
+        self.base.shards.release()
+
+    def whole_ends(self) -> AbstractContextManager[None]:
+        """A context in which embedding and LM head are whole, where the base is sharded."""
+        shards = self.base.shards
+        return nullcontext() if shards is None else shards.ends()
 
     def prefix_length(self, prompt: Prompt | None = None) -> int:
         """P, the number of positions that head and slot take."""

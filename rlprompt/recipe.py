@@ -24,12 +24,13 @@ from rlprompt.model.base import ModelSettings
 from rlprompt.model.template import read_template
 from rlprompt.prompts.make import PromptSettings
 from rlprompt.prompts.soft import SoftSettings
-from rlprompt.recipe_file import apply_override, explain, read_tree
+from rlprompt.recipe_file import apply_override, explain, read_tree, set_value
 from rlprompt.rewards.base import RewardSettings
 from rlprompt.settings import Settings
+from rlprompt.training.distributed import DistributedSettings
 from rlprompt.training.guards import Guard, require_known_rewards
 from rlprompt.training.objective import ConstraintSettings, RobustSettings
-from rlprompt.training.settings import TrainingSettings
+from rlprompt.training.settings import MemberSettings, TrainingSettings
 from rlprompt.training.tracker import TrackingSettings
 
 
@@ -96,8 +97,14 @@ class Recipe(Settings):
     """Held-out evaluation."""
     tracking: TrackingSettings = TrackingSettings()
     """Where the run reports to."""
+    distributed: DistributedSettings = DistributedSettings()
+    """How the run uses several ranks."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Of everything drawn at random."""
+    population: tuple[MemberSettings, ...] = Field(default=(), max_length=64)
+    """Prompts that are trained one after the other on one loaded base, for a sweep over starts,
+    learning rates or seeds. They share `training.steps` evenly and meet the same held-out draws;
+    the best one's artifact is the run's."""
 
     @field_validator("algorithm", mode="before")
     @classmethod
@@ -151,6 +158,39 @@ class Recipe(Settings):
                 "it above 0"
             )
         return self
+
+    @model_validator(mode="after")
+    def _members_are_recipes(self) -> Recipe:
+        self.members()
+        return self
+
+    def members(self) -> dict[str, Recipe]:
+        """The recipe of each member of the population, by name.
+
+        Raises:
+            ValueError: a change makes no recipe, or the steps cannot be shared evenly.
+        """
+        count = len(self.population)
+        if count and self.training.steps % count:
+            raise ValueError(
+                f"training.steps is {self.training.steps}, which {count} members of population "
+                "cannot share evenly; set a multiple"
+            )
+        names = [member.name for member in self.population]
+        if len(set(names)) < count:
+            raise ValueError("two members of population have the same name; rename one")
+        return {member.name: self._member(member) for member in self.population}
+
+    def _member(self, member: MemberSettings) -> Recipe:
+        tree = self.plain() | {"name": f"{self.name}-{member.name}", "population": []}
+        tree["training"]["steps"] //= len(self.population)
+        for key, value in member.changes.items():
+            set_value(tree, key, value, f"population member {member.name}")
+        try:
+            return Recipe.model_validate(tree)
+        except ValidationError as error:
+            _, sentence = explain(error, Recipe.model_json_schema())
+            raise ValueError(f"population member {member.name}: {sentence}") from error
 
     def plain(self) -> dict[str, Any]:
         """The resolved recipe as plain YAML values, every default spelled out."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -15,10 +17,12 @@ from rlprompt.data.augment import Augmenter
 from rlprompt.data.base import QuerySplit
 from rlprompt.engines.base import Engine
 from rlprompt.engines.native import NativeEngine
+from rlprompt.engines.shared import SharedEngine
 from rlprompt.errors import InputError
 from rlprompt.evaluation.heldout import HeldoutEvaluator, Objective
 from rlprompt.evaluation.probes import BaseLogprob, Probe, TargetLogprob, TeacherKL
 from rlprompt.model.base import ModelSettings, load_base
+from rlprompt.model.sharding import ShardSettings
 from rlprompt.model.slot import ChatSlot
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
@@ -26,11 +30,14 @@ from rlprompt.prompts.make import make_prompt
 from rlprompt.prompts.text import NonePrompt, TextPrompt, TextSettings
 from rlprompt.recipe import InitialReference, Recipe, Reference, TextReference, with_template_text
 from rlprompt.rewards import RewardRunner, build_rewards
+from rlprompt.training.distributed import DistributedSettings, Ranks
 from rlprompt.training.guards import GuardWatch
 from rlprompt.training.loop import Trainer
 from rlprompt.training.objective import Constraints, QueryWeights
 from rlprompt.training.parts import RunParts
+from rlprompt.training.population import Population
 from rlprompt.training.sources import ColumnSource, RolloutSource, Source, given_completion
+from rlprompt.training.tracker import TrackerGroup
 from rlprompt.training.tracking import build_trackers
 from rlprompt.types import Group
 
@@ -38,8 +45,65 @@ _HELDOUT_SEED = 1_000_003
 """Keeps held-out draws apart from those of every training step."""
 
 
+@dataclass(frozen=True)
+class Ground:
+    """What several runs on one base can share: nothing in it learns."""
+
+    data: QuerySplit
+    policy: Policy
+    """Over the base; each run sets the prompt of its own."""
+    engine: Engine
+    teacher: Prompt | None
+    evaluator: HeldoutEvaluator
+    ranks: Ranks
+
+
+def build_run(
+    recipe: Recipe,
+    base_dir: Path,
+    output: Path,
+    console: Console | None = None,
+    ranks: Ranks | None = None,
+) -> Trainer | Population:
+    """The run of a recipe: one prompt, or a population on one loaded base.
+
+    Arguments and errors as for `build_trainer`.
+    """
+    if not recipe.population:
+        return build_trainer(recipe, base_dir, output, console, ranks)
+    ranks = ranks or Ranks()
+    if ranks.size > 1:
+        raise InputError(
+            f"population trains its members one after the other on one rank, this run has "
+            f"{ranks.size}; submit one job per member (rlprompt submit --sweep)"
+        )
+    recipe = with_template_text(recipe, base_dir)
+    members = recipe.members()
+    for member in members.values():
+        _refuse_text(member)
+    rewards = _rewards(recipe, base_dir, ranks)
+    ground = _ground(recipe, load_queries(recipe.data, base_dir), rewards, ranks)
+    if not ground.data.heldout:
+        raise InputError(
+            "population needs held-out queries to choose the best prompt by (data.heldout is 0); "
+            "set data.heldout"
+        )
+    trainers = {}
+    for name, member in members.items():
+        own = replace(ground, policy=ground.policy.sibling())
+        folder = output / "members" / name
+        trackers = _trackers(member, console, ranks)
+        parts = _parts(member, base_dir, own, _rewards(member, base_dir, ranks), trackers)
+        trainers[name] = Trainer(parts, folder)
+    return Population(trainers, output)
+
+
 def build_trainer(
-    recipe: Recipe, base_dir: Path, output: Path, console: Console | None = None
+    recipe: Recipe,
+    base_dir: Path,
+    output: Path,
+    console: Console | None = None,
+    ranks: Ranks | None = None,
 ) -> Trainer:
     """Build every object that a recipe names.
 
@@ -50,39 +114,105 @@ def build_trainer(
         base_dir: the recipe's folder; its paths are relative to it.
         output: the run folder.
         console: where the live display goes.
+        ranks: among whom the work is divided; None when this process is alone.
 
     Raises:
         InputError: anything named by the recipe cannot be had.
     """
+    _refuse_text(recipe)
+    ranks = ranks or Ranks()
+    recipe = with_template_text(recipe, base_dir)
+    data = load_queries(recipe.data, base_dir)
+    rewards = _rewards(recipe, base_dir, ranks)
+    trackers = _trackers(recipe, console, ranks)
+    ground = _ground(recipe, data, rewards, ranks)
+    return Trainer(_parts(recipe, base_dir, ground, rewards, trackers), output)
+
+
+def build_ground(recipe: Recipe, base_dir: Path) -> Ground:
+    """Data, base and held-out evaluation of a recipe, without a prompt.
+
+    Raises:
+        InputError: see `build_trainer`.
+    """
+    recipe = with_template_text(recipe, base_dir)
+    data = load_queries(recipe.data, base_dir)
+    ranks = Ranks()
+    return _ground(recipe, data, _rewards(recipe, base_dir, ranks), ranks)
+
+
+def _refuse_text(recipe: Recipe) -> None:
     if isinstance(recipe.prompt, TextSettings):
         raise InputError(
             "prompt.type is text, which has nothing to train; evaluate it with `rlprompt eval`, or "
             "set prompt.type: soft and give the text as prompt.init_text"
         )
-    recipe = with_template_text(recipe, base_dir)
-    data = load_queries(recipe.data, base_dir)
+
+
+def _rewards(recipe: Recipe, base_dir: Path, ranks: Ranks) -> RewardRunner:
     needs_score = recipe.algorithm.needs_rewards
     rewards = build_rewards(recipe.rewards, base_dir, needs_score=needs_score)
-    trackers = build_trackers(recipe.tracking, console)
-    policy = build_policy(recipe.model)
+    rewards.once = ranks.first
+    return rewards
+
+
+def _trackers(recipe: Recipe, console: Console | None, ranks: Ranks) -> TrackerGroup:
+    return build_trackers(recipe.tracking, console) if ranks.is_first else TrackerGroup({})
+
+
+def _ground(recipe: Recipe, data: QuerySplit, rewards: RewardRunner, ranks: Ranks) -> Ground:
+    policy = build_policy(recipe.model, _sharding(recipe.distributed))
+    judged = rewards.bind_policy(policy)
+    if policy.base.shards is not None and judged:
+        # A judge runs the base, which all ranks can only do together.
+        rewards.once = lambda work: ranks.each(work, "the rewards")[0]
+    policy.gradient_checkpointing = recipe.training.gradient_checkpointing
+    teacher = _teacher(recipe)
+    engine: Engine = NativeEngine(policy, recipe.engine)
+    shards = policy.base.shards
+    if shards is not None:
+        whole = all(ranks.each(lambda: shards.rolls_out_whole, "the free memory"))
+        around = partial(shards.rollout, whole)
+        engine = SharedEngine(engine, ranks, together=not whole, around=around)
+    elif ranks.size > 1:
+        engine = SharedEngine(engine, ranks)
+    evaluator = _evaluator(recipe, data, policy, engine, rewards, teacher)
+    return Ground(data, policy, engine, teacher, evaluator, ranks)
+
+
+def _sharding(settings: DistributedSettings) -> ShardSettings | None:
+    """How the base is cut up; None when every rank holds it whole."""
+    if settings.base == "replicated":
+        return None
+    return ShardSettings(
+        settings.offload, settings.nvme_path, settings.secondary_shards, settings.gather
+    )
+
+
+def _parts(
+    recipe: Recipe,
+    base_dir: Path,
+    ground: Ground,
+    rewards: RewardRunner,
+    trackers: TrackerGroup,
+) -> RunParts:
+    """What one run has of its own, on a ground that it may share."""
+    policy, data = ground.policy, ground.data
     rewards.bind_policy(policy)
     policy.prompt = build_prompt(recipe, policy, base_dir)
-    policy.gradient_checkpointing = recipe.training.gradient_checkpointing
     given = Surroundings(policy, recipe.sampling.max_tokens, recipe.seed)
     algorithm = make_algorithm(recipe.algorithm, given)
     needs_reference = recipe.algorithm.needs_reference
-    teacher = _teacher(recipe)
-    engine = NativeEngine(policy, recipe.engine)
-    parts = RunParts(
+    return RunParts(
         name=recipe.name,
         policy=policy,
         algorithm=algorithm,
-        source=_source(recipe, data, policy, engine, rewards, algorithm, teacher),
+        source=_source(recipe, ground, rewards, algorithm),
         reference=_reference(recipe.reference, policy.prompt) if needs_reference else None,
-        teacher=teacher,
+        teacher=ground.teacher,
         constraints=_constraints(recipe, rewards),
         query_weights=_query_weights(recipe, data),
-        evaluator=_evaluator(recipe, data, policy, engine, rewards, teacher),
+        evaluator=ground.evaluator,
         rewards=rewards,
         data=data,
         training=recipe.training,
@@ -90,29 +220,9 @@ def build_trainer(
         trackers=trackers,
         seed=recipe.seed,
         recipe=recipe.plain(),
+        ranks=ground.ranks,
         guards=GuardWatch(recipe.guards),
     )
-    return Trainer(parts, output)
-
-
-def build_evaluator(recipe: Recipe, base_dir: Path) -> tuple[Policy, HeldoutEvaluator]:
-    """What scores prompts on a recipe's held-out queries, and the policy to make them on.
-
-    Raises:
-        InputError: anything named by the recipe cannot be had, or no query is held out.
-    """
-    recipe = with_template_text(recipe, base_dir)
-    data = load_queries(recipe.data, base_dir)
-    if not data.heldout:
-        raise InputError(
-            "the recipe holds no queries out (data.heldout is 0), so there is nothing to evaluate "
-            "on; set data.heldout as it was in training"
-        )
-    needs_score = recipe.algorithm.needs_rewards
-    rewards = build_rewards(recipe.rewards, base_dir, needs_score=needs_score)
-    policy = build_policy(recipe.model)
-    engine = NativeEngine(policy, recipe.engine)
-    return policy, _evaluator(recipe, data, policy, engine, rewards, _teacher(recipe))
 
 
 def build_prompt(recipe: Recipe, policy: Policy, base_dir: Path) -> Prompt:
@@ -128,7 +238,7 @@ def build_prompt(recipe: Recipe, policy: Policy, base_dir: Path) -> Prompt:
     return make_prompt(recipe.prompt, policy, recipe.seed, load)
 
 
-def build_policy(settings: ModelSettings) -> Policy:
+def build_policy(settings: ModelSettings, sharding: ShardSettings | None = None) -> Policy:
     """A base with its chat slot, and no prompt yet.
 
     A template's path in these settings is relative to the working directory.
@@ -136,24 +246,17 @@ def build_policy(settings: ModelSettings) -> Policy:
     Raises:
         InputError: see `load_base`, `ChatSlot.from_tokenizer` and `Policy`.
     """
-    base = load_base(settings)
+    base = load_base(settings, sharding)
     return Policy(base, ChatSlot.from_tokenizer(base.tokenizer, settings.template))
 
 
-def _source(
-    recipe: Recipe,
-    data: QuerySplit,
-    policy: Policy,
-    engine: Engine,
-    rewards: RewardRunner,
-    algorithm: Algorithm,
-    teacher: Prompt | None,
-) -> Source:
+def _source(recipe: Recipe, ground: Ground, rewards: RewardRunner, algorithm: Algorithm) -> Source:
     """The source that the algorithm's settings name.
 
     Raises:
         InputError: the dataset is too small, or lacks the answers.
     """
+    data, policy = ground.data, ground.policy
     count, size = len(data.train), recipe.training.queries_per_step
     if size > count:
         raise InputError(
@@ -167,10 +270,10 @@ def _source(
         return ColumnSource(data.train, sampler, policy, columns, augment)
     prompt = policy.prompt
     if recipe.algorithm.draws_from_teacher:
-        assert teacher is not None
-        prompt = teacher
+        assert ground.teacher is not None
+        prompt = ground.teacher
     return RolloutSource(
-        data.train, sampler, engine, prompt, rewards, algorithm, recipe.sampling, augment
+        data.train, sampler, ground.engine, prompt, rewards, algorithm, recipe.sampling, augment
     )
 
 

@@ -125,26 +125,39 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         raise InputError(
             f"override '{override}' has a value that is not YAML; put it in quotes"
         ) from error
-    *parents, last = key.strip().split(".")
+    set_value(tree, key.strip(), value, f"override '{override}'")
+
+
+def set_value(tree: dict[str, Any], key: str, value: Any, who: str) -> None:
+    """Set a dotted key in a tree, in place; see `apply_override`.
+
+    Args:
+        tree: of a recipe.
+        key: dotted.
+        value: plain.
+        who: asks for it, for errors.
+
+    Raises:
+        InputError: the path leads through a plain value or past a list.
+    """
+    *parents, last = key.split(".")
     node: Any = tree
     for part in parents:
         if isinstance(node, dict) and node.get(part) is None:
             node[part] = {}
-        node = node[_place(node, part, override)]
-    node[_place(node, last, override)] = value
+        node = node[_place(node, part, who)]
+    node[_place(node, last, who)] = value
 
 
-def _place(node: Any, part: str, override: str) -> Any:
+def _place(node: Any, part: str, who: str) -> Any:
     """The key or index under which a mapping or list holds `part`."""
     if isinstance(node, dict):
         return part
     if not isinstance(node, list):
-        raise InputError(
-            f"override '{override}' looks for '{part}' below a plain value; check the key"
-        )
+        raise InputError(f"{who} looks for '{part}' below a plain value; check the key")
     if not part.isdecimal() or int(part) >= len(node):
         last = f"the entries are 0 to {len(node) - 1}" if node else "the list is empty"
-        raise InputError(f"override '{override}': '{part}' is not an index; {last}")
+        raise InputError(f"{who}: '{part}' is not an index; {last}")
     return int(part)
 
 

@@ -95,6 +95,7 @@ class Row:
     registers: int
     """Per thread; on AMD vector registers, accumulation registers included."""
     spill_bytes: int
+    """Stores and loads; on AMD what they take of private memory."""
     shared_bytes: int
     mma: int
     """Matrix instructions in the code."""
@@ -165,8 +166,8 @@ def compile_one(job: Job) -> Row:
     if TARGETS[job.arch].backend == "hip":
         code = done.asm["amdgcn"]
         registers = numbers(r"\.vgpr_count:\s+(\d+)", code)
-        spilled = 4 * numbers(r"\.vgpr_spill_count:\s+(\d+)", code)
-        spilled += numbers(r"\.private_segment_fixed_size:\s+(\d+)", code)
+        scratch = numbers(r"\.private_segment_fixed_size:\s+(\d+)", code)
+        spilled = max(scratch, 4 * numbers(r"\.vgpr_spill_count:\s+(\d+)", code))
         matrix = r"\bv_mfma"
     else:
         code = done.asm["ptx"]
@@ -208,6 +209,21 @@ def compile_all(wanted: list[Job], processes: int) -> list[Row]:
     return rows
 
 
+def summary(rows: list[Row]) -> Iterator[str]:
+    """Per kernel and architecture, over all configurations: a Markdown table."""
+    yield "| kernel | arch | compiled | registers | spilled | most shared memory | mma |"
+    yield "|---|---|---|---|---|---|---|"
+    for kernel, arch in dict.fromkeys((row.kernel, row.arch) for row in rows):
+        some = [row for row in rows if (row.kernel, row.arch) == (kernel, arch)]
+        registers, mma = [r.registers for r in some], [r.mma for r in some]
+        shared, limit = max(r.shared_bytes for r in some) / 1024, SHARED_LIMIT[arch] / 1024
+        yield (
+            f"| {kernel} | {arch} | {len(some)} | {min(registers)} to {max(registers)} "
+            f"| {sum(r.spill_bytes for r in some)} | {shared:.0f} of {limit:.0f} KB "
+            f"| {min(mma)} to {max(mma)} |"
+        )
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path, help="write the rows to this file as a list")
@@ -216,6 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     given = parser.parse_args(arguments)
     rows = compile_all(list(jobs(given.arch, given.kernel)), given.jobs)
+    print("", *summary(rows), "", sep="\n")
     if given.json:
         given.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     faults = [(row, fault) for row in rows for fault in row.faults()]

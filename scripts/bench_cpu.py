@@ -161,7 +161,7 @@ def kernels_usable() -> bool:
     """Whether the C++ kernels are there; says so otherwise."""
     usable, why = ops.status(cache_dir() / "kernels")
     if not usable:
-        print(f"C++ kernels {why}")
+        print(f"C++ kernels: not used, {why}")
     return usable
 
 

@@ -25,6 +25,8 @@ from rlprompt.types import Completion, Group, Query
 
 ROOT = Path(__file__).parents[1]
 GOAL = 0.02
+ISOLATED = "isolated"
+"""The set that runs in a worker process; what its reward itself takes is measured by set "one"."""
 STEP_SECONDS = 5.0
 """Seconds of a step of 32 completions x 48 tokens (README, "How it works, and why it is fast")."""
 WORDS = "A volcano is an opening where molten rock leaves the Earth , and many of them sleep . " * 3
@@ -47,7 +49,12 @@ def recipes() -> dict[str, list[RewardSettings]]:
         {"path": "builtin:repetition", "role": "metric"},
         {"path": "builtin:sentence", "role": "metric"},
     ]
-    sets = {"one": [many[0]], "seven": many, "no timeout": [{**many[0], "timeout": None}]}
+    sets = {
+        "one": [many[0]],
+        "seven": many,
+        "no timeout": [{**many[0], "timeout": None}],
+        ISOLATED: [{**many[0], "isolation": {}}],
+    }
     return {
         name: [RewardSettings.model_validate(each) for each in rewards]
         for name, rewards in sets.items()
@@ -104,6 +111,9 @@ def main() -> int:
         runner = build_rewards(settings, ROOT)
         row = measure(runner, groups, given.repeats)
         runner.close()
+        if name == ISOLATED:
+            row["rewards_own_seconds"] = results["one"]["rewards_own_seconds"]
+            row["plumbing_seconds"] = row["total_seconds"] - row["rewards_own_seconds"]
         row["overhead_share"] = row["plumbing_seconds"] / given.step_seconds
         results[name] = row
         sys.stdout.write(

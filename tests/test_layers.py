@@ -56,6 +56,7 @@ LAYERS = {
     "search.": 3,
     "rollout": 4,
     "training.objective": 4,
+    "training.accounts": 5,
     "training.rows": 5,
     "training.update": 5,
     "training.sources": 5,
@@ -65,6 +66,7 @@ LAYERS = {
     "certify.": 5,
     "training.parts": 6,
     "training.loop": 6,
+    "training.population": 6,
     "recipe": 7,
     "recipe_build": 8,
     "recipe_file": 1,
@@ -79,7 +81,7 @@ VOCABULARY = ("types", "errors", "settings")
 
 # Packages that are heavy or optional, and the only modules that may import them (at any depth).
 OWNERS = {
-    "deepspeed": ("training.distributed",),
+    "deepspeed": ("model.sharding",),
     "wandb": ("training.tracking_wandb",),
     "tensorboard": ("training.tracking", "training.tracking."),
     "vllm": ("engines.vllm",),

@@ -1,7 +1,7 @@
 """Write for readers of a school grade. Copy this file, change it, name yours in a recipe.
 
     rewards:
-      - {path: ../reward_models/style/reading_level.py:reward, options: {low: 3, high: 7}}
+      - {path: ../reward_models/style/reading_level.py:reward, options: {low: 2, high: 6}}
 
     value = max(0, 1 - distance / 6) * min(1, words / min_words)                     in [0, 1]
 
@@ -24,7 +24,7 @@ _VOWELS = re.compile(r"[aeiouy]+")
 
 
 def reward(
-    completions: list[Any], low: float = 4.0, high: float = 8.0, min_words: int = 8, **kwargs: Any
+    completions: list[Any], low: float = 1.0, high: float = 6.0, min_words: int = 8, **kwargs: Any
 ) -> list[float]:
     """One value in [0, 1] per completion."""
     return [score(text, low, high, min_words) for text in message_texts(completions)]

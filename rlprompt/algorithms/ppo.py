@@ -10,6 +10,7 @@ Letters: B completions, b rows of a micro-batch, T tokens, M = all tokens of a m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal, NamedTuple
@@ -135,7 +136,9 @@ class PPO(PolicyGradient):
             rewards = whiten(rewards, mask, shift_mean=False)
         advantages, returns = gae(rewards, view.values, mask, settings.gamma, settings.gae_lambda)
         metrics = _objective(view, scores, penalties, known)
-        metrics["val/explained_variance"] = explained_variance(view.values, returns, mask)
+        explained = explained_variance(view.values, returns, mask)
+        if not math.isnan(explained):  # returns that do not vary
+            metrics["val/explained_variance"] = explained
         counted = torch.where(known, self.counted_lengths(view), 0)
         if settings.whiten_advantages:
             advantages = whiten(advantages, mask & (counted > 0)[:, None])

@@ -29,13 +29,18 @@ def show_results(folder: Path, summary: Mapping[str, Any], console: Console) -> 
         console: where to.
     """
     heldout: Mapping[str, Row] = summary["heldout"]
+    run = folder
+    if "members" in summary:
+        console.print()
+        console.print(_members(summary))
+        run = folder / "members" / str(summary["best_member"])
     if heldout:
         console.print()
         best = summary["best_step"]
         kept = f"is that of step {best}" if best else "is the initial one, no step beat it"
         console.print(f"held-out queries; the learned prompt {kept}", soft_wrap=True)
         console.print(_comparison(heldout))
-        _show_samples(folder, summary["best_step"], console)
+        _show_samples(run, summary["best_step"], console)
     else:
         console.print("no queries were held out (data.heldout: 0), so there is nothing to compare")
     chat = shlex.join(["rlprompt", "chat", str(folder / "artifact"), "--compare"])
@@ -47,6 +52,26 @@ def show_results(folder: Path, summary: Mapping[str, Any], console: Console) -> 
     ):
         line = Text(f"{label:<9}", style="bold").append(str(value), style="not bold")
         console.print(line, soft_wrap=True)
+
+
+def _members(summary: Mapping[str, Any]) -> Table:
+    """One row per member of a population."""
+    table = Table()
+    for column in ("member", "reward", "best step", "steps", "seconds"):
+        table.add_column(column, justify="left" if column == "member" else "right")
+    for name, row in summary["members"].items():
+        best = name == summary["best_member"]
+        table.add_row(
+            name,
+            format_number(row["heldout_reward_after"]),
+            str(row["best_step"]),
+            str(row["steps"]),
+            format_number(row["seconds"]),
+            style="bold" if best else "",
+        )
+    for name in summary["failed_members"]:
+        table.add_row(name, "failed", "-", "-", "-")
+    return table
 
 
 def _comparison(heldout: Mapping[str, Row]) -> Table:

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 RECIPE_FILE = "recipe.resolved.yaml"
 _LOCK_FILE = ".lock"
 _SHOWN_DIFFERENCES = 3
-_MAY_CHANGE = "tracking."
+_MAY_CHANGE = ("tracking.", "distributed.")
 _ABSENT = object()
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -14,9 +17,12 @@ from rich.text import Text
 from rlprompt.commands.results import show_results
 from rlprompt.commands.run_output import RECIPE_FILE, check_output, claim_output, default_output
 from rlprompt.commands.terminal import report_error, setup_logging
-from rlprompt.recipe import load_recipe
-from rlprompt.recipe_build import build_trainer
+from rlprompt.recipe import Recipe, load_recipe
+from rlprompt.recipe_build import build_run
+from rlprompt.training.distributed import RankLostError, Ranks, join_ranks
 from rlprompt.training.interrupt import StopRequest
+from rlprompt.training.loop import Trainer
+from rlprompt.training.population import Population
 from rlprompt.training.update import NotFiniteError
 
 _ENDINGS = ("finished", "early_stopping")
@@ -52,50 +58,88 @@ def run(recipe_path: Path, overrides: Sequence[str], options: TrainOptions) -> i
         InputError: something the recipe names is wrong, the folder holds another run, or there is
             nothing to resume.
     """
-    console = Console()
-    # A scheduler may ask while the model is still being loaded.
+    # A scheduler may ask to stop while the model is still being loaded.
     with StopRequest(keyboard=False) as stop:
-        setup_logging(console, logging.INFO, options.verbose)
         recipe = load_recipe(recipe_path, overrides)
-        folder = default_output(recipe) if options.output is None else options.output
+        try:
+            with join_ranks(recipe.distributed) as ranks:
+                return _train(recipe, (recipe_path, overrides, options), ranks, stop)
+        except RankLostError as error:
+            report_error(error)
+            return 1
+
+
+def _train(
+    recipe: Recipe,
+    asked: tuple[Path, Sequence[str], TrainOptions],
+    ranks: Ranks,
+    stop: StopRequest,
+) -> int:
+    """Train among these ranks; every rank returns the same code."""
+    recipe_path, overrides, options = asked
+    # Only the first rank has something to say; the others warn.
+    console = Console() if ranks.is_first else Console(quiet=True)
+    level = logging.INFO if ranks.is_first else logging.WARNING
+    setup_logging(console if ranks.is_first else Console(stderr=True), level, options.verbose)
+    folder = default_output(recipe) if options.output is None else options.output
+
+    def check() -> bool:
         resume = options.resume or (options.auto_resume and (folder / RECIPE_FILE).is_file())
         check_output(folder, recipe.plain(), resume)
-        with console.status("loading data, rewards and model"):
-            trainer = build_trainer(recipe, recipe_path.parent, folder, console)
-        if stop.reason is not None:
-            console.print(f"stopped by {stop.reason} before the first step")
-            return options.stop_exit_code
-        with claim_output(folder, recipe.plain(), recipe_path.parent, resume) as started:
-            try:
-                summary = trainer.run(resume=started)
-            except NotFiniteError as error:
-                step = trainer.state.progress.step + 1
-                report_error(_stopped_at(error, step, folder / f"failed_step_{step}"))
-                return 1
-    show_results(folder, summary, console)
-    if summary["stopped_because"].startswith("guard:"):
-        alarm = next(each for each in summary["alarms"] if each["stop"])
-        console.print(
-            Text(f"stopped by guard '{alarm['guard']}' at step {alarm['step']}: {alarm['reason']}"),
-            soft_wrap=True,
-        )
-    elif summary["stopped_because"] not in _ENDINGS:
-        again = ["rlprompt", "train", str(recipe_path), *overrides, "--output", str(folder)]
-        steps = f"{summary['steps']} of {recipe.training.steps} steps"
-        console.print(
-            Text(
-                f"stopped by {summary['stopped_because']} after {steps}; go on with:\n"
-                f"  {shlex.join([*again, '--resume'])}"
-            ),
-            soft_wrap=True,
-        )
+        return resume
+
+    resume = ranks.first(check)
+    with console.status("loading data, rewards and model"):
+        built = build_run(recipe, recipe_path.parent, folder, console, ranks)
+    reason = ranks.agree(stop.reason)
+    if reason is not None:
+        console.print(f"stopped by {reason} before the first step")
         return options.stop_exit_code
-    return 0
+    with ExitStack() as claimed:
+        claim = partial(claim_output, folder, recipe.plain(), recipe_path.parent, resume)
+        started = ranks.first(lambda: claimed.enter_context(claim()))
+        try:
+            summary = built.run(resume=started)
+        except NotFiniteError as error:
+            report_error(_stopped_at(error, built))
+            return 1
+    reason = summary["stopped_because"]
+    again = ["rlprompt", "train", str(recipe_path), *overrides, "--output", str(folder)]
+    if ranks.is_first:
+        show_results(folder, summary, console)
+        _show_ending(summary, recipe.training.steps, again, console)
+    done = reason in _ENDINGS or reason.startswith("guard:")
+    return 0 if done else options.stop_exit_code
 
 
-def _stopped_at(error: NotFiniteError, step: int, data: Path) -> NotFiniteError:
-    told = NotFiniteError(
-        f"step {step}: {error}; its data is in '{data}', the state before it in the newest "
-        "checkpoint; lower the learning rate in a new run"
-    )
+def _show_ending(
+    summary: Mapping[str, Any], steps: int, again: Sequence[str], console: Console
+) -> None:
+    """Say why a run ended before its last step."""
+    reason = summary["stopped_because"]
+    if reason.startswith("guard:"):
+        alarm = next(each for each in summary["alarms"] if each["stop"])
+        text = f"stopped by guard '{alarm['guard']}' at step {alarm['step']}: {alarm['reason']}"
+    elif reason not in _ENDINGS:
+        text = (
+            f"stopped by {reason} after {summary['steps']} of {steps} steps; go on with:\n"
+            f"  {shlex.join([*again, '--resume'])}"
+        )
+    else:
+        return
+    console.print(Text(text), soft_wrap=True)
+
+
+def _stopped_at(error: NotFiniteError, run: Trainer | Population) -> NotFiniteError:
+    if isinstance(run, Population):
+        where = (
+            f"{error}; their data is in 'failed_step_*' of each folder in '{run.output}/members'"
+        )
+    else:
+        step = run.state.progress.step + 1
+        where = (
+            f"step {step}: {error}; its data is in '{run.output / f'failed_step_{step}'}', the "
+            "state before it in the newest checkpoint"
+        )
+    told = NotFiniteError(f"{where}; lower the learning rate in a new run")
     return told.with_traceback(error.__traceback__)

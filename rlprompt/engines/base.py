@@ -35,6 +35,7 @@ class Engine(Protocol):
         sampling: SamplingSettings,
         seed: int,
         progress: Callable[[int, int], None] | None = None,
+        first: int = 0,
     ) -> list[Group]:
         """Draw completions of each query under the synced prompt.
 
@@ -44,5 +45,7 @@ class Engine(Protocol):
             sampling: how tokens are drawn.
             seed: equal seeds and inputs give equal completions.
             progress: called with (tokens drawn in the longest row, max_tokens).
+            first: place of the first query among all that share the seed, so that ranks that
+                divide a list draw what one would.
         """
         ...

@@ -44,9 +44,12 @@ class DecodeCache:
         groups, width = mask.shape
         self.prefix_tokens = prefix.num_tokens
         self.column = self.prefix_tokens + width
-        self.padding = (width - mask.sum(1)).repeat_interleave(copies)
-        """int64 [B], unseen columns between prefix and query."""
         self._rows = groups * copies
+        padding = (width - mask.sum(1)).repeat_interleave(copies)
+        group = torch.arange(groups, device=mask.device).repeat_interleave(copies)
+        self._table = torch.stack([padding, group * copies])
+        self._group = group
+        self._shared = self.column
         self._most_columns = self.column + max_tokens
         like = context.query_keys[0]
         kv_heads, _, dim = prefix.keys[0].shape
@@ -64,6 +67,11 @@ class DecodeCache:
     def dtype(self) -> torch.dtype:
         """What keys and values are stored in."""
         return self._data.dtype
+
+    @property
+    def padding(self) -> Tensor:
+        """int64 [B or more], unseen columns between prefix and query."""
+        return self._table[0]
 
     @property
     def num_rows(self) -> int:
@@ -99,8 +107,17 @@ class DecodeCache:
 
     def attend(self, layer: int, tensors: tuple[Tensor, Tensor, Tensor], scaling: float) -> Tensor:
         """Write the column and attend, by the C++ kernel; see `decode_attention`."""
-        place = (self.prefix_tokens, self.column)
-        return decode_attention(tensors, self._data, layer, self.padding, place, scaling)
+        return decode_attention(tensors, self._data, layer, self.table, self.place, scaling)
+
+    @property
+    def table(self) -> Tensor:
+        """Padding and leader of each row; see `decode_attention`."""
+        return self._table
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """Prefix columns, shared columns, and the column to write."""
+        return (self.prefix_tokens, self._shared, self.column)
 
     def seen(self, window: int | None) -> Tensor:
         """The columns that the token about to be written may see, bool [B, 1, S]."""
@@ -130,8 +147,10 @@ class DecodeCache:
         if holes.numel():
             filled = self.column
             self._data[:, holes, :, :filled] = self._data[:, movers, :, :filled]
-            self.padding[holes] = self.padding[movers]
+            self._table[0, holes] = self._table[0, movers]
+            self._group[holes] = self._group[movers]
         self._rows = remaining
+        self._table[1, :remaining] = _leaders(self._group[:remaining])
         return order[:remaining]
 
 
@@ -186,6 +205,13 @@ class DecodeContext:
         if window not in self._biases:
             self._biases[window] = mask_bias(self._cache.seen(window), self._cache.dtype)
         return self._biases[window]
+
+
+def _leaders(group: Tensor) -> Tensor:
+    """The first row of each row's group, int64 [B]."""
+    if group.numel() == 0:
+        return group
+    return (group[:, None] == group[None, :]).int().argmax(1)
 
 
 def _right_aligned(mask: Tensor) -> Tensor:

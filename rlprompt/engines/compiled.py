@@ -53,7 +53,7 @@ class CompiledDecoder:
         cache.reserve()
         x = self._forward.embed(tokens)
         cos, sin = self._rotary(x[None], cache.positions()[None])
-        place = (cache.padding, cache.prefix_tokens, cache.column)
+        place = (cache.table, list(cache.place))
         turn = (cos[0].contiguous(), sin[0].contiguous())
         numbers = (self._scaling, self._eps)
         step = torch.ops.rlprompt_cpu.decode_step

@@ -8,6 +8,7 @@ dropped: the last rows move into their places and the batch narrows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
@@ -59,11 +60,15 @@ class NativeEngine:
 
     def sync(self, prompt: Prompt) -> None:
         """Prefill the prompt; its prefix is used until the next sync."""
-        with torch.inference_mode():
+        with self._without_graph():
             self._prefix = self._policy.prefix(prompt).snapshot()
         self._prompt = prompt
 
-    @torch.inference_mode()
+    def _without_graph(self) -> AbstractContextManager[object]:
+        # What is gathered in inference mode could not be trained through afterwards.
+        sharded = self._policy.base.shards is not None
+        return torch.no_grad() if sharded else torch.inference_mode()
+
     def generate(
         self,
         queries: Sequence[Query],
@@ -71,6 +76,7 @@ class NativeEngine:
         sampling: SamplingSettings,
         seed: int,
         progress: Callable[[int, int], None] | None = None,
+        first: int = 0,
     ) -> list[Group]:
         """Draw completions; see `Engine.generate`.
 
@@ -86,10 +92,24 @@ class NativeEngine:
                 f"sampling.stop_token_ids names tokens that {self._policy.base.id} does not have: "
                 f"{unknown}; take ids of its tokenizer"
             )
+        with self._without_graph():
+            return self._drawn(queries, num_completions, sampling, (seed, first), progress)
+
+    def _drawn(
+        self,
+        queries: Sequence[Query],
+        num_completions: int,
+        sampling: SamplingSettings,
+        place: tuple[int, int],
+        progress: Callable[[int, int], None] | None,
+    ) -> list[Group]:
+        """Completions by (seed, queries whose draws are passed over)."""
+        assert self._prefix is not None
+        seed, passed_over = place
         generator = torch.Generator().manual_seed(seed)
-        shape = (len(queries), num_completions, sampling.max_tokens)
+        shape = (passed_over + len(queries), num_completions, sampling.max_tokens)
         # Row by row, so that a query's draws do not depend on how many queries follow it.
-        uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+        uniform = torch.rand(shape, generator=generator, dtype=torch.float64)[passed_over:]
         copies = min(num_completions, self._settings.max_rows)
         per_turn = self._settings.max_rows // copies
         completions: list[list[Completion]] = [[] for _ in queries]

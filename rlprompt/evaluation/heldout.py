@@ -119,11 +119,25 @@ class HeldoutEvaluator:
         self._seed = seed
         self._probes = dict(probes)
         self._objective = objective
+        self._fixed: dict[tuple[str, str], HeldoutResult] = {}
 
     def evaluate(
         self, prompt: Prompt, step: int, progress: Callable[[int, int], None] | None = None
     ) -> HeldoutResult:
-        """Complete every query under a prompt and score it."""
+        """Complete every query under a prompt and score it.
+
+        A prompt that has nothing to train does the same every time: it is evaluated once.
+        """
+        key = (prompt.kind, prompt.init_text)
+        if prompt.parameters():
+            return self._evaluate(prompt, step, progress)
+        if key not in self._fixed:
+            self._fixed[key] = self._evaluate(prompt, step, progress)
+        return self._fixed[key]
+
+    def _evaluate(
+        self, prompt: Prompt, step: int, progress: Callable[[int, int], None] | None
+    ) -> HeldoutResult:
         self._engine.sync(prompt)
         batch = collect(
             self._engine,

@@ -51,6 +51,26 @@ def _obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | 
     return None
 
 
+@lru_cache
+def uses_triton_head(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether rows of logits are scored by the Triton kernel."""
+    return device.type == "cuda" and _obstacle(device, dtype, 0) is None
+
+
+def fused_head_rows(
+    softcap: float | None,
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    grad: bool,
+    spread: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`head_rows`; imports Triton."""
+    from rlprompt.kernels.head_rows import head_rows
+
+    return head_rows(logits, targets, temperature, softcap, grad, spread)
+
+
 def fused_attention(
     packed: tuple[Tensor, Tensor, Tensor],
     prefix: tuple[Tensor, Tensor],

@@ -15,15 +15,19 @@ the backward, and no [C, V] tensor outlives its chunk.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlprompt.kernels.cpu.ops import head_scores as compiled_scores
+from rlprompt.kernels.dispatch import fused_head_rows, uses_triton_head
 
 CHUNK_TOKENS = 128
 """C: two float32 buffers of 128 x 49152 are 50 MB."""
+FUSED_CHUNK_TOKENS = 1024
+"""C on a GPU, where a chunk is one buffer in the head's dtype: 300 MB for a vocabulary of 150k."""
 
 
 class HeadOutput(NamedTuple):
@@ -135,16 +139,29 @@ def _through(grad_logits: Tensor, head: Head, slope: Tensor | None) -> Tensor:
     return head.pull_back(grad_logits.to(head.dtype))
 
 
-def _compiled_chunk(
-    hidden: Tensor, targets: Tensor, call: _Call
+RowScores = Callable[[Tensor, Tensor, float, bool, Tensor | None], tuple[Tensor, Tensor]]
+"""A kernel that scores rows of logits in place; see `kernels.cpu.ops.head_scores`."""
+
+
+def _kernel_chunk(
+    hidden: Tensor, targets: Tensor, call: _Call, scores: RowScores
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """What `_chunk` gives; the logits stay in the head's dtype and become their gradient."""
     head, tau, grad = call.head, call.temperature, call.wants_logprob_grad
     logits = head.project(hidden.contiguous())
     spread = torch.empty_like(logits) if grad and call.wants_entropy_grad else None
-    logprobs, entropy = compiled_scores(logits, targets, tau, grad, spread)
+    logprobs, entropy = scores(logits, targets, tau, grad, spread)
     pull = head.pull_back(logits).div_(tau) if grad else None
     return logprobs, entropy, pull, None if spread is None else head.pull_back(spread).div_(tau)
+
+
+def _row_kernel(head: Head, device: torch.device) -> RowScores | None:
+    """The kernel of this device, or None: then the rows are scored in PyTorch."""
+    if head.compiled:
+        return compiled_scores
+    if uses_triton_head(device, head.dtype):
+        return partial(fused_head_rows, head.softcap)
+    return None
 
 
 class _HeadScores(torch.autograd.Function):
@@ -159,11 +176,13 @@ class _HeadScores(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wants_grad = ctx.needs_input_grad[0]
         call = _Call(head, temperature, wants_grad, wants_grad and entropy_grad)
-        chunks = zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
-        if head.compiled:
-            pieces = [_compiled_chunk(h, t, call) for h, t in chunks]
+        scores = _row_kernel(head, hidden.device)
+        tokens = CHUNK_TOKENS if hidden.device.type == "cpu" else FUSED_CHUNK_TOKENS
+        chunks = zip(hidden.split(tokens), targets.split(tokens), strict=True)
+        if scores is not None:
+            pieces = [_kernel_chunk(h, t, call, scores) for h, t in chunks]
         else:
-            space = _Workspace(min(CHUNK_TOKENS, hidden.shape[0]), head.vocab_size, hidden)
+            space = _Workspace(min(tokens, hidden.shape[0]), head.vocab_size, hidden)
             pieces = [_chunk(h, t, call, space.take(h.shape[0])) for h, t in chunks]
         logprobs, entropy, pull, spread = zip(*pieces, strict=True)
         ctx.save_for_backward(

@@ -53,10 +53,10 @@ def prefix_attention(
         ValueError: shapes that do not fit, or D beyond 256.
     """
     check_shapes(packed[0], packed[1:], prefix)
-    out, _ = _forward_op(
+    out: Tensor = _forward_op(
         *packed, *prefix, rows.table, rows.positions, rows.max_length,
         scaling, softcap or 0.0, window or 0,
-    )  # fmt: skip
+    )[0]  # fmt: skip
     return out
 
 
@@ -85,7 +85,8 @@ def prefix_decode(
     """
     check_shapes(query, own, prefix)
     scaling, softcap, window = scoring
-    return _decode_op(query, *own, *prefix, *spans, scaling, softcap or 0.0, window or 0)
+    out: Tensor = _decode_op(query, *own, *prefix, *spans, scaling, softcap or 0.0, window or 0)
+    return out
 
 
 def check_shapes(query: Tensor, own: tuple[Tensor, ...], prefix: tuple[Tensor, Tensor]) -> None:

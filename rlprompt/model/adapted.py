@@ -27,8 +27,8 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
         weight = getattr(module, "weight", None)
         inside = any(part.isdecimal() for part in name.split("."))
         if inside and hasattr(module, "in_features") and isinstance(weight, Tensor):
-            rows, columns = weight.shape
-            shapes[name] = (int(rows), int(columns))
+            # Not the weight's shape: a sharded one is empty.
+            shapes[name] = (int(module.out_features), int(module.in_features))
     return shapes
 
 

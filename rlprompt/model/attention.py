@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rlprompt.errors import InputError
-from rlprompt.kernels.cpu.ops import LANES
+from rlprompt.kernels.cpu.ops import serves_dim
 from rlprompt.kernels.reference import masked_attention
 from rlprompt.types import PrefixKV
 
@@ -52,7 +52,7 @@ class LayerCall:
         self.scaling = scaling
         self.window = window
         self.softcap = softcap
-        plain = window is None and softcap is None and self.query.shape[-1] % LANES == 0
+        plain = window is None and softcap is None and serves_dim(self.query.shape[-1])
         self.compiled = compiled and plain and self.query.dtype == torch.bfloat16
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

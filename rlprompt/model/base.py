@@ -22,6 +22,7 @@ from rlprompt.model.fetch import EMBEDDED
 from rlprompt.model.fingerprint import weight_digests
 from rlprompt.model.folder import Source, check_folder, locate
 from rlprompt.model.load import read_config, read_model, read_tokenizer
+from rlprompt.model.sharding import Shards, ShardSettings, read_sharded_model
 from rlprompt.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,8 @@ class FrozenBase:
     device: torch.device
     exact_digests: Mapping[str, str]
     """Tensor name -> digest of its bytes at load; what `verify_unchanged` compares with."""
+    shards: Shards | None = None
+    """This rank's part, where every rank holds a part of each weight only."""
     cpu_kernels: Literal["auto", "on", "off"] = "auto"
     """See `ModelSettings`."""
 
@@ -123,11 +126,15 @@ class FrozenBase:
         return self.model.config.get_text_config(decoder=True)
 
 
-def load_base(settings: ModelSettings) -> FrozenBase:
+def load_base(settings: ModelSettings, sharding: ShardSettings | None = None) -> FrozenBase:
     """Loads, checks, freezes and fingerprints the model of `settings`.
 
     An embedded model that is not in the cache is fetched first; weights are read from safetensors
     only. Sets the number of CPU threads when `settings.threads` does.
+
+    Args:
+        settings: which model.
+        sharding: how it is cut up among the ranks, which then all call this; None keeps it whole.
 
     Raises:
         InputError: For every way in which settings, files or machine make this impossible.
@@ -140,8 +147,12 @@ def load_base(settings: ModelSettings) -> FrozenBase:
     check_folder(source.folder, settings.trust_remote_code)
     config = read_config(source.folder, settings.trust_remote_code)
     tokenizer = read_tokenizer(source.folder, settings.trust_remote_code)
-    model = read_model(source.folder, config, dtype, settings.trust_remote_code)
-    base = freeze(_move(model, device), tokenizer, source.id)
+    if sharding is None:
+        model = read_model(source.folder, config, dtype, settings.trust_remote_code)
+        base = freeze(_move(model, device), tokenizer, source.id)
+    else:
+        model, shards = read_sharded_model(source.folder, config, dtype, sharding)
+        base = replace(freeze(model, tokenizer, source.id), shards=shards, device=device)
     base = replace(base, cpu_kernels=settings.cpu_kernels)
     _check_embedded(source, base)
     logger.info("base %s: %s on %s, fingerprint %s", base.id, dtype, device, base.fingerprint[:12])

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rlprompt.errors import InputError
+from rlprompt.model.sharding import gathered
 
 WRAPPERS = frozenset(
     {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"}
@@ -61,8 +62,11 @@ def weight_digests(model: nn.Module) -> WeightDigests:
         InputError: If a tensor has no data (it is on the `meta` device).
     """
     tensors = _named_weights(model)
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        hashed = dict(zip(tensors, pool.map(_hash_tensor, tensors.values()), strict=True))
+    if any(hasattr(tensor, "ds_id") for tensor in tensors.values()):
+        hashed = {name: _hash_sharded(tensor) for name, tensor in tensors.items()}
+    else:
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            hashed = dict(zip(tensors, pool.map(_hash_tensor, tensors.values()), strict=True))
     total = hashlib.sha256(b"rlprompt weights 1\n")
     for name in sorted(hashed):
         total.update(f"{name} {hashed[name][0]}\n".encode())
@@ -84,13 +88,19 @@ def _named_weights(model: nn.Module) -> dict[str, Tensor]:
                 f"The weight {name} was never loaded (it is on the meta device): load the model "
                 "with its weights, without device_map or offloading."
             )
-        weights[name] = tensor.detach()
+        weights[name] = tensor
     return weights
+
+
+def _hash_sharded(tensor: Tensor) -> tuple[str, str]:
+    """Both digests of a tensor that all ranks make whole for the moment, one after the other."""
+    with gathered([tensor]):
+        return _hash_tensor(tensor)
 
 
 def _hash_tensor(tensor: Tensor) -> tuple[str, str]:
     """The canonical and the exact digest of one tensor; equal bytes are hashed once."""
-    tensor = tensor.cpu()
+    tensor = tensor.detach().cpu()
     raw = _sha256_bytes(tensor)
     if not tensor.is_floating_point():
         canonical_dtype, canonical = tensor.dtype, raw

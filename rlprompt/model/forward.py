@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from rlprompt.errors import InputError
 from rlprompt.kernels.cpu.ops import choose
-from rlprompt.kernels.lm_head import head_logits
+from rlprompt.kernels.lm_head import Head, head_logits
 from rlprompt.model.attention import ATTENTION_NAME, AttentionContext, CausalContext, register
 from rlprompt.model.base import FrozenBase
 from rlprompt.model.fetch import cache_dir
 from rlprompt.model.frozen import head_of, pack_linears
 from rlprompt.model.fused import fuse_modules
+from rlprompt.model.sharding import gathered
 from rlprompt.model.tree import TreeContext, build_tree
 from rlprompt.types import Adapter, PrefixKV
 
@@ -48,7 +49,7 @@ class PrefixForward:
         self.base = base
         self._adapter: Adapter | None = None
         self._detach: Callable[[], None] | None = None
-        self.body = base.model.get_decoder()
+        self.body: nn.Module = base.model.get_decoder()
         if self.body is base.model:
             raise InputError(
                 f"the layers of {base.id} cannot be run without its head; choose a base of a "
@@ -60,6 +61,8 @@ class PrefixForward:
                 f"the LM head of {base.id} is missing or has a bias, which rlprompt does not "
                 "support; choose another base model"
             )
+        if base.shards is not None:
+            self.body = base.shards.body
         before = base.model.config._attn_implementation
         own = self._own_logits() if before != ATTENTION_NAME else None
         if own is not None:
@@ -67,14 +70,13 @@ class PrefixForward:
             base.model.set_attn_implementation(ATTENTION_NAME)
             packed = pack_linears(base.model)
             logger.info("%s: %d linear layers packed", base.id, packed)
-        self.compiled = choose(base.cpu_kernels, cache_dir() / "kernels", base.dtype, base.device)
+        wanted = "off" if base.shards is not None else base.cpu_kernels
+        self.compiled = choose(wanted, cache_dir() / "kernels", base.dtype, base.device)
         if own is not None and self.compiled:
             fused = fuse_modules(self.body)
             logger.info("%s: %d modules replaced by CPU kernels", base.id, fused)
-        config = base.model.config.get_text_config()
-        softcap = getattr(config, "final_logit_softcapping", None)
-        self.head = head_of(base.model.get_output_embeddings(), softcap, _logit_scale(config))
-        self.head = self.head._replace(compiled=self.compiled and softcap is None)
+        self.head = self._head()
+        self.head = self.head._replace(compiled=self.compiled and self.head.softcap is None)
         if own is not None:
             try:
                 self._compare(own)
@@ -99,10 +101,24 @@ class PrefixForward:
         ]
         return min([self.base.max_positions, *limits])
 
+    def _head(self) -> Head:
+        config = self.base.model.config.get_text_config()
+        softcap = getattr(config, "final_logit_softcapping", None)
+        output = self.base.model.get_output_embeddings()
+        assert output is not None
+        return head_of(output, softcap, _logit_scale(config))
+
     def _probe(self) -> Tensor:
         return torch.arange(_PROBE_TOKENS, device=self.base.device) * 7 % self.base.vocab_size
 
     def _own_logits(self) -> Tensor:
+        """Of the model's own forward; under shards, its body with its own attention."""
+        if self.base.shards is not None:
+            self.head = self._head()
+            embeddings = self.embed(self._probe())[None]
+            with torch.no_grad():
+                states = self.body(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+                return head_logits(states[0], self.head)
         with torch.no_grad():
             logits: Tensor = self.base.model(input_ids=self._probe()[None], use_cache=False).logits
         return logits[0]
@@ -210,8 +226,12 @@ class PrefixForward:
         They carry no gradient, though transformers lets embeddings want one when it recomputes.
         """
         ids = torch.as_tensor(token_ids, dtype=torch.int64, device=self.device)
-        out: Tensor = self.base.model.get_input_embeddings()(ids)
-        return out.detach()
+        embedding = self.base.model.get_input_embeddings()
+        assert embedding is not None
+        if self.base.shards is None:
+            return embedding(ids).detach()  # type: ignore[no-any-return]
+        with gathered(embedding.parameters()):  # past the module's hooks, which would gather too
+            return embedding.forward(ids).detach()  # type: ignore[no-any-return]
 
     def hidden(self, embeddings: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
         """Final hidden states of packed tokens.

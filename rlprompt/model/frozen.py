@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rlprompt.kernels.lm_head import Head
+from rlprompt.model.sharding import gathered
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ def can_pack(model: nn.Module) -> bool:
     gives False, and the model runs unpacked.
     """
     linear = next((m for m in model.modules() if type(m) is nn.Linear), None)
-    if linear is None or linear.weight.device.type != "cpu":
+    if linear is None or linear.weight.device.type != "cpu" or not linear.weight.numel():
         return False
     if linear.weight.dtype != torch.bfloat16:
         return False
@@ -168,15 +169,16 @@ def head_of(output: nn.Module, softcap: float | None, scale: float = 1.0) -> Hea
         softcap: see `Head`.
         scale: factor on the logits, before the soft cap.
     """
-    weight: Tensor = output.weight.detach()  # type: ignore[operator]
+    weight: Tensor = output.weight  # type: ignore[assignment]
+    rows = int(output.out_features)  # type: ignore[arg-type]
     project, pull_back = _both_directions(output, weight)
     if scale == 1.0:
-        return Head(project, pull_back, weight.dtype, weight.shape[0], softcap)
+        return Head(project, pull_back, weight.dtype, rows, softcap)
     return Head(
         lambda hidden: project(hidden * scale),  # the narrow side: [M, d], not [M, V]
         lambda grad: pull_back(grad) * scale,
         weight.dtype,
-        weight.shape[0],
+        rows,
         softcap,
     )
 
@@ -186,4 +188,17 @@ def _both_directions(
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     if isinstance(output, FrozenLinear):
         return output.packed_forward, output.packed_input_gradient
-    return lambda hidden: hidden @ weight.t(), lambda grad: grad @ weight
+    frozen = weight.detach()
+    if frozen.numel():
+        return lambda hidden: hidden @ frozen.t(), lambda grad: grad @ frozen
+
+    # Sharded: whole only while it is used.
+    def project(hidden: Tensor) -> Tensor:
+        with gathered([weight]):
+            return hidden @ weight.detach().t()
+
+    def pull_back(grad: Tensor) -> Tensor:
+        with gathered([weight]):
+            return grad @ weight.detach()
+
+    return project, pull_back

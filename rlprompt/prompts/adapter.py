@@ -151,8 +151,8 @@ class AdapterPrompt(Prompt):
         ]
 
     def scale(self, conditioner: Conditioner) -> float:
-        """0.02, the order of a freshly drawn adapter weight."""
-        return 0.02
+        """See `LayerAdapter.scale`."""
+        return self.adapter.scale(conditioner.hidden_size)
 
     def metrics(self) -> dict[str, float]:
         """Root mean square of what the adapter adds to weights or factors."""

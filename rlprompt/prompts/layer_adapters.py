@@ -97,6 +97,14 @@ class LayerAdapter(ABC):
         """The shapes that the weights must have on layers of these shapes."""
 
     @abstractmethod
+    def scale(self, width: int) -> float:
+        """The size of a weight that means something to a base of this width.
+
+        Chosen so that AdamW at one relative rate moves completions by about the same KL as a soft
+        prompt's (docs/log.md).
+        """
+
+    @abstractmethod
     def change_rms(self) -> float:
         """Root mean square of what is added to weights (LoRA) or factors (IA3)."""
 
@@ -181,6 +189,10 @@ class LoRA(LayerAdapter):
             out[f"{name}.lora_B.weight"] = (rows, rank)
         return out
 
+    def scale(self, width: int) -> float:
+        """Root mean square of a freshly drawn A."""
+        return 1.0 / math.sqrt(3.0 * width)
+
     @torch.no_grad()
     def change_rms(self) -> float:
         """Root mean square of the entries of alpha / r * B A."""
@@ -254,6 +266,11 @@ class IA3(LayerAdapter):
         """One factor per output, or input."""
         inputs = self.config["feedforward_modules"]
         return {f"{n}.ia3_l": _factor_shape(n, shapes[n], inputs) for n in self.layers}
+
+    def scale(self, width: int) -> float:
+        """0.15: factors of all layers multiply."""
+        del width
+        return 0.15
 
     @torch.no_grad()
     def change_rms(self) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,6 +70,8 @@ class RewardRunner:
         self._rewards = list(rewards)
         self._executor = Executor()
         self._normaliser = Normaliser(self.settings)
+        self.once: Callable[[Callable[[], RewardBatch]], RewardBatch] = lambda work: work()
+        """How a batch is scored; ranks of one run score it on the first of them."""
 
     @property
     def settings(self) -> list[RewardSettings]:
@@ -128,6 +130,9 @@ class RewardRunner:
                 reward raised InputError itself, or a call failed under `on_error: raise` (it
                 raised, took too long, or returned or logged something unusable).
         """
+        return self.once(lambda: self._score(groups, step))
+
+    def _score(self, groups: Sequence[Group], step: int) -> RewardBatch:
         rows = [(group.query, completion) for group in groups for completion in group.completions]
         columns = _columns(rows)
         index = tuple(i for i, group in enumerate(groups) for _ in group.completions)
@@ -164,12 +169,16 @@ class RewardRunner:
             group_index=index,
         )
 
-    def bind_policy(self, policy: Any) -> None:
-        """Lend a run's policy to the rewards that may judge with its base under another prompt."""
-        for _, function in self._rewards:
-            bind = getattr(function, "bind_policy", None)
-            if callable(bind):
-                bind(policy)
+    def bind_policy(self, policy: Any) -> bool:
+        """Lend a run's policy to the rewards that may judge with its base under another prompt.
+
+        Returns:
+            Whether any does.
+        """
+        binds = [getattr(function, "bind_policy", None) for _, function in self._rewards]
+        for bind in filter(callable, binds):
+            bind(policy)
+        return any(map(callable, binds))
 
     def close(self) -> None:
         """Stop idle worker threads and end worker processes; the runner stays usable."""

@@ -17,7 +17,7 @@ from rlprompt.slurm.queue import QueuedJob
 from rlprompt.training.files import iter_jsonl, to_json, write_atomic
 
 JOBS_FILE = "jobs.json"
-FINISHED = ("finished", "early_stopping")
+FINISHED = ("finished", "early_stopping", "guard:")
 """What a summary gives as the end of a run that needs no more steps."""
 
 
@@ -113,7 +113,7 @@ def _status(
     code = _exit_code(attempt / "exit_code", folder / f"job_{raw}.exit_code")
     last, summary = _progress(Path(output)) if output else ({}, {})
     state = known.state if known is not None else "ENDED"
-    finished = summary.get("stopped_because") in FINISHED
+    finished = str(summary.get("stopped_because")).startswith(FINISHED)
     reason = "" if known is None or known.reason == "None" else known.reason
     if state == "ENDED" or (known is not None and known.ended):
         reason = _failure(job, state, code, finished, attempt)

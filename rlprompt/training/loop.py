@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rlprompt.artifacts.format import save_artifact
@@ -28,7 +30,7 @@ from rlprompt.training.parts import RunParts
 from rlprompt.training.report import write_report
 from rlprompt.training.startup import check_trainable
 from rlprompt.training.state import RunState, Stateful
-from rlprompt.training.summary import build_summary
+from rlprompt.training.summary import build_summary, peak_rss_mb
 from rlprompt.training.tracker import RunInfo
 from rlprompt.training.update import NotFiniteError, PhaseClock, Updater
 
@@ -67,7 +69,9 @@ class Trainer:
             token_budget=settings.token_budget,
             teacher=parts.teacher,
             query_weights=parts.query_weights,
+            ranks=parts.ranks,
         )
+        parts.ranks.copy_first(self._updater.trained)
 
     def run(self, *, resume: bool = False) -> dict[str, Any]:
         """Train to the end, or until a stop signal; returns the content of summary.json.
@@ -85,7 +89,7 @@ class Trainer:
         seed_global_random(self.parts.seed)
         resume_step = self._resume() if resume else None
         folder = self.output / "checkpoints"
-        if not resume and checkpoint_steps(folder):
+        if not resume and self.parts.ranks.first(lambda: checkpoint_steps(folder)):
             raise InputError(
                 f"'{folder}' holds checkpoints of another run; resume that run, or choose another "
                 "output folder"
@@ -113,9 +117,10 @@ class Trainer:
     def _resume(self) -> int:
         """Restore the newest checkpoint; gives its step, or -1 when there is none."""
         folder = self.output / "checkpoints"
-        if not checkpoint_steps(folder):
+        ranks = self.parts.ranks
+        if not ranks.first(lambda: checkpoint_steps(folder)):
             return -1
-        checkpoint = load_checkpoint(folder)
+        checkpoint = ranks.first(lambda: load_checkpoint(folder), "the checkpoint")
         self.state.restore(checkpoint, self._identity)
         return checkpoint.step
 
@@ -124,7 +129,9 @@ class Trainer:
         progress, settings = self.state.progress, self.parts.training
         if self.parts.data.heldout and "base" not in progress.heldout:
             self._baselines()
-        while progress.step < settings.steps and stop.reason is None and not self._is_over():
+        agree = self.parts.ranks.agree
+        reason = agree(stop.reason)
+        while progress.step < settings.steps and reason is None and not self._is_over():
             start = time.perf_counter()
             self._step()
             if self._evaluation_is_due():
@@ -132,12 +139,13 @@ class Trainer:
             progress.seconds += time.perf_counter() - start
             if progress.step % settings.save_every == 0:
                 self._save()
+            reason = agree(stop.reason)
         if checkpoint_steps(self.output / "checkpoints")[-1:] != [progress.step]:
             self._save()
         if progress.step >= settings.steps:
             return "finished"
         guard = stopped_by(progress.guards)
-        return stop.reason or (f"guard:{guard}" if guard else "early_stopping")
+        return reason or (f"guard:{guard}" if guard else "early_stopping")
 
     def _step(self) -> None:
         """One rollout batch and its updates."""
@@ -236,8 +244,9 @@ class Trainer:
 
     def _save(self) -> None:
         checkpoint = self.state.checkpoint(self._identity)
-        folder = self.output / "checkpoints"
-        save_checkpoint(folder, checkpoint, self.parts.training.keep_checkpoints)
+        if self.parts.ranks.is_first:
+            folder = self.output / "checkpoints"
+            save_checkpoint(folder, checkpoint, self.parts.training.keep_checkpoints)
 
     @property
     def _identity(self) -> dict[str, str]:
@@ -251,6 +260,8 @@ class Trainer:
 
     def _save_failure(self, batch: RolloutBatch, error: NotFiniteError) -> None:
         """Keep what led to a loss that is not finite; the state is that before the step again."""
+        if not self.parts.ranks.is_first:
+            return
         step = self.state.progress.step + 1
         folder = self.output / f"failed_step_{step}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -273,19 +284,37 @@ class Trainer:
             fingerprint_after=verify_unchanged(parts.policy.base),
             reason=reason,
         )
+        summary["ranks"] = parts.ranks.each(self._rank_memory, "the summary")
+        with ExitStack() as scratch:
+            folder = self.output / "artifact"
+            if not parts.ranks.is_first:
+                folder = Path(scratch.enter_context(TemporaryDirectory())) / "artifact"
+            # Every rank: describing a prompt runs the base, and a sharded one needs them all.
+            self._save_artifact(folder, summary)
+        if parts.ranks.is_first:
+            write_atomic(self.output / "summary.json", to_json(summary, indent=2))
+            write_report(self.output)
+        parts.policy.prompt.load_state_dict(last)
+        return summary
+
+    def _rank_memory(self) -> dict[str, float | int]:
+        """What this rank held: bytes of the base's weights, and its peak memory."""
+        base = self.parts.policy.base
+        weights = [p.numel() * p.element_size() for p in base.model.parameters()]
+        held = sum(weights) if base.shards is None else base.shards.bytes_on_rank
+        return {"base_bytes": held, "peak_rss_mb": peak_rss_mb()}
+
+    def _save_artifact(self, folder: Path, summary: dict[str, Any]) -> None:
+        parts = self.parts
         shown = ("heldout_reward_before", "heldout_reward_handwritten", "heldout_reward_after")
         save_artifact(
-            self.output / "artifact",
+            folder,
             parts.policy,
             parts.policy.prompt,
             name=parts.name,
             recipe=parts.recipe,
             metrics={k: summary[k] for k in (*shown, "best_step", "steps")},
         )
-        parts.policy.prompt.load_state_dict(last)
-        write_atomic(self.output / "summary.json", to_json(summary, indent=2))
-        write_report(self.output)
-        return summary
 
 
 def _step_seed(seed: int, step: int) -> int:

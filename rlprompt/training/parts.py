@@ -12,6 +12,7 @@ from rlprompt.evaluation.heldout import EvaluationSettings, HeldoutEvaluator
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.rewards.runner import RewardRunner
+from rlprompt.training.distributed import Ranks
 from rlprompt.training.guards import GuardWatch
 from rlprompt.training.objective import Constraints, QueryWeights
 from rlprompt.training.settings import TrainingSettings
@@ -55,5 +56,7 @@ class RunParts:
     """Of everything drawn at random."""
     recipe: Mapping[str, Any]
     """The resolved recipe as plain values."""
+    ranks: Ranks = field(default_factory=Ranks)
+    """Among whom the work is divided; alone by default."""
     guards: GuardWatch = field(default_factory=lambda: GuardWatch([]))
     """Watch the metrics for reward hacking."""

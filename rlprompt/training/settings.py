@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rlprompt.settings import Settings
 
@@ -64,3 +64,26 @@ class TrainingSettings(Settings):
     """Newest checkpoints that stay on disk."""
     early_stopping: int | None = Field(default=None, ge=1)
     """Stop after this many held-out evaluations without a better one; null = never."""
+
+
+class MemberSettings(Settings):
+    """One prompt of a population: the recipe with some keys changed."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Its folder under `members/`."""
+    changes: dict[str, Any] = Field(default_factory=dict)
+    """Dotted keys of the recipe and their values in this member: `seed`, `prompt` or keys below it,
+    and keys below `training.optimizer`."""
+
+    @field_validator("changes")
+    @classmethod
+    def _may_change(cls, changes: dict[str, Any]) -> dict[str, Any]:
+        for key in changes:
+            if key not in ("seed", "prompt") and not key.startswith(
+                ("prompt.", "training.optimizer.")
+            ):
+                raise ValueError(
+                    f"members of a population may change seed, prompt and training.optimizer, not "
+                    f"{key}; make it a recipe of its own"
+                )
+        return changes

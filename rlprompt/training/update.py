@@ -8,19 +8,24 @@ Letters: B completions, T tokens, P prefix tokens.
 
 from __future__ import annotations
 
+import gc
+import logging
 import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rlprompt.algorithms.base import Algorithm, MicroSignal, Signal, TokenLosses
-from rlprompt.policy import Policy, SharedPrefix, TokenScores
+from rlprompt.algorithms.base import Algorithm, Signal
+from rlprompt.policy import Policy, TokenScores
 from rlprompt.prompts.base import Prompt
 from rlprompt.rollout import RolloutBatch
+from rlprompt.training.accounts import UpdateResult, account, merged, summed
+from rlprompt.training.distributed import Ranks
 from rlprompt.training.objective import QueryWeights
 from rlprompt.training.optimizer import clip_gradients
 from rlprompt.training.packing import MicroBatch, pack
@@ -30,10 +35,16 @@ from rlprompt.training.rows import (
     remember,
     remember_states,
     rows_of,
-    sampling_logprobs,
     view_of,
 )
 from rlprompt.types import PrefixKV
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_LEAST_TOKENS = 64
+"""No micro-batch budget is made smaller than this when memory runs out."""
 
 
 class NotFiniteError(RuntimeError):
@@ -54,29 +65,6 @@ class PhaseClock:
         if phase is not None:
             self.seconds[phase] += now - self._last
         self._last = now
-
-
-@dataclass
-class UpdateResult:
-    """What an update did."""
-
-    losses: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    token_sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """The algorithm's metrics, summed over the tokens that have a weight."""
-    num_weighted: int = 0
-    """How many those are: TRL's masks too leave out what the loss does not see."""
-    row_sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """The algorithm's metrics of completions, summed over those that have a weight."""
-    num_weighted_rows: int = 0
-    """How many those are."""
-    num_sampled: int = 0
-    """Tokens that an engine drew."""
-    gap_sum: float = 0.0
-    """Absolute differences between sampling and training log-probabilities, over those tokens."""
-    largest_gap: float = 0.0
-    """The largest of them."""
-    grad_norm: float = 0.0
-    lr: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -103,6 +91,7 @@ class Updater:
         token_budget: int,
         teacher: Prompt | None = None,
         query_weights: QueryWeights | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """Join the parts.
 
@@ -114,7 +103,9 @@ class Updater:
             token_budget: most packed tokens per micro-batch.
             teacher: the prompt of the teacher; None when none is needed.
             query_weights: a robust objective; None when all queries count alike.
+            ranks: among whom groups are divided; None when this process is alone.
         """
+        self._ranks = ranks or Ranks()
         self._policy = policy
         self._algorithm = algorithm
         self._reference = reference
@@ -152,9 +143,25 @@ class Updater:
             NotFiniteError: the loss or its gradient is not finite, or an update made the prompt so.
                 Earlier updates on this batch have been applied.
         """
+        with self._policy.whole_ends():
+            return self._learn(batch, optimizer, set_lr, max_grad_norm, clock, seed, rewards)
+
+    def _learn(
+        self,
+        batch: RolloutBatch,
+        optimizer: torch.optim.Optimizer,
+        set_lr: Callable[[], float],
+        max_grad_norm: float | None,
+        clock: PhaseClock,
+        seed: int,
+        rewards: Tensor | None,
+    ) -> tuple[Signal, dict[str, float]]:
         clock.lap(None)
         rows = rows_of(batch)
-        self._score_before(batch, rows, clock)
+        self._in_memory(lambda: self._score_before(batch, rows, clock))
+        if self._ranks.size > 1:
+            self._share_rows(rows)
+            clock.lap("ranks")
         view = view_of(batch, batch.rewards.total if rewards is None else rewards, rows)
         robust = None
         if self._query_weights is not None:
@@ -171,33 +178,70 @@ class Updater:
                 self._apply(result, optimizer, lr, max_grad_norm)
                 clock.lap("optimizer")
                 results.append(result)
-        metrics = _merge(results, whole.signal)
+        metrics = merged(results, whole.signal)
         return whole.signal, {**metrics, **self._algorithm.after_batch(metrics)}
 
     def gradient(
         self, batch: _Batch, groups: Sequence[int] | None, clock: PhaseClock
     ) -> UpdateResult:
         """Accumulate the gradient over the micro-batches of some groups; see the module."""
+        chosen = range(len(batch.rows)) if groups is None else groups
+        result = self._in_memory(lambda: self._accumulate(batch, chosen, clock))
+        if self._ranks.size == 1:
+            return result
+        self._ranks.sum_gradients(self.trained)
+        total = summed(self._ranks.each(lambda: result, "the losses"))
+        clock.lap("ranks")
+        return total
+
+    def _in_memory(self, work: Callable[[], T]) -> T:
+        """Do something, with smaller micro-batches when memory runs out."""
+        while True:
+            try:
+                return work()
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                # Under shards the others would wait for the turns that this rank repeats.
+                together = self._policy.base.shards is not None
+                if not _is_out_of_memory(error) or self._budget < 2 * _LEAST_TOKENS or together:
+                    raise
+            self._budget //= 2
+            logger.warning("out of memory: micro-batches have %d tokens from now on", self._budget)
+            for parameter in self.trained:
+                parameter.grad = None
+            gc.collect()  # the graph of what failed
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _accumulate(self, batch: _Batch, chosen: Sequence[int], clock: PhaseClock) -> UpdateResult:
+        """The gradient of this rank's share."""
         result = UpdateResult()
         policy = self._policy
-        chosen = range(len(batch.rows)) if groups is None else groups
         weights = self._token_weights(batch, chosen)
-        shared = SharedPrefix(policy.prefix())
+        shared = policy.shared_prefix()
         clock.lap("prefill")
-        for micro in self._micro_batches(batch.rollouts, policy.prompt, chosen):
+        for micro, is_own in self._turns(batch.rollouts, policy.prompt, chosen):
             rows = _rows_in(micro, batch.rows)
             scores = self._scores(batch.rollouts, micro, shared.leaves, policy.prompt)
+            if not is_own:
+                (0.0 * scores.logprobs.sum()).backward()
+                continue
             part = micro_signal(rows, batch.signal, (weights, batch.robust), scores)
             losses = self._algorithm.losses(scores, part)
             clock.lap("forward")
             losses.total().backward()
             clock.lap("backward")
-            _account(result, losses, scores, part, rows)
+            account(result, losses, scores, part, rows)
             if any(row.old_logprobs is None for row in rows):
                 remember(rows, "old_logprobs", scores.logprobs)
-        shared.backward()
+        policy.finish_prefix(shared)
         clock.lap("backward")
         return result
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The prompt's parameters and the algorithm's own."""
+        own = [p for part in self._algorithm.own_parameters() for p in part.parameters]
+        return [*self._policy.parameters(), *own]
 
     def _apply(
         self,
@@ -217,6 +261,7 @@ class Updater:
             raise NotFiniteError(f"{', '.join(wrong)} is not finite")
         optimizer.step()
         self._policy.prompt.constrain()
+        self._ranks.copy_first(self.trained)
         if not all(bool(p.isfinite().all()) for p in self._policy.parameters()):
             raise NotFiniteError(
                 f"the prompt after an update at learning rate {lr:g} is not finite"
@@ -236,6 +281,21 @@ class Updater:
         out = torch.zeros(len(batch.rollouts.completions))
         out[index] = self._algorithm.token_weights(batch.signal.counted_lengths[index]).to(out)
         return out
+
+    def _turns(
+        self, batch: RolloutBatch, prompt: Prompt, groups: Sequence[int]
+    ) -> list[tuple[MicroBatch, bool]]:
+        """This rank's micro-batches; ranks that share weights all take the same number of turns.
+
+        A turn without work of its own, marked False, runs some micro-batch for the others' sake.
+        """
+        own = [g for g in groups if self._ranks.owns(g)]
+        turns = [(micro, True) for micro in self._micro_batches(batch, prompt, own)]
+        if self._policy.base.shards is None:
+            return turns
+        spare = self._micro_batches(batch, prompt, groups[:1])[0]
+        missing = self._ranks.largest(len(turns)) - len(turns)
+        return turns + [(spare, False)] * missing
 
     def _micro_batches(
         self, batch: RolloutBatch, prompt: Prompt, groups: Sequence[int]
@@ -283,65 +343,35 @@ class Updater:
                 remember_states(chosen, scores.states)
             clock.lap("teacher")
 
+    def _share_rows(self, rows: list[list[Row]]) -> None:
+        """Give every rank what the others know per token: the signal looks at the whole batch.
+
+        The teacher's states, which are large, stay with the rank that learns from them.
+        """
+        names = ("old_logprobs", "ref_logprobs", "old_values")
+        own = [row for g, group in enumerate(rows) if self._ranks.owns(g) for row in group]
+        known = {row.index: [getattr(row, name) for name in names] for row in own}
+        flat = {row.index: row for group in rows for row in group}
+        for part in self._ranks.each(lambda: known, "the scores before the update"):
+            for index, values in part.items():
+                for name, value in zip(names, values, strict=True):
+                    setattr(flat[index], name, value)
+
     def _score_all(
         self, batch: RolloutBatch, rows: list[list[Row]], prompt: Prompt
     ) -> Iterator[tuple[list[Row], TokenScores]]:
         """Scores of all rows under a prompt, micro-batch by micro-batch."""
         prefix = self._policy.prefix(prompt)
-        for micro in self._micro_batches(batch, prompt, range(len(rows))):
-            yield _rows_in(micro, rows), self._scores(batch, micro, prefix, prompt)
+        for micro, is_own in self._turns(batch, prompt, range(len(rows))):
+            scores = self._scores(batch, micro, prefix, prompt)
+            if is_own:
+                yield _rows_in(micro, rows), scores
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Also on a CPU, where torch raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _rows_in(micro: MicroBatch, rows: Sequence[Sequence[Row]]) -> list[Row]:
     return [rows[g][i] for g, places in micro.rows for i in places]
-
-
-def _account(
-    result: UpdateResult,
-    losses: TokenLosses,
-    scores: TokenScores,
-    signal: MicroSignal,
-    rows: Sequence[Row],
-) -> None:
-    """Add a micro-batch's losses and token sums to the update's."""
-    for name in ("rl", "kl", "ce", "value"):
-        part = getattr(losses, name)
-        if part is not None:
-            result.losses[f"loss/{name}"] += float(part.detach())
-    weighted = signal.weights > 0
-    for name, values in (losses.metrics or {}).items():
-        result.token_sums[name] += float((values * weighted).sum())
-    result.num_weighted += int(weighted.sum())
-    weighted_rows = weighted.any(dim=1)
-    for name, values in (losses.row_metrics or {}).items():
-        result.row_sums[name] += float((values * weighted_rows).sum())
-    result.num_weighted_rows += int(weighted_rows.sum())
-    sampled = sampling_logprobs(rows, scores)
-    if sampled is None:
-        return
-    gap = ((scores.logprobs.detach() - sampled) * scores.mask).abs()
-    result.gap_sum += float(gap.sum())
-    result.largest_gap = max(result.largest_gap, float(gap.max()))
-    result.num_sampled += int(scores.mask.sum())
-
-
-def _merge(results: Sequence[UpdateResult], signal: Signal) -> dict[str, float]:
-    """Means over tokens or completions, then over updates; a mean over none is left out."""
-    out: dict[str, float] = defaultdict(float)
-    for result in results:
-        share = 1.0 / len(results)
-        for name, value in result.token_sums.items() if result.num_weighted else ():
-            out[name] += share * value / result.num_weighted
-        for name, value in result.row_sums.items() if result.num_weighted_rows else ():
-            out[name] += share * value / result.num_weighted_rows
-        for name, value in result.losses.items():
-            out[name] += share * value
-        out["loss"] += share * sum(result.losses.values())
-        out["prompt/grad_norm"] += share * result.grad_norm
-    # Later updates are off-policy on purpose: only the first compares like with like.
-    first = results[0]
-    if first.num_sampled:
-        out["sampling/sampling_logp_difference/mean"] = first.gap_sum / first.num_sampled
-        out["sampling/sampling_logp_difference/max"] = first.largest_gap
-    out["lr"] = results[-1].lr
-    return {**out, **signal.metrics}

@@ -53,6 +53,11 @@ class Project:
         (self.folder / name).write_text(text)
         return TRAIN
 
+    def pairs(self, text: str) -> Sequence[str]:
+        """Write a file of compared answers, and check the reward on them."""
+        self.write("pairs.jsonl", text)
+        return ("reward", "check", "reward.py", "--pairs", "pairs.jsonl")
+
     def rows(self, name: str, *rows: Any, **changes: Any) -> Sequence[str]:
         """Write a JSONL dataset and name it in the recipe."""
         lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
@@ -165,6 +170,16 @@ RECIPES = [
         "two settings that exclude each other",
         lambda p: p.recipe(training__optimizer={"lr": 0.1, "lr_relative": 0.1}),
     ),
+    ("a clip range with one update per batch", lambda p: p.recipe(algorithm__clip_low=0.1)),
+    (
+        "a reference for supervised tuning",
+        lambda p: p.recipe(algorithm={"type": "supervised"}, reference={"type": "initial"}),
+    ),
+    (
+        "an overlong margin beyond max_tokens",
+        lambda p: p.recipe(algorithm__overlong_margin=5000),
+    ),
+    ("an algorithm with a typo", lambda p: p.recipe(algorithm={"type": "grop"})),
     ("greedy sampling in training", lambda p: p.recipe(sampling__temperature=0)),
     ("an override without a value", lambda p: train("training.steps")),
     ("an override past the end of a list", lambda p: train("rewards.2.weight=1")),
@@ -172,6 +187,64 @@ RECIPES = [
     ("a name that is no folder, and no --output", lambda p: p.recipe(name="a/b")),
     ("more queries per step than there are", lambda p: p.recipe(training__queries_per_step=9)),
     ("an empty prompt to start from", lambda p: p.recipe(prompt__init_text="")),
+]
+TEXT_PART = {"type": "text", "text": "Be safe."}
+SOFT_PART = {"type": "soft", "init_text": "Be nice."}
+PROMPTS = [
+    ("a text, which has nothing to train", lambda p: p.recipe(prompt=TEXT_PART)),
+    ("a kind of prompt that does not exist", lambda p: p.recipe(prompt={"type": "lora"})),
+    (
+        "a setting of another kind of prompt",
+        lambda p: p.recipe(prompt={**SOFT_PART, "rank": 4}),
+    ),
+    (
+        "an artifact and a text to start from",
+        lambda p: p.recipe(prompt={**SOFT_PART, "from_artifact": "run/artifact"}),
+    ),
+    (
+        "an artifact that is not there",
+        lambda p: p.recipe(prompt={"type": "soft", "from_artifact": "runs/artifact"}),
+    ),
+    (
+        "an artifact that another kind cannot start from",
+        lambda p: p.recipe(prompt={"type": "adapter", "from_artifact": "run/artifact"}),
+    ),
+    (
+        "a layer that the base does not have",
+        lambda p: p.recipe(
+            prompt={"type": "adapter", "method": {"type": "lora", "target_modules": ["query"]}}
+        ),
+    ),
+    (
+        "IA3 that scales inputs of layers it does not adapt",
+        lambda p: p.recipe(
+            prompt={"type": "adapter", "method": {"type": "ia3", "target_modules": ["k_proj"]}}
+        ),
+    ),
+    (
+        "a sequence of one",
+        lambda p: p.recipe(prompt={"type": "sequence", "parts": [SOFT_PART]}),
+    ),
+    (
+        "a sequence whose trained part is a text",
+        lambda p: p.recipe(prompt={"type": "sequence", "parts": [SOFT_PART, TEXT_PART]}),
+    ),
+    (
+        "steps that a population cannot share",
+        lambda p: p.recipe(population=[{"name": "a"}, {"name": "b"}]),
+    ),
+    (
+        "a member that changes what all share",
+        lambda p: p.recipe(population=[{"name": "a", "changes": {"sampling.top_p": 0.9}}]),
+    ),
+    (
+        "a population without held-out queries",
+        lambda p: p.recipe(population=[{"name": "a"}], data__heldout=0),
+    ),
+    (
+        "an evaluation without held-out queries",
+        lambda p: ("eval", "run/artifact", "--recipe", "recipe.yaml", "--set", "data.heldout=0"),
+    ),
 ]
 MODELS = [
     ("a path with a typo", lambda p: p.recipe(model__path="modle")),
@@ -192,6 +265,10 @@ MODELS = [
     ("a revision of a local folder", lambda p: p.recipe(model__revision="main")),
     ("a device that does not exist", lambda p: p.recipe(model__device="gpu")),
     ("float16 on the CPU", lambda p: p.recipe(model__dtype="float16")),
+    (
+        "C++ kernels for float32",
+        lambda p: p.recipe(model__cpu_kernels="on", model__dtype="float32"),
+    ),
     ("a tokenizer without chat template", _no_template),
     (
         "a chat template without a place for the system message",
@@ -225,6 +302,33 @@ REWARDS = [
         "a column that the data does not have",
         lambda p: p.reward("def reward(completions, answer):\n    return [0.0]\n"),
     ),
+    ("a constraint without a limit", lambda p: p.recipe(rewards__1__role="constraint")),
+    ("a limit of a reward that is no constraint", lambda p: p.recipe(rewards__0__limit=0.1)),
+    ("a reward that TRL does not ship", lambda p: p.recipe(rewards=[{"path": "trl:think_format"}])),
+    (
+        "verl's function without the column it needs",
+        lambda p: p.reward(
+            "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
+            "    return 1.0\n",
+            rewards=[{"path": "reward.py:compute_score", "adapter": "verl"}],
+        ),
+    ),
+    (
+        "a guard whose gold reward is trained on",
+        lambda p: p.recipe(guards=[{"type": "parting", "name": "hacked", "gold": "vowels"}]),
+    ),
+    (
+        "a guard that watches a metric nobody logs",
+        lambda p: p.recipe(
+            guards=[{"type": "limit", "name": "long", "metric": "lenght", "above": 1, "window": 2}]
+        ),
+    ),
+    (
+        "an artifact chosen by a reward that is not there",
+        lambda p: p.recipe(evaluation__select_by="vowel"),
+    ),
+    ("a reward to check that is not there", lambda p: ("reward", "check", "mine.py")),
+    ("pairs that are no pairs", lambda p: p.pairs("{}")),
 ]
 
 
@@ -369,6 +473,7 @@ CLUSTER = [
 ]
 SECTIONS: dict[str, list[tuple[str, Callable[[Project], Sequence[str]]]]] = {
     "Recipes": RECIPES,
+    "Prompts": PROMPTS,
     "Models": MODELS,
     "Rewards": REWARDS,
     "Rewards that ask a model": ASKING,

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from rlprompt.commands.schema import recipe_schema
+from rlprompt.recipe import Recipe
 from tests.docs.pages import check_page, code
 
 HEAD = """# Recipe reference
@@ -94,7 +94,7 @@ def rows(
 
 
 def reference() -> str:
-    schema = recipe_schema()
+    schema = Recipe.model_json_schema()
     parts = [HEAD]
     for key, entry in schema["properties"].items():
         part = {"properties": {key: entry}, "required": schema.get("required", [])}

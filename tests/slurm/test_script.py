@@ -123,3 +123,8 @@ def test_a_percent_sign_in_a_path_is_no_pattern_of_slurm() -> None:
     script = train_script(one_job(folder=Path("/runs/50%j/slurm")))
     assert '--output="/runs/50%%j/slurm/job_%j.log"' in script
     assert f"JOB={shlex.quote('/runs/50%j/slurm')}/job_" in script
+
+
+def test_the_example_of_a_cluster_file_loads() -> None:
+    path = Path(__file__).parents[2] / "slurm" / "cluster.example.yaml"
+    assert load_cluster(path, {}).num_ranks == 16

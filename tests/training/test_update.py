@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -13,6 +14,7 @@ from rlprompt.algorithms.base import MicroSignal, TokenLosses
 from rlprompt.algorithms.grpo import GRPO, GRPOSettings
 from rlprompt.engines.native import NativeEngine
 from rlprompt.engines.sampling import SamplingSettings
+from rlprompt.model.tree import TokenTree
 from rlprompt.policy import Policy, TokenScores
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.soft import SoftSettings
@@ -142,6 +144,49 @@ def test_every_update_gets_its_own_rate_and_moves_the_prompt() -> None:
     assert metrics["lr"] == 0.3 and list(rates) == []
     assert not torch.equal(policy.parameters()[0], before)
     assert set(clock.seconds) == {"prefill", "forward", "backward", "optimizer"}
+
+
+class SmallMemory(Policy):
+    """A policy on a machine whose memory holds a number of packed tokens."""
+
+    room = 0
+    raises: type[RuntimeError] = torch.OutOfMemoryError
+
+    def logprobs(self, tree: TokenTree, *args: Any, **kwargs: Any) -> TokenScores:
+        if len(tree.token_ids) > self.room:
+            raise self.raises("DefaultCPUAllocator: can't allocate memory")
+        return super().logprobs(tree, *args, **kwargs)
+
+
+@pytest.mark.parametrize("raises", [torch.OutOfMemoryError, RuntimeError])
+def test_out_of_memory_halves_the_micro_batches_and_changes_no_result(
+    raises: type[RuntimeError], caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts, metrics = [], []
+    batch = sampled_batch(tiny_policy(), count=6)
+    for room in (10**6, 150):
+        policy = tiny_policy()
+        policy.__class__ = SmallMemory
+        assert isinstance(policy, SmallMemory)
+        policy.room, policy.raises = room, raises
+        with caplog.at_level(logging.WARNING):
+            metrics.append(
+                learn(policy, batch, reference=NonePrompt(), kl_coef=0.1, lr=0.1, budget=1024)
+            )
+        prompts.append(policy.parameters()[0].detach())
+    warned = [r.getMessage() for r in caplog.records if "out of memory" in r.getMessage()]
+    assert warned[-1] == "out of memory: micro-batches have 128 tokens from now on"
+    assert len(warned) == 3
+    assert (prompts[0] - prompts[1]).abs().max() < 1e-5
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-4, abs=1e-5)
+
+
+def test_memory_that_holds_no_micro_batch_is_an_error() -> None:
+    policy = tiny_policy()
+    batch = sampled_batch(policy)
+    policy.__class__ = SmallMemory
+    with pytest.raises(torch.OutOfMemoryError):
+        learn(policy, batch, budget=1024)
 
 
 def test_kl_is_measured_to_the_reference() -> None:

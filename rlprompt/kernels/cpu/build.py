@@ -31,6 +31,7 @@ _FLAGS = (
     "-O3",
     "-fPIC",
     "-fopenmp",
+    "-ffp-contract=fast",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-Wno-ignored-attributes",

@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 namespace rlprompt {
@@ -130,8 +131,8 @@ inline vec load(const float* p) {
 inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof(vec)); }
 
 // MR rows times NV vectors of C (+)= A B; A is read one number at a time by strides.
-template <int MR, int NV>
-inline void tile(int64_t k, const float* a, int64_t row_a, int64_t col_a, const float* b,
+template <int MR, int NV, typename B>
+inline void tile(int64_t k, const float* a, int64_t row_a, int64_t col_a, const B* b,
                  int64_t ldb, float* c, int64_t ldc, bool add) {
   vec acc[MR][NV];
   for (int i = 0; i < MR; ++i)
@@ -148,9 +149,9 @@ inline void tile(int64_t k, const float* a, int64_t row_a, int64_t col_a, const 
     for (int j = 0; j < NV; ++j) store(c + i * ldc + j * kLanes, acc[i][j]);
 }
 
-template <int NV>
+template <int NV, typename B>
 inline void columns(int64_t m, int64_t k, const float* a, int64_t row_a, int64_t col_a,
-                    const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+                    const B* b, int64_t ldb, float* c, int64_t ldc, bool add) {
   int64_t i = 0;
   for (; i + 6 <= m; i += 6)
     tile<6, NV>(k, a + i * row_a, row_a, col_a, b, ldb, c + i * ldc, ldc, add);
@@ -159,9 +160,11 @@ inline void columns(int64_t m, int64_t k, const float* a, int64_t row_a, int64_t
   for (; i < m; ++i) tile<1, NV>(k, a + i * row_a, row_a, col_a, b, ldb, c + i * ldc, ldc, add);
 }
 
-// C [m, n] (+)= A [m, k] B [k, n] in float32; n is a multiple of kLanes.
+// C [m, n] (+)= A [m, k] B [k, n] in float32, each number a sum in the order of k; n is a multiple
+// of kLanes.
+template <typename B>
 inline void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t row_a, int64_t col_a,
-                    const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+                    const B* b, int64_t ldb, float* c, int64_t ldc, bool add) {
   int64_t j = 0;
   for (; j + 4 * kLanes <= n; j += 4 * kLanes)
     columns<4>(m, k, a, row_a, col_a, b + j, ldb, c + j, ldc, add);
@@ -170,18 +173,61 @@ inline void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t row
   for (; j < n; j += kLanes) columns<1>(m, k, a, row_a, col_a, b + j, ldb, c + j, ldc, add);
 }
 
-// The sum of all lanes, by halves.
-inline float total(vec v) {
-  typedef float half __attribute__((vector_size(2 * kLanes)));
-  typedef float quarter __attribute__((vector_size(kLanes)));
-  half h[2];
-  std::memcpy(h, &v, sizeof(v));
-  const half two = h[0] + h[1];
-  quarter q[2];
-  std::memcpy(q, &two, sizeof(two));
-  const quarter four = q[0] + q[1];
-  return (four[0] + four[2]) + (four[1] + four[3]);
+// One step of a transposition: swaps the places whose row and column differ in bit H.
+template <int H>
+inline void swap_bit(vec* rows) {
+  int_vec low, high;
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = (i & H) ? kLanes + i - H : i;
+    high[i] = (i & H) ? kLanes + i : i + H;
+  }
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & H) continue;
+    const vec a = rows[i], b = rows[i + H];
+    rows[i] = __builtin_shuffle(a, b, low);
+    rows[i + H] = __builtin_shuffle(a, b, high);
+  }
 }
+
+inline void transpose(vec* rows) {
+  swap_bit<8>(rows);
+  swap_bit<4>(rows);
+  swap_bit<2>(rows);
+  swap_bit<1>(rows);
+}
+
+// Up to kLanes rows of `dim` numbers, row(i) each, become columns of out [dim, width].
+template <typename T, typename F>
+inline void write_columns(const F& row, int64_t count, int64_t dim, float* out, int64_t width) {
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    vec square[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) square[i] = i < count ? load(row(i) + d) : vec{};
+    transpose(square);
+    for (int64_t i = 0; i < kLanes; ++i) store(out + (d + i) * width, square[i]);
+  }
+}
+
+// Softmax over the first `count` of `wide` scores, with the plain path's roundings; zeros behind.
+// Not inlined, so that decoding and training get the same bits.
+template <typename T>
+__attribute__((noinline)) void softmax(float* row, int64_t count, int64_t wide) {
+  float top = -std::numeric_limits<float>::infinity(), mass = 0.0f;
+#pragma omp simd reduction(max : top)
+  for (int64_t s = 0; s < count; ++s) {
+    row[s] = rounded<T>(row[s]);
+    top = std::max(top, row[s]);
+  }
+#pragma omp simd reduction(+ : mass)
+  for (int64_t s = 0; s < count; ++s) {
+    row[s] = exponential(row[s] - top);
+    mass += row[s];
+  }
+#pragma omp simd
+  for (int64_t s = 0; s < count; ++s) row[s] = rounded<T>(row[s] / mass);
+  std::fill(row + count, row + wide, 0.0f);
+}
+
+inline int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 // One head's dims [D]: out = x * cos + rotate_half(x) * sin; transposed where `back`.
 template <typename T>
@@ -200,6 +246,5 @@ inline void rotate(const T* x, const T* cos, const T* sin, T* out, int64_t dim, 
   }
 }
 
-inline int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 }  // namespace rlprompt

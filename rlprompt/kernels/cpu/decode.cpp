@@ -10,8 +10,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 
-#include <limits>
-
 namespace rlprompt {
 
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps);
@@ -40,11 +38,19 @@ at::Tensor project(const at::Tensor& x, const at::Tensor& weight,
   return stack[0].toTensor();
 }
 
-// Where the columns of a cache stand: [prefix | padding of each row | seen up to `column`].
+// Where the columns of a cache stand: [prefix | padding of each row | seen up to `column`]. The
+// first `shared` columns of a row are those of its leader, which are read in their place: they stay
+// in the processor's cache when all rows of a group read one copy.
 struct Columns {
-  int64_t prefix, column, capacity;
-  const int64_t* padding;
+  int64_t prefix, column, capacity, shared;
+  const int64_t *padding, *leaders;
 };
+
+Columns columns_of(const at::Tensor& cache, const at::Tensor& table, at::IntArrayRef place) {
+  TORCH_CHECK(table.size(0) == 2 && table.is_contiguous(), "rows want padding and leaders");
+  const int64_t* rows = data<int64_t>(table);
+  return {place[0], place[2], cache.size(3), place[1], rows, rows + table.size(1)};
+}
 
 // What one step does between the products of a layer.
 template <typename T>
@@ -55,37 +61,36 @@ struct Step {
   int64_t share, dim;
   float scaling;
 
-  // Scores of `seen` keys for all queries of one key/value head, then their outputs.
-  void run(int64_t row, int64_t head, T* keys, T* values, std::vector<float>& space) const {
+  // Scores of `seen` keys for all queries of one key/value head, then their outputs. Keys and values
+  // are the row's own, the shared ones their leader's.
+  void run(int64_t row, int64_t head, T* keys, T* values, const T* shared_keys,
+           const T* shared_values, std::vector<float>& space) const {
     const int64_t first = at.prefix + at.padding[row], seen = at.prefix + at.column + 1 - first;
     const int64_t wide = padded(seen);
-    space.resize(share * (wide + 2 * dim));
+    space.resize(share * (wide + 2 * dim) + dim * wide);
     float *scores = space.data(), *q = scores + share * wide, *sums = q + share * dim;
+    float* columns = sums + share * dim;
     write_column(row, head, keys, values);
     T turned[kMostDims];
     for (int64_t h = 0; h < share; ++h) {
       const T* from = turn(query.at(row, head * share + h), row, turned);
       for (int64_t d = 0; d < dim; ++d) q[h * dim + d] = rounded<T>(widen(from[d]) * scaling);
     }
-    for (int64_t j = 0; j < seen; ++j) {
-      const T* k = keys + (j < at.prefix ? j : j - at.prefix + first) * dim;
-      for (int64_t h = 0; h < share; ++h) {
-        vec dots{};
-        for (int64_t d = 0; d < dim; d += kLanes) dots += load(q + h * dim + d) * load(k + d);
-        scores[h * wide + j] = rounded<T>(total(dots));
-      }
-    }
-    for (int64_t h = 0; h < share; ++h) softmax(scores + h * wide, seen);
-    std::fill(sums, sums + share * dim, 0.0f);
-    for (int64_t j = 0; j < seen; ++j) {
-      const T* v = values + (j < at.prefix ? j : j - at.prefix + first) * dim;
-      for (int64_t h = 0; h < share; ++h) {
-        const float weight = scores[h * wide + j];
-        float* sum = sums + h * dim;
-        for (int64_t d = 0; d < dim; d += kLanes)
-          store(sum + d, load(sum + d) + weight * load(v + d));
-      }
-    }
+    const auto key_at = [&](int64_t j) -> const T* {
+      const int64_t place = j < at.prefix ? j : j - at.prefix + first;
+      return (place < at.shared ? shared_keys : keys) + place * dim;
+    };
+    for (int64_t j = 0; j < seen; j += kLanes)
+      write_columns<T>([&](int64_t i) { return key_at(j + i); },
+                       std::min<int64_t>(kLanes, seen - j), dim, columns + j, wide);
+    product(share, wide, dim, q, dim, 1, columns, wide, scores, wide, false);
+    for (int64_t h = 0; h < share; ++h) softmax<T>(scores + h * wide, seen, wide);
+    const int64_t query = at.shared - first, own = at.column + 1 - at.shared;
+    product(share, dim, at.prefix, scores, wide, 1, shared_values, dim, sums, dim, false);
+    product(share, dim, query, scores + at.prefix, wide, 1, shared_values + first * dim, dim, sums,
+            dim, true);
+    product(share, dim, own, scores + at.prefix + query, wide, 1, values + at.shared * dim, dim,
+            sums, dim, true);
     for (int64_t h = 0; h < share; ++h) {
       T* to = out.at(row, head * share + h);
       for (int64_t d = 0; d < dim; ++d) to[d] = narrow<T>(sums[h * dim + d]);
@@ -106,20 +111,15 @@ struct Step {
     std::memcpy(keys + at.column * dim, turn(key.at(row, head), row, turned), dim * sizeof(T));
     std::memcpy(values + at.column * dim, value.at(row, head), dim * sizeof(T));
   }
-
-  static void softmax(float* row, int64_t count) {
-    float top = -std::numeric_limits<float>::infinity(), mass = 0.0f;
-#pragma omp simd reduction(max : top)
-    for (int64_t j = 0; j < count; ++j) top = std::max(top, row[j]);
-#pragma omp simd reduction(+ : mass)
-    for (int64_t j = 0; j < count; ++j) {
-      row[j] = exponential(row[j] - top);
-      mass += row[j];
-    }
-#pragma omp simd
-    for (int64_t j = 0; j < count; ++j) row[j] = rounded<T>(row[j] / mass);
-  }
 };
+
+// Asks for the own columns of a row and head, which stand too far apart for the hardware to guess.
+template <typename T>
+void prefetch(const T* rows, const Columns& at, int64_t dim) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (const T* p = rows + at.shared * dim; p < rows + at.column * dim; p += kLine)
+    __builtin_prefetch(p);
+}
 
 // Writes the new column of one layer and attends: [B, H, D]. Queries [B, H, D], key and value
 // [B, H_kv, D]; cos and sin [B, D], or empty where queries and keys are turned already.
@@ -140,9 +140,16 @@ at::Tensor attend_layer(const at::Tensor& query, const at::Tensor& key, const at
     T* values = keys + cache.size(0) / 2 * cache.stride(0);
     at::parallel_for(0, rows * kv_heads, 1, [&](int64_t begin, int64_t end) {
       std::vector<float> space;
-      for (int64_t task = begin; task < end; ++task)
-        step.run(task / kv_heads, task % kv_heads, keys + task * stride, values + task * stride,
-                 space);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t row = task / kv_heads, head = task % kv_heads;
+        if (task + 1 < end) {
+          prefetch(keys + (task + 1) * stride, at, dim);
+          prefetch(values + (task + 1) * stride, at, dim);
+        }
+        const int64_t leader = (at.leaders[row] * kv_heads + head) * stride;
+        step.run(row, head, keys + task * stride, values + task * stride, keys + leader,
+                 values + leader, space);
+      }
     });
   });
   return out;
@@ -156,13 +163,13 @@ constexpr int64_t kPerLayer = 10;  // see decode_step
 //
 // residual: embeddings [B, d], overwritten. weights, ten per layer: norm, qkv and its bias, output
 // and its bias, norm, gate and up in one and their bias, down and its bias; then the final norm.
-// cache [2 L, rows >= B, H_kv, capacity, D], keys of all layers first. padding int64 [B].
+// cache [2 L, rows >= B, H_kv, capacity, D], keys of all layers first. table int64 [2, at least B]:
+// padding and leader of each row (see Columns). place: prefix, shared and the column to write.
 at::Tensor decode_step(at::Tensor& residual, const Weights& weights, at::Tensor& cache,
-                       const at::Tensor& padding, int64_t prefix, int64_t column,
-                       const at::Tensor& cos, const at::Tensor& sin, double scaling, double eps) {
+                       const at::Tensor& table, at::IntArrayRef place, const at::Tensor& cos, const at::Tensor& sin, double scaling, double eps) {
   const int64_t rows = residual.size(0), layers = cache.size(0) / 2;
   const int64_t kv_heads = cache.size(2), dim = cache.size(4);
-  const Columns at{prefix, column, cache.size(3), data<int64_t>(padding)};
+  const Columns at = columns_of(cache, table, place);
   TORCH_CHECK(static_cast<int64_t>(weights.size()) == kPerLayer * layers + 1, "weights missing");
   const auto part = [&](int64_t i) { return std::optional<at::Tensor>(weights.get(i)); };
   at::Tensor normed = rms_norm(residual, *part(0), eps);
@@ -185,9 +192,9 @@ at::Tensor decode_step(at::Tensor& residual, const Weights& weights, at::Tensor&
 
 // One layer's decode attention, [B, H, D]; writes the cache's column. See decode_step.
 at::Tensor decode_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                            at::Tensor& cache, int64_t layer, const at::Tensor& padding,
-                            int64_t prefix, int64_t column, double scaling) {
-  const Columns at{prefix, column, cache.size(3), data<int64_t>(padding)};
+                            at::Tensor& cache, int64_t layer, const at::Tensor& table,
+                            at::IntArrayRef place, double scaling) {
+  const Columns at = columns_of(cache, table, place);
   const at::Tensor none = at::empty({0}, query.options());
   return attend_layer(query, key, value, none, none, cache, layer, scaling, at);
 }
@@ -195,11 +202,11 @@ at::Tensor decode_attention(const at::Tensor& query, const at::Tensor& key, cons
 TORCH_LIBRARY_FRAGMENT(rlprompt_cpu, m) {
   m.def(
       "decode_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) cache, int layer, "
-      "Tensor padding, int prefix, int column, float scaling) -> Tensor",
+      "Tensor table, int[] place, float scaling) -> Tensor",
       &decode_attention);
   m.def(
-      "decode_step(Tensor(a!) residual, Tensor?[] weights, Tensor(b!) cache, Tensor padding, "
-      "int prefix, int column, Tensor cos, Tensor sin, float scaling, float eps) -> Tensor",
+      "decode_step(Tensor(a!) residual, Tensor?[] weights, Tensor(b!) cache, Tensor table, "
+      "int[] place, Tensor cos, Tensor sin, float scaling, float eps) -> Tensor",
       &decode_step);
 }
 

@@ -60,21 +60,24 @@ at::Tensor rms_norm_backward(const at::Tensor& grad, const at::Tensor& x, const 
     const T *from = data<T>(x), *by = data<T>(weight), *up = data<T>(grad);
     T* to = data_out<T>(out);
     at::parallel_for(0, rows, kGrain, [&](int64_t begin, int64_t end) {
+      std::vector<float> wide(2 * width);
+      float *g = wide.data(), *h = g + width;
       for (int64_t r = begin; r < end; ++r) {
         const T *xr = from + r * width, *gr = up + r * width;
         T* dr = to + r * width;
         const float scale =
             1.0f / std::sqrt(mean_square(xr, width) + static_cast<float>(eps));
-        float dot = 0.0f;
-#pragma omp simd reduction(+ : dot)
-        for (int64_t i = 0; i < width; ++i)
-          dot += rounded<T>(widen(gr[i]) * widen(by[i])) * widen(xr[i]);
-        const float pull = dot * scale * scale * scale / static_cast<float>(width);
 #pragma omp simd
         for (int64_t i = 0; i < width; ++i) {
-          const float g = rounded<T>(widen(gr[i]) * widen(by[i]));
-          dr[i] = narrow<T>(g * scale - widen(xr[i]) * pull);
+          g[i] = rounded<T>(widen(gr[i]) * widen(by[i]));
+          h[i] = widen(xr[i]);
         }
+        float dot = 0.0f;
+#pragma omp simd reduction(+ : dot)
+        for (int64_t i = 0; i < width; ++i) dot += g[i] * h[i];
+        const float pull = dot * scale * scale * scale / static_cast<float>(width);
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) dr[i] = narrow<T>(g[i] * scale - h[i] * pull);
       }
     });
   });

@@ -24,10 +24,16 @@ logger = logging.getLogger(__name__)
 Choice = Literal["auto", "on", "off"]
 LANES = 16
 """Head dims are a multiple of it."""
+_MOST_DIMS = 512
+
+
+def serves_dim(dim: int) -> bool:
+    """Whether the attention kernels take heads of this size."""
+    return dim % LANES == 0 and dim <= _MOST_DIMS
 
 
 def status(folder: Path) -> tuple[bool, str]:
-    """Whether the kernels can be used here, and a sentence about it; builds them if need be."""
+    """Whether the kernels can be used here, or why not; builds them if need be."""
     return _loaded(folder)
 
 
@@ -37,7 +43,10 @@ def outlook(folder: Path) -> str:
         built = build.is_built(folder)
     except build.BuildError as error:
         return f"not used: {error}"
-    return status(folder)[1] if built else "built at the first run in bfloat16"
+    if not built:
+        return "built at the first run in bfloat16"
+    usable, why = status(folder)
+    return "used" if usable else f"not used: {why}"
 
 
 @cache
@@ -46,10 +55,13 @@ def _loaded(folder: Path) -> tuple[bool, str]:
         build.load(folder)
         _check()
     except build.BuildError as error:
-        return False, f"not used: {error}"
+        return False, str(error)
     except (RuntimeError, AssertionError) as error:
-        return False, f"not used: they fail their check ({str(error).splitlines()[0][:200]})"
-    return True, "used"
+        return (
+            False,
+            f"they fail their check ({(str(error).splitlines() or [type(error).__name__])[0]})",
+        )
+    return True, ""
 
 
 def choose(choice: Choice, folder: Path, dtype: torch.dtype, device: torch.device) -> bool:
@@ -67,13 +79,17 @@ def choose(choice: Choice, folder: Path, dtype: torch.dtype, device: torch.devic
     if choice == "off":
         return False
     if device.type != "cpu" or dtype != torch.bfloat16:
-        usable, why = False, f"not used: they serve bfloat16 on a CPU, this base is {dtype}"
-        why = f"{why} on {device.type}"
+        precision = str(dtype).removeprefix("torch.")
+        usable = False
+        why = f"they serve bfloat16 on a CPU, and this base is {precision} on {device.type}"
     else:
         usable, why = status(folder)
     if not usable and choice == "on":
-        raise InputError(f"model.cpu_kernels is on, but the CPU kernels are {why}")
-    logger.info("CPU kernels: %s", why)
+        raise InputError(
+            f"model.cpu_kernels is on, but the C++ kernels cannot be used: {why}; mend that, or "
+            "set it to auto"
+        )
+    logger.info("C++ kernels: %s", "used" if usable else f"not used, {why}")
     return usable
 
 
@@ -220,8 +236,8 @@ def decode_attention(
     tensors: tuple[Tensor, Tensor, Tensor],
     cache: Tensor,
     layer: int,
-    padding: Tensor,
-    place: tuple[int, int],
+    table: Tensor,
+    place: tuple[int, int, int],
     scaling: float,
 ) -> Tensor:
     """Write one column of a layer's cache and attend to what each row sees of it.
@@ -230,14 +246,15 @@ def decode_attention(
         tensors: q [B, H, D], k and v [B, H_kv, D] of one new token per row.
         cache: [2 L, at least B, H_kv, S, D], dense, keys of all layers first.
         layer: which one.
-        padding: int64 [B] or longer, unseen columns behind the prefix.
-        place: prefix columns, and the column to write.
+        table: int64 [2, B or more], dense: of each row, its unseen columns behind the prefix, and
+            the row whose shared columns are read in place of its own, which are equal.
+        place: prefix columns, shared columns (prefix, padding and query), and the column to write.
         scaling: factor on the scores.
 
     Returns:
         [B, H, D].
     """
-    out: Tensor = _ops().decode_attention(*tensors, cache, layer, padding, *place, scaling)
+    out: Tensor = _ops().decode_attention(*tensors, cache, layer, table, list(place), scaling)
     return out
 
 

@@ -12,8 +12,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
-#include <limits>
-
 namespace rlprompt {
 namespace {
 
@@ -69,16 +67,19 @@ struct Block {
     const int64_t shared = z.prefix + span.parent_length, seen = shared + span.length;
     width = padded(seen);
     if (want_rows) rows.resize(seen * z.dim);
-    if (want_columns) columns.assign(z.dim * width, 0.0f);
-    for (int64_t s = 0; s < seen; ++s) {
-      const T* from = s < z.prefix ? prefix + (head * z.prefix + s) * z.dim
-                      : s < shared ? own.at(span.parent + s - z.prefix, head)
-                                   : own.at(span.start + s - shared, head);
-      if (want_rows)
-        for (int64_t d = 0; d < z.dim; d += kLanes) store(&rows[s * z.dim + d], load(from + d));
-      if (want_columns)
-        for (int64_t d = 0; d < z.dim; ++d) columns[d * width + s] = widen(from[d]);
-    }
+    if (want_columns) columns.resize(z.dim * width);
+    const auto row = [&](int64_t s) -> const T* {
+      return s < z.prefix ? prefix + (head * z.prefix + s) * z.dim
+             : s < shared ? own.at(span.parent + s - z.prefix, head)
+                          : own.at(span.start + s - shared, head);
+    };
+    if (want_rows)
+      for (int64_t s = 0; s < seen; ++s)
+        for (int64_t d = 0; d < z.dim; d += kLanes) store(&rows[s * z.dim + d], load(row(s) + d));
+    if (want_columns)
+      for (int64_t s = 0; s < seen; s += kLanes)
+        write_columns<T>([&](int64_t i) { return row(s + i); }, std::min<int64_t>(kLanes, seen - s),
+                         z.dim, &columns[s], width);
   }
 };
 
@@ -105,26 +106,7 @@ struct Tile {
     product(rows, wide, z.dim, q.data(), z.dim, 1, keys.columns.data(), keys.width, weights.data(),
             wide, false);
     for (int64_t r = 0; r < rows; ++r)
-      softmax<T>(&weights[r * wide], shared + first + r % tokens + 1);
-  }
-
- private:
-  template <typename T>
-  void softmax(float* row, int64_t count) const {
-    float top = -std::numeric_limits<float>::infinity(), mass = 0.0f;
-#pragma omp simd reduction(max : top)
-    for (int64_t s = 0; s < count; ++s) {
-      row[s] = rounded<T>(row[s]);
-      top = std::max(top, row[s]);
-    }
-#pragma omp simd reduction(+ : mass)
-    for (int64_t s = 0; s < count; ++s) {
-      row[s] = exponential(row[s] - top);
-      mass += row[s];
-    }
-#pragma omp simd
-    for (int64_t s = 0; s < count; ++s) row[s] = rounded<T>(row[s] / mass);
-    std::fill(row + count, row + wide, 0.0f);
+      softmax<T>(&weights[r * wide], shared + first + r % tokens + 1, wide);
   }
 };
 

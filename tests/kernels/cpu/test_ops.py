@@ -142,9 +142,12 @@ def test_gradients_of_the_shared_keys_do_not_depend_on_threads() -> None:
 def test_decode_attention(share: int) -> None:
     rows, kv_heads, dim, prefix, column, capacity = 3, 2, 48, 4, 11, 13
     cache = randn(2 * 2, rows + 1, kv_heads, capacity, dim)
-    padding = torch.tensor([0, 2, 3, 1])
+    padding, shared = torch.tensor([0, 2, 3, 1]), 9
+    cache[:, 2, :, :shared] = cache[:, 1, :, :shared]  # one group: row 1 leads row 2
+    padding[2] = padding[1]
+    table = torch.stack([padding, torch.tensor([0, 1, 1, 0])])
     q, k, v = (randn(rows, h, dim) for h in (kv_heads * share, kv_heads, kv_heads))
-    ours = ops.decode_attention((q, k, v), cache, 1, padding, (prefix, column), dim**-0.5)
+    ours = ops.decode_attention((q, k, v), cache, 1, table, (prefix, shared, column), dim**-0.5)
     keys, values = cache[1, :rows], cache[3, :rows]
     assert torch.equal(keys[:, :, column], k) and torch.equal(values[:, :, column], v)
     place = torch.arange(capacity)
@@ -211,7 +214,7 @@ def test_a_missing_compiler_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> 
     folder = FOLDER / "nowhere"
     usable, why = ops.status(folder)
     assert not usable
-    assert why == "not used: there is no C++ compiler (no-such-compiler); install g++"
+    assert why == "there is no C++ compiler (no-such-compiler); install g++"
     assert not ops.choose("auto", folder, torch.bfloat16, CPU)
     with pytest.raises(InputError, match="no C\\+\\+ compiler"):
         ops.choose("on", folder, torch.bfloat16, CPU)

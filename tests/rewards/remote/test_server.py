@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,12 +26,16 @@ from tests.cli.runs import rlprompt
 
 REWARD = """
 import time
+from pathlib import Path
 
 def reward(prompts, completions, completion_ids, label=None, trainer_state=None, log_extra=None):
     assert isinstance(completions, list)
     texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
     if "slow" in texts:
-        time.sleep(0.5)
+        here, deadline = Path(__file__).parent, time.monotonic() + 60
+        (here / "started").touch()
+        while not (here / "go").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
     if "broken" in texts:
         raise ValueError("no number")
     log_extra("steps", [trainer_state.global_step] * len(texts))
@@ -143,9 +148,12 @@ def test_too_many_waiting_are_sent_away_and_the_client_comes_back(tmp_path: Path
     with serving(tmp_path, max_waiting=1) as server:
         first = threading.Thread(target=post, args=(server, request))
         first.start()
-        while server.waiting.acquire(blocking=False):
-            server.waiting.release()
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "started").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         assert post(server, request)[0] == 503
+        threading.Timer(0.3, (tmp_path / "go").touch).start()
         group = Group(
             Query(({"role": "user", "content": "q"},)), (Completion((2,), (0.0,), "a", True),)
         )

@@ -1,0 +1,262 @@
+"""A base of which every rank holds a part: DeepSpeed ZeRO-3 over frozen weights, no optimizer.
+
+Only the frozen base goes into DeepSpeed. The prompt stays a plain tensor outside, so checkpoints
+and optimizers know nothing of shards. Weights are cut up while they are read, one tensor at a time:
+no rank ever holds more than its part and one tensor. Decoder layers are gathered by DeepSpeed's
+hooks while they run, forward and backward; embedding and LM head are gathered here, while used.
+
+Gathering is a meeting of all ranks, so all of them must run the same layers in the same order. Who
+runs the base (updates, rollouts, probes) keeps that.
+
+This is the only module that imports DeepSpeed. Letters: d model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from rlprompt.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+_FREE_SHARE = 0.5
+"""A whole base may take this share of the free memory for a rollout."""
+
+
+@dataclass(frozen=True)
+class ShardSettings:
+    """How a base is cut up; the recipe's `distributed` says it."""
+
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    nvme_path: str | None = None
+    secondary_shards: int | None = None
+    gather: Literal["auto", "whole", "layers"] = "auto"
+
+
+class Shards:
+    """This rank's part of a base, and how the base is made whole for a while."""
+
+    def __init__(self, model: PreTrainedModel, engine: Any, settings: ShardSettings) -> None:
+        """Take over a model that `read_sharded_model` made."""
+        self.body: nn.Module = engine.module
+        self._engine = engine
+        self._parameters: list[Any] = list(model.parameters())
+        ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+        self._ends: list[Any] = [p for end in ends if end is not None for p in end.parameters()]
+        self._gather = settings.gather
+
+    @property
+    def bytes_on_rank(self) -> int:
+        """Bytes of the base's weights that this rank keeps."""
+        return sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in self._parameters)
+
+    @property
+    def bytes_whole(self) -> int:
+        """Bytes of all weights."""
+        return sum(p.ds_numel * p.ds_tensor.element_size() for p in self._parameters)
+
+    @property
+    def rolls_out_whole(self) -> bool:
+        """Whether rollouts gather the base once rather than layer by layer at every token.
+
+        `auto` does so when the whole base takes at most half of the memory that is free. Ranks must
+        agree on the answer.
+        """
+        if self._gather != "auto":
+            return self._gather == "whole"
+        return self.bytes_whole <= _FREE_SHARE * _free_bytes(self._parameters[0].device)
+
+    def ends(self) -> AbstractContextManager[None]:
+        """A context in which embedding and LM head are whole."""
+        return gathered(self._ends)
+
+    def rollout(self, whole: bool) -> AbstractContextManager[None]:
+        """A context for a rollout; `whole` as all ranks agreed."""
+        return self._whole() if whole else self.ends()
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """The whole base on every rank, with nothing left to gather while it runs."""
+        hooks = self._engine.optimizer  # what DeepSpeed calls it when there is no optimizer
+        hooks._remove_module_hooks()
+        try:
+            with gathered(self._parameters):
+                yield
+        finally:
+            hooks._register_deepspeed_module(hooks.module)
+
+    def release(self) -> None:
+        """Give back what a backward has left gathered."""
+        for parameter in self._parameters:
+            if _is_whole(parameter):
+                parameter.partition()
+
+
+@contextmanager
+def gathered(parameters: Iterable[Any]) -> Iterator[None]:
+    """Parameters that are whole for a while; those of a base that is not sharded are anyway."""
+    parted = [p for p in dict.fromkeys(parameters) if hasattr(p, "ds_id") and not _is_whole(p)]
+    if not parted:
+        yield
+        return
+    parted[0].all_gather(parted)
+    try:
+        yield
+    finally:
+        parted[0].partition(parted, has_been_updated=False)
+
+
+def read_sharded_model(
+    folder: Path,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    settings: ShardSettings,
+) -> tuple[PreTrainedModel, Shards]:
+    """A model of which this rank has its part only.
+
+    The first rank reads the weights, one tensor at a time, and every rank keeps its part.
+
+    Args:
+        folder: with safetensors files.
+        config: of the model.
+        dtype: of weights and activations.
+        settings: how it is cut up.
+
+    Raises:
+        InputError: DeepSpeed is missing or cannot run here, or a weight of the model is not in the
+            files under its own name.
+    """
+    deepspeed = _deepspeed()
+    plan = _plan(settings, dtype)
+    model = _empty_model(deepspeed, config, plan)
+    _fill(deepspeed, model, folder, dtype)
+    model.requires_grad_(False)
+    model.eval()
+    root = _Root(model.get_decoder())
+    engine, *_ = deepspeed.initialize(model=root, config=plan)
+    shards = Shards(model, engine, settings)
+    logger.info(
+        "base in shards: %.1f MB on this rank, %.1f MB in all",
+        shards.bytes_on_rank / 1e6,
+        shards.bytes_whole / 1e6,
+    )
+    return model, shards
+
+
+class _Root(nn.Module):
+    """The decoder as what DeepSpeed takes for the whole model: its steps begin and end here."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.decoder(*args, **kwargs)
+
+
+def _deepspeed() -> Any:
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    try:
+        deepspeed = importlib.import_module("deepspeed")
+    except ImportError as error:
+        raise InputError(
+            "distributed.base is sharded, which needs DeepSpeed; run `pip install deepspeed`, or "
+            "set distributed.base: replicated"
+        ) from error
+    # Would be compiled for a minute at first use; it only speeds up sums on one CPU machine.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_init_required=False, verbose=False)
+    return deepspeed
+
+
+def _plan(settings: ShardSettings, dtype: torch.dtype) -> dict[str, Any]:
+    """DeepSpeed's configuration: shard everything, keep nothing that is not in use."""
+    zero: dict[str, Any] = {
+        "stage": 3,
+        # By default small tensors, and small models whole, would stay on every rank.
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_live_parameters": 0,
+        "stage3_max_reuse_distance": 0,
+        "overlap_comm": torch.cuda.is_available(),
+    }
+    if settings.offload != "none":
+        zero["offload_param"] = {"device": settings.offload, "pin_memory": True}
+        if settings.nvme_path is not None:
+            zero["offload_param"]["nvme_path"] = settings.nvme_path
+    if settings.secondary_shards is not None:
+        zero["zero_hpz_partition_size"] = settings.secondary_shards
+    plan: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "steps_per_print": 10**9,
+        "zero_optimization": zero,
+    }
+    if dtype != torch.float32:
+        plan["bf16" if dtype == torch.bfloat16 else "fp16"] = {"enabled": True}
+    return plan
+
+
+def _empty_model(deepspeed: Any, config: PretrainedConfig, plan: dict[str, Any]) -> PreTrainedModel:
+    """The modules with weights that are cut up as soon as they are made, holding anything."""
+    initialization = importlib.import_module("transformers.initialization")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
+        next((key for key in ("bf16", "fp16") if key in plan), ""), torch.float32
+    )
+    with (
+        initialization.no_init_weights(),
+        deepspeed.zero.Init(config_dict_or_path=plan, mem_efficient_linear=False),
+    ):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    assert isinstance(model, PreTrainedModel)
+    model.tie_weights()
+    return model
+
+
+def _fill(deepspeed: Any, model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+    """Read each weight on the first rank and give every rank its part."""
+    files = _where(folder)
+    is_first = torch.distributed.get_rank() == 0
+    for name, parameter in model.named_parameters():
+        if name not in files:
+            raise InputError(
+                f"the weights in {folder} have no tensor '{name}', so this model cannot be read "
+                "in shards; set distributed.base: replicated"
+            )
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if is_first:
+                with safe_open(files[name], framework="pt") as opened:
+                    parameter.data.copy_(opened.get_tensor(name).to(dtype))
+
+
+def _where(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the safetensors file that holds it."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as opened:
+            found |= dict.fromkeys(opened.keys(), path)
+    return found
+
+
+def _is_whole(parameter: Any) -> bool:
+    return bool(parameter.numel())
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    pages: int = os.sysconf("SC_AVPHYS_PAGES")
+    return pages * int(os.sysconf("SC_PAGE_SIZE"))

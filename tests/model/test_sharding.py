@@ -1,0 +1,74 @@
+"""A base in shards over two real processes: the same run, with half of the bytes on each rank."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.runs import rlprompt, write_recipe
+from tests.fixtures.ranks import run_ranks
+from tests.fixtures.tiny import save_tiny
+from tests.training.test_distributed import assert_close_runs, recipe_of
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("deepspeed")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.mark.parametrize("gather", ["whole", "layers"])
+def test_two_ranks_with_shards_are_one_rank_without(
+    gather: str, tmp_path: Path, model_dir: Path
+) -> None:
+    recipe = recipe_of(tmp_path, model_dir)
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert rlprompt("train", recipe, "-o", one).code == 0
+    ended = run_ranks(
+        2, tmp_path / "logs", "train", recipe, "-o", two,
+        "distributed.base=sharded", f"distributed.gather={gather}",
+    )  # fmt: skip
+    assert ended.codes == [0, 0], ended.logs
+    assert_close_runs(one, two)
+    whole, *_ = json.loads((one / "summary.json").read_text())["ranks"]
+    parts = json.loads((two / "summary.json").read_text())["ranks"]
+    assert len(parts) == 2
+    for part in parts:
+        assert part["base_bytes"] == pytest.approx(whole["base_bytes"] / 2, rel=0.02)
+
+
+@pytest.mark.model
+def test_smollm2_on_two_ranks_with_and_without_shards_is_one_rank(
+    tmp_path: Path, smollm2_dir: Path
+) -> None:
+    """In float32, so that the order of sums is all that differs; metrics agree to 2e-4."""
+    recipe = write_recipe(
+        tmp_path,
+        smollm2_dir,
+        sampling={"max_tokens": 6},
+        training={"steps": 2, "queries_per_step": 2, "save_every": 5},
+        evaluation={"every": 5, "completions_per_query": 1},
+        tracking={"trackers": ["jsonl"]},
+    )
+    outputs = {}
+    for name, size, base in (
+        ("one", 1, "replicated"),
+        ("two", 2, "replicated"),
+        ("parts", 2, "sharded"),
+    ):
+        outputs[name] = tmp_path / name
+        ended = run_ranks(
+            size, tmp_path / f"logs_{name}", "train", recipe, "-o", outputs[name],
+            f"distributed.base={base}",
+        )  # fmt: skip
+        assert ended.codes == [0] * size, ended.logs
+    assert_close_runs(outputs["one"], outputs["two"], tolerance=2e-4)
+    assert_close_runs(outputs["one"], outputs["parts"], tolerance=2e-4)
+    whole, *_ = json.loads((outputs["one"] / "summary.json").read_text())["ranks"]
+    for part in json.loads((outputs["parts"] / "summary.json").read_text())["ranks"]:
+        assert part["base_bytes"] == pytest.approx(whole["base_bytes"] / 2, rel=0.001)
+        assert part["peak_rss_mb"] < whole["peak_rss_mb"]
