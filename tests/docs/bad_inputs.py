@@ -358,6 +358,10 @@ def _reward_recipe(**changes: Any) -> Callable[[Project], Sequence[str]]:
 
 ASKING = [
     ("a preference model that is not there", asked("preference", path="modle")),
+    (
+        "a preference model that is yet to be trained",
+        asked("preference", path="../runs/harmlessness/model"),
+    ),
     ("a language model in place of a preference model", asked("preference", path="model")),
     ("a judge's verdicts that do not differ", asked("judge", rubric="?", verdicts={"yes": 1})),
     ("a server's address without a scheme", asked("http", url="node7:8770/score")),

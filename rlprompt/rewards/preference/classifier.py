@@ -120,7 +120,10 @@ class Classifier:
             check_folder(folder, settings.trust_remote_code)
             tokenizer = read_tokenizer(folder, settings.trust_remote_code)
         except InputError as error:
-            raise InputError(str(error).replace("model.", "")) from error
+            text = str(error).replace("model.", "")
+            if text.endswith("; correct it."):  # a folder that is not there, unlike any that is
+                text = text[:-11] + "make it with `rlprompt reward train`, or correct it"
+            raise InputError(text) from error
         model = _read(folder, dtype, settings.trust_remote_code)
         card_path = folder / CARD_FILE
         card = json.loads(card_path.read_text(encoding="utf-8")) if card_path.is_file() else {}
