@@ -98,7 +98,9 @@ def table(run: Path, data: Path) -> dict[str, Any]:
     result: dict[str, Any] = {
         key: summary[key] for key in ("steps", "best_step", "seconds", "base_fingerprint_after")
     }
-    result["base_unchanged"] = result["base_fingerprint_after"] == summary["base_fingerprint_before"]
+    result["base_unchanged"] = (
+        result["base_fingerprint_after"] == summary["base_fingerprint_before"]
+    )
     for who in (each for each in WHO if each in found):
         heldout = summary["heldout"][who]
         result[who] = {
