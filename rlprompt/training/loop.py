@@ -31,7 +31,7 @@ from rlprompt.training.parts import RunParts
 from rlprompt.training.report import write_report
 from rlprompt.training.startup import check_trainable
 from rlprompt.training.state import RunState, Stateful
-from rlprompt.training.summary import build_summary, peak_rss_mb
+from rlprompt.training.summary import build_summary, rank_memory
 from rlprompt.training.tracker import RunInfo
 from rlprompt.training.update import NotFiniteError, PhaseClock, Updater
 
@@ -295,7 +295,7 @@ class Trainer:
             fingerprint_after=verify_unchanged(parts.policy.base),
             reason=reason,
         )
-        summary["ranks"] = parts.ranks.each(self._rank_memory, "the summary")
+        summary["ranks"] = parts.ranks.each(lambda: rank_memory(parts.policy.base), "the summary")
         with ExitStack() as scratch:
             folder = self.output / "artifact"
             if not parts.ranks.is_first:
@@ -307,13 +307,6 @@ class Trainer:
             write_report(self.output)
         parts.policy.prompt.load_state_dict(last)
         return summary
-
-    def _rank_memory(self) -> dict[str, float | int]:
-        """What this rank held: bytes of the base's weights, and its peak memory."""
-        base = self.parts.policy.base
-        weights = [p.numel() * p.element_size() for p in base.model.parameters()]
-        held = sum(weights) if base.shards is None else base.shards.bytes_on_rank
-        return {"base_bytes": held, "peak_rss_mb": peak_rss_mb()}
 
     def _save_artifact(self, folder: Path, summary: dict[str, Any]) -> None:
         parts = self.parts
