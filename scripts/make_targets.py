@@ -7,8 +7,8 @@ writes beside the query sets, row by row:
 - `recipes/data/everyday_targets.jsonl`: `completion` is the hand-written answer of
   `everyday_answers.txt`, line by line; `rejected` is what the base tends to write, made by rule: an
   opening that says nothing, a remark that says little, and the answer cut off after two thirds;
-- `recipes/data/topics_targets.jsonl`: `completion` is the label, `rejected` another one, the next in
-  the list for one row and a sentence around the right label for the other.
+- `recipes/data/topics_targets.jsonl`: `completion` is the label, `rejected` the next label of the
+  list in one row, and a sentence around the right label in the other.
 """
 
 from __future__ import annotations
