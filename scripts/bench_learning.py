@@ -2,12 +2,13 @@
 
     python scripts/bench_learning.py [--json FILE] [--plot FILE.svg] [--seeds 3] [--runs DIR]
 
-Both sides learn 51 soft tokens from the same text, the recipe's own, with the same reward, the same number of queries
-and completions per step, AdamW with a constant learning rate, TRL's betas and clipping, advantages
-divided by the deviation of the batch, and no KL. The task is `recipes/topics`: name the topic of a
-message in one word. Its reward (`reward_models/topic_label.py`) pays neither silence nor a constant
-answer: a wrong label is worth nothing, and one label for all messages is right in a fifth of them.
-The held-out reward of both is measured on the same queries with the sampling of training.
+Both sides learn 51 soft tokens from the same text, the recipe's own, with the same reward, the same
+number of queries and completions per step, AdamW with a constant learning rate, TRL's betas and
+clipping, advantages divided by the deviation of the batch, and no KL. The task is `recipes/topics`:
+name the topic of a message in one word. Its reward (`reward_models/topic_label.py`) pays neither
+silence nor a constant answer: a wrong label is worth nothing, and one label for all messages is
+right in a fifth of them. The held-out reward of both is measured on the same queries with the
+sampling of training.
 
 The learning rate is chosen per side, by the same rule from the same list (`--lrs`): one run of
 `--peer-steps` steps each with a seed that is not used again; the highest mean of the last two
