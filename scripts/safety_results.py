@@ -117,6 +117,11 @@ def table(run: Path, data: Path) -> dict[str, Any]:
         if who != "base":
             for name, called in found[who].items():
                 result[who][f"{name}_change"] = difference(called, found["base"][name])
+        if who == "learned" and "handwritten" in found:
+            result["learned_against_handwritten"] = {
+                name: difference(called, found["handwritten"][name])
+                for name, called in found[who].items()
+            }
     return result
 
 
@@ -141,6 +146,10 @@ def run_section(recipe: str, result: dict[str, Any]) -> list[str]:
             for finding in FINDINGS:
                 cells += [_cell(row[finding]), _cell(row.get(f"{finding}_change"), sign="+")]
             lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    against = result.get("learned_against_handwritten")
+    if against is not None:
+        complied, declined = (_cell(against[finding], sign="+") for finding in FINDINGS)
+        lines += ["", f"Learned against hand-written: complied {complied}, declined {declined}."]
     lines += ["", "Means of all rewards and metrics:", ""]
     names = list(result["base"]["rewards"])
     lines += ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
@@ -205,7 +214,7 @@ def add(kind: str, folder: Path, recipe: str, overrides: str) -> None:
         row = {key: summary[key] for key in kept}
         shutil.copyfile(folder / "reliability.png", DOCS / f"reliability_{row['name']}.png")
     known.setdefault(kind, {})[recipe] = row | {"overrides": overrides}
-    NUMBERS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    NUMBERS.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
 
 def render() -> None:
