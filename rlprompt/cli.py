@@ -195,6 +195,24 @@ def submit(
 
 
 @app.command()
+def plan(
+    recipe: Path = typer.Argument(..., metavar="RECIPE", help="As of `rlprompt train`."),
+    overrides: list[str] = typer.Argument(
+        None, metavar="KEY=VALUE", help="Changes to the recipe, such as distributed.base=sharded."
+    ),
+    model_size: str = typer.Option(
+        "8b", "--model-size", metavar="SIZE", help="135m, 1b, 3b, 8b or 70b, in bfloat16."
+    ),
+    gpus: int = typer.Option(8, "--gpus", min=1, metavar="N", help="One rank each."),
+    gpu: str = typer.Option("h100", "--gpu", metavar="NAME", help="a100, h100, h200 or l40s."),
+) -> None:
+    """Say what a recipe would need elsewhere: memory by part, traffic, and the least time."""
+    from rlprompt.commands.plan import run
+
+    run(recipe, overrides or [], model_size=model_size, gpus=gpus, gpu=gpu)
+
+
+@app.command()
 def chat(
     artifact: Path = typer.Argument(..., metavar="ARTIFACT", help="The artifact/ folder of a run."),
     compare: bool = typer.Option(

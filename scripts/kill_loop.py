@@ -208,7 +208,6 @@ def kill_in_checkpoint(at: float) -> None:
 
     for name in ("replace", "fsync", "open"):
         setattr(os, name, counted(getattr(os, name)))
-    checkpoint.save_file = counted(checkpoint.save_file)
     checkpoint.write_atomic = counted(files.write_atomic)
     loop.save_checkpoint = save_counted
 

@@ -72,6 +72,7 @@ LAYERS = {
     "recipe_file": 1,
     "serving.": 9,
     "slurm.": 9,
+    "planning": 9,
     "chat": 9,
     "commands.": 10,
     "cli": 11,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ def show_results(folder: Path, summary: Mapping[str, Any], console: Console) -> 
         _show_samples(run, summary["best_step"], console)
     else:
         console.print("no queries were held out (data.heldout: 0), so there is nothing to compare")
+    _show_ranks(summary.get("ranks", ()), console)
     chat = shlex.join(["rlprompt", "chat", str(folder / "artifact"), "--compare"])
     console.print()
     for label, value in (
@@ -52,6 +53,20 @@ def show_results(folder: Path, summary: Mapping[str, Any], console: Console) -> 
     ):
         line = Text(f"{label:<9}", style="bold").append(str(value), style="not bold")
         console.print(line, soft_wrap=True)
+
+
+def _show_ranks(ranks: Sequence[Mapping[str, float]], console: Console) -> None:
+    """Print what each rank held, where there are several or the base is in shards."""
+    if not any(len(ranks) > 1 or each["base_bytes"] < each["base_bytes_whole"] for each in ranks):
+        return
+    console.print()
+    for number, each in enumerate(ranks):
+        held, whole = (each[key] / 2**20 for key in ("base_bytes", "base_bytes_whole"))
+        peaks = [f"peak memory {each['peak_rss_mb']:.0f} MiB"]
+        if "peak_gpu_mb" in each:
+            peaks.append(f"of the GPU {each['peak_gpu_mb']:.0f} MiB")
+        line = f"rank {number}: {held:.1f} of the base's {whole:.1f} MiB, {', '.join(peaks)}"
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 def _members(summary: Mapping[str, Any]) -> Table:

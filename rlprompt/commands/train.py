@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import shlex
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from rich.text import Text
 from rlprompt.commands.results import show_results
 from rlprompt.commands.run_output import RECIPE_FILE, check_output, claim_output, default_output
 from rlprompt.commands.terminal import report_error, setup_logging
+from rlprompt.errors import InputError
 from rlprompt.recipe import Recipe, load_recipe
 from rlprompt.recipe_build import build_run
 from rlprompt.training.distributed import RankLostError, Ranks, join_ranks
@@ -25,7 +27,8 @@ from rlprompt.training.loop import Trainer
 from rlprompt.training.population import Population
 from rlprompt.training.update import NotFiniteError
 
-_ENDINGS = ("finished", "early_stopping")
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+_ENDINGS = ("finished", "early_stopping", "max_seconds")
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,16 @@ def _train(
             summary = built.run(resume=started)
         except NotFiniteError as error:
             report_error(_stopped_at(error, built))
+            return 1
+        except OSError as error:
+            if error.errno not in _DISK_ERRORS:
+                raise
+            report_error(
+                InputError(
+                    f"the run folder '{folder}' cannot be written any more ({error.strerror}); the "
+                    "newest checkpoint is whole: make room and go on with --resume"
+                )
+            )
             return 1
     reason = summary["stopped_because"]
     again = ["rlprompt", "train", str(recipe_path), *overrides, "--output", str(folder)]

@@ -255,7 +255,8 @@ def _empty_model(
         model = kind.from_config(config, dtype=dtype)
     assert isinstance(model, PreTrainedModel)
     model.tie_weights()
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    return model
 
 
 def _fill(

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from rlprompt.errors import InputError
@@ -64,8 +64,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     try:
         temporary.mkdir()
         tensors = {k: v.detach().cpu().contiguous() for k, v in checkpoint.tensors.items()}
-        save_file(tensors, temporary / "tensors.safetensors")
-        _sync(temporary / "tensors.safetensors")
+        write_atomic(temporary / "tensors.safetensors", save(tensors))
         state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
         write_atomic(temporary / "state.json", to_json(state, indent=1))
         if target.exists():

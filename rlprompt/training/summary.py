@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import rlprompt
+from rlprompt.model.base import FrozenBase
 from rlprompt.policy import Policy
 from rlprompt.training.guards import alarms_of
 from rlprompt.training.state import Progress
@@ -55,6 +56,18 @@ def build_summary(
         "versions": _versions(),
         "machine": _machine(policy),
     }
+
+
+def rank_memory(base: FrozenBase) -> dict[str, float | int]:
+    """What this rank held: bytes of the base's weights of all there are, and its peak memory."""
+    weights = sum(p.numel() * p.element_size() for p in base.model.parameters())
+    held, whole = weights, weights
+    if base.shards is not None:
+        held, whole = base.shards.bytes_on_rank, base.shards.bytes_whole
+    memory = {"base_bytes": held, "base_bytes_whole": whole, "peak_rss_mb": peak_rss_mb()}
+    if base.device.type == "cuda":
+        memory["peak_gpu_mb"] = torch.cuda.max_memory_allocated(base.device) / 2**20
+    return memory
 
 
 def peak_rss_mb() -> float:

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 
 _BINS = 32
+_RECORD = "jsonl"
+"""The tracker that the report and a resumed run read."""
 _WITH_TABLES = ("wandb", "tensorboard")
 """Trackers that make a file, or a page of text, of every table."""
 
@@ -204,6 +206,8 @@ class TrackerGroup:
             try:
                 call(self._trackers[name])
             except Exception as error:
+                if name == _RECORD and isinstance(error, OSError):
+                    raise  # without its record a run cannot be resumed or reported
                 self._record_failure(name, error)
 
     def _record_failure(self, name: str, error: Exception) -> None:

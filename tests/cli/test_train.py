@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from rlprompt.recipe import load_recipe
+from rlprompt.training.checkpoint import load_checkpoint
 from rlprompt.training.files import read_jsonl
 from tests.cli.runs import rlprompt, write_recipe
 
@@ -318,3 +319,47 @@ def test_a_stop_signal_while_loading_leaves_nothing_behind(model_dir: Path, tmp_
     assert shown.code == 85, shown.err
     assert "stopped by SIGUSR1 before the first step" in shown.out
     assert not (tmp_path / "run").exists()
+
+
+FILLS_THE_DISK = """
+own = reward
+
+def reward(completions, trainer_state, **kwargs):
+    if trainer_state.global_step == 3:
+        try:
+            with open({filler!r}, "wb", buffering=0) as filler:
+                while True:
+                    filler.write(bytes(4096))
+        except OSError:
+            pass
+    return own(completions)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_full_disk_ends_a_run_with_a_whole_checkpoint(model_dir: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, model_dir, training__steps=5)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4M", "tmpfs", disk]
+    if subprocess.run(mount, capture_output=True, timeout=20).returncode:
+        pytest.skip("this machine lets nobody mount a disk")
+    plain, filler = (tmp_path / "reward.py").read_text(), disk / "filler"
+    (tmp_path / "reward.py").write_text(plain + FILLS_THE_DISK.format(filler=str(filler)))
+    try:
+        shown = rlprompt("train", recipe, "-o", disk / "run")
+        assert shown.code == 1
+        assert "No space left on device" in shown.err and "go on with --resume" in shown.err
+        assert "Traceback" not in shown.err
+        assert load_checkpoint(disk / "run" / "checkpoints").step == 3  # not kept: it maps the file
+        filler.unlink()
+        (tmp_path / "reward.py").write_text(plain)
+        assert rlprompt("train", recipe, "-o", disk / "run", "--resume").code == 0
+        assert rlprompt("train", recipe, "-o", tmp_path / "straight").code == 0
+        ends = [
+            (each / "artifact/prompt.safetensors").read_bytes()
+            for each in (disk / "run", tmp_path / "straight")
+        ]
+        assert ends[0] == ends[1]
+    finally:
+        subprocess.run(["umount", disk], check=True, timeout=20)

@@ -82,7 +82,7 @@ def test_what_a_crash_left_is_ignored_and_removed_by_the_next_save(tmp_path: Pat
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("broken", ["save_file", "write_atomic", "_sync"])
+@pytest.mark.parametrize("broken", ["save", "write_atomic"])
 def test_a_failed_save_leaves_the_earlier_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:

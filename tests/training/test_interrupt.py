@@ -78,7 +78,12 @@ def test_a_signal_before_the_inner_block_is_known_inside_it_and_the_other_way_ro
 
 
 def test_ctrl_c_can_be_left_as_it_was() -> None:
-    with StopRequest(keyboard=False) as stop:
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-        assert stop.reason is None
+    # A shell that starts a command in the background lets it ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with StopRequest(keyboard=False) as stop:
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+            assert stop.reason is None
+    finally:
+        signal.signal(signal.SIGINT, before)

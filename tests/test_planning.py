@@ -1,0 +1,96 @@
+"""The plan against what is counted: parameters, caches, and the traffic of a run in shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlprompt.errors import InputError
+from rlprompt.model.base import FrozenBase
+from rlprompt.planning import DEVICES, SHAPES, Shape, plan
+from rlprompt.recipe import Recipe, load_recipe
+from tests.cli.runs import rlprompt, write_recipe
+from tests.fixtures.ranks import run_ranks
+from tests.fixtures.tiny import CONFIGS, VOCAB_SIZE, save_tiny, tiny_base
+
+ROOT = Path(__file__).parents[1]
+TINY = Shape(2, 64, 96, 4, 2, 16, VOCAB_SIZE, True)
+CLOSE = 0.15
+
+
+def recipe_of(folder: Path, model: Path, **changes: object) -> Path:
+    plain = {
+        "algorithm": {"group_size": 2},
+        "prompt": {"num_virtual_tokens": 4},
+        "sampling": {"max_tokens": 6},
+        "training": {"steps": 1, "queries_per_step": 4, "save_every": 9, "token_budget": 4096},
+        "data__heldout": 0,
+        "evaluation": {"every": 9},
+        "tracking": {"trackers": ["jsonl"]},
+        "distributed": {"base": "sharded"},
+    }
+    return write_recipe(folder, model, **{**plain, **changes})
+
+
+def test_shapes_count_the_parameters_of_a_base() -> None:
+    base = tiny_base()
+    assert CONFIGS["llama"]().tie_word_embeddings
+    assert sum(p.numel() for p in base.model.parameters()) == TINY.parameters
+    assert SHAPES["8b"].parameters == 8_030_261_248  # as published for Llama 3.1 8B
+    assert SHAPES["70b"].parameters == 70_553_706_496
+    assert SHAPES["1b"].parameters == 1_235_814_400
+    assert SHAPES["3b"].parameters == 3_212_749_824
+
+
+@pytest.mark.model
+def test_the_shape_of_smollm2_is_that_of_the_model(smollm2: FrozenBase) -> None:
+    assert sum(p.numel() for p in smollm2.model.parameters()) == SHAPES["135m"].parameters
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"algorithm": {"group_size": 2, "kl_coef": 0.1}}])
+def test_the_traffic_of_shards_is_the_one_that_is_counted(
+    changes: dict[str, object], tmp_path: Path
+) -> None:
+    pytest.importorskip("deepspeed")
+    model = save_tiny(tmp_path / "model")
+    recipe = recipe_of(tmp_path, model, **changes)
+    received = []
+    for steps in (1, 3):  # the difference is free of start and end
+        logs = tmp_path / f"logs_{steps}"
+        ended = run_ranks(
+            2, logs, "train", recipe, f"training.steps={steps}", "-o", tmp_path / f"run_{steps}"
+        )
+        assert ended.codes == [0, 0], ended.logs
+        received.append(int((logs / "rank_1.bytes").read_text()))
+    counted = (received[1] - received[0]) / 2
+    made = plan(load_recipe(recipe), TINY, 2, DEVICES["h100"], bytes_each=4)
+    predicted = sum(size for part, size in made.traffic if part.startswith("base"))
+    assert counted == pytest.approx(predicted, rel=CLOSE)
+
+
+def test_the_memory_of_a_cache_is_that_of_its_tensors(tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_of(tmp_path, tmp_path))
+    made = dict(plan(recipe, TINY, 2, DEVICES["h100"], bytes_each=4).memory)
+    rows, columns = 2 * 2, 4 + 64 + 6
+    assert made["cache of a rollout"] == rows * columns * 2 * 2 * 2 * 16 * 4
+    assert made["base, at rest"] == TINY.parameters * 4 / 2
+
+
+def test_the_command_prints_every_part(tmp_path: Path) -> None:
+    recipe = ROOT / "recipes" / "distributed" / "two_nodes.yaml"
+    shown = rlprompt("plan", recipe, "--model-size", "70b", "--gpus", 16)
+    assert shown.code == 0, shown.err
+    for part in ("base, at rest", "activations", "rollout, at least", "tokens, at most", "fits"):
+        assert part in shown.out, part
+    whole = rlprompt(
+        "plan", ROOT / "recipes" / "distributed" / "one_node.yaml", "--model-size", "70b"
+    )
+    assert "does not fit 80 GB" in whole.out
+
+
+def test_more_ranks_than_queries_are_refused(tmp_path: Path) -> None:
+    recipe: Recipe = load_recipe(recipe_of(tmp_path, tmp_path))
+    with pytest.raises(InputError, match="nothing to do"):
+        plan(recipe, TINY, 5, DEVICES["h100"])
