@@ -19,12 +19,13 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from rlprompt.errors import InputError
@@ -104,6 +105,11 @@ class Shards:
                 parameter.partition()
 
 
+def _apply(layer: nn.Linear, x: Tensor) -> Tensor:
+    out: Tensor = _FrozenProduct.apply(x, layer)  # type: ignore[no-untyped-call]
+    return out
+
+
 @contextmanager
 def gathered(parameters: Iterable[Any]) -> Iterator[None]:
     """Parameters that are whole for a while; those of a base that is not sharded are anyway."""
@@ -144,6 +150,9 @@ def read_sharded_model(
     _fill(deepspeed, model, folder, dtype)
     model.requires_grad_(False)
     model.eval()
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.forward = partial(_apply, module)  # type: ignore[method-assign]
     root = _Root(model.get_decoder())
     engine, *_ = deepspeed.initialize(model=root, config=plan)
     shards = Shards(model, engine, settings)
@@ -153,6 +162,24 @@ def read_sharded_model(
         shards.bytes_whole / 1e6,
     )
     return model, shards
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """A linear layer of a sharded base that keeps nothing for its backward.
+
+    The weight is whole again by then: DeepSpeed gathers it before a module's backward. Plain torch
+    would keep a view of the gathered weight, DeepSpeed's own stand-in the input.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Linear) -> Tensor:
+        ctx.layer = layer
+        return nn.functional.linear(x, layer.weight, layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        with gathered([ctx.layer.weight]):
+            return grads[0] @ ctx.layer.weight, None
 
 
 class _Root(nn.Module):
@@ -193,6 +220,8 @@ def _plan(settings: ShardSettings, dtype: torch.dtype) -> dict[str, Any]:
         "stage3_max_live_parameters": 0,
         "stage3_max_reuse_distance": 0,
         "overlap_comm": torch.cuda.is_available(),
+        # Else `torch.nn.functional.linear` is replaced for the whole process.
+        "memory_efficient_linear": False,
     }
     if settings.offload != "none":
         zero["offload_param"] = {"device": settings.offload, "pin_memory": True}
@@ -218,7 +247,7 @@ def _empty_model(deepspeed: Any, config: PretrainedConfig, plan: dict[str, Any])
     )
     with (
         initialization.no_init_weights(),
-        deepspeed.zero.Init(config_dict_or_path=plan, mem_efficient_linear=False),
+        deepspeed.zero.Init(config_dict_or_path=plan),
     ):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     assert isinstance(model, PreTrainedModel)
