@@ -33,16 +33,7 @@ from tests.fixtures.ranks import run_ranks
 RECIPE = ROOT / "recipes" / "distributed" / "planned.yaml"
 RUNS = {
     "1 rank, whole": (1, []),
-    "2 ranks, shards, rollouts gather the base": (2, ["distributed.base=sharded"]),
-    "2 ranks, shards, gather layers, 4 tokens": (
-        2,
-        [
-            "distributed.base=sharded",
-            "distributed.gather=layers",
-            "sampling.max_tokens=4",
-            "sampling.min_tokens=4",
-        ],
-    ),
+    "2 ranks, in shards": (2, ["distributed.base=sharded"]),
 }
 CLOSE = 0.15
 
@@ -62,7 +53,7 @@ def main() -> int:
                 {"run": name, "what": what, "predicted_mb": value / 1e6,
                  "measured_mb": found[what] / 1e6, "error": error}
             )  # fmt: skip
-            print(f"{name:45} {what:8} {value / 1e6:9.1f} {found[what] / 1e6:9.1f} {error:+7.1%}")
+            print(f"{name:20} {what:8} {value / 1e6:9.1f} {found[what] / 1e6:9.1f} {error:+7.1%}")
     result = {
         "recipe": str(RECIPE.relative_to(ROOT)),
         "query_tokens": tokens,

@@ -25,7 +25,7 @@ def recipe_of(folder: Path, model: Path, **changes: object) -> Path:
     plain = {
         "algorithm": {"group_size": 2},
         "prompt": {"num_virtual_tokens": 4},
-        "sampling": {"max_tokens": 6},
+        "sampling": {"max_tokens": 6, "min_tokens": 6},
         "training": {"steps": 1, "queries_per_step": 4, "save_every": 9, "token_budget": 4096},
         "data__heldout": 0,
         "evaluation": {"every": 9},
@@ -51,7 +51,13 @@ def test_the_shape_of_smollm2_is_that_of_the_model(smollm2: FrozenBase) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"algorithm": {"group_size": 2, "kl_coef": 0.1}}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"algorithm": {"group_size": 2, "kl_coef": 0.1}},
+        {"distributed": {"base": "sharded", "gather": "layers"}},
+    ],
+)
 def test_the_traffic_of_shards_is_the_one_that_is_counted(
     changes: dict[str, object], tmp_path: Path
 ) -> None:
