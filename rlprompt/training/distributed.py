@@ -167,12 +167,16 @@ class Ranks:
         try:
             call()
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise RankLostError(
-                f"rank {self.rank} of {self.size} waited for the others at {what}, and one of them "
-                f"has ended or gave no answer within {self.timeout_s} s ({reason}); the log of "
-                "that rank says why; the run goes on from its last checkpoint with --resume"
-            ) from error
+            raise self.lost(what, error) from error
+
+    def lost(self, what: str, error: RuntimeError) -> RankLostError:
+        """The sentence for a meeting that failed."""
+        reason = " ".join(str(error).split())[:200]
+        return RankLostError(
+            f"rank {self.rank} of {self.size} waited for the others at {what}, and one of them "
+            f"has ended or gave no answer within {self.timeout_s} s ({reason}); the log of "
+            "that rank says why; the run goes on from its last checkpoint with --resume"
+        )
 
 
 @contextmanager
@@ -217,10 +221,21 @@ def join_ranks(settings: DistributedSettings) -> Iterator[Ranks]:
             f"{settings.timeout_s} s ({' '.join(str(error).split())[:200]}); start every rank, and "
             "check MASTER_ADDR"
         ) from error
+    ranks = Ranks(rank, size, settings.timeout_s, group if size > 1 else None)
     try:
-        yield Ranks(rank, size, settings.timeout_s, group if size > 1 else None)
+        yield ranks
+    except RuntimeError as error:
+        # Weights in shards are gathered while the base runs, past the meetings of `Ranks`.
+        if size > 1 and not isinstance(error, RankLostError) and _is_of_a_meeting(error):
+            raise ranks.lost("the weights of the base", error) from error
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def _is_of_a_meeting(error: RuntimeError) -> bool:
+    """Whether a collective failed; gloo raises plain errors that name its source files."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error) or "gloo:" in str(error)
 
 
 def _free_port() -> int:
