@@ -145,6 +145,11 @@ def read_sharded_model(
             files under its own name.
     """
     deepspeed = _deepspeed()
+    if settings.offload == "nvme" and not _has_async_io():
+        raise InputError(
+            "distributed.offload is nvme, which needs DeepSpeed's async_io, and that cannot be "
+            "built here; install libaio-dev and a C++ compiler, or set distributed.offload: cpu"
+        )
     plan = _plan(settings, dtype)
     model = _empty_model(deepspeed, config, plan)
     _fill(deepspeed, model, folder, dtype)
@@ -209,6 +214,11 @@ def _deepspeed() -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
     return deepspeed
+
+
+def _has_async_io() -> bool:
+    builder = importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder()
+    return bool(builder.is_compatible(verbose=False))
 
 
 def _plan(settings: ShardSettings, dtype: torch.dtype) -> dict[str, Any]:
@@ -287,5 +297,4 @@ def _is_whole(parameter: Any) -> bool:
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    pages: int = os.sysconf("SC_AVPHYS_PAGES")
-    return pages * int(os.sysconf("SC_PAGE_SIZE"))
+    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

@@ -18,6 +18,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -186,7 +187,8 @@ def join_ranks(settings: DistributedSettings) -> Iterator[Ranks]:
     A process without WORLD_SIZE, or with WORLD_SIZE 1, is alone. LOCAL_RANK chooses the GPU.
 
     Raises:
-        InputError: the variables contradict each other, or the others do not come in time.
+        InputError: the variables contradict each other or the settings, or the others do not come
+            in time.
     """
     size = _number("WORLD_SIZE", 1)
     needs_group = size > 1 or settings.base == "sharded"
@@ -196,6 +198,7 @@ def join_ranks(settings: DistributedSettings) -> Iterator[Ranks]:
     rank = _number("RANK", 0 if size == 1 else None)
     if not 0 <= rank < size:
         raise InputError(f"RANK is {rank} and WORLD_SIZE is {size}; ranks count from 0")
+    _check_shards(settings, size)
     if size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
@@ -231,6 +234,19 @@ def join_ranks(settings: DistributedSettings) -> Iterator[Ranks]:
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _check_shards(settings: DistributedSettings, size: int) -> None:
+    if settings.secondary_shards is not None and size % settings.secondary_shards:
+        raise InputError(
+            f"distributed.secondary_shards is {settings.secondary_shards}, which does not divide "
+            f"the number of ranks, {size}; set a divisor, or remove it"
+        )
+    if settings.nvme_path is not None and not Path(settings.nvme_path).is_dir():
+        raise InputError(
+            f"distributed.nvme_path is '{settings.nvme_path}', which is no folder here; name one "
+            "on a local disk of every node"
+        )
 
 
 def _is_of_a_meeting(error: RuntimeError) -> bool:

@@ -1,4 +1,4 @@
-"""docs/cluster.md: its tables are what the kill loop, the check of the plan and `rlprompt plan` wrote.
+"""docs/cluster.md: its tables are what kill loop, check of the plan and `rlprompt plan` wrote.
 
 Each stands between two comments.
 """
