@@ -14,32 +14,24 @@ from pathlib import Path
 import typer
 
 from rlprompt import __version__
+from rlprompt.cli_reward import CONTEXT, VERBOSE, reward_app
 from rlprompt.errors import InputError
-
-_CONTEXT = {"help_option_names": ["-h", "--help"]}
-_VERBOSE = typer.Option(False, "--verbose", "-v", help="Show more of what happens.")
 
 app = typer.Typer(
     name="rlprompt",
     help="Learn the system prompt of a frozen language model with reinforcement learning.",
-    context_settings=_CONTEXT,
+    context_settings=CONTEXT,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 model_app = typer.Typer(
     help="Fetch and list the embedded models.",
-    context_settings=_CONTEXT,
+    context_settings=CONTEXT,
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 app.add_typer(model_app, name="model")
-reward_app = typer.Typer(
-    help="Try rewards out.",
-    context_settings=_CONTEXT,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
 app.add_typer(reward_app, name="reward")
 
 
@@ -101,7 +93,7 @@ def train(
         metavar="N",
         help="What to end with when a signal stopped the run, so that a scheduler knows.",
     ),
-    verbose: bool = _VERBOSE,
+    verbose: bool = VERBOSE,
 ) -> None:
     """Learn a prompt as a recipe says, and compare it with the base before and after.
 
@@ -256,7 +248,7 @@ def chat(
     trust_remote_code: bool = typer.Option(
         False, "--trust-remote-code", help="Let Python code that comes with the base run."
     ),
-    verbose: bool = _VERBOSE,
+    verbose: bool = VERBOSE,
 ) -> None:
     """Talk to a base under a learned prompt. /reset forgets the conversation, /quit ends it."""
     from rlprompt.chat import ChatOptions
@@ -294,7 +286,7 @@ def evaluate(
     force: bool = typer.Option(
         False, "--force", help="Load the artifact although it was made on another base."
     ),
-    verbose: bool = _VERBOSE,
+    verbose: bool = VERBOSE,
 ) -> None:
     """Print held-out rewards of a prompt as JSON, with those of base and hand-written prompt."""
     from rlprompt.commands.evaluate import run
@@ -305,7 +297,7 @@ def evaluate(
 @model_app.command("fetch")
 def model_fetch(
     name: str = typer.Argument(..., metavar="NAME", help="As in `rlprompt model list`."),
-    verbose: bool = _VERBOSE,
+    verbose: bool = VERBOSE,
 ) -> None:
     """Put an embedded model into the cache; says where it is."""
     from rlprompt.commands.model import fetch_model
@@ -319,83 +311,6 @@ def model_list() -> None:
     from rlprompt.commands.model import show_models
 
     show_models()
-
-
-@reward_app.command("check")
-def reward_check(
-    path: str = typer.Argument(
-        ..., metavar="PATH", help="As in a recipe: my_reward.py:reward, builtin:NAME, ..."
-    ),
-    option: list[str] = typer.Option(
-        None, "--option", metavar="KEY=VALUE", help="An option of the reward; may be given again."
-    ),
-    column: list[str] = typer.Option(
-        None, "--column", metavar="KEY=VALUE", help="A dataset column that it reads."
-    ),
-    pairs: Path | None = typer.Option(
-        None, "--pairs", metavar="FILE", help="JSONL with query, good and bad in each line."
-    ),
-    timeout: float = typer.Option(
-        60.0, "--timeout", min=0.001, metavar="SECONDS", help="For one call."
-    ),
-) -> None:
-    """Run a reward on its own examples and on adversarial ones, as training would call it.
-
-    Exit code 1 when a check fails.
-    """
-    from rlprompt.commands.reward import check
-
-    raise typer.Exit(check(path, option or [], column or [], pairs, timeout))
-
-
-@reward_app.command("train")
-def reward_train(
-    recipe: Path = typer.Argument(..., metavar="RECIPE", help="A YAML file; see docs/rewards.md."),
-    overrides: list[str] = typer.Argument(
-        None, metavar="KEY=VALUE", help="Changes to the recipe, such as learning.epochs=1."
-    ),
-    output: Path | None = typer.Option(
-        None, "--output", "-o", metavar="DIR", help="An empty folder; by default runs/<name>."
-    ),
-    verbose: bool = _VERBOSE,
-) -> None:
-    """Train a preference model on judged answers, and test it on queries that it never saw."""
-    from rlprompt.commands.reward_train import train
-
-    train(recipe, overrides or [], output, verbose=verbose)
-
-
-@reward_app.command("serve")
-def reward_serve(
-    path: str = typer.Argument(
-        ..., metavar="PATH", help="As in a recipe: my_reward.py:reward, builtin:NAME, ..."
-    ),
-    option: list[str] = typer.Option(
-        None, "--option", metavar="KEY=VALUE", help="An option of the reward; may be given again."
-    ),
-    host: str = typer.Option("127.0.0.1", "--host", help="0.0.0.0 = every address."),
-    port: int = typer.Option(8770, "--port", min=0, max=65535, help="0 = any free one."),
-    token_env: str | None = typer.Option(
-        None, "--token-env", metavar="VARIABLE", help="Variable with the token clients must send."
-    ),
-    no_token: bool = typer.Option(
-        False, "--no-token", help="Let other machines in without a token."
-    ),
-    certificate: Path | None = typer.Option(
-        None, "--certificate", metavar="FILE", help="PEM with certificate and key, for https."
-    ),
-    max_body_mb: float = typer.Option(16.0, "--max-body-mb", min=0.001, help="Longest request."),
-    timeout: float = typer.Option(
-        60.0, "--timeout", min=0.001, metavar="SECONDS", help="For one call of the reward."
-    ),
-    isolate: bool = typer.Option(False, "--isolate", help="Run it in a worker process."),
-    verbose: bool = _VERBOSE,
-) -> None:
-    """Serve a reward over HTTP, for runs that name it as `builtin:http` with its url."""
-    from rlprompt.commands.reward_serve import Serving, serve
-
-    access = Serving(host, port, token_env, no_token, certificate, max_body_mb)
-    serve(path, option or [], access, timeout=timeout, isolate=isolate, verbose=verbose)
 
 
 @app.command()

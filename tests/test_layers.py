@@ -76,8 +76,9 @@ LAYERS = {
     "planning_tables": 0,
     "chat": 9,
     "commands.": 10,
-    "cli": 11,
-    "__main__": 12,
+    "cli_reward": 11,
+    "cli": 12,
+    "__main__": 13,
 }
 VOCABULARY = ("types", "errors", "settings")
 
