@@ -201,15 +201,25 @@ def plan(
         None, metavar="KEY=VALUE", help="Changes to the recipe, such as distributed.base=sharded."
     ),
     model_size: str = typer.Option(
-        "8b", "--model-size", metavar="SIZE", help="135m, 1b, 3b, 8b or 70b, in bfloat16."
+        "8b", "--model-size", metavar="SIZE", help="135m, 1b, 3b, 8b or 70b."
     ),
     gpus: int = typer.Option(8, "--gpus", min=1, metavar="N", help="One rank each."),
-    gpu: str = typer.Option("h100", "--gpu", metavar="NAME", help="a100, h100, h200 or l40s."),
+    gpu: str = typer.Option("h100", "--gpu", metavar="NAME", help="a100, h100, h200, l40s or cpu."),
+    query_tokens: int = typer.Option(
+        64, "--query-tokens", min=1, metavar="N", help="Mean length of a query with its template."
+    ),
 ) -> None:
     """Say what a recipe would need elsewhere: memory by part, traffic, and the least time."""
     from rlprompt.commands.plan import run
 
-    run(recipe, overrides or [], model_size=model_size, gpus=gpus, gpu=gpu)
+    run(
+        recipe,
+        overrides or [],
+        model_size=model_size,
+        gpus=gpus,
+        gpu=gpu,
+        query_tokens=query_tokens,
+    )
 
 
 @app.command()

@@ -2,12 +2,13 @@
 
     python scripts/bench_learning.py [--json FILE] [--plot FILE.svg] [--seeds 3] [--runs DIR]
 
-Both sides learn 20 soft tokens from the same text with the same reward, the same number of queries
-and completions per step, AdamW with a constant learning rate, TRL's betas and clipping, advantages
-divided by the deviation of the batch, and no KL. The task is `recipes/topics`: name the topic of a
-message in one word. Its reward (`reward_models/topic_label.py`) pays neither silence nor a constant
-answer: a wrong label is worth nothing, and one label for all messages is right in a fifth of them.
-The held-out reward of both is measured on the same queries with the sampling of training.
+Both sides learn 20 soft tokens from the same text, an instruction, with the same reward, the same
+number of queries and completions per step, AdamW with a constant learning rate, TRL's betas and
+clipping, advantages divided by the deviation of the batch, and no KL. The task is `recipes/topics`:
+name the topic of a message in one word. Its reward (`reward_models/topic_label.py`) pays neither
+silence nor a constant answer: a wrong label is worth nothing, and one label for all messages is
+right in a fifth of them. The held-out reward of both is measured on the same queries with the
+sampling of training.
 
 The learning rate is chosen per side, by the same rule from the same list (`--lrs`): one run of
 `--peer-steps` steps each with a seed that is not used again; the highest mean of the last two
@@ -19,6 +20,10 @@ forbids a collapse afterwards).
                                                                             (goal: at most 1/3)
     collapsed                  whether rlprompt's mean reward, once it has reached TRL's last one,
                                ever falls below it again by more than two standard errors
+    cpu_seconds                of one step, per side: the median over steps and seeds, of all
+                               threads, which other work on the machine hardly changes
+    cpu_to_peer_final_ratio    CPU seconds of our steps up to that first step, divided by those of
+                               all of TRL's
 
 A run whose result lies in `--runs` is not trained again.
 """
@@ -146,6 +151,18 @@ def compare(peer: list[dict[str, float]], ours: list[dict[str, float]]) -> dict[
     }
 
 
+def costs(runs: dict[str, list[dict[str, Any]]], reached: int | None) -> dict[str, Any]:
+    """CPU seconds per step, and what it took to reach TRL's last reward."""
+    steps = {side: [step for run in found for step in run["steps"]] for side, found in runs.items()}
+    medians = {
+        side: statistics.median(step["cpu_seconds"] for step in found)
+        for side, found in steps.items()
+    }
+    theirs = medians["trl"] * len(steps["trl"]) / len(runs["trl"])
+    ratio = None if reached is None else reached * medians["rlprompt"] / theirs
+    return {"cpu_seconds": medians, "cpu_to_peer_final_ratio": ratio}
+
+
 def plot(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
     """Both curves with their standard errors."""
     import matplotlib
@@ -170,8 +187,8 @@ def plot(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
     figure.savefig(path)
 
 
-def main() -> None:
-    """Train all seeds of both sides, print, plot, and write the JSON."""
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options; the model is fetched."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, help="where the result goes")
     parser.add_argument("--plot", type=Path, help="where the curves are drawn (.svg or .png)")
@@ -194,11 +211,17 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT / "recipes/data/topics.jsonl")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of each side")
     parser.add_argument("--runs", type=Path, help="keeps finished runs; none = a temporary folder")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     sys.path.insert(0, str(ROOT))
     from rlprompt.model.fetch import fetch
 
     options.model = str(fetch("smollm2-135m"))
+    return options
+
+
+def main() -> None:
+    """Train all seeds of both sides, print, plot, and write the JSON."""
+    options = parse()
     with tempfile.TemporaryDirectory() as temporary:
         options.runs = (options.runs or Path(temporary)).absolute()
         options.runs.mkdir(parents=True, exist_ok=True)
@@ -216,6 +239,7 @@ def report(options: argparse.Namespace) -> None:
             runs[side].append(train(side, lrs[side], seed, steps[side], options))
     curves = {side: mean_curve(results) for side, results in runs.items()}
     result = {**compare(curves["trl"], curves["rlprompt"]), "lr": lrs, "sweep": sweeps}
+    result |= costs(runs, result["steps_to_peer_final"])
     for key, value in result.items():
         print(f"{key:28}{value}")
     if options.plot:

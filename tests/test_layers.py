@@ -73,6 +73,7 @@ LAYERS = {
     "serving.": 9,
     "slurm.": 9,
     "planning": 9,
+    "planning_tables": 0,
     "chat": 9,
     "commands.": 10,
     "cli": 11,

@@ -8,8 +8,10 @@ import pytest
 
 from rlprompt.errors import InputError
 from rlprompt.model.base import FrozenBase
-from rlprompt.planning import DEVICES, SHAPES, Shape, plan
+from rlprompt.planning import plan
+from rlprompt.planning_tables import DEVICES, SHAPES, Shape
 from rlprompt.recipe import Recipe, load_recipe
+from rlprompt.training.files import read_jsonl
 from tests.cli.runs import rlprompt, write_recipe
 from tests.fixtures.ranks import run_ranks
 from tests.fixtures.tiny import CONFIGS, VOCAB_SIZE, save_tiny, tiny_base
@@ -23,7 +25,7 @@ def recipe_of(folder: Path, model: Path, **changes: object) -> Path:
     plain = {
         "algorithm": {"group_size": 2},
         "prompt": {"num_virtual_tokens": 4},
-        "sampling": {"max_tokens": 6},
+        "sampling": {"max_tokens": 6, "min_tokens": 6},
         "training": {"steps": 1, "queries_per_step": 4, "save_every": 9, "token_budget": 4096},
         "data__heldout": 0,
         "evaluation": {"every": 9},
@@ -49,33 +51,52 @@ def test_the_shape_of_smollm2_is_that_of_the_model(smollm2: FrozenBase) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"algorithm": {"group_size": 2, "kl_coef": 0.1}}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"algorithm": {"group_size": 2, "kl_coef": 0.1}},
+        {"distributed": {"base": "sharded", "gather": "layers"}},
+    ],
+)
 def test_the_traffic_of_shards_is_the_one_that_is_counted(
     changes: dict[str, object], tmp_path: Path
 ) -> None:
     pytest.importorskip("deepspeed")
     model = save_tiny(tmp_path / "model")
-    recipe = recipe_of(tmp_path, model, **changes)
-    received = []
-    for steps in (1, 3):  # the difference is free of start and end
-        logs = tmp_path / f"logs_{steps}"
-        ended = run_ranks(
-            2, logs, "train", recipe, f"training.steps={steps}", "-o", tmp_path / f"run_{steps}"
-        )
-        assert ended.codes == [0, 0], ended.logs
-        received.append(int((logs / "rank_1.bytes").read_text()))
-    counted = (received[1] - received[0]) / 2
-    made = plan(load_recipe(recipe), TINY, 2, DEVICES["h100"], bytes_each=4)
+    recipe, logs = recipe_of(tmp_path, model, training__steps=2, **changes), tmp_path / "logs"
+    output = tmp_path / "run"
+    ended = run_ranks(2, logs, "train", recipe, "-o", output, RANK_MEASURE="traffic")
+    assert ended.codes == [0, 0], ended.logs
+    first, second = (row["weights"] for row in read_jsonl(logs / "rank_1.jsonl"))
+    made = plan(load_recipe(recipe), TINY, 2, DEVICES["cpu"])
     predicted = sum(size for part, size in made.traffic if part.startswith("base"))
-    assert counted == pytest.approx(predicted, rel=CLOSE)
+    assert second - first == pytest.approx(predicted, rel=CLOSE)
 
 
 def test_the_memory_of_a_cache_is_that_of_its_tensors(tmp_path: Path) -> None:
     recipe = load_recipe(recipe_of(tmp_path, tmp_path))
-    made = dict(plan(recipe, TINY, 2, DEVICES["h100"], bytes_each=4).memory)
-    rows, columns = 2 * 2, 4 + 64 + 6
+    made = dict(plan(recipe, TINY, 2, DEVICES["h100"], query_tokens=20).memory)
+    rows, columns = 2 * 2, 4 + 20 + 6
     assert made["cache of a rollout"] == rows * columns * 2 * 2 * 2 * 16 * 4
+    assert made["cache, while it grows"] == 0
     assert made["base, at rest"] == TINY.parameters * 4 / 2
+
+
+def test_a_base_that_does_not_fit_is_gathered_layer_by_layer_and_decoded_together() -> None:
+    recipe = load_recipe(ROOT / "recipes" / "distributed" / "two_nodes.yaml")
+    small, large = (plan(recipe, SHAPES[size], 16, DEVICES["h100"]) for size in ("8b", "70b"))
+    gathered = [dict(made.memory)["base, gathered for a rollout"] for made in (small, large)]
+    assert gathered[0] == SHAPES["8b"].parameters * 2
+    assert gathered[1] < 0.1 * SHAPES["70b"].parameters * 2
+    caches = [dict(made.memory)["cache of a rollout"] for made in (small, large)]
+    assert caches[1] / caches[0] == 256 / 32 * SHAPES["70b"].kv_elements / SHAPES["8b"].kv_elements
+    whole = plan(
+        load_recipe(ROOT / "recipes" / "distributed" / "one_node.yaml"),
+        SHAPES["8b"],
+        8,
+        DEVICES["h100"],
+    )
+    assert large.decode_tokens_per_second < whole.decode_tokens_per_second
 
 
 def test_the_command_prints_every_part(tmp_path: Path) -> None:

@@ -11,12 +11,19 @@ from rich.table import Table
 
 from rlprompt.commands.terminal import setup_logging
 from rlprompt.errors import InputError
-from rlprompt.planning import DEVICES, SHAPES, plan
+from rlprompt.planning import plan
+from rlprompt.planning_tables import DEVICES, SHAPES
 from rlprompt.recipe import load_recipe
 
 
 def run(
-    recipe_path: Path, overrides: Sequence[str], *, model_size: str, gpus: int, gpu: str
+    recipe_path: Path,
+    overrides: Sequence[str],
+    *,
+    model_size: str,
+    gpus: int,
+    gpu: str,
+    query_tokens: int,
 ) -> None:
     """Print memory per GPU, traffic and bounds.
 
@@ -31,14 +38,14 @@ def run(
             raise InputError(f"there is no {name} '{value}' in the tables; use one of {listed}")
     recipe = load_recipe(recipe_path, overrides)
     shape, device = SHAPES[model_size], DEVICES[gpu]
-    made = plan(recipe, shape, gpus, device)
+    made = plan(recipe, shape, gpus, device, query_tokens=query_tokens)
     console.print(
         f"{recipe.name}: {shape.parameters / 1e9:.2f}e9 parameters, base "
         f"{recipe.distributed.base} over {gpus} x {gpu}",
         highlight=False,
     )
     memory = Table("memory of each GPU", "GB")
-    for part, size in made.memory:
+    for part, size in ((part, size) for part, size in made.memory if size):
         memory.add_row(part, _gigabytes(size))
     memory.add_section()
     for part, size in (("rollout", made.rollout_bytes), ("update", made.update_bytes)):

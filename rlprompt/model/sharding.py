@@ -19,12 +19,13 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -109,6 +110,11 @@ class Shards:
                 parameter.partition()
 
 
+def _apply(layer: nn.Linear, x: Tensor) -> Tensor:
+    out: Tensor = _FrozenProduct.apply(x, layer)  # type: ignore[no-untyped-call]
+    return out
+
+
 @contextmanager
 def gathered(parameters: Iterable[Any]) -> Iterator[None]:
     """Parameters that are whole for a while; those of a base that is not sharded are anyway."""
@@ -144,9 +150,17 @@ def read_sharded_model(
             files under its own name.
     """
     deepspeed = _deepspeed("distributed.base is sharded", "set distributed.base: replicated")
+    if settings.offload == "nvme" and not _has_async_io():
+        raise InputError(
+            "distributed.offload is nvme, which needs DeepSpeed's async_io, and that cannot be "
+            "built here; install libaio-dev and a C++ compiler, or set distributed.offload: cpu"
+        )
     plan = _plan(settings, dtype)
     model = _empty_model(deepspeed, AutoModelForCausalLM, config, plan)
     _fill(deepspeed, model, folder, dtype, "set distributed.base: replicated")
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.forward = partial(_apply, module)  # type: ignore[method-assign]
     root = _Root(model.get_decoder())
     engine, *_ = deepspeed.initialize(model=root, config=plan)
     shards = Shards(model, engine, settings)
@@ -156,6 +170,24 @@ def read_sharded_model(
         shards.bytes_whole / 1e6,
     )
     return model, shards
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """A linear layer of a sharded base that keeps nothing for its backward.
+
+    The weight is whole again by then: DeepSpeed gathers it before a module's backward. Plain torch
+    would keep a view of the gathered weight, DeepSpeed's own stand-in the input.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Linear) -> Tensor:
+        ctx.layer = layer
+        return nn.functional.linear(x, layer.weight, layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        with gathered([ctx.layer.weight]):
+            return grads[0] @ ctx.layer.weight, None
 
 
 def read_sharded_classifier(
@@ -214,6 +246,11 @@ def _deepspeed(reason: str, advice: str) -> Any:
     return deepspeed
 
 
+def _has_async_io() -> bool:
+    builder = importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder()
+    return bool(builder.is_compatible(verbose=False))
+
+
 def _plan(settings: ShardSettings, dtype: torch.dtype) -> dict[str, Any]:
     """DeepSpeed's configuration: shard everything, keep nothing that is not in use."""
     zero: dict[str, Any] = {
@@ -223,6 +260,8 @@ def _plan(settings: ShardSettings, dtype: torch.dtype) -> dict[str, Any]:
         "stage3_max_live_parameters": 0,
         "stage3_max_reuse_distance": 0,
         "overlap_comm": torch.cuda.is_available(),
+        # Else `torch.nn.functional.linear` is replaced for the whole process.
+        "memory_efficient_linear": False,
     }
     if settings.offload != "none":
         zero["offload_param"] = {"device": settings.offload, "pin_memory": True}
@@ -250,7 +289,7 @@ def _empty_model(
     )
     with (
         initialization.no_init_weights(),
-        deepspeed.zero.Init(config_dict_or_path=plan, mem_efficient_linear=False),
+        deepspeed.zero.Init(config_dict_or_path=plan),
     ):
         model = kind.from_config(config, dtype=dtype)
     assert isinstance(model, PreTrainedModel)
@@ -299,5 +338,4 @@ def _is_whole(parameter: Any) -> bool:
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    pages: int = os.sysconf("SC_AVPHYS_PAGES")
-    return pages * int(os.sysconf("SC_PAGE_SIZE"))
+    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

@@ -18,6 +18,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -167,12 +168,16 @@ class Ranks:
         try:
             call()
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise RankLostError(
-                f"rank {self.rank} of {self.size} waited for the others at {what}, and one of them "
-                f"has ended or gave no answer within {self.timeout_s} s ({reason}); the log of "
-                "that rank says why; the run goes on from its last checkpoint with --resume"
-            ) from error
+            raise self.lost(what, error) from error
+
+    def lost(self, what: str, error: RuntimeError) -> RankLostError:
+        """The sentence for a meeting that failed."""
+        reason = " ".join(str(error).split())[:200]
+        return RankLostError(
+            f"rank {self.rank} of {self.size} waited for the others at {what}, and one of them "
+            f"has ended or gave no answer within {self.timeout_s} s ({reason}); the log of "
+            "that rank says why; the run goes on from its last checkpoint with --resume"
+        )
 
 
 @contextmanager
@@ -182,7 +187,8 @@ def join_ranks(settings: DistributedSettings) -> Iterator[Ranks]:
     A process without WORLD_SIZE, or with WORLD_SIZE 1, is alone. LOCAL_RANK chooses the GPU.
 
     Raises:
-        InputError: the variables contradict each other, or the others do not come in time.
+        InputError: the variables contradict each other or the settings, or the others do not come
+            in time.
     """
     size = _number("WORLD_SIZE", 1)
     needs_group = size > 1 or settings.base == "sharded"
@@ -192,6 +198,7 @@ def join_ranks(settings: DistributedSettings) -> Iterator[Ranks]:
     rank = _number("RANK", 0 if size == 1 else None)
     if not 0 <= rank < size:
         raise InputError(f"RANK is {rank} and WORLD_SIZE is {size}; ranks count from 0")
+    _check_shards(settings, size)
     if size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
@@ -217,10 +224,34 @@ def join_ranks(settings: DistributedSettings) -> Iterator[Ranks]:
             f"{settings.timeout_s} s ({' '.join(str(error).split())[:200]}); start every rank, and "
             "check MASTER_ADDR"
         ) from error
+    ranks = Ranks(rank, size, settings.timeout_s, group if size > 1 else None)
     try:
-        yield Ranks(rank, size, settings.timeout_s, group if size > 1 else None)
+        yield ranks
+    except RuntimeError as error:
+        # Weights in shards are gathered while the base runs, past the meetings of `Ranks`.
+        if size > 1 and not isinstance(error, RankLostError) and _is_of_a_meeting(error):
+            raise ranks.lost("the weights of the base", error) from error
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def _check_shards(settings: DistributedSettings, size: int) -> None:
+    if settings.secondary_shards is not None and size % settings.secondary_shards:
+        raise InputError(
+            f"distributed.secondary_shards is {settings.secondary_shards}, which does not divide "
+            f"the number of ranks, {size}; set a divisor, or remove it"
+        )
+    if settings.nvme_path is not None and not Path(settings.nvme_path).is_dir():
+        raise InputError(
+            f"distributed.nvme_path is '{settings.nvme_path}', which is no folder here; name one "
+            "on a local disk of every node"
+        )
+
+
+def _is_of_a_meeting(error: RuntimeError) -> bool:
+    """Whether a collective failed; gloo raises plain errors that name its source files."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error) or "gloo:" in str(error)
 
 
 def _free_port() -> int:

@@ -64,6 +64,7 @@ class StepSettings(GrpoWork):
 
     cosine_steps: int = setting(0, "Length of a cosine schedule; 0 = constant.")
     max_norm_ratio: float = setting(1.5, "Trust region of the soft tokens; 0 switches it off.")
+    num_epochs: int = setting(1, "Updates per rollout batch.")
     token_budget: int = setting(1024, "Packed tokens per micro-batch.")
     eval_late_every: int = setting(0, "Another --eval-every, after step --eval-late-from; 0 = no.")
     eval_late_from: int = setting(0, "See --eval-late-every.")
@@ -113,6 +114,7 @@ class Stepper:
             {
                 "group_size": settings.group_size,
                 "kl_coef": settings.beta,
+                "num_epochs": settings.num_epochs,
                 "scale_rewards": settings.scale_rewards,
             }
         )

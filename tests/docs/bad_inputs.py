@@ -474,6 +474,20 @@ CLUSTER = [
     ("an output that holds another run", lambda p: (*SUBMIT, "seed=5", "--output", "run")),
     ("--status where nothing was submitted", lambda p: ("submit", "--status", "--output", "run")),
     ("no recipe", lambda p: ("submit",)),
+    (
+        "secondary shards that do not divide the ranks",
+        lambda p: train("distributed.base=sharded", "distributed.secondary_shards=2"),
+    ),
+    (
+        "NVMe in a folder that is not there",
+        lambda p: train(
+            "distributed.base=sharded",
+            "distributed.offload=nvme",
+            "distributed.nvme_path=/nowhere/nvme",
+        ),
+    ),
+    ("a plan for an unknown size", lambda p: ("plan", "recipe.yaml", "--model-size", "9b")),
+    ("a plan for more GPUs than queries", lambda p: ("plan", "recipe.yaml", "--gpus", "8")),
 ]
 SECTIONS: dict[str, list[tuple[str, Callable[[Project], Sequence[str]]]]] = {
     "Recipes": RECIPES,
@@ -484,7 +498,7 @@ SECTIONS: dict[str, list[tuple[str, Callable[[Project], Sequence[str]]]]] = {
     "Datasets": DATA,
     "Artifacts": ARTIFACTS,
     "Run folders": RUNS,
-    "Slurm": CLUSTER,
+    "Clusters": CLUSTER,
 }
 CASES = [
     Case(section, title, arguments)

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.cli.runs import rlprompt, write_recipe
-from tests.fixtures.ranks import run_ranks
+from tests.cli.runs import REWARD, rlprompt, write_recipe
+from tests.fixtures.ranks import outcome, run_ranks, start_ranks
 from tests.fixtures.tiny import save_tiny
-from tests.training.test_distributed import assert_close_runs, recipe_of
+from tests.training.test_distributed import (
+    STOPS_FIRST_RANK,
+    assert_close_runs,
+    recipe_of,
+    wait_for_steps,
+    wait_for_text,
+)
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("deepspeed")
@@ -39,6 +48,64 @@ def test_two_ranks_with_shards_are_one_rank_without(
     assert len(parts) == 2
     for part in parts:
         assert part["base_bytes"] == pytest.approx(whole["base_bytes"] / 2, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings"),
+    [
+        ({"type": "prefix"}, ["distributed.offload=cpu"]),
+        ({"type": "adapter"}, ["distributed.secondary_shards=2"]),
+    ],
+    ids=["prefix_offloaded", "adapter_with_secondary_shards"],
+)
+def test_other_prompts_and_settings_give_the_same_run(
+    prompt: dict[str, str], settings: list[str], tmp_path: Path, model_dir: Path
+) -> None:
+    recipe = recipe_of(tmp_path, model_dir, prompt=prompt, training__gradient_checkpointing=True)
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert rlprompt("train", recipe, "-o", one).code == 0
+    ended = run_ranks(
+        2, tmp_path / "logs", "train", recipe, "-o", two, "distributed.base=sharded", *settings
+    )
+    assert ended.codes == [0, 0], ended.logs
+    assert_close_runs(one, two)
+
+
+def test_a_run_in_shards_goes_on_whole_on_one_rank(tmp_path: Path, model_dir: Path) -> None:
+    recipe = recipe_of(tmp_path, model_dir)
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert rlprompt("train", recipe, "-o", one).code == 0
+    (tmp_path / "reward.py").write_text(REWARD + STOPS_FIRST_RANK)
+    ended = run_ranks(2, tmp_path / "logs", "train", recipe, "-o", two, "distributed.base=sharded")
+    assert ended.codes == [0, 0] and "stopped by SIGTERM" in ended.logs[0], ended.logs
+    (tmp_path / "reward.py").write_text(REWARD)
+    assert rlprompt("train", recipe, "-o", two, "--resume").code == 0
+    assert_close_runs(one, two)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_dies_or_hangs_between_shards_ends_the_others_in_time(
+    number: signal.Signals, tmp_path: Path, model_dir: Path
+) -> None:
+    limit = 15
+    recipe = recipe_of(
+        tmp_path, model_dir, training__steps=1000,
+        distributed={"base": "sharded", "gather": "layers", "timeout_s": limit},
+    )  # fmt: skip
+    output, logs = tmp_path / "run", tmp_path / "logs"
+    process = start_ranks(2, logs, "train", recipe, "-o", output)
+    wait_for_steps(output, 1)
+    victim = int((logs / "rank_1.pid").read_text())
+    os.kill(victim, number)
+    start = time.monotonic()
+    wait_for_text(logs / "rank_0.log", "error: ")
+    assert time.monotonic() - start < limit + 15
+    os.kill(victim, signal.SIGKILL)
+    ended = outcome(process, logs)
+    assert ended.codes == [1, -signal.SIGKILL]
+    (line,) = [line for line in ended.logs[0].splitlines() if line.startswith("error: ")]
+    assert "rank 0 of 2 waited" in line and "--resume" in line
+    assert "Traceback" not in ended.logs[0]
 
 
 @pytest.mark.model
