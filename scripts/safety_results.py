@@ -249,7 +249,11 @@ def render() -> None:
         "the last prompt of a run was evaluated, so nothing was chosen on these queries.",
         "",
     ]
-    for command, result in known.get("run", {}).items():
+    runs = known.get("run", {})
+    for recipe in sorted(str(p.relative_to(ROOT)) for p in (ROOT / "recipes/safety").glob("*_*_*")):
+        if not any(command.split()[0] == recipe for command in runs):
+            lines += [f"No finished run yet: `{recipe}`.", ""]
+    for command, result in runs.items():
         lines += run_section(command, result)
     (DOCS / "safety.md").write_text("\n".join(lines), encoding="utf-8")
 
