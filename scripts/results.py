@@ -2,25 +2,40 @@
 
 python scripts/results.py add RUN_DIR ... --recipe recipes/concise/smollm2_grpo.yaml
     append the finished runs in these folders to docs/results.jsonl (a run of the same recipe,
-    method and seed is replaced) and keep ten held-out answers of the first one
+    method and seed is replaced) and keep ten held-out answers of the first one; `--overrides`
+    names what else the command line had
 python scripts/results.py render
     write docs/results.md
+
+A row with `comparison` is a cell of the table that `scripts/compare.py` fills; a row of a recipe in
+`recipes/distill` is about a teacher. `results_tables.py` renders both.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import yaml
+from results_tables import cell, comparison_section, distillation_section, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS, ANSWERS, PAGE = (
     ROOT / "docs" / f"results.{kind}" for kind in ("jsonl", "answers.json", "md")
+)
+KEY = ("recipe", "method", "representation", "seed", "comparison")
+HELDOUT = (
+    "reward_sem",
+    "rewards",
+    "mean_length",
+    "terminated_share",
+    "base_logprob",
+    "base_kl",
+    "teacher_kl",
+    "num_completions",
 )
 WHO = {"base": "base", "handwritten": "hand-written", "learned": "learned"}
 
@@ -43,27 +58,25 @@ def read_run(folder: Path, recipe: str) -> dict[str, Any]:
         "heldout_reward_learned": summary["heldout_reward_after"],
         "kl": best.get("kl"),
         "seconds": round(summary["seconds"], 1),
+        "budget_seconds": resolved["training"].get("max_seconds"),
         "steps": summary["steps"],
         "best_step": summary["best_step"],
         "command": f"rlprompt train {recipe} seed={seed}{_threads(resolved)}",
         "handwritten": resolved["evaluation"]["handwritten"],
-        "heldout": {
-            who: {
-                key: heldout[who][key]
-                for key in (
-                    "reward_sem",
-                    "rewards",
-                    "mean_length",
-                    "terminated_share",
-                    "base_logprob",
-                    "num_completions",
-                )
-            }
-            for who in WHO
-            if who in heldout
-        },
+        "heldout": {who: kept(heldout[who]) for who in WHO if who in heldout},
         "base_unchanged": summary["base_fingerprint_before"] == summary["base_fingerprint_after"],
     }
+
+
+def kept(metrics: dict[str, Any]) -> dict[str, Any]:
+    """What a row keeps of an evaluation."""
+    return {key: metrics[key] for key in HELDOUT if key in metrics}
+
+
+def evaluations(folder: Path, who: str = "learned") -> list[dict[str, Any]]:
+    """A prompt's held-out evaluations, oldest first."""
+    rows = [json.loads(line) for line in (folder / "evaluation.jsonl").open(encoding="utf-8")]
+    return [row for row in rows if row["who"] == who]
 
 
 def _threads(resolved: dict[str, Any]) -> str:
@@ -82,34 +95,31 @@ def answers_of(folder: Path, best_step: int, count: int = 10) -> list[dict[str, 
     return [{"query": query, **texts} for query, texts in list(found.items())[:count]]
 
 
-def add(folders: list[Path], recipe: str) -> None:
-    """Put runs into results.jsonl."""
+def is_distilled(row: dict[str, Any]) -> bool:
+    """Whether the row is about a teacher, in `recipes/distill`."""
+    return str(row["recipe"]).startswith("recipes/distill/")
+
+
+def put_row(row: dict[str, Any]) -> None:
+    """Add a row to results.jsonl, in place of an older one of the same run."""
     rows = [json.loads(line) for line in ROWS.open(encoding="utf-8")] if ROWS.exists() else []
+    rows = [old for old in rows if any(old.get(key) != row.get(key) for key in KEY)] + [row]
+    rows.sort(key=lambda row: [str(row.get(key)) for key in KEY])
+    ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def add(folders: list[Path], recipe: str, overrides: list[str]) -> None:
+    """Put runs into results.jsonl."""
     answers = json.loads(ANSWERS.read_text(encoding="utf-8")) if ANSWERS.exists() else {}
     for number, folder in enumerate(folders):
         row = read_run(folder, recipe)
-        same = ("recipe", "method", "representation", "seed")
-        rows = [old for old in rows if any(old[key] != row[key] for key in same)] + [row]
+        row["command"] = " ".join([row["command"], *overrides])
+        if is_distilled(row):
+            row["heldout"]["start"] = kept(evaluations(folder)[0])
+        put_row(row)
         if number == 0:
             answers[recipe] = answers_of(folder, row["best_step"])
-    rows.sort(key=lambda row: (row["recipe"], row["method"], row["representation"], row["seed"]))
-    ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     ANSWERS.write_text(json.dumps(answers, indent=1) + "\n", encoding="utf-8")
-
-
-def spread(values: list[float]) -> str:
-    """`mean +- standard deviation`, or the value alone."""
-    if len(values) == 1:
-        return f"{values[0]:.3f}"
-    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}"
-
-
-def cell(text: str) -> str:
-    """A completion as one Markdown table cell; nothing in it is markup."""
-    plain = " ".join(text.split())
-    for sign in "\\`*_{}[]<>#|~":
-        plain = plain.replace(sign, "\\" + sign if sign != "<" else "&lt;")
-    return plain
 
 
 def section(recipe: str, rows: list[dict[str, Any]], answers: list[dict[str, str]]) -> list[str]:
@@ -169,7 +179,8 @@ def render() -> None:
     answers = json.loads(ANSWERS.read_text(encoding="utf-8"))
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        groups[row["recipe"]].append(row)
+        if row.get("comparison") is None and not is_distilled(row):
+            groups[row["recipe"]].append(row)
     lines = [
         "# Results",
         "",
@@ -183,6 +194,8 @@ def render() -> None:
     ]
     for recipe, group in groups.items():
         lines += section(recipe, group, answers[recipe])
+    lines += distillation_section([row for row in rows if is_distilled(row)])
+    lines += comparison_section([row for row in rows if row.get("comparison") is not None])
     PAGE.write_text("\n".join(lines), encoding="utf-8")
 
 
@@ -193,10 +206,11 @@ def main() -> None:
     adder = commands.add_parser("add")
     adder.add_argument("folders", nargs="+", type=Path)
     adder.add_argument("--recipe", required=True)
+    adder.add_argument("--overrides", nargs="*", default=[], help="others than seed and threads")
     commands.add_parser("render")
     options = parser.parse_args()
     if options.command == "add":
-        add(options.folders, options.recipe)
+        add(options.folders, options.recipe, options.overrides)
     else:
         render()
 

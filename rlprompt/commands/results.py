@@ -104,6 +104,7 @@ def _comparison(heldout: Mapping[str, Row]) -> Table:
         ("mean tokens", "mean_length"),
         ("ended by themselves", "terminated_share"),
         ("log-prob under base", "base_logprob"),
+        ("KL to base", "base_kl"),
     ):
         table.add_row(label, *(format_number(heldout[who].get(key)) for who in shown))
     return table

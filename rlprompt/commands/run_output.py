@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from rlprompt import __version__
 from rlprompt.errors import InputError
@@ -125,6 +126,14 @@ def _has_steps(folder: Path) -> bool:
     )
 
 
+def _with_new_settings(stored: Any) -> Any:
+    """A stored recipe with the settings that a newer rlprompt has, at their defaults."""
+    try:
+        return yaml.safe_load(yaml.safe_dump(Recipe.model_validate(stored).plain()))
+    except (ValidationError, InputError):
+        return stored
+
+
 def _check_same(path: Path, recipe: Mapping[str, Any]) -> None:
     try:
         stored = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -132,7 +141,7 @@ def _check_same(path: Path, recipe: Mapping[str, Any]) -> None:
         reason = " ".join(str(error).split())
         raise InputError(f"'{path}' cannot be read ({reason}); start a new run") from error
     # Through YAML and back, as the stored one went.
-    before = _flat(stored)
+    before = _flat(_with_new_settings(stored))
     now = _flat(yaml.safe_load(yaml.safe_dump(dict(recipe), sort_keys=False)))
     changed = [
         key

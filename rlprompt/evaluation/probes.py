@@ -89,32 +89,58 @@ class TeacherKL:
         self._budget = token_budget
         self._written: Sequence[Group] | None = None
 
-    @torch.no_grad()
     def __call__(self, prompt: Prompt, drawn: Sequence[Group]) -> float:
         """See the class; what was drawn under the prompt does not matter."""
         if self._written is None:
             self._written = self._write(self._teacher)
-        total, count = 0.0, 0
-        prompts = (self._teacher, prompt)
-        prefixes = [self._policy.prefix(each) for each in prompts]
-        for some in self._micro_batches(self._written, prompt):
-            queries = [group.query for group in some]
-            completions = [group.completions for group in some]
-            teacher, student = (
-                self._policy.hidden_scored(queries, completions, prefix, each)
-                for prefix, each in zip(prefixes, prompts, strict=True)
-            )
-            divergence = head_divergence(student, teacher, self._policy.forward.head, "forward_kl")
-            total += float(divergence.sum())
-            count += divergence.numel()
-        return total / count
+        return mean_kl(self._policy, (self._teacher, prompt), self._written, self._budget)
 
-    def _micro_batches(self, groups: Sequence[Group], prompt: Prompt) -> list[list[Group]]:
-        """Whole groups, so that both prompts are scored on the same rows."""
-        queries = [len(self._policy.query_ids(group.query, prompt)) for group in groups]
-        lengths = [[len(c.token_ids) for c in group.completions] for group in groups]
-        packed = pack(queries, lengths, self._budget, whole_groups=True)
-        return [[groups[g] for g, _ in micro.rows] for micro in packed]
+
+class BaseKL:
+    """Mean KL(prompt || base) per token over the whole vocabulary, in nats, untempered.
+
+    Measured on the completions that were drawn under the prompt. The base is without a system
+    message, whatever the recipe's reference is, so that prompts of any recipe can be compared.
+    """
+
+    def __init__(self, policy: Policy, token_budget: int) -> None:
+        """Score in micro-batches of at most `token_budget` packed tokens."""
+        self._policy = policy
+        self._budget = token_budget
+
+    def __call__(self, prompt: Prompt, drawn: Sequence[Group]) -> float:
+        """See the class."""
+        return mean_kl(self._policy, (prompt, NonePrompt()), drawn, self._budget)
+
+
+@torch.no_grad()
+def mean_kl(
+    policy: Policy, prompts: tuple[Prompt, Prompt], groups: Sequence[Group], token_budget: int
+) -> float:
+    """Mean KL(first || second) per token of given completions, over the whole vocabulary."""
+    total, count = 0.0, 0
+    prefixes = [policy.prefix(each) for each in prompts]
+    for some in _whole_groups(policy, prompts[1], groups, token_budget):
+        queries = [group.query for group in some]
+        completions = [group.completions for group in some]
+        first, second = (
+            policy.hidden_scored(queries, completions, prefix, each)
+            for prefix, each in zip(prefixes, prompts, strict=True)
+        )
+        divergence = head_divergence(second, first, policy.forward.head, "forward_kl")
+        total += float(divergence.sum())
+        count += divergence.numel()
+    return total / count
+
+
+def _whole_groups(
+    policy: Policy, prompt: Prompt, groups: Sequence[Group], token_budget: int
+) -> list[list[Group]]:
+    """Micro-batches of whole groups, so that two prompts are scored on the same rows."""
+    queries = [len(policy.query_ids(group.query, prompt)) for group in groups]
+    lengths = [[len(c.token_ids) for c in group.completions] for group in groups]
+    packed = pack(queries, lengths, token_budget, whole_groups=True)
+    return [[groups[g] for g, _ in micro.rows] for micro in packed]
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ _MAX_METRICS = 150
 _MAX_RECIPE = 60_000
 _TABLE_EXTRAS = {
     "base_logprob": "log-probability under the base",
+    "base_kl": "KL to the base per token",
     "mean_length": "completion length (tokens)",
     "terminated_share": "share that ended by itself",
 }

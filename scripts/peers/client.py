@@ -17,10 +17,12 @@ ROOT = Path(__file__).resolve().parents[2]
 class Worker:
     """A peer process that does one unit of work per command."""
 
-    def __init__(self, name: str, module: str, flags: dict[str, Any]) -> None:
-        """Start it and wait until it is ready."""
+    def __init__(
+        self, name: str, module: str, flags: dict[str, Any], python: str = sys.executable
+    ) -> None:
+        """Start it, by the interpreter that has its packages, and wait until it is ready."""
         self.name = name
-        command = [sys.executable, "-m", f"scripts.peers.{module}"]
+        command = [python, "-m", f"scripts.peers.{module}"]
         for key, value in flags.items():
             command += [f"--{key}", str(value)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -128,6 +128,18 @@ def test_a_run_cut_off_after_a_checkpoint_ends_as_if_it_had_not_been(
     assert tensors[0] == tensors[1]
 
 
+def test_a_run_goes_on_after_settings_have_come(finished: Path, tmp_path: Path) -> None:
+    run, recipe = tmp_path / "run", finished.parent / "recipe.yaml"
+    shutil.copytree(finished, run)
+    stored = yaml.safe_load((run / "recipe.resolved.yaml").read_text())
+    del stored["training"]["max_seconds"], stored["evaluation"]["completions_per_query"]
+    (run / "recipe.resolved.yaml").write_text(yaml.safe_dump(stored))
+    shown = rlprompt("train", recipe, "-o", run, "--resume")
+    # The first was at its default; the second was not, and is named.
+    assert shown.code == 2 and "max_seconds" not in shown.err
+    assert "evaluation.completions_per_query" in shown.err
+
+
 def test_resuming_with_another_recipe_names_the_keys(finished: Path) -> None:
     recipe = finished.parent / "recipe.yaml"
     overrides = ["training.steps=9", "seed=1", "rewards.0.weight=2", "sampling.top_k=5"]

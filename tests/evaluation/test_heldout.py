@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from rlprompt.engines.native import NativeEngine
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.evaluation.heldout import EvaluationSettings, HeldoutEvaluator
-from rlprompt.evaluation.probes import BaseLogprob
+from rlprompt.evaluation.probes import BaseKL, BaseLogprob
 from rlprompt.policy import Policy
 from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.rewards.base import RewardSettings
@@ -102,6 +102,36 @@ def test_base_logprob_is_that_of_the_model_alone(token_budget: int) -> None:
             total += float(steps.sum())
             count += len(completion.token_ids)
     assert result.metrics["base_logprob"] == pytest.approx(total / count, abs=1e-4)
+
+
+@pytest.mark.parametrize("token_budget", [64, 2048])
+def test_base_kl_is_that_of_two_whole_conversations(token_budget: int) -> None:
+    """KL(text || base) over the vocabulary, against transformers' own forwards."""
+    policy, text = tiny_policy(), "the rain"
+    groups = evaluator(policy).evaluate(TextPrompt(text), 1).batch.groups
+    model, tokenizer = tiny_model("llama"), policy.base.tokenizer
+
+    def logprobs(messages: list[Any], completion: tuple[int, ...]) -> torch.Tensor:
+        rendered = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        )
+        asked = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[*asked, *completion]])).logits[0]
+        return logits[len(asked) - 1 : -1].log_softmax(-1)
+
+    system = {"role": "system", "content": text}
+    divergences = []
+    for group in groups:
+        for completion in group.completions:
+            ours = logprobs([system, *group.query.messages], completion.token_ids)
+            base = logprobs(list(group.query.messages), completion.token_ids)
+            divergences += (ours.exp() * (ours - base)).sum(1).tolist()
+    probe = BaseKL(policy, token_budget)
+    expected = sum(divergences) / len(divergences)
+    assert expected > 0.01
+    assert probe(TextPrompt(text), groups) == pytest.approx(expected, abs=1e-4)
+    assert probe(NonePrompt(), groups) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_evaluating_leaves_the_trained_prompt_alone() -> None:
