@@ -125,12 +125,12 @@ def table(run: Path, data: Path) -> dict[str, Any]:
     return result
 
 
-def run_section(recipe: str, result: dict[str, Any]) -> list[str]:
+def run_section(command: str, result: dict[str, Any]) -> list[str]:
     """One run as a table."""
     lines = [
-        f"### {recipe}",
+        f"### {command.split()[0]}",
         "",
-        f"    rlprompt train {recipe} {result['overrides']}".rstrip(),
+        f"    rlprompt train {command}",
         "",
         f"{result['steps']} steps, the prompt of step {result['best_step']}, "
         f"{result['seconds'] / 60:.0f} minutes on a shared core, base fingerprint unchanged: "
@@ -160,13 +160,13 @@ def run_section(recipe: str, result: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def model_section(recipe: str, found: dict[str, Any]) -> list[str]:
+def model_section(command: str, found: dict[str, Any]) -> list[str]:
     """One preference model beside the rules, as a table."""
     pairs, answers = found["heldout_pairs"], found["heldout_answers"]
     lines = [
-        f"### {recipe}",
+        f"### {command.split()[0]}",
         "",
-        f"    rlprompt reward train {recipe} {found['overrides']}".rstrip(),
+        f"    rlprompt reward train {command}",
         "",
         f"{found['pairs']['train']} pairs to learn from, {found['seconds_learning'] / 60:.0f} "
         f"minutes on a shared core; {answers['accuracy']['of']} answers to queries that it never "
@@ -213,7 +213,8 @@ def add(kind: str, folder: Path, recipe: str, overrides: str) -> None:
         kept = ("name", "pairs", "heldout_pairs", "heldout_answers", "rules", "seconds_learning")
         row = {key: summary[key] for key in kept}
         shutil.copyfile(folder / "reliability.png", DOCS / f"reliability_{row['name']}.png")
-    known.setdefault(kind, {})[recipe] = row | {"overrides": overrides}
+    command = f"{recipe} {overrides}".strip()
+    known.setdefault(kind, {})[command] = row
     NUMBERS.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
 
@@ -235,8 +236,8 @@ def render() -> None:
         "some answer the same query.",
         "",
     ]
-    for recipe, found in known["model"].items():
-        lines += model_section(recipe, found)
+    for command, found in known["model"].items():
+        lines += model_section(command, found)
     lines += [
         "## Prompts",
         "",
@@ -248,8 +249,12 @@ def render() -> None:
         "the last prompt of a run was evaluated, so nothing was chosen on these queries.",
         "",
     ]
-    for recipe, result in known.get("run", {}).items():
-        lines += run_section(recipe, result)
+    runs = known.get("run", {})
+    for recipe in sorted(str(p.relative_to(ROOT)) for p in (ROOT / "recipes/safety").glob("*_*_*")):
+        if not any(command.split()[0] == recipe for command in runs):
+            lines += [f"No finished run yet: `{recipe}`.", ""]
+    for command, result in runs.items():
+        lines += run_section(command, result)
     (DOCS / "safety.md").write_text("\n".join(lines), encoding="utf-8")
 
 
