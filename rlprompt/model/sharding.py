@@ -102,6 +102,8 @@ class Shards:
         """Give back what a backward has left gathered."""
         for parameter in self._parameters:
             if _is_whole(parameter):
+                # The first layer's input wants no gradient, so DeepSpeed waits for its backward.
+                parameter.ds_active_sub_modules.clear()
                 parameter.partition()
 
 
