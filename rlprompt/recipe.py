@@ -103,8 +103,8 @@ class Recipe(Settings):
     """Of everything drawn at random."""
     population: tuple[MemberSettings, ...] = Field(default=(), max_length=64)
     """Prompts that are trained one after the other on one loaded base, for a sweep over starts,
-    learning rates or seeds. They share `training.steps` evenly and meet the same held-out draws;
-    the best one's artifact is the run's."""
+    learning rates or seeds. They share `training.steps` and `training.max_seconds` evenly and meet
+    the same held-out draws; the best one's artifact is the run's."""
 
     @field_validator("algorithm", mode="before")
     @classmethod
@@ -184,6 +184,8 @@ class Recipe(Settings):
     def _member(self, member: MemberSettings) -> Recipe:
         tree = self.plain() | {"name": f"{self.name}-{member.name}", "population": []}
         tree["training"]["steps"] //= len(self.population)
+        if self.training.max_seconds is not None:
+            tree["training"]["max_seconds"] /= len(self.population)
         for key, value in member.changes.items():
             set_value(tree, key, value, f"population member {member.name}")
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.make import make_prompt
 from rlprompt.prompts.text import NonePrompt, TextPrompt, TextSettings
 from rlprompt.recipe import InitialReference, Recipe, Reference, TextReference, with_template_text
-from rlprompt.rewards import RewardRunner, build_rewards
+from rlprompt.rewards import RewardBatch, RewardRunner, build_rewards
 from rlprompt.training.distributed import DistributedSettings, Ranks
 from rlprompt.training.guards import GuardWatch
 from rlprompt.training.loop import Trainer
@@ -152,8 +152,13 @@ def _refuse_text(recipe: Recipe) -> None:
 def _rewards(recipe: Recipe, base_dir: Path, ranks: Ranks) -> RewardRunner:
     needs_score = recipe.algorithm.needs_rewards
     rewards = build_rewards(recipe.rewards, base_dir, needs_score=needs_score)
-    rewards.once = ranks.first
+    rewards.once = partial(_together, ranks) if rewards.needs_all_ranks else ranks.first
     return rewards
+
+
+def _together(ranks: Ranks, score: Callable[[], RewardBatch]) -> RewardBatch:
+    """Score a batch on every rank, for a model of which each holds a part; all get the same."""
+    return ranks.each(score, "the rewards")[0]
 
 
 def _trackers(recipe: Recipe, console: Console | None, ranks: Ranks) -> TrackerGroup:
@@ -165,7 +170,7 @@ def _ground(recipe: Recipe, data: QuerySplit, rewards: RewardRunner, ranks: Rank
     judged = rewards.bind_policy(policy)
     if policy.base.shards is not None and judged:
         # A judge runs the base, which all ranks can only do together.
-        rewards.once = lambda work: ranks.each(work, "the rewards")[0]
+        rewards.once = partial(_together, ranks)
     policy.gradient_checkpointing = recipe.training.gradient_checkpointing
     teacher = _teacher(recipe)
     engine: Engine = NativeEngine(policy, recipe.engine)

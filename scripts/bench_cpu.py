@@ -11,6 +11,7 @@ head        log-probabilities, entropy and gradient of 1536 tokens: log_softmax 
             autograd, against `kernels.lm_head` in plain torch, and that against its C++ kernel
 kernels     the other C++ kernels (`kernels.cpu`) at a training micro-batch of 800 tokens, forward
             and backward, against plain torch
+rows        all linear layers of SmolLM2 for 8 to 1024 rows: oneDNN's product against the kernel's
 step        one decode step of SmolLM2 for 32 rows: the base's own modules, the lean
             step, the compiled one, and the floor, max(weights / bandwidth, FLOPs / peak), with both
             measured here
@@ -40,12 +41,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rlprompt.engines.native import NativeEngine, NativeSettings
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.kernels.cpu import ops
+from rlprompt.kernels.cpu.product import packed_product, product_chunk
 from rlprompt.kernels.lm_head import Head, head_scores
 from rlprompt.kernels.reference import mask_bias, masked_attention
 from rlprompt.model.attention import LayerCall
 from rlprompt.model.base import ModelSettings, load_base
 from rlprompt.model.fetch import cache_dir
-from rlprompt.model.frozen import FrozenLinear, can_pack
+from rlprompt.model.frozen import FrozenLinear, can_pack, pack_weight
 from rlprompt.model.slot import ChatSlot
 from rlprompt.model.tree import TreeContext, build_tree
 from rlprompt.policy import Policy
@@ -216,6 +218,31 @@ def tree_row(rows: int, length: int, shared: int) -> None:
     row(label, ("plain", best(lambda: run(False))), ("kernel", best(lambda: run(True))))
 
 
+def rows() -> None:
+    """The kernel's product against oneDNN's, all layers of the base in turn."""
+    if not kernels_usable():
+        return
+    shapes = ((960, 576), (576, 576), (3072, 576), (576, 1536))
+    weights = [pack_weight(torch.randn(shape).bfloat16()) for _ in range(30) for shape in shapes]
+    chunks = [product_chunk(weight, None) for weight in weights]
+    if not all(chunks):
+        print("the kernel's product: not used, this oneDNN packs or sums in another way")
+        return
+    for count in (8, 32, 64, 128, 256, 512, 1024):
+        inputs = {width: torch.randn(count, width).bfloat16() for width in (576, 1536)}
+
+        def theirs(x=inputs) -> None:  # type: ignore[no-untyped-def]
+            for weight in weights:
+                product = torch.ops.mkldnn._linear_pointwise
+                product(x[weight.shape[1]], weight, None, "none", [], "")
+
+        def ours(x=inputs) -> None:  # type: ignore[no-untyped-def]
+            for weight, chunk in zip(weights, chunks, strict=True):
+                packed_product(x[weight.shape[1]], weight, None, chunk)
+
+        row(f"layers, {count} rows", ("oneDNN", best(theirs)), ("kernel", best(ours)))
+
+
 def policy(cpu_kernels: Literal["auto", "off"]) -> Policy:
     """SmolLM2 in bf16 under a text prompt."""
     base = load_base(ModelSettings(cpu_kernels=cpu_kernels, dtype="bfloat16"))
@@ -275,7 +302,8 @@ def agreement() -> None:
 
 
 TABLES: dict[str, Callable[[], None]] = {
-    table.__name__: table for table in (attention, linear, decode, head, kernels, step, agreement)
+    table.__name__: table
+    for table in (attention, linear, decode, head, kernels, rows, step, agreement)
 }
 
 

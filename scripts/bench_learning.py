@@ -2,12 +2,13 @@
 
     python scripts/bench_learning.py [--json FILE] [--plot FILE.svg] [--seeds 3] [--runs DIR]
 
-Both sides learn 20 soft tokens from the same text with the same reward, the same number of queries
-and completions per step, AdamW with a constant learning rate, TRL's betas and clipping, advantages
-divided by the deviation of the batch, and no KL. The task is `recipes/topics`: name the topic of a
-message in one word. Its reward (`reward_models/topic_label.py`) pays neither silence nor a constant
-answer: a wrong label is worth nothing, and one label for all messages is right in a fifth of them.
-The held-out reward of both is measured on the same queries with the sampling of training.
+Both sides learn 51 soft tokens from the same text, the recipe's own, with the same reward, the same
+number of queries and completions per step, AdamW with a constant learning rate, TRL's betas and
+clipping, advantages divided by the deviation of the batch, and no KL. The task is `recipes/topics`:
+name the topic of a message in one word. Its reward (`reward_models/topic_label.py`) pays neither
+silence nor a constant answer: a wrong label is worth nothing, and one label for all messages is
+right in a fifth of them. The held-out reward of both is measured on the same queries with the
+sampling of training.
 
 The learning rate is chosen per side, by the same rule from the same list (`--lrs`): one run of
 `--peer-steps` steps each with a seed that is not used again; the highest mean of the last two
@@ -37,7 +38,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-INIT_TEXT = "Name the topic of the message in one word: Sports, Food, Technology, Travel or Money."
+INIT_TEXT = """user: football match
+assistant: Sports
+user: cooking soup
+assistant: Food
+user: computer screen
+assistant: Technology
+user: hotel and flight
+assistant: Travel
+user: bank and taxes
+assistant: Money"""
 SWEEP_SEED = 100
 SIDES = {"trl": "trl_grpo", "rlprompt": "rlprompt_grpo"}
 
@@ -170,8 +180,8 @@ def plot(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
     figure.savefig(path)
 
 
-def main() -> None:
-    """Train all seeds of both sides, print, plot, and write the JSON."""
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options; the model is fetched."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, help="where the result goes")
     parser.add_argument("--plot", type=Path, help="where the curves are drawn (.svg or .png)")
@@ -181,7 +191,7 @@ def main() -> None:
     parser.add_argument("--eval-every", type=int, default=2, help="rlprompt, up to peer steps")
     parser.add_argument("--eval-late-every", type=int, default=5, help="rlprompt, after them")
     parser.add_argument("--peer-eval-every", type=int, default=4)
-    parser.add_argument("--lrs", type=float, nargs="+", default=[0.003, 0.01, 0.03])
+    parser.add_argument("--lrs", type=float, nargs="+", default=[0.003, 0.006, 0.012])
     parser.add_argument("--num-queries", type=int, default=8, help="queries per step")
     parser.add_argument("--group-size", type=int, default=8, help="completions per query")
     parser.add_argument("--temperature", type=float, default=1.0)
@@ -190,15 +200,21 @@ def main() -> None:
     parser.add_argument("--heldout-samples", type=int, default=1)
     parser.add_argument("--max-new-tokens", type=int, default=4)
     parser.add_argument("--init-text", default=INIT_TEXT)
-    parser.add_argument("--num-virtual-tokens", type=int, default=20)
+    parser.add_argument("--num-virtual-tokens", type=int, default=51)
     parser.add_argument("--data", type=Path, default=ROOT / "recipes/data/topics.jsonl")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of each side")
     parser.add_argument("--runs", type=Path, help="keeps finished runs; none = a temporary folder")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     sys.path.insert(0, str(ROOT))
     from rlprompt.model.fetch import fetch
 
     options.model = str(fetch("smollm2-135m"))
+    return options
+
+
+def main() -> None:
+    """Train all seeds of both sides, print, plot, and write the JSON."""
+    options = parse()
     with tempfile.TemporaryDirectory() as temporary:
         options.runs = (options.runs or Path(temporary)).absolute()
         options.runs.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
-"""rlprompt against TRL + PEFT prompt tuning: one GRPO step, rollout, memory, and the GEMM floor.
+"""rlprompt against TRL + PEFT: one GRPO step, rollout, memory, and the GEMM floor.
 
-    python scripts/bench_peers.py [--json FILE] [--rounds 5] [--max-new-tokens 48]
+    python scripts/bench_peers.py [--json FILE] [--rounds 5] [--tokens 48]
+        [--method prompt|prefix|lora]
 
 Four processes take turns (TRL, rlprompt, HF generate, bare matrix products; A B C D A B C D ...) on
 the same model, dtype, queries, reward and number of completion tokens; the others sleep meanwhile.
@@ -22,14 +23,20 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from scripts.peers.client import Worker, model_folder, write_queries  # noqa: E402
+from scripts.peers.gemm_floor import summarise as summarise_floor  # noqa: E402
+from scripts.peers.worker import METHODS  # noqa: E402
+
 REWARD = "reward_models/concise.py:reward"
+INIT_TEXT = "You are a helpful assistant."
 GOALS = {
     "step_ratio": (6.0, "at least"),
     "rollout_ratio": (4.0, "at least"),
@@ -38,94 +45,10 @@ GOALS = {
 }
 
 
-class Worker:
-    """A peer process that does one unit of work per command."""
-
-    def __init__(self, name: str, module: str, flags: dict[str, Any]) -> None:
-        """Start it and wait until it is ready."""
-        self.name = name
-        command = [sys.executable, "-m", f"scripts.peers.{module}"]
-        for key, value in flags.items():
-            command += [f"--{key}", str(value)]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        self._process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-        )
-        self.ready = self._read()
-        self.steps: list[dict[str, Any]] = []
-
-    def step(self, *, counts: bool) -> dict[str, Any]:
-        """One unit of work; `counts` = it belongs to the medians."""
-        assert self._process.stdin is not None
-        self._process.stdin.write('{"cmd": "step"}\n')
-        self._process.stdin.flush()
-        report = self._read()
-        if counts:
-            self.steps.append(report)
-        return report
-
-    def quit(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.write('{"cmd": "quit"}\n')
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
-
-    def median(self, *keys: str) -> float:
-        """Median over counted steps of a nested number."""
-        values = []
-        for step in self.steps:
-            value: Any = step
-            for key in keys:
-                value = value.get(key, 0.0)
-            values.append(float(value))
-        return statistics.median(values)
-
-    def phases(self) -> dict[str, float]:
-        """Median seconds by phase."""
-        names = dict.fromkeys(name for step in self.steps for name in step["phases"])
-        return {name: self.median("phases", name) for name in names}
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._log.seek(0)
-            tail = "".join(self._log.readlines()[-15:])
-            raise SystemExit(f"the {self.name} process ended:\n{tail}")
-        report: dict[str, Any] = json.loads(line)
-        if report["event"] == "error":
-            raise SystemExit(f"{self.name}: {report['message']}")
-        return report
-
-
-def model_folder() -> Path:
-    """The embedded default model, fetched if need be."""
-    from rlprompt.model.fetch import fetch
-
-    return fetch("smollm2-135m", progress=lambda line: print(line, file=sys.stderr))
-
-
-def write_queries(folder: Path) -> Path:
-    """The training queries of `everyday.jsonl` in a file of their own."""
-    rows = (ROOT / "recipes/data/everyday.jsonl").read_text(encoding="utf-8").splitlines()
-    kept = [row for row in rows if json.loads(row)["split"] == "train"]
-    path = folder / "queries.jsonl"
-    path.write_text("\n".join(kept) + "\n", encoding="utf-8")
-    return path
-
-
 def start_workers(options: argparse.Namespace, queries: Path) -> dict[str, Worker]:
     """All four processes, ready."""
     model = str(model_folder())
-    tokens = options.max_new_tokens
+    tokens = options.tokens
     work = {
         "model": model,
         "queries": queries,
@@ -135,12 +58,16 @@ def start_workers(options: argparse.Namespace, queries: Path) -> dict[str, Worke
     train = {
         **work,
         "reward": REWARD,
+        "method": options.method,
+        "init-text": INIT_TEXT,
         "num-virtual-tokens": options.num_virtual_tokens,
         "max-new-tokens": tokens,
         "min-new-tokens": tokens,
     }
+    # LoRA has no tokens of its own: the init text is then the system message of both sides.
+    system = {"system-text": INIT_TEXT} if options.method == "lora" else {}
     workers = {
-        "trl": Worker("TRL + PEFT", "trl_grpo", train),
+        "trl": Worker("TRL + PEFT", "trl_grpo", {**train, **system}),
         "rlprompt": Worker("rlprompt", "rlprompt_grpo", train),
         "generate": Worker("HF generate", "hf_generate", {**work, "new-tokens": tokens}),
     }
@@ -171,8 +98,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def summarise(workers: dict[str, Worker], options: argparse.Namespace) -> dict[str, Any]:
     """Medians, ratios and settings."""
-    from scripts.peers.gemm_floor import summarise as summarise_floor
-
     trl, ours, generate = workers["trl"], workers["rlprompt"], workers["generate"]
     floor = summarise_floor([step["parts"] for step in workers["floor"].steps])
     phases = ours.phases()
@@ -187,6 +112,7 @@ def summarise(workers: dict[str, Worker], options: argparse.Namespace) -> dict[s
         "rss_ratio": ours.steps[-1]["peak_rss_mb"] / trl.steps[-1]["peak_rss_mb"],
         "floor_ratio": learned / floor["floor_seconds"],
         "rounds": options.rounds,
+        "method": options.method,
         "trl": {
             **trl.ready,
             "seconds": trl.median("seconds"),
@@ -243,12 +169,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="counted steps of each side")
     parser.add_argument("--num-queries", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=8)
-    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--tokens", type=int, default=48, help="new tokens of each completion")
+    parser.add_argument(
+        "--method",
+        default="prompt",
+        choices=METHODS,
+        help="what both sides train: soft tokens, a prefix, or LoRA of rank 8 on all linear layers",
+    )
     parser.add_argument("--num-virtual-tokens", type=int, default=16)
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
-    sys.path.insert(0, str(ROOT))
     result = measure(options)
     show(result)
     if options.json:

@@ -27,8 +27,8 @@ ROOT = Path(__file__).parents[1]
 GOAL = 0.02
 ISOLATED = "isolated"
 """The set that runs in a worker process; what its reward itself takes is measured by set "one"."""
-STEP_SECONDS = 5.0
-"""Seconds of a step of 32 completions x 48 tokens (README, "How it works, and why it is fast")."""
+STEP_SECONDS = 2.6
+"""Seconds of a step of 32 completions x 48 tokens on two CPU cores (docs/bench_peers.json)."""
 WORDS = "A volcano is an opening where molten rock leaves the Earth , and many of them sleep . " * 3
 
 

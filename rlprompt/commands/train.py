@@ -28,7 +28,7 @@ from rlprompt.training.population import Population
 from rlprompt.training.update import NotFiniteError
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-_ENDINGS = ("finished", "early_stopping")
+_ENDINGS = ("finished", "early_stopping", "max_seconds")
 
 
 @dataclass(frozen=True)

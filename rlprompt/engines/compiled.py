@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from rlprompt.engines.cache import DecodeCache
+from rlprompt.kernels.cpu.product import MOST_ROWS
 from rlprompt.model.forward import PrefixForward
-from rlprompt.model.frozen import FrozenLinear
+from rlprompt.model.frozen import FrozenLinear, PackedWeight
 from rlprompt.model.fused import FusedAttention, FusedMLP, FusedNorm
 
 logger = logging.getLogger(__name__)
@@ -36,12 +37,12 @@ class CompiledDecoder:
         self._eps = final.variance_epsilon
         weights: list[Tensor | None] = []
         for layer in layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            weights.append(layer.input_layernorm.weight)
-            weights += _map(attention.joined.packed) + _map(attention.o_proj.packed)
-            weights.append(layer.post_attention_layernorm.weight)
-            weights += _map(mlp.joined.packed) + _map(mlp.down_proj.packed)
+            qkv, output, gates, down = map(_map, _products(layer))
+            weights += [layer.input_layernorm.weight, *qkv, *output]
+            weights += [layer.post_attention_layernorm.weight, *gates, *down]
         self._weights = [*weights, final.weight]
+        products = zip(*map(_products, layers), strict=True)
+        self._chunks = [_common([packed.chunk for packed in same]) for same in products]
 
     def hidden(self, tokens: Tensor, cache: DecodeCache) -> Tensor:
         """Final hidden states [B, d] of one new token per row; writes the cache's next column.
@@ -55,7 +56,8 @@ class CompiledDecoder:
         cos, sin = self._rotary(x[None], cache.positions()[None])
         place = (cache.table, list(cache.place))
         turn = (cos[0].contiguous(), sin[0].contiguous())
-        numbers = (self._scaling, self._eps)
+        few = len(tokens) <= MOST_ROWS
+        numbers = (self._scaling, self._eps, self._chunks if few else [0] * len(self._chunks))
         step = torch.ops.rlprompt_cpu.decode_step
         out: Tensor = step(x.clone(), self._weights, cache.data, *place, *turn, *numbers)
         return out
@@ -83,7 +85,19 @@ def compiled_decoder(forward: PrefixForward) -> CompiledDecoder | None:
     return CompiledDecoder(forward, list(layers), final) if len(settings) == 1 else None
 
 
-def _map(packed: Any) -> list[Tensor | None]:
+def _products(layer: Any) -> list[PackedWeight]:
+    """The four products of a layer, in their order."""
+    attention, mlp = layer.self_attn, layer.mlp
+    joined = [attention.joined.packed, attention.o_proj.packed]
+    return [*joined, mlp.joined.packed, mlp.down_proj.packed]
+
+
+def _common(chunks: list[int]) -> int:
+    """What all layers agree on, or 0."""
+    return chunks[0] if len(set(chunks)) == 1 else 0
+
+
+def _map(packed: PackedWeight) -> list[Tensor | None]:
     return [packed.forward_weight, packed.bias]
 
 

@@ -20,7 +20,7 @@ from rlprompt.model.attention import ATTENTION_NAME, AttentionContext, CausalCon
 from rlprompt.model.base import FrozenBase
 from rlprompt.model.fetch import cache_dir
 from rlprompt.model.frozen import head_of, pack_linears
-from rlprompt.model.fused import fuse_modules
+from rlprompt.model.fused import allow_kernel, fuse_modules
 from rlprompt.model.sharding import gathered
 from rlprompt.model.tree import TreeContext, build_tree
 from rlprompt.types import Adapter, PrefixKV
@@ -74,6 +74,7 @@ class PrefixForward:
         self.compiled = choose(wanted, cache_dir() / "kernels", base.dtype, base.device)
         if own is not None and self.compiled:
             fused = fuse_modules(self.body)
+            allow_kernel(base.model)
             logger.info("%s: %d modules replaced by CPU kernels", base.id, fused)
         self.head = self._head()
         self.head = self.head._replace(compiled=self.compiled and self.head.softcap is None)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlprompt.kernels.cpu.product import MOST_ROWS, packed_product, product_chunk
 from rlprompt.kernels.lm_head import Head
 from rlprompt.model.sharding import gathered
 
@@ -36,6 +37,8 @@ class PackedWeight:
         self._layers = tuple(layers)
         self._forward: Tensor | None = None
         self._transposed: Tensor | None = None
+        self._kernel = False
+        self._chunk: int | None = None
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         if len(biases) not in (0, len(layers)):
             raise ValueError("layers that are packed as one need a bias each, or none")
@@ -48,6 +51,19 @@ class PackedWeight:
             self._forward = pack_weight(self._weight())
         return self._forward
 
+    def allow_kernel(self) -> None:
+        """Let the C++ kernels, which are loaded, multiply few rows if that gives the same bits."""
+        self._kernel = True
+
+    @property
+    def chunk(self) -> int:
+        """Of `packed_product` with the forward weight; 0 = it is not used."""
+        if not self._kernel:
+            return 0
+        if self._chunk is None:
+            self._chunk = product_chunk(self.forward_weight, self.bias)
+        return self._chunk
+
     def apply(self, x: Tensor) -> Tensor:
         """The product, with a gradient of the input only."""
         if torch.is_grad_enabled() and x.requires_grad:
@@ -57,6 +73,10 @@ class PackedWeight:
 
     def forward(self, x: Tensor) -> Tensor:
         """The product without autograd."""
+        if x.numel() <= MOST_ROWS * x.shape[-1] and self.chunk:
+            rows = x.reshape(-1, x.shape[-1]).contiguous()
+            few = packed_product(rows, self.forward_weight, self.bias, self.chunk)
+            return few.view(*x.shape[:-1], -1)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(
             x, self.forward_weight, self.bias, "none", [], ""
         )

@@ -157,6 +157,15 @@ def fuse_modules(body: nn.Module) -> int:
     return replaced
 
 
+def allow_kernel(model: nn.Module) -> None:
+    """Let the kernels multiply few rows in all packed layers of a model, after `fuse_modules`."""
+    for module in model.modules():
+        if isinstance(module, FrozenLinear):
+            module.packed.allow_kernel()
+        elif isinstance(module, FusedAttention | FusedMLP):
+            module.joined.packed.allow_kernel()
+
+
 def _stand_in(module: nn.Module, body: nn.Module) -> nn.Module | None:
     """What may replace a module, or None."""
     kind = type(module).__name__

@@ -1,4 +1,4 @@
-"""A base of which every rank holds a part: DeepSpeed ZeRO-3 over frozen weights, no optimizer.
+"""A model of which every rank holds a part: DeepSpeed ZeRO-3 over frozen weights, no optimizer.
 
 Only the frozen base goes into DeepSpeed. The prompt stays a plain tensor outside, so checkpoints
 and optimizers know nothing of shards. Weights are cut up while they are read, one tensor at a time:
@@ -26,7 +26,12 @@ from typing import Any, Literal
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from rlprompt.errors import InputError
 
@@ -61,12 +66,12 @@ class Shards:
     @property
     def bytes_on_rank(self) -> int:
         """Bytes of the base's weights that this rank keeps."""
-        return sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in self._parameters)
+        return _bytes(self._parameters)[0]
 
     @property
     def bytes_whole(self) -> int:
         """Bytes of all weights."""
-        return sum(p.ds_numel * p.ds_tensor.element_size() for p in self._parameters)
+        return _bytes(self._parameters)[1]
 
     @property
     def rolls_out_whole(self) -> bool:
@@ -146,17 +151,15 @@ def read_sharded_model(
         InputError: DeepSpeed is missing or cannot run here, or a weight of the model is not in the
             files under its own name.
     """
-    deepspeed = _deepspeed()
+    deepspeed = _deepspeed("distributed.base is sharded", "set distributed.base: replicated")
     if settings.offload == "nvme" and not _has_async_io():
         raise InputError(
             "distributed.offload is nvme, which needs DeepSpeed's async_io, and that cannot be "
             "built here; install libaio-dev and a C++ compiler, or set distributed.offload: cpu"
         )
     plan = _plan(settings, dtype)
-    model = _empty_model(deepspeed, config, plan)
-    _fill(deepspeed, model, folder, dtype)
-    model.requires_grad_(False)
-    model.eval()
+    model = _empty_model(deepspeed, AutoModelForCausalLM, config, plan)
+    _fill(deepspeed, model, folder, dtype, "set distributed.base: replicated")
     for module in model.modules():
         if type(module) is nn.Linear:
             module.forward = partial(_apply, module)  # type: ignore[method-assign]
@@ -189,18 +192,46 @@ class _FrozenProduct(torch.autograd.Function):
             return grads[0] @ ctx.layer.weight, None
 
 
-class _Root(nn.Module):
-    """The decoder as what DeepSpeed takes for the whole model: its steps begin and end here."""
+def read_sharded_classifier(
+    folder: Path, config: PretrainedConfig, dtype: torch.dtype
+) -> tuple[PreTrainedModel, nn.Module]:
+    """A sequence classifier of which this rank has its part only.
 
-    def __init__(self, decoder: nn.Module) -> None:
+    Args:
+        folder: with safetensors files.
+        config: of the model.
+        dtype: of weights and activations.
+
+    Returns:
+        The model, for its configuration and device, and what all ranks call together in its place.
+
+    Raises:
+        InputError: as for `read_sharded_model`.
+    """
+    advice = "set sharded: false"
+    deepspeed = _deepspeed("sharded is true", advice)
+    plan = _plan(ShardSettings(), dtype)
+    model = _empty_model(deepspeed, AutoModelForSequenceClassification, config, plan)
+    _fill(deepspeed, model, folder, dtype, advice)
+    engine, *_ = deepspeed.initialize(model=_Root(model), config=plan)
+    body: nn.Module = engine.module
+    held, whole = _bytes(model.parameters())
+    logger.info("preference model in shards: %d bytes on this rank, %d in all", held, whole)
+    return model, body
+
+
+class _Root(nn.Module):
+    """What DeepSpeed takes for the whole model: its steps begin and end here."""
+
+    def __init__(self, body: nn.Module) -> None:
         super().__init__()
-        self.decoder = decoder
+        self.body = body
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.decoder(*args, **kwargs)
+        return self.body(*args, **kwargs)
 
 
-def _deepspeed() -> Any:
+def _deepspeed(reason: str, advice: str) -> Any:
     os.environ.setdefault("LOCAL_RANK", "0")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -209,8 +240,7 @@ def _deepspeed() -> Any:
         deepspeed = importlib.import_module("deepspeed")
     except ImportError as error:
         raise InputError(
-            "distributed.base is sharded, which needs DeepSpeed; run `pip install deepspeed`, or "
-            "set distributed.base: replicated"
+            f"{reason}, which needs DeepSpeed; run `pip install deepspeed`, or {advice}"
         ) from error
     # Would be compiled for a minute at first use; it only speeds up sums on one CPU machine.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -251,7 +281,9 @@ def _plan(settings: ShardSettings, dtype: torch.dtype) -> dict[str, Any]:
     return plan
 
 
-def _empty_model(deepspeed: Any, config: PretrainedConfig, plan: dict[str, Any]) -> PreTrainedModel:
+def _empty_model(
+    deepspeed: Any, kind: Any, config: PretrainedConfig, plan: dict[str, Any]
+) -> PreTrainedModel:
     """The modules with weights that are cut up as soon as they are made, holding anything."""
     initialization = importlib.import_module("transformers.initialization")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
@@ -261,13 +293,16 @@ def _empty_model(deepspeed: Any, config: PretrainedConfig, plan: dict[str, Any])
         initialization.no_init_weights(),
         deepspeed.zero.Init(config_dict_or_path=plan),
     ):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = kind.from_config(config, dtype=dtype)
     assert isinstance(model, PreTrainedModel)
     model.tie_weights()
+    model.requires_grad_(False).eval()
     return model
 
 
-def _fill(deepspeed: Any, model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+def _fill(
+    deepspeed: Any, model: PreTrainedModel, folder: Path, dtype: torch.dtype, advice: str
+) -> None:
     """Read each weight on the first rank and give every rank its part."""
     files = _where(folder)
     is_first = torch.distributed.get_rank() == 0
@@ -275,7 +310,7 @@ def _fill(deepspeed: Any, model: PreTrainedModel, folder: Path, dtype: torch.dty
         if name not in files:
             raise InputError(
                 f"the weights in {folder} have no tensor '{name}', so this model cannot be read "
-                "in shards; set distributed.base: replicated"
+                f"in shards; {advice}"
             )
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if is_first:
@@ -290,6 +325,12 @@ def _where(folder: Path) -> dict[str, Path]:
         with safe_open(path, framework="pt") as opened:
             found |= dict.fromkeys(opened.keys(), path)
     return found
+
+
+def _bytes(parameters: Iterable[Any]) -> tuple[int, int]:
+    """Bytes on this rank, and on all together."""
+    sizes = [(p.ds_tensor.numel(), p.ds_numel, p.ds_tensor.element_size()) for p in parameters]
+    return sum(n * size for n, _, size in sizes), sum(n * size for _, n, size in sizes)
 
 
 def _is_whole(parameter: Any) -> bool:

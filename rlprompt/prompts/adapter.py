@@ -113,12 +113,18 @@ class AdapterPrompt(Prompt):
             )
         text = settings.text if warm is None else warm.init_text
         assert text is not None  # settings refuse neither
-        if not conditioner.slot_ids(text):
+        ids = conditioner.slot_ids(text)
+        if not ids:
             raise InputError("prompt.text has no tokens; write a system message")
         shapes = conditioner.linear_shapes
+        adapter: LayerAdapter
         if isinstance(settings.method, LoRASettings):
-            return cls(text, LoRA.create(settings.method, shapes, seed))
-        return cls(text, IA3.create(settings.method, shapes, seed))
+            adapter = LoRA.create(settings.method, shapes, seed)
+        else:
+            adapter = IA3.create(settings.method, shapes, seed)
+        wide = torch.promote_types(conditioner.embed(ids[:1]).dtype, torch.float32)
+        adapter.weights = {name: weight.to(wide) for name, weight in adapter.weights.items()}
+        return cls(text, adapter)
 
     @classmethod
     def restore(cls, saved: SavedPrompt) -> AdapterPrompt:

@@ -180,6 +180,11 @@ class RewardRunner:
             bind(policy)
         return any(map(callable, binds))
 
+    @property
+    def needs_all_ranks(self) -> bool:
+        """Whether a reward can only score when all ranks of the run do: its model is in shards."""
+        return any(getattr(function, "needs_all_ranks", False) for _, function in self._rewards)
+
     def close(self) -> None:
         """Stop idle worker threads and end worker processes; the runner stays usable."""
         self._executor.close()

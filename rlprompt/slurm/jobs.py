@@ -17,7 +17,7 @@ from rlprompt.slurm.queue import QueuedJob
 from rlprompt.training.files import iter_jsonl, to_json, write_atomic
 
 JOBS_FILE = "jobs.json"
-FINISHED = ("finished", "early_stopping", "guard:")
+FINISHED = ("finished", "early_stopping", "max_seconds", "guard:")
 """What a summary gives as the end of a run that needs no more steps."""
 
 

@@ -16,6 +16,7 @@ from rlprompt.model.base import verify_unchanged
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.rollout import RolloutBatch, completion_metrics, completion_rows
+from rlprompt.training.budget import Budget
 from rlprompt.training.checkpoint import (
     checkpoint_steps,
     load_checkpoint,
@@ -49,6 +50,7 @@ class Trainer:
         self.parts = parts
         self.output = output
         settings = parts.training
+        self._budget = Budget(settings)
         scale = parts.policy.prompt.scale(parts.policy)
         peak_lr = learning_rate(settings.optimizer, scale)
         own = [(part.parameters, part.lr) for part in parts.algorithm.own_parameters()]
@@ -145,12 +147,14 @@ class Trainer:
         if progress.step >= settings.steps:
             return "finished"
         guard = stopped_by(progress.guards)
+        if reason is None and guard is None and self._budget.is_spent(progress.budget_seconds):
+            return "max_seconds"
         return reason or (f"guard:{guard}" if guard else "early_stopping")
 
     def _step(self) -> None:
         """One rollout batch and its updates."""
         parts, progress = self.parts, self.state.progress
-        start = time.perf_counter()
+        start, budget_start = time.perf_counter(), self._budget.now()
         clock = PhaseClock()
         before = self.state.checkpoint(self._identity)
         seed = _step_seed(parts.seed, progress.step)
@@ -178,6 +182,10 @@ class Trainer:
         progress.num_tokens += int(batch.lengths.sum())
         progress.rollout_seconds += batch.rollout_seconds
         progress.step_seconds.append(seconds)
+        progress.budget_seconds += self._budget.now() - budget_start
+        if self._budget.is_limited:
+            # All ranks stop together, and their learning rates agree.
+            progress.budget_seconds = parts.ranks.first(lambda: progress.budget_seconds)
         metrics = {**completion_metrics(batch), **learned, **_times(batch, clock, seconds)}
         metrics |= {f"prompt/{k}": v for k, v in parts.policy.prompt.metrics().items()}
         if parts.constraints is not None:
@@ -199,7 +207,8 @@ class Trainer:
         settings, progress = self.parts.training, self.state.progress
         algorithm = self.parts.algorithm
         total = settings.steps * algorithm.num_epochs * algorithm.num_minibatches
-        factor = lr_factor(settings.optimizer, progress.updates, total)
+        time_share = self._budget.share(progress.budget_seconds)
+        factor = lr_factor(settings.optimizer, progress.updates, total, time_share)
         groups = self.state.optimizer.param_groups
         for group in groups:
             group["lr"] = factor * group["peak_lr"]
@@ -222,6 +231,7 @@ class Trainer:
     def _evaluation_is_due(self) -> bool:
         step = self.state.progress.step
         due = step % self.parts.evaluation.every == 0 or step == self.parts.training.steps
+        due = due or self._budget.is_spent(self.state.progress.budget_seconds)
         return due and bool(self.parts.data.heldout)
 
     def _evaluate_learned(self) -> None:
@@ -237,10 +247,11 @@ class Trainer:
         self.parts.trackers.log_evaluation(step, who, result.metrics)
 
     def _is_over(self) -> bool:
-        """Whether held-out reward has stopped rising, or a guard has ended the run."""
+        """Whether held-out reward has stopped rising, time is up, or a guard has ended the run."""
         progress, patience = self.state.progress, self.parts.training.early_stopping
         stale = patience is not None and progress.stale_evaluations >= patience
-        return stale or stopped_by(progress.guards) is not None
+        spent = self._budget.is_spent(progress.budget_seconds)
+        return stale or spent or stopped_by(progress.guards) is not None
 
     def _save(self) -> None:
         checkpoint = self.state.checkpoint(self._identity)

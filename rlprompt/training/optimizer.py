@@ -27,20 +27,23 @@ def learning_rate(settings: OptimizerSettings, scale: float) -> float:
     return relative * scale
 
 
-def lr_factor(settings: OptimizerSettings, update: int, total: int) -> float:
+def lr_factor(
+    settings: OptimizerSettings, update: int, total: int, time_share: float = 0.0
+) -> float:
     """The share of the peak rate at an update.
 
     Args:
         settings: schedule, warm-up and floor.
         update: updates made before this one, from 0.
         total: updates of the whole run.
+        time_share: of the time that the run may take, when it is limited.
     """
     if update < settings.warmup_steps:
         return (update + 1) / settings.warmup_steps
     if settings.schedule == "constant":
         return 1.0
     done = (update - settings.warmup_steps) / max(1, total - settings.warmup_steps)
-    done = min(1.0, done)
+    done = min(1.0, max(done, time_share))
     left = 1.0 - done if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
     return settings.min_lr_ratio + (1.0 - settings.min_lr_ratio) * left
 

@@ -25,7 +25,7 @@ from rlprompt.training.update import NotFiniteError
 
 logger = logging.getLogger(__name__)
 
-_ENDED = ("finished", "early_stopping")
+_ENDED = ("finished", "early_stopping", "max_seconds")
 
 
 class Population:

@@ -64,6 +64,18 @@ class TrainingSettings(Settings):
     """Newest checkpoints that stay on disk."""
     early_stopping: int | None = Field(default=None, ge=1)
     """Stop after this many held-out evaluations without a better one; null = never."""
+    max_seconds: float | None = Field(default=None, gt=0.0)
+    """Stop after the step that brings the time of all steps to this; evaluations do not count. A
+    linear or cosine schedule then follows steps or time, whichever is further; null = no limit."""
+    clock: Literal["wall", "cpu"] = "wall"
+    """What `max_seconds` counts: the time that passes, or the CPU time of this process, which other
+    programs on the machine do not change."""
+
+    @model_validator(mode="after")
+    def _clock_has_effect(self) -> TrainingSettings:
+        if self.max_seconds is None and self.clock != "wall":
+            raise ValueError("clock has no effect without max_seconds; set it or remove clock")
+        return self
 
 
 class MemberSettings(Settings):

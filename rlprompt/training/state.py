@@ -42,6 +42,8 @@ class Progress:
     """Completion tokens drawn in training."""
     rollout_seconds: float = 0.0
     """Time spent drawing them."""
+    budget_seconds: float = 0.0
+    """Time of all steps by the clock of `training.max_seconds`."""
     step_seconds: list[float] = field(default_factory=list)
     """Duration of every step."""
     heldout: dict[str, Any] = field(default_factory=dict)

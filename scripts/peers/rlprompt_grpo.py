@@ -26,6 +26,11 @@ from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.evaluation.heldout import HeldoutEvaluator
 from rlprompt.evaluation.probes import BaseLogprob
 from rlprompt.model.base import ModelSettings
+from rlprompt.policy import Policy
+from rlprompt.prompts.adapter import AdapterPrompt, AdapterSettings
+from rlprompt.prompts.base import Prompt
+from rlprompt.prompts.layer_adapters import LoRASettings
+from rlprompt.prompts.prefix import PrefixPrompt, PrefixSettings
 from rlprompt.prompts.soft import SoftPrompt, SoftSettings
 from rlprompt.prompts.text import NonePrompt
 from rlprompt.recipe_build import build_policy
@@ -36,6 +41,8 @@ from rlprompt.training.settings import OptimizerSettings
 from rlprompt.training.update import PhaseClock, Updater
 from rlprompt.types import Query
 from scripts.peers.worker import (
+    LORA_RANK,
+    METHODS,
     GrpoWork,
     claim_stdout,
     cpu_seconds,
@@ -57,6 +64,7 @@ class StepSettings(GrpoWork):
 
     cosine_steps: int = setting(0, "Length of a cosine schedule; 0 = constant.")
     max_norm_ratio: float = setting(1.5, "Trust region of the soft tokens; 0 switches it off.")
+    num_epochs: int = setting(1, "Updates per rollout batch.")
     token_budget: int = setting(1024, "Packed tokens per micro-batch.")
     eval_late_every: int = setting(0, "Another --eval-every, after step --eval-late-from; 0 = no.")
     eval_late_from: int = setting(0, "See --eval-late-every.")
@@ -67,6 +75,24 @@ class StepSettings(GrpoWork):
         return step % (self.eval_late_every if late else self.eval_every) == 0 or step == self.steps
 
 
+def fresh_prompt(settings: StepSettings, policy: Policy) -> Prompt:
+    """What is trained, as `--method` says.
+
+    Raises:
+        ValueError: the method is none of METHODS.
+    """
+    if settings.method not in METHODS:
+        raise ValueError(f"--method {settings.method} is none of {', '.join(METHODS)}.")
+    start = {"num_virtual_tokens": settings.num_virtual_tokens, "init_text": settings.init_text}
+    if settings.method == "prefix":
+        return PrefixPrompt.create(PrefixSettings(**start), policy, settings.seed)
+    if settings.method == "lora":
+        lora = AdapterSettings(text=settings.init_text, method=LoRASettings(rank=LORA_RANK))
+        return AdapterPrompt.create(lora, policy, settings.seed)
+    soft = SoftSettings(**start, max_norm_ratio=settings.max_norm_ratio or None)
+    return SoftPrompt.create(soft, policy, settings.seed)
+
+
 class Stepper:
     """One training step at a time, built from the parts that `rlprompt train` uses."""
 
@@ -75,12 +101,7 @@ class Stepper:
         self.settings = settings
         threads = settings.threads or None
         self.policy = build_policy(ModelSettings(path=settings.model, threads=threads))
-        soft = SoftSettings(
-            num_virtual_tokens=settings.num_virtual_tokens,
-            init_text=settings.init_text,
-            max_norm_ratio=settings.max_norm_ratio or None,
-        )
-        self.policy.prompt = SoftPrompt.create(soft, self.policy, settings.seed)
+        self.policy.prompt = fresh_prompt(settings, self.policy)
         self.engine = NativeEngine(self.policy)
         self.sampling = SamplingSettings(
             temperature=settings.temperature,
@@ -93,6 +114,7 @@ class Stepper:
             {
                 "group_size": settings.group_size,
                 "kl_coef": settings.beta,
+                "num_epochs": settings.num_epochs,
                 "scale_rewards": settings.scale_rewards,
             }
         )

@@ -103,7 +103,7 @@ class StepObserver(TrainerCallback):
     def _counted(self, compute_loss: Callable[..., Any]) -> Callable[..., Any]:
         def counted(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             rows, padded = inputs["completion_mask"].shape[0], inputs["prompt_mask"].shape[1]
-            virtual = model.active_peft_config.num_virtual_tokens
+            virtual = getattr(model.active_peft_config, "num_virtual_tokens", 0)
             self._tokens = {
                 "rows": rows,
                 "query": int(inputs["prompt_mask"].sum()),

@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer with PEFT prompt tuning, configured for speed and equal work on CPU.
+"""TRL's GRPOTrainer with a PEFT method, configured for speed and equal work on CPU.
 
 Everything that TRL lets one choose is chosen here: weights loaded in bfloat16 and computed in
 bfloat16, no autocast, no gradient checkpointing, one micro-batch per update, one update per
@@ -19,13 +19,22 @@ from typing import Any
 import torch
 import trl.trainer.utils
 from datasets import Dataset
-from peft import PromptTuningConfig, PromptTuningInit, TaskType
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    PromptTuningInit,
+    TaskType,
+)
 from transformers import AutoTokenizer, PrinterCallback
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from scripts.peers.worker import (
     CHATML_WITHOUT_DEFAULT,
+    LORA_RANK,
+    METHODS,
     GrpoWork,
     conversation,
     environment,
@@ -161,8 +170,34 @@ def trl_arguments(settings: TrlSettings, output_dir: str) -> GRPOConfig:
     )
 
 
+def peft_config(settings: TrlSettings) -> PeftConfig:
+    """What PEFT trains.
+
+    Raises:
+        ValueError: the method is none of METHODS.
+    """
+    if settings.method not in METHODS:
+        raise ValueError(f"--method {settings.method} is none of {', '.join(METHODS)}.")
+    if settings.method == "lora":
+        return LoraConfig(
+            task_type=TaskType.CAUSAL_LM, r=LORA_RANK, lora_alpha=16, target_modules="all-linear"
+        )
+    tokens = {
+        "task_type": TaskType.CAUSAL_LM,
+        "num_virtual_tokens": settings.num_virtual_tokens,
+    }
+    if settings.method == "prefix":
+        return PrefixTuningConfig(**tokens)
+    return PromptTuningConfig(
+        **tokens,
+        prompt_tuning_init=PromptTuningInit.TEXT,
+        prompt_tuning_init_text=settings.init_text,
+        tokenizer_name_or_path=settings.model,
+    )
+
+
 def build_trainer(settings: TrlSettings) -> Trainer:
-    """Load the base in bfloat16, wrap it in PEFT prompt tuning and construct the trainer."""
+    """Load the base in bfloat16, wrap it in what PEFT trains and construct the trainer."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
     if settings.compact_head:
@@ -171,13 +206,6 @@ def build_trainer(settings: TrlSettings) -> Trainer:
     tokenizer = AutoTokenizer.from_pretrained(settings.model, padding_side="left")
     if not settings.default_system:
         tokenizer.chat_template = CHATML_WITHOUT_DEFAULT
-    peft_config = PromptTuningConfig(
-        task_type=TaskType.CAUSAL_LM,
-        num_virtual_tokens=settings.num_virtual_tokens,
-        prompt_tuning_init=PromptTuningInit.TEXT,
-        prompt_tuning_init_text=settings.init_text,
-        tokenizer_name_or_path=settings.model,
-    )
     rows = as_rows(load_queries(settings.queries), settings.system_text)
     with tempfile.TemporaryDirectory(prefix="trl_grpo_") as unused:  # nothing is ever saved
         trainer: Trainer = GRPOTrainer(
@@ -186,7 +214,7 @@ def build_trainer(settings: TrlSettings) -> Trainer:
             args=trl_arguments(settings, unused),
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
-            peft_config=peft_config,
+            peft_config=peft_config(settings),
         )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -214,11 +242,11 @@ def compute_dtypes(trainer: Trainer) -> dict[str, str]:
 def describe(settings: TrlSettings, trainer: Trainer, dtypes: dict[str, str]) -> dict[str, Any]:
     """State every setting, version and what TRL made of them."""
     return {
-        "peer": "TRL GRPOTrainer + PEFT PromptTuning",
+        "peer": f"TRL GRPOTrainer + PEFT {peft_config(settings).peft_type.value}",
         "settings": asdict(settings),
         "trl_arguments": {name: _plain(getattr(trainer.args, name)) for name in TRL_ARGUMENTS},
         "compute_dtypes": dtypes,
-        "prompt_dtype": str(trainer.model.prompt_encoder["default"].embedding.weight.dtype),
+        "trained_dtype": str(next(p for p in trainer.model.parameters() if p.requires_grad).dtype),
         "attention": trainer.model.config._attn_implementation,
         "trainable_parameters": trainer.model.get_nb_trainable_parameters()[0],
         "threads": torch.get_num_threads(),

@@ -204,6 +204,11 @@ def _add_flag(parser: argparse.ArgumentParser, item: Field[Any]) -> None:
     parser.add_argument("--" + item.name.replace("_", "-"), **options)
 
 
+METHODS = ("prompt", "prefix", "lora")
+"""What both sides can train."""
+LORA_RANK = 8
+
+
 @dataclass(frozen=True)
 class GrpoWork:
     """What both sides of a comparison are told in the same words, so that they do the same work."""
@@ -212,7 +217,8 @@ class GrpoWork:
     queries: str = field(metadata={"help": "JSONL of training queries (field `query`)."})
     reward: str = field(metadata={"help": "TRL reward function, FILE.py:NAME or module:NAME."})
     init_text: str = setting("You are a helpful assistant.", "Text that initialises the prompt.")
-    num_virtual_tokens: int = setting(16, "Trained embeddings; the init text is tiled or cut.")
+    method: str = setting("prompt", "What is trained: prompt (soft tokens), prefix or lora.")
+    num_virtual_tokens: int = setting(16, "Trained tokens; the init text is tiled or cut.")
     num_queries: int = setting(4, "Queries per step.")
     group_size: int = setting(8, "Completions per query.")
     max_new_tokens: int = setting(48, "Longest completion.")

@@ -1,6 +1,7 @@
 """What holds for every algorithm of a recipe, found in the one list of them.
 
-An algorithm that joins `ALGORITHMS` must be given settings here, or the first test fails.
+An algorithm that joins `ALGORITHMS` must be given settings in `tests.fixtures.algorithms`, or the
+first test fails.
 """
 
 from __future__ import annotations
@@ -15,101 +16,26 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 from rich.console import Console
-from torch import Tensor
 
-from rlprompt.algorithms.base import Algorithm, AlgorithmSettings
-from rlprompt.algorithms.make import (
-    ALGORITHMS,
-    AnyAlgorithmSettings,
-    Surroundings,
-    make_algorithm,
-)
-from rlprompt.policy import Policy
+from rlprompt.algorithms.make import ALGORITHMS, AnyAlgorithmSettings
 from rlprompt.prompts.soft import SoftSettings
-from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.recipe import Recipe
 from rlprompt.recipe_build import build_trainer
-from rlprompt.rollout import RolloutBatch
 from rlprompt.training.files import read_jsonl
 from rlprompt.training.loop import Trainer
-from rlprompt.training.update import PhaseClock, Updater
+from tests.fixtures.algorithms import (
+    CASES,
+    algorithm_of,
+    batch_for,
+    gradients,
+    learn,
+    settings_of,
+)
 from tests.fixtures.prompts import make
-from tests.fixtures.runs import QUERIES, sampled_batch, tiny_policy, tiny_recipe
+from tests.fixtures.runs import QUERIES, tiny_policy, tiny_recipe
 
-TWICE = {"num_epochs": 2, "num_minibatches": 2}
-KL = {"kl_coef": 0.05, "entropy_coef": 0.01}
-CASES: dict[str, dict[str, Any]] = {
-    "grpo": {"type": "grpo", "group_size": 4, **KL},
-    "dr_grpo": {"type": "grpo", "group_size": 4, "normalizer": "constant", "scale_rewards": "none"},
-    "dapo": {
-        "type": "grpo", "group_size": 4, "normalizer": "token", "clip_high": 0.28, "max_draws": 2,
-        "overlong_margin": 2, **TWICE,
-    },
-    "gspo": {"type": "grpo", "group_size": 4, "ratio": "sequence_mean", **TWICE},
-    "cispo": {
-        "type": "grpo", "group_size": 4, "surrogate": "cispo", "normalizer": "token", **TWICE,
-    },
-    "rloo": {"type": "rloo", "group_size": 4, **KL, **TWICE},
-    "reinforce": {"type": "reinforce", "group_size": 4, "normalize_advantages": True, **KL},
-    "ppo": {
-        "type": "ppo", "group_size": 4, "num_minibatches": 2, "whiten_rewards": True,
-        "missing_eos_penalty": 0.5, "clip_value": 0.2, **KL,
-    },
-    "supervised": {"type": "supervised"},
-    "dpo": {"type": "dpo"},
-    "ipo": {"type": "dpo", "loss": "ipo"},
-    "distill_teacher": {"type": "distill", "teacher": "Be nice.", "group_size": 2},
-    "distill_student": {
-        "type": "distill", "teacher": "Be nice.", "completions": "student",
-        "divergence": "reverse_kl",
-    },
-    "distill_given": {
-        "type": "distill", "teacher": "Be nice.", "completions": "given",
-        "divergence": "jensen_shannon", "mixture": 0.3, **TWICE,
-    },
-}  # fmt: skip
 FREE = SoftSettings(num_virtual_tokens=6, max_norm_ratio=None)
 ANSWERS = {"completion": "the sun", "chosen": "the rain and the sun", "rejected": "one line"}
-
-
-def settings_of(name: str, **changes: Any) -> AlgorithmSettings:
-    adapter: TypeAdapter[Any] = TypeAdapter(AnyAlgorithmSettings)
-    settings: AlgorithmSettings = adapter.validate_python({**CASES[name], **changes})
-    return settings
-
-
-def algorithm_of(name: str, policy: Policy, **changes: Any) -> Algorithm:
-    settings: Any = settings_of(name, **changes)
-    return make_algorithm(settings, Surroundings(policy, max_tokens=10, seed=0))
-
-
-def batch_for(algorithm: Algorithm, policy: Policy) -> RolloutBatch:
-    return sampled_batch(policy, group_size=algorithm.group_size, count=4)
-
-
-def learn(
-    policy: Policy, algorithm: Algorithm, batch: RolloutBatch, budget: int, lr: float = 0.0
-) -> dict[str, float]:
-    """`Updater.learn` with plain gradient descent, on the prompt and what else is trained."""
-    needs = algorithm.needs
-    updater = Updater(
-        policy,
-        algorithm,
-        NonePrompt() if "ref_logprobs" in needs else None,
-        temperature=1.0,
-        token_budget=budget,
-        teacher=TextPrompt("Be nice.") if "teacher_states" in needs else None,
-    )
-    own = [p for part in algorithm.own_parameters() for p in part.parameters]
-    optimizer = torch.optim.SGD([*policy.parameters(), *own], lr=lr)
-    _, metrics = updater.learn(batch, optimizer, lambda: lr, None, PhaseClock())
-    return metrics
-
-
-def gradients(policy: Policy, algorithm: Algorithm) -> list[Tensor]:
-    own = [p for part in algorithm.own_parameters() for p in part.parameters]
-    found = [p.grad for p in [*policy.parameters(), *own]]
-    return [grad.clone() for grad in found if grad is not None]
 
 
 def test_every_algorithm_is_tested_here() -> None:

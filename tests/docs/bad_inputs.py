@@ -330,6 +330,58 @@ REWARDS = [
     ("a reward to check that is not there", lambda p: ("reward", "check", "mine.py")),
     ("pairs that are no pairs", lambda p: p.pairs("{}")),
 ]
+
+
+def asked(name: str, **options: Any) -> Callable[[Project], Sequence[str]]:
+    """A recipe whose reward asks a model or a server."""
+    return lambda p: p.recipe(rewards=[{"path": f"builtin:{name}", "options": options}])
+
+
+def _reward_recipe(**changes: Any) -> Callable[[Project], Sequence[str]]:
+    """A recipe of `rlprompt reward train` over judged answers; None deletes a key."""
+
+    def arguments(project: Project) -> Sequence[str]:
+        rows = [{"query": f"q {i}", "completion": "a", "score": i % 2} for i in range(40)]
+        project.rows("judged.jsonl", *rows)
+        project.rows("worded.jsonl", *({**row, "score": "good"} for row in rows))
+        tree = {
+            "name": "judged",
+            "model": {"path": "model", "device": "cpu"},
+            "data": {"type": "labels", "path": "judged.jsonl"},
+        } | changes
+        kept = {key: value for key, value in tree.items() if value is not None}
+        project.write("preference.yaml", yaml.safe_dump(kept))
+        return ("reward", "train", "preference.yaml")
+
+    return arguments
+
+
+ASKING = [
+    ("a preference model that is not there", asked("preference", path="modle")),
+    (
+        "a preference model that is yet to be trained",
+        asked("preference", path="../runs/harmlessness/model"),
+    ),
+    ("a language model in place of a preference model", asked("preference", path="model")),
+    ("a judge's verdicts that do not differ", asked("judge", rubric="?", verdicts={"yes": 1})),
+    ("a server's address without a scheme", asked("http", url="node7:8770/score")),
+    ("a token that is not set", asked("http", url="https://node7/score", token_env="NO_SUCH")),
+    (
+        "a server that is not there",
+        asked("http", url="http://127.0.0.1:9/score", retries=0),
+    ),
+    (
+        "a worker process that ends while it loads",
+        lambda p: p.reward("import os\nos._exit(3)\n", rewards__0__isolation={}),
+    ),
+    ("serving to all without a token", lambda p: ("reward", "serve", "reward.py", "--host", "::")),
+    ("an unknown key in a preference recipe", _reward_recipe(learn={"epochs": 1})),
+    (
+        "a judgement that is no number",
+        _reward_recipe(data={"type": "labels", "path": "worded.jsonl"}),
+    ),
+    ("too little to learn from", _reward_recipe(test={"heldout": 0.01})),
+]
 DATA = [
     ("a path with a typo", lambda p: p.rows("queries.jsonl", "a", path="querys.jsonl")),
     ("a file of another type", lambda p: p.recipe(data={"path": "reward.py"})),
@@ -442,6 +494,7 @@ SECTIONS: dict[str, list[tuple[str, Callable[[Project], Sequence[str]]]]] = {
     "Prompts": PROMPTS,
     "Models": MODELS,
     "Rewards": REWARDS,
+    "Rewards that ask a model": ASKING,
     "Datasets": DATA,
     "Artifacts": ARTIFACTS,
     "Run folders": RUNS,

@@ -122,7 +122,7 @@ def assert_same_run(one: Path, two: Path) -> None:
     assert set(first.tensors) == set(second.tensors)
     for name, tensor in first.tensors.items():
         assert torch.equal(tensor, second.tensors[name]), name
-    clocks = ("seconds", "rollout_seconds", "step_seconds")
+    clocks = ("seconds", "rollout_seconds", "step_seconds", "budget_seconds")
     for checkpoint in (first, second):
         assert len(checkpoint.state["progress"]["step_seconds"]) == 6
         for name in clocks:

@@ -16,13 +16,17 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps);
 at::Tensor add_rms_norm_(at::Tensor& residual, const at::Tensor& update, const at::Tensor& weight,
                          double eps);
 at::Tensor silu_mul(const at::Tensor& x);
+at::Tensor packed_product(const at::Tensor& x, const at::Tensor& weight,
+                            const std::optional<at::Tensor>& bias, int64_t chunk);
 
 namespace {
 
 using Weights = c10::List<std::optional<at::Tensor>>;
 
+// chunk: of `packed_product`, 0 where oneDNN is to multiply.
 at::Tensor project(const at::Tensor& x, const at::Tensor& weight,
-                   const std::optional<at::Tensor>& bias) {
+                   const std::optional<at::Tensor>& bias, int64_t chunk) {
+  if (chunk > 0) return packed_product(x, weight, bias, chunk);
   if (!weight.is_mkldnn()) return at::linear(x, weight, bias);
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "");
@@ -165,27 +169,31 @@ constexpr int64_t kPerLayer = 10;  // see decode_step
 // and its bias, norm, gate and up in one and their bias, down and its bias; then the final norm.
 // cache [2 L, rows >= B, H_kv, capacity, D], keys of all layers first. table int64 [2, at least B]:
 // padding and leader of each row (see Columns). place: prefix, shared and the column to write.
+// chunks: see `project`, of the four products of a layer.
 at::Tensor decode_step(at::Tensor& residual, const Weights& weights, at::Tensor& cache,
-                       const at::Tensor& table, at::IntArrayRef place, const at::Tensor& cos, const at::Tensor& sin, double scaling, double eps) {
+                       const at::Tensor& table, at::IntArrayRef place, const at::Tensor& cos,
+                       const at::Tensor& sin, double scaling, double eps, at::IntArrayRef chunks) {
   const int64_t rows = residual.size(0), layers = cache.size(0) / 2;
   const int64_t kv_heads = cache.size(2), dim = cache.size(4);
   const Columns at = columns_of(cache, table, place);
   TORCH_CHECK(static_cast<int64_t>(weights.size()) == kPerLayer * layers + 1, "weights missing");
+  TORCH_CHECK(chunks.size() == 4, "chunks missing");
   const auto part = [&](int64_t i) { return std::optional<at::Tensor>(weights.get(i)); };
   at::Tensor normed = rms_norm(residual, *part(0), eps);
   for (int64_t layer = 0; layer < layers; ++layer) {
     const int64_t i = layer * kPerLayer;
-    const at::Tensor qkv = project(normed, *part(i + 1), part(i + 2)).view({rows, -1, dim});
+    const at::Tensor joined = project(normed, *part(i + 1), part(i + 2), chunks[0]);
+    const at::Tensor qkv = joined.view({rows, -1, dim});
     const int64_t heads = qkv.size(1) - 2 * kv_heads;
     const auto q = qkv.narrow(1, 0, heads), k = qkv.narrow(1, heads, kv_heads);
     const auto v = qkv.narrow(1, heads + kv_heads, kv_heads);
     const at::Tensor attended =
         attend_layer(q, k, v, cos, sin, cache, layer, scaling, at).view({rows, -1});
-    const at::Tensor more = project(attended, *part(i + 3), part(i + 4));
+    const at::Tensor more = project(attended, *part(i + 3), part(i + 4), chunks[1]);
     normed = add_rms_norm_(residual, more, *part(i + 5), eps);
-    const at::Tensor active = silu_mul(project(normed, *part(i + 6), part(i + 7)));
-    normed = add_rms_norm_(residual, project(active, *part(i + 8), part(i + 9)),
-                           *part(i + kPerLayer), eps);
+    const at::Tensor active = silu_mul(project(normed, *part(i + 6), part(i + 7), chunks[2]));
+    const at::Tensor last = project(active, *part(i + 8), part(i + 9), chunks[3]);
+    normed = add_rms_norm_(residual, last, *part(i + kPerLayer), eps);
   }
   return normed;
 }
@@ -206,7 +214,7 @@ TORCH_LIBRARY_FRAGMENT(rlprompt_cpu, m) {
       &decode_attention);
   m.def(
       "decode_step(Tensor(a!) residual, Tensor?[] weights, Tensor(b!) cache, Tensor table, "
-      "int[] place, Tensor cos, Tensor sin, float scaling, float eps) -> Tensor",
+      "int[] place, Tensor cos, Tensor sin, float scaling, float eps, int[] chunks) -> Tensor",
       &decode_step);
 }
 

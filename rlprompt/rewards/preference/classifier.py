@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -26,6 +26,7 @@ from rlprompt.errors import InputError
 from rlprompt.model.device import choose_device, choose_dtype
 from rlprompt.model.folder import check_folder, first_line, locate
 from rlprompt.model.load import read_tokenizer
+from rlprompt.model.sharding import read_sharded_classifier
 from rlprompt.model.template import read_template
 from rlprompt.rewards.preference.conversation import (
     PAIR,
@@ -51,6 +52,9 @@ class ClassifierSettings(Settings):
     """Branch, tag or commit of a hub id."""
     device: str = "auto"
     """cpu, cuda or cuda:N: the base's device or another; auto = CUDA when there is a GPU."""
+    sharded: bool = False
+    """With several ranks: each holds its part of every weight (DeepSpeed ZeRO-3) and all score
+    together, for a model that no device holds whole. Set the reward's timeout to null then."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision; auto = bfloat16 where the hardware multiplies it, else float32."""
     trust_remote_code: bool = False
@@ -92,8 +96,10 @@ class Classifier:
         tokenizer: PreTrainedTokenizerBase,
         settings: ClassifierSettings,
         card: Mapping[str, Any],
+        body: nn.Module | None = None,
     ) -> None:
         self._model = model.requires_grad_(False).eval()
+        self._body: nn.Module = model if body is None else body
         self._settings = settings
         self.card = card
         self._has_padding = model.config.get_text_config().pad_token_id is not None
@@ -120,10 +126,16 @@ class Classifier:
             check_folder(folder, settings.trust_remote_code)
             tokenizer = read_tokenizer(folder, settings.trust_remote_code)
         except InputError as error:
-            raise InputError(str(error).replace("model.", "")) from error
-        model = _read(folder, dtype, settings.trust_remote_code)
+            text = str(error).replace("model.", "")
+            if text.endswith("; correct it."):  # a folder that is not there, unlike any that is
+                text = text[:-11] + "make it with `rlprompt reward train`, or correct it"
+            raise InputError(text) from error
         card_path = folder / CARD_FILE
         card = json.loads(card_path.read_text(encoding="utf-8")) if card_path.is_file() else {}
+        if settings.sharded:
+            model, body = _read_shards(folder, dtype, settings.trust_remote_code)
+            return cls(model, tokenizer, settings, card, body)
+        model = _read(folder, dtype, settings.trust_remote_code)
         torch.nn.Module.to(model, device)
         logger.info("preference model %s: %s on %s", folder, dtype, device)
         return cls(model, tokenizer, settings, card)
@@ -152,7 +164,7 @@ class Classifier:
             rows = [each.segments or [] for each in batch]
             inputs["token_type_ids"] = torch.tensor([r + [0] * (width - len(r)) for r in rows])
         device = self._model.device
-        out = self._model(**{name: tensor.to(device) for name, tensor in inputs.items()})
+        out = self._body(**{name: tensor.to(device) for name, tensor in inputs.items()})
         found: Tensor = out.logits.float().cpu()
         return found
 
@@ -195,6 +207,20 @@ def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         batch.append(row)
     if batch:
         yield batch
+
+
+def _read_shards(
+    folder: Path, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[PreTrainedModel, nn.Module]:
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        raise InputError(
+            "sharded has no effect in a process of its own; start several ranks with torchrun, or "
+            "set sharded: false"
+        )
+    config = AutoConfig.from_pretrained(
+        folder, trust_remote_code=trust_remote_code, local_files_only=True
+    )
+    return read_sharded_classifier(folder, config, dtype)
 
 
 def _read(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:

@@ -65,6 +65,7 @@ class PairwiseReward:
                 if place not in getattr(self.settings, option):
                     raise InputError(f"option '{option}' does not hold {place}; add it")
         self._classifier = Classifier.load(self.settings)
+        self.needs_all_ranks = self.settings.sharded
         outputs = len(self._classifier.labels)
         if self.settings.first_label >= outputs:
             raise InputError(

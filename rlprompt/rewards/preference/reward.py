@@ -74,6 +74,7 @@ class PreferenceReward:
         self._options = options
         settings = PreferenceSettings(**options)
         self._member = _Member(settings)
+        self.needs_all_ranks = settings.sharded
         self._cache: ScoreCache[list[float]] = ScoreCache(settings.cache_size)
 
     @staticmethod
@@ -117,6 +118,7 @@ class EnsembleReward:
                 f"combine: uncertainty"
             )
         self._members = [_Member(member) for member in self.settings.members]
+        self.needs_all_ranks = any(member.sharded for member in self.settings.members)
         self._cache: ScoreCache[list[float]] = ScoreCache(self.settings.cache_size)
 
     @staticmethod

@@ -28,7 +28,7 @@ from rlprompt.rewards.preference.training.measures import (
 )
 from rlprompt.rewards.preference.training.pairs import Judged, Pair, Sides
 from rlprompt.rewards.preference.training.settings import RewardRecipe, RuleSettings
-from rlprompt.types import Completion, Group, Query
+from rlprompt.types import Completion, Group, Message, Query
 
 
 @dataclass(frozen=True)
@@ -53,39 +53,48 @@ class Findings:
     curves: dict[str, list[Bin]]
 
 
-def margins(classifier: Classifier, pairs: Sequence[Pair]) -> list[float]:
-    """Score of the chosen minus score of the rejected answer."""
-    rows = [list(side) for pair in pairs for side in (pair.chosen, pair.rejected)]
-    scores = classifier.logits(rows)[0][:, 0]
-    found: list[float] = (scores[0::2] - scores[1::2]).tolist()
-    return found
+class Scorer:
+    """Scores of a classifier; an answer that is in many pairs is scored once."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        self._classifier = classifier
+        self._known: dict[str, float] = {}
+
+    def margins(self, pairs: Sequence[Pair]) -> list[float]:
+        """Score of the chosen minus score of the rejected answer."""
+        chosen = self._scores([pair.chosen for pair in pairs])
+        rejected = self._scores([pair.rejected for pair in pairs])
+        return [a - b for a, b in zip(chosen, rejected, strict=True)]
+
+    def scores(self, rows: Sequence[Judged]) -> list[float]:
+        """The score of each answer."""
+        return self._scores([row.messages for row in rows])
+
+    def _scores(self, conversations: Sequence[tuple[Message, ...]]) -> list[float]:
+        new = {repr(c): list(c) for c in conversations if repr(c) not in self._known}
+        if new:
+            logits, _ = self._classifier.logits(list(new.values()))
+            self._known |= dict(zip(new, logits[:, 0].tolist(), strict=True))
+        return [self._known[repr(c)] for c in conversations]
 
 
-def scores_of(classifier: Classifier, rows: Sequence[Judged]) -> list[float]:
-    """The score of each answer."""
-    if not rows:
-        return []
-    found: list[float] = classifier.logits([list(row.messages) for row in rows])[0][:, 0].tolist()
-    return found
-
-
-def calibrate(classifier: Classifier, sides: Sides, good_above: float | None) -> Calibration:
+def calibrate(scorer: Scorer, sides: Sides, good_above: float | None) -> Calibration:
     """Fit threshold and temperatures on the calibration side."""
-    differences = margins(classifier, sides.calibration)
+    differences = scorer.margins(sides.calibration)
     pair_temperature = fit_temperature(differences)
     rows = sides.calibration_rows
     if not rows or good_above is None:
         chosen = [Judged(pair.chosen, 1.0) for pair in sides.calibration]
         rejected = [Judged(pair.rejected, 0.0) for pair in sides.calibration]
-        offset = statistics.median(scores_of(classifier, [*chosen, *rejected]))
+        offset = statistics.median(scorer.scores([*chosen, *rejected]))
         return Calibration(offset, pair_temperature, pair_temperature)
     good = [row.score > good_above for row in rows]
-    offset, temperature = fit_logistic(scores_of(classifier, rows), good)
+    offset, temperature = fit_logistic(scorer.scores(rows), good)
     return Calibration(offset, temperature, pair_temperature)
 
 
 def examine(
-    classifier: Classifier,
+    scorer: Scorer,
     sides: Sides,
     calibration: Calibration,
     recipe: RewardRecipe,
@@ -94,7 +103,7 @@ def examine(
     """Everything measured on the held-out side.
 
     Args:
-        classifier: the trained model, read back from where it was saved.
+        scorer: of the trained model, read back from where it was saved.
         sides: of the data.
         calibration: fitted on the calibration side.
         recipe: names the rules to compare with.
@@ -103,7 +112,7 @@ def examine(
     Raises:
         InputError: a rule cannot be loaded, or failed.
     """
-    pairs, curves = _pair_findings(margins(classifier, sides.heldout), calibration)
+    pairs, curves = _pair_findings(scorer.margins(sides.heldout), calibration)
     good_above = getattr(recipe.data, "good_above", None)
     if good_above is None or not sides.heldout_rows:
         return Findings(pairs, None, {}, curves)
@@ -111,7 +120,7 @@ def examine(
     good = [row.score > good_above for row in rows]
     chances = [
         _sigmoid((score - calibration.offset) / calibration.temperature)
-        for score in scores_of(classifier, rows)
+        for score in scorer.scores(rows)
     ]
     called = [chance >= 0.5 for chance in chances]
     bins = reliability(chances, good)

@@ -24,9 +24,9 @@ from rlprompt.rewards.preference.training.card import reward_card
 from rlprompt.rewards.preference.training.evaluation import (
     Calibration,
     Findings,
+    Scorer,
     calibrate,
     examine,
-    scores_of,
 )
 from rlprompt.rewards.preference.training.learning import (
     Progress,
@@ -89,19 +89,19 @@ def train_reward(
     del model
     # Read back: what is tested is what will be used.
     read = ClassifierSettings(path=str(folder), dtype="float32", device=recipe.model.device)
-    classifier = Classifier.load(read)
-    calibration = _calibration(classifier, sides, recipe)
+    scorer = Scorer(Classifier.load(read))
+    calibration = _calibration(scorer, sides, recipe)
     write_atomic(folder / CARD_FILE, to_json(card | dataclasses.asdict(calibration), indent=2))
-    findings = examine(classifier, sides, calibration, recipe, base_dir)
+    findings = examine(scorer, sides, calibration, recipe, base_dir)
     summary = _summary(recipe, sides, calibration, findings)
     summary["seconds_learning"] = learned - started
     summary["seconds"] = time.monotonic() - started
-    _write(output, summary, findings, classifier, sides)
+    _write(output, summary, findings, scorer, sides)
     return summary
 
 
-def _calibration(classifier: Classifier, sides: Sides, recipe: RewardRecipe) -> Calibration:
-    found = calibrate(classifier, sides, getattr(recipe.data, "good_above", None))
+def _calibration(scorer: Scorer, sides: Sides, recipe: RewardRecipe) -> Calibration:
+    found = calibrate(scorer, sides, getattr(recipe.data, "good_above", None))
     if math.isinf(found.temperature) or math.isinf(found.pair_temperature):
         logger.warning(
             "scores say nothing, or the opposite, on the calibration side: the model has learned "
@@ -136,14 +136,14 @@ def _summary(
 
 
 def _write(
-    output: Path, summary: dict[str, Any], findings: Findings, classifier: Classifier, sides: Sides
+    output: Path, summary: dict[str, Any], findings: Findings, scorer: Scorer, sides: Sides
 ) -> None:
     draw_reliability(findings.curves, output / "reliability.png")
     shutil.copyfile(output / "reliability.png", output / "model" / "reliability.png")
     rows = sides.heldout_rows
     lines = [
         to_json({"messages": list(row.messages), "score": row.score, "value": value})
-        for row, value in zip(rows, scores_of(classifier, rows), strict=True)
+        for row, value in zip(rows, scorer.scores(rows), strict=True)
     ]
     write_atomic(output / "heldout.jsonl", "".join(f"{line}\n" for line in lines))
     write_atomic(output / "model" / "README.md", reward_card(summary))
