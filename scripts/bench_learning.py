@@ -2,7 +2,7 @@
 
     python scripts/bench_learning.py [--json FILE] [--plot FILE.svg] [--seeds 3] [--runs DIR]
 
-Both sides learn 51 soft tokens from the same text, the recipe's own, with the same reward, the same
+Both sides learn 20 soft tokens from the same text, an instruction, with the same reward, the same
 number of queries and completions per step, AdamW with a constant learning rate, TRL's betas and
 clipping, advantages divided by the deviation of the batch, and no KL. The task is `recipes/topics`:
 name the topic of a message in one word. Its reward (`reward_models/topic_label.py`) pays neither
@@ -20,6 +20,10 @@ forbids a collapse afterwards).
                                                                             (goal: at most 1/3)
     collapsed                  whether rlprompt's mean reward, once it has reached TRL's last one,
                                ever falls below it again by more than two standard errors
+    cpu_seconds                of one step, per side: the median over steps and seeds, of all
+                               threads, which other work on the machine hardly changes
+    cpu_to_peer_final_ratio    CPU seconds of our steps up to that first step, divided by those of
+                               all of TRL's
 
 A run whose result lies in `--runs` is not trained again.
 """
@@ -38,16 +42,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-INIT_TEXT = """user: football match
-assistant: Sports
-user: cooking soup
-assistant: Food
-user: computer screen
-assistant: Technology
-user: hotel and flight
-assistant: Travel
-user: bank and taxes
-assistant: Money"""
+INIT_TEXT = "Name the topic of the message in one word: Sports, Food, Technology, Travel or Money."
 SWEEP_SEED = 100
 SIDES = {"trl": "trl_grpo", "rlprompt": "rlprompt_grpo"}
 
@@ -156,6 +151,18 @@ def compare(peer: list[dict[str, float]], ours: list[dict[str, float]]) -> dict[
     }
 
 
+def costs(runs: dict[str, list[dict[str, Any]]], reached: int | None) -> dict[str, Any]:
+    """CPU seconds per step, and what it took to reach TRL's last reward."""
+    steps = {side: [step for run in found for step in run["steps"]] for side, found in runs.items()}
+    medians = {
+        side: statistics.median(step["cpu_seconds"] for step in found)
+        for side, found in steps.items()
+    }
+    theirs = medians["trl"] * len(steps["trl"]) / len(runs["trl"])
+    ratio = None if reached is None else reached * medians["rlprompt"] / theirs
+    return {"cpu_seconds": medians, "cpu_to_peer_final_ratio": ratio}
+
+
 def plot(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
     """Both curves with their standard errors."""
     import matplotlib
@@ -191,7 +198,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eval-every", type=int, default=2, help="rlprompt, up to peer steps")
     parser.add_argument("--eval-late-every", type=int, default=5, help="rlprompt, after them")
     parser.add_argument("--peer-eval-every", type=int, default=4)
-    parser.add_argument("--lrs", type=float, nargs="+", default=[0.003, 0.006, 0.012])
+    parser.add_argument("--lrs", type=float, nargs="+", default=[0.003, 0.01, 0.03])
     parser.add_argument("--num-queries", type=int, default=8, help="queries per step")
     parser.add_argument("--group-size", type=int, default=8, help="completions per query")
     parser.add_argument("--temperature", type=float, default=1.0)
@@ -200,7 +207,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--heldout-samples", type=int, default=1)
     parser.add_argument("--max-new-tokens", type=int, default=4)
     parser.add_argument("--init-text", default=INIT_TEXT)
-    parser.add_argument("--num-virtual-tokens", type=int, default=51)
+    parser.add_argument("--num-virtual-tokens", type=int, default=20)
     parser.add_argument("--data", type=Path, default=ROOT / "recipes/data/topics.jsonl")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of each side")
     parser.add_argument("--runs", type=Path, help="keeps finished runs; none = a temporary folder")
@@ -232,6 +239,7 @@ def report(options: argparse.Namespace) -> None:
             runs[side].append(train(side, lrs[side], seed, steps[side], options))
     curves = {side: mean_curve(results) for side, results in runs.items()}
     result = {**compare(curves["trl"], curves["rlprompt"]), "lr": lrs, "sweep": sweeps}
+    result |= costs(runs, result["steps_to_peer_final"])
     for key, value in result.items():
         print(f"{key:28}{value}")
     if options.plot:
