@@ -84,7 +84,7 @@ VOCABULARY = ("types", "errors", "settings")
 
 # Packages that are heavy or optional, and the only modules that may import them (at any depth).
 OWNERS = {
-    "deepspeed": ("model.sharding",),
+    "deepspeed": ("model.sharding_load",),
     "wandb": ("training.tracking_wandb",),
     "tensorboard": ("training.tracking", "training.tracking."),
     "vllm": ("engines.vllm",),

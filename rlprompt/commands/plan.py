@@ -48,9 +48,9 @@ def run(
     for part, size in ((part, size) for part, size in made.memory if size):
         memory.add_row(part, _gigabytes(size))
     memory.add_section()
-    for part, size in (("rollout", made.rollout_bytes), ("update", made.update_bytes)):
+    for part, size in (("a rollout", made.rollout_bytes), ("an update", made.update_bytes)):
         fits = "fits" if size < device.memory else f"does not fit {device.memory / 1e9:.0f} GB"
-        memory.add_row(f"together in a {part}", f"{_gigabytes(size)}  {fits}")
+        memory.add_row(f"together in {part}", f"{_gigabytes(size)}  {fits}")
     console.print(memory)
     step = Table("a step", "")
     for part, size in made.traffic:

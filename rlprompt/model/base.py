@@ -22,7 +22,8 @@ from rlprompt.model.fetch import EMBEDDED
 from rlprompt.model.fingerprint import weight_digests
 from rlprompt.model.folder import Source, check_folder, locate
 from rlprompt.model.load import read_config, read_model, read_tokenizer
-from rlprompt.model.sharding import Shards, ShardSettings, read_sharded_model
+from rlprompt.model.sharding import Shards, ShardSettings
+from rlprompt.model.sharding_load import read_sharded_model
 from rlprompt.settings import Settings
 
 logger = logging.getLogger(__name__)

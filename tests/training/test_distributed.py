@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file
 
 from rlprompt.errors import InputError
 from rlprompt.training.checkpoint import load_checkpoint
@@ -63,8 +62,11 @@ def assert_close_runs(one: Path, two: Path, tolerance: float = TOLERANCE) -> Non
             assert a.keys() == b.keys()
             for key in a:
                 assert_close(a[key], b[key], f"{kind} {key}", tolerance)
-    prompts = [load_file(o / "artifact" / "prompt.safetensors")["embeddings"] for o in (one, two)]
-    assert (prompts[0] - prompts[1]).abs().max() < tolerance
+    prompts = [load_checkpoint(o / "checkpoints").tensors for o in (one, two)]
+    names = [name for name in prompts[0] if name.startswith("prompt/")]
+    assert names
+    for name in names:
+        assert (prompts[0][name] - prompts[1][name]).abs().max() < tolerance, name
 
 
 def assert_close(a: Any, b: Any, where: str, tolerance: float) -> None:

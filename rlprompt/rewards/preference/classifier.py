@@ -26,7 +26,7 @@ from rlprompt.errors import InputError
 from rlprompt.model.device import choose_device, choose_dtype
 from rlprompt.model.folder import check_folder, first_line, locate
 from rlprompt.model.load import read_tokenizer
-from rlprompt.model.sharding import read_sharded_classifier
+from rlprompt.model.sharding_load import read_sharded_classifier
 from rlprompt.model.template import read_template
 from rlprompt.rewards.preference.conversation import (
     PAIR,
