@@ -71,7 +71,7 @@ def test_commands_and_options_are_those_of_the_design() -> None:
             "--wait",
             "--status",
         ],
-        "plan": ["recipe", "overrides", "--model-size", "--gpus", "--gpu"],
+        "plan": ["recipe", "overrides", "--model-size", "--gpus", "--gpu", "--query-tokens"],
         "chat": [
             "artifact",
             "--compare",
