@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make .venv and install rlprompt into it; when nothing has changed since last time, do nothing.
 #
-#   bash scripts/setup.sh [EXTRAS]     EXTRAS: extras of pyproject.toml with commas, e.g. dev,deepspeed
+#   bash scripts/setup.sh [EXTRAS]     EXTRAS: extras of pyproject.toml with commas, e.g. wandb,deepspeed
 #
 # RLPROMPT_VENV    the environment's folder, from the repository's root (default: .venv)
 # RLPROMPT_PYTHON  the interpreter to make it with (default: the first one found that fits)

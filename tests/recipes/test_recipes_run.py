@@ -24,13 +24,14 @@ from tests.fixtures.tiny import tiny_model, tiny_tokenizer
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(p for p in FOLDER.rglob("*.y*ml") if p.parent.name != "reward_models")
+MAX_TOKENS = 16
 SHORT = (
     "training.queries_per_step=2",
     "training.save_every=2",
     "evaluation.every=2",
     "evaluation.max_queries=2",
     "evaluation.completions_per_query=1",
-    "sampling.max_tokens=16",
+    f"sampling.max_tokens={MAX_TOKENS}",
     "data.max_queries=24",
     "tracking.trackers=[jsonl]",
     "model.device=cpu",
@@ -58,7 +59,11 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def replaced(recipe: Recipe) -> list[str]:
     """Overrides for what a recipe needs and the repository does not hold."""
-    changes = ["distributed={}", f"training.steps={2 * max(1, len(recipe.population))}"]
+    changes = [
+        "distributed={}",
+        f"training.steps={2 * max(1, len(recipe.population))}",
+        f"sampling.min_tokens={min(recipe.sampling.min_tokens, MAX_TOKENS)}",
+    ]
     for place, reward in enumerate(recipe.rewards):
         if reward.path == "builtin:preference":
             changes += [
