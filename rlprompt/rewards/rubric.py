@@ -1,4 +1,4 @@
-"""Rubrics of the verifiers library (0.1), unchanged, behind TRL's signature.
+"""Rubrics of the verifiers library (0.1 to 0.3), unchanged, behind TRL's signature.
 
 verifiers counts an exception in a reward function as 0.0; here it follows `on_error`.
 """
@@ -26,7 +26,7 @@ _PLURALS = {
 
 
 class VerifiersReward:
-    """verifiers 0.1: a `Rubric`, or one reward function of one; values are summed with its weights.
+    """verifiers 0.1 to 0.3: a `Rubric`, or one reward function of one; values are summed with its weights.
 
     A function gets those of `prompt`, `completion`, `answer`, `info`, `task`, `state`, `parser` and
     the dataset's columns that its signature names; one that names `prompts`, `completions`, ...
@@ -48,7 +48,7 @@ class VerifiersReward:
         if not functions:
             raise InputError(
                 "this is no verifiers rubric with functions, and no function; name a Rubric of "
-                "verifiers 0.1 or one of its reward functions"
+                "verifiers 0.1 to 0.3 or one of its reward functions"
             )
         weights = getattr(rubric, "weights", None) or getattr(rubric, "reward_weights", None)
         self.functions = list(functions)

@@ -125,7 +125,8 @@ def test_verifiers_function_and_plain_rubric(tmp_path: Path) -> None:
         score(tmp_path, VERIFIERS, "plain", "verifiers", parser=3)
 
 
-def test_a_rubric_of_the_library_itself(tmp_path: Path) -> None:
+def test_a_rubric_of_the_library_itself() -> None:
+    """Not in the `dev` extra: see docs/log.md for the versions that this ran on."""
     verifiers = pytest.importorskip("verifiers")
     if not hasattr(verifiers, "Rubric"):
         pytest.skip("this version of verifiers has no Rubric")
@@ -133,15 +134,32 @@ def test_a_rubric_of_the_library_itself(tmp_path: Path) -> None:
     def exact(completion: Any, answer: str) -> float:
         return float(completion[-1]["content"] == answer)
 
-    rubric = verifiers.Rubric([exact], [0.5])
-    chat = [[{"role": "user", "content": "q"}]] * 2
-    texts = [[{"role": "assistant", "content": text}] for text in ("4", "5")]
-    ours = ADAPTERS["verifiers"](rubric, {})(
-        prompts=chat, completions=texts, answer=["4", "4"], group_index=[0, 0], log_extra=print
+    async def long(completion: Any, **kwargs: Any) -> float:
+        return float(len(completion[-1]["content"]))
+
+    def longest(completions: Any) -> list[float]:
+        lengths = [len(each[-1]["content"]) for each in completions]
+        return [float(length == max(lengths)) for length in lengths]
+
+    rubric = verifiers.Rubric([exact, long, longest], [0.5, 0.0, 2.0])
+    chat = [[{"role": "user", "content": "q"}]] * 3
+    texts = [[{"role": "assistant", "content": text}] for text in ("4", "5", "44")]
+    logged: dict[str, list[float]] = {}
+    ours = asyncio.run(
+        ADAPTERS["verifiers"](rubric, {})(
+            prompts=chat,
+            completions=texts,
+            answer=["4"] * 3,
+            group_index=[0, 0, 0],
+            log_extra=logged.__setitem__,
+        )
     )
-    states = [{"prompt": chat[0], "completion": text, "answer": "4"} for text in texts]
-    theirs = [asyncio.run(rubric._call_individual_reward_func(exact, s)) * 0.5 for s in states]
-    assert ours == theirs
+    kept = {"answer": "4", "info": {}, "task": "", "trajectory": [], "timing": {}}
+    states = [{"prompt": q, "completion": text, **kept} for q, text in zip(chat, texts, strict=True)]
+    asyncio.run(rubric.score_group(states))
+    assert ours == [state["reward"] for state in states] == [0.5, 0.0, 2.0]
+    for name, values in logged.items():
+        assert values == [state["metrics"][name] for state in states]
 
 
 @pytest.mark.parametrize(
