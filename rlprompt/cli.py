@@ -16,6 +16,7 @@ import typer
 from rlprompt import __version__
 from rlprompt.cli_reward import CONTEXT, VERBOSE, reward_app
 from rlprompt.errors import InputError
+from rlprompt.leaving import process_end
 
 app = typer.Typer(
     name="rlprompt",
@@ -39,13 +40,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit.
 
     Args:
-        arguments: in place of those of the process.
+        arguments: in place of those of the process, which then goes on.
 
     Raises:
-        SystemExit: always, with the exit code.
+        SystemExit: always, with the exit code; see `leaving` for when the process just ends.
     """
+    if arguments is not None:
+        _run(list(arguments))
+    with process_end():
+        _run(None)
+
+
+def _run(arguments: list[str] | None) -> None:
     try:
-        app(args=None if arguments is None else list(arguments), prog_name="rlprompt")
+        app(args=arguments, prog_name="rlprompt")
     except InputError as error:
         from rlprompt.commands.terminal import report_error
 

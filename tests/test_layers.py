@@ -24,6 +24,7 @@ LAYERS = {
     "": 0,
     "types": 0,
     "errors": 0,
+    "leaving": 0,
     "settings": 0,
     "kernels.": 0,
     "certify.bounds": 0,

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from rlprompt.commands.terminal import setup_logging
 from rlprompt.errors import InputError
+from rlprompt.leaving import left_behind
 from rlprompt.recipe_file import apply_override
 from rlprompt.rewards import build_rewards
 from rlprompt.rewards.base import IsolationSettings, RewardSettings
@@ -112,3 +113,4 @@ def _until_signal(server: RewardServer, console: Console) -> None:
     stop.wait()
     server.shutdown()
     thread.join()
+    left_behind()  # a request may still be in the reward

@@ -5,8 +5,9 @@
       - {path: length_rm.py:reward_func, adapter: openrlhf}
       - {path: my_environment.rubric, adapter: verifiers}
 
-Interfaces as read in verl 0.9.1, OpenRLHF 0.11.2 and verifiers 0.1.14 to 0.3.1. What OpenRLHF and verifiers
-do with an exception (log it and go on, or count it as 0.0) is not copied: it follows `on_error`.
+Interfaces as read in verl 0.9.1, OpenRLHF 0.11.2 and verifiers 0.1.14 to 0.3.1. What OpenRLHF and
+verifiers do with an exception (log it and go on, or count it as 0.0) is not copied: it follows
+`on_error`.
 """
 
 from __future__ import annotations

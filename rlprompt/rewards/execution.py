@@ -1,10 +1,10 @@
 """Calling user code under a deadline: sync rewards in a worker thread, async ones in one loop.
 
 A Python thread cannot be killed. When a sync reward misses its deadline, its thread is left behind
-(a daemon, so it never keeps the process alive) and a new one serves the next call. One lost thread
-may be bad luck; when the same reward misses its deadline again while its first thread still runs,
-the run stops whatever `on_error` says. Code that holds the interpreter lock (a catastrophic regular
-expression, a C extension) also delays the clock that watches it.
+(how the process then ends is in `rlprompt.leaving`) and a new one serves the next call. One lost
+thread may be bad luck; when the same reward misses its deadline again while its first thread still
+runs, the run stops whatever `on_error` says. Code that holds the interpreter lock (a catastrophic
+regular expression, a C extension) also delays the clock that watches it.
 
 The worker thread is kept between calls: OpenMP builds a thread pool per calling thread, and a
 thread per call would leak pools. The event loop is kept too, because HTTP clients that a reward
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlprompt.errors import InputError
+from rlprompt.leaving import left_behind
 from rlprompt.rewards.base import RewardFunction
 
 ASYNC_GRACE = 5.0
@@ -85,9 +86,12 @@ class Executor:
         worker.jobs.put(lambda: answer.put(_invoke(call)))
         try:
             return answer.get(timeout=call.timeout)
-        except queue.Empty:
+        except BaseException as error:  # its deadline, or Ctrl-C
+            left_behind()
             worker.jobs.put(None)
             self._worker = None
+            if not isinstance(error, queue.Empty):
+                raise
         earlier = self._lost.get(call.name)
         if earlier is not None and earlier.is_alive():
             raise InputError(
@@ -114,13 +118,18 @@ class Executor:
         deadline = max(timeouts) + ASYNC_GRACE if len(timeouts) == len(calls) else None
         try:
             future.result(deadline)
-        except concurrent.futures.TimeoutError:
+        except BaseException as error:
+            left_behind()
+            if not isinstance(error, concurrent.futures.TimeoutError):
+                raise
             self._loop = None
             pending = ", ".join(f"'{call.name}'" for call in calls if call.name not in done)
             raise InputError(
                 f"async reward {pending} did not stop at its timeout: it blocks the event loop or "
                 f"ignores cancellation; await what takes long, or make it a plain function"
             ) from None
+        if any(outcome.timed_out for outcome in done.values()):
+            left_behind()  # it was cancelled, but not what it may have waited for in a thread
         return [done[call.name] for call in calls]
 
     def close(self) -> None:

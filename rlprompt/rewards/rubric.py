@@ -26,7 +26,7 @@ _PLURALS = {
 
 
 class VerifiersReward:
-    """verifiers 0.1 to 0.3: a `Rubric`, or one reward function of one; values are summed with its weights.
+    """A `Rubric` of verifiers, or one reward function of one; values are summed with its weights.
 
     A function gets those of `prompt`, `completion`, `answer`, `info`, `task`, `state`, `parser` and
     the dataset's columns that its signature names; one that names `prompts`, `completions`, ...

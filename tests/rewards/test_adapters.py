@@ -155,7 +155,9 @@ def test_a_rubric_of_the_library_itself() -> None:
         )
     )
     kept = {"answer": "4", "info": {}, "task": "", "trajectory": [], "timing": {}}
-    states = [{"prompt": q, "completion": text, **kept} for q, text in zip(chat, texts, strict=True)]
+    states = [
+        {"prompt": q, "completion": text, **kept} for q, text in zip(chat, texts, strict=True)
+    ]
     asyncio.run(rubric.score_group(states))
     assert ours == [state["reward"] for state in states] == [0.5, 0.0, 2.0]
     for name, values in logged.items():
