@@ -15,7 +15,6 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -39,15 +38,8 @@ class ShardSettings:
 class Shards:
     """This rank's part of a base, and how the base is made whole for a while."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        engine: Any,
-        settings: ShardSettings,
-        disk: TemporaryDirectory[str] | None = None,
-    ) -> None:
-        """Take over a model that `read_sharded_model` made, and the folder of shards on disk."""
-        self._disk = disk  # it is removed with this object, or when the process ends
+    def __init__(self, model: PreTrainedModel, engine: Any, settings: ShardSettings) -> None:
+        """Take over a model that `read_sharded_model` made."""
         self.body: nn.Module = engine.module
         self._engine = engine
         self._parameters: list[Any] = list(model.parameters())
@@ -57,7 +49,7 @@ class Shards:
 
     @property
     def bytes_on_rank(self) -> int:
-        """Bytes of the base's weights that this rank keeps in memory."""
+        """Bytes of the base's weights that this rank keeps."""
         return bytes_of(self._parameters)[0]
 
     @property
@@ -111,12 +103,7 @@ def gathered(parameters: Iterable[Any]) -> Iterator[None]:
     if not parted:
         yield
         return
-    if any(map(_is_on_disk, parted)):
-        for parameter in parted:  # each takes one of the few buffers for what is read
-            parameter.all_gather([parameter])
-            _release_buffer(parameter)
-    else:
-        parted[0].all_gather(parted)
+    parted[0].all_gather(parted)
     try:
         yield
     finally:
@@ -124,24 +111,9 @@ def gathered(parameters: Iterable[Any]) -> Iterator[None]:
 
 
 def bytes_of(parameters: Iterable[Any]) -> tuple[int, int]:
-    """Bytes in this rank's memory, and on all ranks together wherever they lie."""
-    held, whole = 0, 0
-    for p in parameters:
-        held += 0 if _is_on_disk(p) else p.ds_tensor.numel() * p.element_size()
-        whole += p.ds_numel * p.element_size()
-    return held, whole
-
-
-def _is_on_disk(parameter: Any) -> bool:
-    return bool(parameter.ds_tensor.final_location == "nvme")
-
-
-def _release_buffer(parameter: Any) -> None:
-    """Give back the buffer that a share was read into; it stays on disk."""
-    if _is_on_disk(parameter):
-        if parameter.data_ptr() == parameter.ds_tensor.data_ptr():  # one rank: its share is all
-            parameter.data = parameter.data.clone()
-        parameter.nvme_swapper.remove_partition_and_release_buffers([parameter])
+    """Bytes on this rank, and on all together."""
+    sizes = [(p.ds_tensor.numel(), p.ds_numel, p.ds_tensor.element_size()) for p in parameters]
+    return sum(n * size for n, _, size in sizes), sum(n * size for _, n, size in sizes)
 
 
 def _is_whole(parameter: Any) -> bool:

@@ -9,11 +9,8 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import shutil
-import sys
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -58,11 +55,7 @@ def read_sharded_model(
             "distributed.offload is nvme, which needs DeepSpeed's async_io, and that cannot be "
             "built here; install libaio-dev and a C++ compiler, or set distributed.offload: cpu"
         )
-    plan, disk = _plan(settings, dtype), None
-    if settings.offload == "nvme":
-        disk = TemporaryDirectory(prefix="rlprompt_", dir=settings.nvme_path)
-        on_disk = {"nvme_path": disk.name, "buffer_size": _largest_share(config)}
-        plan["zero_optimization"]["offload_param"] |= on_disk
+    plan = _plan(settings, dtype)
     model = _empty_model(deepspeed, AutoModelForCausalLM, config, plan)
     _fill(deepspeed, model, folder, dtype, "set distributed.base: replicated")
     for module in model.modules():
@@ -70,7 +63,7 @@ def read_sharded_model(
             module.forward = partial(_apply, module)  # type: ignore[method-assign]
     root = _Root(model.get_decoder())
     engine, *_ = deepspeed.initialize(model=root, config=plan)
-    shards = Shards(model, engine, settings, disk)
+    shards = Shards(model, engine, settings)
     logger.info(
         "base in shards: %.1f MB on this rank, %.1f MB in all",
         shards.bytes_on_rank / 1e6,
@@ -158,20 +151,7 @@ def _deepspeed(reason: str, advice: str) -> Any:
     return deepspeed
 
 
-def _largest_share(config: PretrainedConfig) -> int:
-    """Numbers in a rank's share of the largest weight: the size of a buffer for what is read.
-
-    DeepSpeed keeps five of them, of 400 MB each in float32 unless it is told.
-    """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    size = torch.distributed.get_world_size()
-    return int(max(-(-p.numel() // size) for p in model.parameters()))
-
-
 def _has_async_io() -> bool:
-    if shutil.which("ninja") is None:  # which compiles it; pip puts it beside the interpreter
-        os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
     builder = importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder()
     return bool(builder.is_compatible(verbose=False))
 
@@ -190,6 +170,8 @@ def _plan(settings: ShardSettings, dtype: torch.dtype) -> dict[str, Any]:
     }
     if settings.offload != "none":
         zero["offload_param"] = {"device": settings.offload, "pin_memory": True}
+        if settings.nvme_path is not None:
+            zero["offload_param"]["nvme_path"] = settings.nvme_path
     if settings.secondary_shards is not None:
         zero["zero_hpz_partition_size"] = settings.secondary_shards
     plan: dict[str, Any] = {

@@ -247,6 +247,11 @@ def _check_shards(settings: DistributedSettings, size: int) -> None:
             f"distributed.nvme_path is '{settings.nvme_path}', which is no folder here; name one "
             "on a local disk of every node"
         )
+    if settings.offload == "nvme" and not torch.cuda.is_available():
+        raise InputError(
+            "distributed.offload is nvme, which DeepSpeed cannot do for a base on CPUs (it runs out "
+            "of buffers in the first backward, see docs/log.md); set distributed.offload: none"
+        )
 
 
 def _is_of_a_meeting(error: RuntimeError) -> bool:

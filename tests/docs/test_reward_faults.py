@@ -29,9 +29,9 @@ process of its own (`isolation: {}`), in the run's process, or behind HTTP (`bui
 `on_error: skip` every run did all its steps, lost this reward's values for that one batch, counted
 it in `rewards/faulty/failures` and logged the line below once. With `on_error: raise` every run
 stopped with that line and exit code 2, and `--resume` did the steps that were left.
-`tests/docs/test_reward_faults.py` makes the runs and writes this page. A call that hangs in the run's
-own process cannot be ended: it runs on in its thread until the process ends, which it neither delays
-nor makes fail (`tests/cli/test_hanging_reward.py`).
+`tests/docs/test_reward_faults.py` makes the runs and writes this page. A call that hangs in the
+run's own process cannot be ended: it runs on in its thread until the process ends, which it neither
+delays nor makes fail (`tests/cli/test_hanging_reward.py`).
 
 | fault | where | kind | the line |
 |---|---|---|---|

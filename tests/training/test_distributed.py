@@ -186,6 +186,13 @@ def test_a_wrong_environment_is_told(
         pass
 
 
+def test_a_disk_without_a_gpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    settings = DistributedSettings(base="sharded", offload="nvme", nvme_path=str(tmp_path))
+    with pytest.raises(InputError, match="cannot do for a base on CPUs"), join_ranks(settings):
+        pass
+
+
 def test_ranks_that_do_not_come_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)

@@ -16,7 +16,12 @@ from rlprompt.rollout import RolloutBatch
 from rlprompt.training.distributed import Ranks
 from tests.fixtures.algorithms import CASES, algorithm_of, batch_for, gradients, learn
 from tests.fixtures.prompts import make
-from tests.fixtures.rank_gradients import KINDS, all_gradients, gradients_on
+from tests.fixtures.rank_gradients import (
+    KINDS,
+    all_gradients,
+    gradients_on,
+    gradients_short_of_memory,
+)
 from tests.fixtures.runs import tiny_policy
 
 WHOLE, CUT = 100_000, 64
@@ -66,3 +71,12 @@ def test_the_number_of_ranks_does_not_matter(tmp_path: Path) -> None:
             # At rate 0 the value head stays zero, and with it the gradient of all but its end.
             assert float(grad.abs().max()) > 0 or key.startswith("ppo/"), key
             assert float((together[key] - grad).abs().max()) < 1e-10, key
+
+
+@pytest.mark.slow
+def test_a_rank_that_runs_out_of_memory_halves_on_its_own(tmp_path: Path) -> None:
+    """A whole base on each rank: they meet at the gradient only, so the others need not know."""
+    alone = gradients_short_of_memory(Ranks())["grpo"]
+    assert float(alone.abs().max()) > 1e-6
+    for together in gradients_on(2, tmp_path, "short"):
+        assert float((together["grpo"] - alone).abs().max()) < 1e-10
