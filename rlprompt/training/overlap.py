@@ -42,8 +42,7 @@ class _EndedError(Exception):
 class _Drawn:
     """What came of a rollout."""
 
-    batch: RolloutBatch | None
-    error: BaseException | None
+    batch: RolloutBatch
     epoch: float
     seconds: float
 
@@ -97,19 +96,12 @@ class OverlappedSource:
         return self._epoch
 
     def collect(self, step: int, seed: int) -> RolloutBatch:
-        """The batch that was drawn ahead; without one, a batch under the prompt as it is.
-
-        Raises:
-            InputError: what a reward raised, also in the thread.
-        """
+        """The batch that was drawn ahead; without one, a batch under the prompt as it is."""
         if self._start is None:
             self._follow()
             drawn = self._draw(step, seed)
         else:
             drawn = self._drawn or self._draw_again(step, seed)
-        if drawn.batch is None:
-            assert drawn.error is not None
-            raise drawn.error
         ahead, self._epoch = self._start is not None, drawn.epoch
         self._start, self._drawn, self._behaviour.random = None, None, {}
         return replace(drawn.batch, drawn_ahead=ahead)
@@ -118,32 +110,38 @@ class OverlappedSource:
     def ahead(self, step: int, seed: int) -> Iterator[dict[str, float]]:
         """Draw the batch of a step, under the prompt as it is now, while the block runs.
 
-        The block does not end before the batch is there. What goes wrong with it is raised by
-        `collect`, as if it were drawn then. When the block itself fails, the rollout is ended.
+        The block does not end before the batch is there. When it fails, the rollout is ended.
+
+        Raises:
+            InputError: what a reward raised in the thread. At once, not when the batch has its
+                turn: process-wide generators are not where they would be, so nothing may be
+                evaluated or saved in between.
         """
         self._follow()
         self._behaviour.random, state = global_random_state()
         self._start = {"position": self._source.state_dict(), "random": state}
         end = threading.Event()
         self._source.progress = partial(_raise_if, end)
-        answer: queue.SimpleQueue[_Drawn] = queue.SimpleQueue()
-        self._running().jobs.put(lambda: answer.put(self._draw(step, seed)))
+        answer: queue.SimpleQueue[_Drawn | BaseException] = queue.SimpleQueue()
+        self._running().jobs.put(lambda: answer.put(self._attempt(step, seed)))
         metrics: dict[str, float] = {}
         try:
             yield metrics
             learned = time.perf_counter()
-            self._drawn = answer.get()
+            drawn = answer.get()
         except BaseException as error:
             end.set()
             if isinstance(error, Exception):  # not Ctrl-C: the next token or the exit ends it
                 answer.get()
-            raise
-        finally:
-            if not end.is_set():
                 self._source.progress = None
+            raise
+        self._source.progress = None
+        if isinstance(drawn, BaseException):
+            raise drawn
+        self._drawn = drawn
         waited = time.perf_counter() - learned
-        metrics["overlap/drawn/seconds"] = self._drawn.seconds
-        metrics["overlap/hidden/seconds"] = max(0.0, self._drawn.seconds - waited)
+        metrics["overlap/drawn/seconds"] = drawn.seconds
+        metrics["overlap/hidden/seconds"] = max(0.0, drawn.seconds - waited)
         metrics[WAITED] = waited
 
     @property
@@ -173,12 +171,14 @@ class OverlappedSource:
 
     def _draw(self, step: int, seed: int) -> _Drawn:
         start = time.perf_counter()
-        batch, problem = None, None
+        batch = self._source.collect(step, seed)
+        return _Drawn(batch, self._source.epoch, time.perf_counter() - start)
+
+    def _attempt(self, step: int, seed: int) -> _Drawn | BaseException:
         try:
-            batch = self._source.collect(step, seed)
+            return self._draw(step, seed)
         except BaseException as error:  # the main thread raises it
-            problem = error
-        return _Drawn(batch, problem, self._source.epoch, time.perf_counter() - start)
+            return error
 
     def _draw_again(self, step: int, seed: int) -> _Drawn:
         """As it was drawn before the run was stopped, and nothing else moved."""
