@@ -185,6 +185,8 @@ def test_the_ratio_is_that_of_now_and_the_prompt_before_the_last_update(
         torch.testing.assert_close(ratio, by_hand, rtol=0, atol=1e-3)
         assert float((by_hand - 1.0)[mask].abs().max()) > 1e-2
         assert rows[step][RATIO] == pytest.approx(float(by_hand[mask].mean()), abs=1e-3)
+        kl = (by_hand - 1.0 - (now - then))[mask].mean()
+        assert rows[step]["off_policy/kl"] == pytest.approx(float(kl), abs=1e-4)
 
 
 @pytest.mark.parametrize(
