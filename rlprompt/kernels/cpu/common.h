@@ -134,15 +134,22 @@ inline void sweep(int64_t width, const F& body) {
   if (i < width) body(i, Part{width - i});
 }
 
+// Each lane's partner: the one whose number differs in bit H. (Written out, for the compiler to see
+// that it is one instruction.)
+template <uint32_t H>
+inline vec partners(vec v) {
+  return __builtin_shuffle(
+      v, int_vec{0 ^ H, 1 ^ H, 2 ^ H, 3 ^ H, 4 ^ H, 5 ^ H, 6 ^ H, 7 ^ H, 8 ^ H, 9 ^ H, 10 ^ H,
+                 11 ^ H, 12 ^ H, 13 ^ H, 14 ^ H, 15 ^ H});
+}
+
 // The lanes of a vector joined in pairs, then pairs of pairs.
 template <typename F>
 inline float across(vec v, const F& join) {
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    int_vec partner;
-    for (int i = 0; i < kLanes; ++i) partner[i] = i ^ half;
-    v = join(v, __builtin_shuffle(v, partner));
-  }
-  return v[0];
+  v = join(v, partners<8>(v));
+  v = join(v, partners<4>(v));
+  v = join(v, partners<2>(v));
+  return join(v, partners<1>(v))[0];
 }
 inline float sum_across(vec v) {
   return across(v, [](vec a, vec b) { return a + b; });

@@ -24,9 +24,10 @@ float highest(const T* row, int64_t vocab) {
   return top;
 }
 
-// sum exp(z) and sum exp(z) z over a row, z = l * inverse - top.
+// sum exp(z) and sum exp(z) z over a row, z = l * inverse - top; `weights` [vocab] gets exp(z).
 template <typename T>
-void weigh(const T* row, int64_t vocab, float inverse, float top, double* total, double* mean) {
+void weigh(const T* row, int64_t vocab, float inverse, float top, double* total, double* mean,
+           float* weights) {
   *total = *mean = 0.0;
   for (int64_t v = 0; v < vocab; v += kBlock) {
     const int64_t n = std::min(kBlock, vocab - v);
@@ -34,6 +35,7 @@ void weigh(const T* row, int64_t vocab, float inverse, float top, double* total,
     sweep(n, [&](int64_t i, auto lanes) {
       const vec logit = load(row + v + i, lanes) * inverse - top;
       const vec weight = only(exponential(logit), lanes);
+      store(weights + v + i, weight, lanes);
       sums += weight;
       weighted += weight * logit;
     });
@@ -62,11 +64,12 @@ at::Tensor head_scores_(at::Tensor& logits, const at::Tensor& targets, double te
     T* values = data_out<T>(logits);
     T* spread_to = spreads ? data_out<T>(spread) : nullptr;
     at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> weights(vocab);  // of one row: stays in the cache until it is read again
       for (int64_t r = begin; r < end; ++r) {
         T* row = values + r * vocab;
         const float top = highest(row, vocab) * inverse;
         double total, mean;
-        weigh(row, vocab, inverse, top, &total, &mean);
+        weigh(row, vocab, inverse, top, &total, &mean, weights.data());
         const float log_total = static_cast<float>(std::log(total));
         const float entropy = static_cast<float>(std::log(total) - mean / total);
         const float chosen = widen(row[target[r]]) * inverse;
@@ -78,14 +81,13 @@ at::Tensor head_scores_(at::Tensor& logits, const at::Tensor& targets, double te
           T* to = spread_to + r * vocab;
           sweep(vocab, [&](int64_t v, auto lanes) {
             const vec logit = load(row + v, lanes) * inverse - top;
-            const vec p = exponential(logit) * share;
+            const vec p = load(&weights[v], lanes) * share;
             store(to + v, -p * (logit - log_total + entropy), lanes);
             store(row + v, -p, lanes);
           });
         } else {
           sweep(vocab, [&](int64_t v, auto lanes) {
-            const vec logit = load(row + v, lanes) * inverse - top;
-            store(row + v, exponential(logit) * -share, lanes);
+            store(row + v, load(&weights[v], lanes) * -share, lanes);
           });
         }
         const float p = static_cast<float>(std::exp(static_cast<double>(scores[r])));

@@ -122,7 +122,13 @@ inline void write_columns(const F& row, int64_t count, int64_t dim, uint32_t* ou
       int_vec square[kLanes];
       for (int64_t i = 0; i < kLanes; ++i) {
         square[i] = int_vec{};
-        if (s + i < count) std::memcpy(&square[i], row(s + i) + 2 * p, 4 * some);
+        if (s + i >= count) continue;
+        const bf16* from = row(s + i) + 2 * p;
+        // A size known in advance is one instruction, any other one a call.
+        if (some == kLanes)
+          std::memcpy(&square[i], from, sizeof(int_vec));
+        else
+          std::memcpy(&square[i], from, 4 * some);
       }
       transpose(square);
       for (int64_t i = 0; i < some; ++i) store(out + (p + i) * width + s, square[i]);
@@ -142,10 +148,11 @@ inline void write_row_pairs(const F& row, int64_t count, int64_t dim, uint32_t* 
 __attribute__((noinline)) inline void softmax(float* scores, bf16* out, int64_t count,
                                               int64_t wide) {
   constexpr float kNever = -std::numeric_limits<float>::infinity();
-  std::fill(scores + count, scores + wide, kNever);
+  signed_vec left;  // scores that count from this lane on
+  for (int i = 0; i < kLanes; ++i) left[i] = static_cast<int32_t>(count) - i;
   vec top = vec{} + kNever, mass = {};
-  for (int64_t s = 0; s < wide; s += kLanes) {
-    const vec score = rounded<bf16>(load(scores + s));
+  for (int64_t s = 0; s < wide; s += kLanes, left -= kLanes) {
+    const vec score = left > 0 ? rounded<bf16>(load(scores + s)) : vec{} + kNever;
     store(scores + s, score);
     top = larger(top, score);
   }

@@ -122,14 +122,23 @@ struct Tile {
     weights.resize(rows, wide);
     scores.resize(rows * wide);
     out.resize(rows * z.dim);
-    for (int64_t r = 0; r < rows; ++r) {
-      const bf16* from = query.at(span.start + first + r % tokens, kv_head * z.share + r / tokens);
+    each(span, first, kv_head, z, [&](int64_t r, int64_t token, int64_t head) {
+      const bf16* from = query.at(token, head);
       for (int64_t d = 0; d < z.dim; d += kLanes) store(q.at(r) + d, load(from + d) * z.scaling);
-    }
+    });
     product(rows, wide, z.dim / 2, q.numbers.data(), z.dim / 2, 1, keys.columns.data(), keys.width,
             scores.data(), wide, false);
-    for (int64_t r = 0; r < rows; ++r)
-      softmax(&scores[r * wide], weights.at(r), shared + first + r % tokens + 1, wide);
+    each(span, first, kv_head, z, [&](int64_t r, int64_t token, int64_t) {
+      softmax(&scores[r * wide], weights.at(r), shared + token - span.start + 1, wide);
+    });
+  }
+
+  // Calls body(row, packed token, head) for every row.
+  template <typename F>
+  void each(const Span& span, int64_t first, int64_t kv_head, const Sizes& z, const F& body) const {
+    for (int64_t h = 0, r = 0; h < z.share; ++h)
+      for (int64_t t = 0; t < tokens; ++t, ++r)
+        body(r, span.start + first + t, kv_head * z.share + h);
   }
 
   // weights times rows of pairs [wide / 2, D], times `factor`, to the places of the queries.
@@ -137,11 +146,11 @@ struct Tile {
              int64_t first, int64_t kv_head, const Sizes& z, float factor) {
     product(rows, z.dim, wide / 2, by.numbers.data(), wide / 2, 1, from.data(), z.dim, out.data(),
             z.dim, false);
-    for (int64_t r = 0; r < rows; ++r) {
-      bf16* place = to.at(span.start + first + r % tokens, kv_head * z.share + r / tokens);
+    each(span, first, kv_head, z, [&](int64_t r, int64_t token, int64_t head) {
+      bf16* place = to.at(token, head);
       for (int64_t d = 0; d < z.dim; d += kLanes)
         store(place + d, load(&out[r * z.dim + d]) * factor);
-    }
+    });
   }
 };
 
@@ -227,14 +236,14 @@ class Backward {
     keys_.read(prefix_keys_, key_, span, head, z_, true, true);
     values_.read(prefix_values_, value_, span, head, z_, true, false);
     for (int64_t first = 0; first < span.length; first += z_.tile) {
-      const int64_t last = std::min(first + z_.tile, span.length), tokens = last - first;
+      const int64_t last = std::min(first + z_.tile, span.length);
       tile_.weigh(query_, span, first, last, head, keys_, z_);
       const int64_t rows = tile_.rows, wide = tile_.wide, pairs = (rows + 1) / 2;
       up_.resize(rows, dim);
-      for (int64_t r = 0; r < rows; ++r)
-        std::memcpy(up_.at(r),
-                    grad_.at(span.start + first + r % tokens, head * z_.share + r / tokens),
-                    dim * sizeof(bf16));
+      tile_.each(span, first, head, z_, [&](int64_t r, int64_t token, int64_t of) {
+        const bf16* from = grad_.at(token, of);
+        for (int64_t d = 0; d < dim; d += kLanes) store(up_.at(r) + d, load(from + d));
+      });
       float* scores = tile_.scores.data();
       product(rows, wide, dim / 2, up_.numbers.data(), dim / 2, 1, values_.columns.data(),
               values_.width, scores, wide, false);
