@@ -368,16 +368,21 @@ def _check() -> None:
         _close(head_scores(logits.clone(), targets, 1.0, False, None)[0], expected)
         tokens, _ = draw(logits, torch.rand(3, dtype=torch.float64), 1.0, None)
         assert bool(((tokens >= 0) & (tokens < 300)).all()), "a drawn token does not exist"
-        q, k, v = (torch.randn(4, h, 16).bfloat16() for h in (4, 2, 2))
-        prefix = torch.randn(2, 2, 3, 16)
+        q, k, v = (torch.randn(4, h, 16).bfloat16().requires_grad_() for h in (4, 2, 2))
+        prefix = torch.randn(2, 2, 3, 16).bfloat16().requires_grad_()
         spans = torch.tensor([[0, 4, 0, 0]])
         ours = tree_attention((q, k, v), (prefix[0], prefix[1]), spans, 0.25)
         own = (k.transpose(0, 1), v.transpose(0, 1))
-        both = [torch.cat([prefix[i].bfloat16(), own[i]], 1)[None] for i in range(2)]
+        both = [torch.cat([prefix[i], own[i]], 1)[None] for i in range(2)]
         mask = torch.arange(7)[None] <= torch.arange(4)[:, None] + 3
         plain = masked_attention(q.transpose(0, 1)[None], both[0], both[1], mask[None], 0.25)
-        _close(ours, plain[0].transpose(0, 1))
+        plain = plain[0].transpose(0, 1)
+        _close(ours, plain)
+        upstream, inputs = torch.randn(4, 4, 16).bfloat16(), (q, k, v, prefix)
+        pairs = zip(*(torch.autograd.grad(o, inputs, upstream) for o in (ours, plain)), strict=True)
+        for gradient, expected in pairs:
+            _close(gradient, expected, 1e-1)
 
 
-def _close(ours: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(ours.float(), expected.float(), rtol=2e-2, atol=2e-2)
+def _close(ours: Tensor, expected: Tensor, atol: float = 2e-2) -> None:
+    torch.testing.assert_close(ours.float(), expected.float(), rtol=2e-2, atol=atol)
