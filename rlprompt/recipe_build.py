@@ -311,9 +311,10 @@ def _evaluator(
     settings, budget = recipe.evaluation, recipe.training.token_budget
     queries = data.heldout[: settings.max_queries]
     seed = recipe.seed + _HELDOUT_SEED
-    probes: dict[str, Probe] = {"base_logprob": BaseLogprob(policy, budget)}
-    if policy.base.shards is None:  # their LM head is whole during updates only
-        probes["base_kl"] = BaseKL(policy, budget)
+    probes: dict[str, Probe] = {
+        "base_logprob": BaseLogprob(policy, budget),
+        "base_kl": BaseKL(policy, budget),
+    }
     objective: Objective | None = None
     columns = recipe.algorithm.answer_columns[:1]
     if columns and queries:

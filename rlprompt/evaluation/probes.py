@@ -127,7 +127,8 @@ def mean_kl(
             policy.hidden_scored(queries, completions, prefix, each)
             for prefix, each in zip(prefixes, prompts, strict=True)
         )
-        divergence = head_divergence(second, first, policy.forward.head, "forward_kl")
+        with policy.whole_ends():
+            divergence = head_divergence(second, first, policy.forward.head, "forward_kl")
         total += float(divergence.sum())
         count += divergence.numel()
     return total / count
