@@ -250,8 +250,8 @@ def _attention(attention: nn.Module, body: Any) -> nn.Module | None:
 def _fuse_layer(layer: nn.Module, body: Any) -> bool:
     """Let a layer that is all stand-ins run by `_layer_forward` if that gives the same bits."""
     children = dict(layer.named_children())
-    kinds = dict.fromkeys(("input_layernorm", "post_attention_layernorm"), FusedNorm)
-    kinds |= {"self_attn": FusedAttention, "mlp": FusedMLP}
+    kinds: dict[str, type[nn.Module]] = {"self_attn": FusedAttention, "mlp": FusedMLP}
+    kinds |= dict.fromkeys(("input_layernorm", "post_attention_layernorm"), FusedNorm)
     if {name: type(child) for name, child in children.items()} != kinds:
         return False
     norm: Any = children["input_layernorm"]
@@ -262,7 +262,7 @@ def _fuse_layer(layer: nn.Module, body: Any) -> bool:
     ours = _layer_forward(layer, x, attention_mask=None, **arguments)
     if not isinstance(expected, Tensor) or not torch.equal(ours, expected):
         return False
-    layer.forward = MethodType(_layer_forward, layer)  # type: ignore[method-assign]
+    layer.forward = MethodType(_layer_forward, layer)
     return True
 
 
