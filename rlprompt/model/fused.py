@@ -258,8 +258,12 @@ def _fuse_layer(layer: nn.Module, body: Any) -> bool:
     x = torch.randn(1, _PROBE_TOKENS, norm.weight.shape[0]).to(norm.weight.dtype)
     rotation = body.rotary_emb(x, torch.arange(3, 3 + _PROBE_TOKENS)[None])
     arguments = {"position_embeddings": rotation, "attention_context": _Probe()}
-    expected = layer(x, attention_mask=None, **arguments)
-    ours = _layer_forward(layer, x, attention_mask=None, **arguments)
+    try:
+        expected = layer(x, attention_mask=None, **arguments)
+        ours = _layer_forward(layer, x, attention_mask=None, **arguments)
+    except (AttributeError, TypeError, RuntimeError, ValueError) as error:
+        logger.debug("%s runs its own forward: %s", type(layer).__name__, error)
+        return False
     if not isinstance(expected, Tensor) or not torch.equal(ours, expected):
         return False
     layer.forward = MethodType(_layer_forward, layer)
