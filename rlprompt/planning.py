@@ -36,18 +36,20 @@ class Plan:
     """(part, bytes) at the worst moment of each; rollout and update do not happen at once."""
     rollout_bytes: float
     update_bytes: float
-    """What meets in a rollout, and in an update."""
+    """What meets in a rollout, and in an update; all of it where they overlap."""
     traffic: Sequence[tuple[str, float]]
     """(part, bytes that a rank receives per step)."""
     bounds: Sequence[tuple[str, float]]
     """(what, seconds per step at least)."""
     decode_tokens_per_second: float
     """Of all ranks, at most."""
+    overlaps: bool = False
+    """Whether rollouts go on during updates."""
 
     @property
     def step_seconds(self) -> float:
-        """Lower bound of a step."""
-        return sum(seconds for _, seconds in self.bounds)
+        """Lower bound of a step; of two phases at once, the longer one's."""
+        return (max if self.overlaps else sum)(seconds for _, seconds in self.bounds)
 
 
 def plan(
@@ -68,8 +70,13 @@ def plan(
         query_tokens: mean length of a query with its template.
 
     Raises:
-        InputError: the recipe divides less than one query per rank.
+        InputError: the recipe divides less than one query per rank, or overlaps on several.
     """
+    overlaps = recipe.training.overlap_rollouts
+    if overlaps and ranks > 1:
+        raise InputError(
+            f"training.overlap_rollouts works on one rank, the plan is for {ranks}; remove it"
+        )
     queries = recipe.training.queries_per_step
     if queries < ranks:
         raise InputError(
@@ -94,9 +101,11 @@ def plan(
             "LM head's buffers",
         )
     )
+    if overlaps:
+        rollout = update = rollout + update - at_rest
     traffic = _traffic(work) if ranks > 1 else []
     bounds, rate = _bounds(work, sum(size for _, size in traffic), held["cache of a rollout"])
-    return Plan(memory, rollout, update, traffic, bounds, rate)
+    return Plan(memory, rollout, update, traffic, bounds, rate, overlaps)
 
 
 @dataclass(frozen=True)

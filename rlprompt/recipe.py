@@ -160,6 +160,30 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def _can_overlap(self) -> Recipe:
+        overlap = self.training.overlap_rollouts
+        self.algorithm.check_ratio(drawn_ahead=overlap)
+        if not overlap:
+            return self
+        if not self.algorithm.has_ratio:
+            raise ValueError(
+                "training.overlap_rollouts makes batches one step old, and "
+                f"{self.algorithm.type} has no probability ratio to correct for that; remove it, "
+                "or choose grpo, rloo, reinforce or ppo"
+            )
+        if self.prompt.type == "adapter":
+            raise ValueError(
+                "training.overlap_rollouts needs a prompt that leaves the base's layers alone, "
+                "prompt.type is adapter; remove it, or choose soft, prefix or sequence"
+            )
+        if self.distributed.base == "sharded":
+            raise ValueError(
+                "training.overlap_rollouts needs the whole base on this rank, distributed.base is "
+                "sharded; remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _members_are_recipes(self) -> Recipe:
         self.members()
         return self

@@ -34,6 +34,7 @@ from rlprompt.training.distributed import DistributedSettings, Ranks
 from rlprompt.training.guards import GuardWatch
 from rlprompt.training.loop import Trainer
 from rlprompt.training.objective import Constraints, QueryWeights
+from rlprompt.training.overlap import OverlappedSource
 from rlprompt.training.parts import RunParts
 from rlprompt.training.population import Population
 from rlprompt.training.sources import ColumnSource, RolloutSource, Source, given_completion
@@ -121,6 +122,7 @@ def build_trainer(
     """
     _refuse_text(recipe)
     ranks = ranks or Ranks()
+    _refuse_overlap(recipe, ranks)
     recipe = with_template_text(recipe, base_dir)
     data = load_queries(recipe.data, base_dir)
     rewards = _rewards(recipe, base_dir, ranks)
@@ -146,6 +148,14 @@ def _refuse_text(recipe: Recipe) -> None:
         raise InputError(
             "prompt.type is text, which has nothing to train; evaluate it with `rlprompt eval`, or "
             "set prompt.type: soft and give the text as prompt.init_text"
+        )
+
+
+def _refuse_overlap(recipe: Recipe, ranks: Ranks) -> None:
+    """Two threads that meet the other ranks could meet each other's partners."""
+    if recipe.training.overlap_rollouts and ranks.size > 1:
+        raise InputError(
+            f"training.overlap_rollouts works on one rank, this run has {ranks.size}; remove it"
         )
 
 
@@ -277,9 +287,12 @@ def _source(recipe: Recipe, ground: Ground, rewards: RewardRunner, algorithm: Al
     if recipe.algorithm.draws_from_teacher:
         assert ground.teacher is not None
         prompt = ground.teacher
-    return RolloutSource(
-        data.train, sampler, ground.engine, prompt, rewards, algorithm, recipe.sampling, augment
+    overlaps = recipe.training.overlap_rollouts
+    under = prompt.copy() if overlaps else prompt
+    source = RolloutSource(
+        data.train, sampler, ground.engine, under, rewards, algorithm, recipe.sampling, augment
     )
+    return OverlappedSource(source, prompt, under) if overlaps else source
 
 
 def _teacher(recipe: Recipe) -> Prompt | None:

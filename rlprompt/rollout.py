@@ -27,6 +27,9 @@ class RolloutBatch:
     rewards: RewardBatch
     rollout_seconds: float
     reward_seconds: float
+    drawn_ahead: bool = False
+    """Whether the prompt has been updated since: sampling log-probabilities are then those of an
+    earlier prompt."""
 
     @property
     def completions(self) -> list[Completion]:

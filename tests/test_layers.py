@@ -61,6 +61,7 @@ LAYERS = {
     "training.rows": 5,
     "training.update": 5,
     "training.sources": 5,
+    "training.overlap": 5,
     "search.loop": 5,
     "evaluation.": 5,
     "interpret.": 5,

@@ -115,3 +115,17 @@ def test_more_ranks_than_queries_are_refused(tmp_path: Path) -> None:
     recipe: Recipe = load_recipe(recipe_of(tmp_path, tmp_path))
     with pytest.raises(InputError, match="nothing to do"):
         plan(recipe, TINY, 5, DEVICES["h100"])
+
+
+def test_rollouts_during_updates_meet_them_in_memory_and_hide_behind_them() -> None:
+    path = ROOT / "recipes" / "concise" / "smollm2_grpo.yaml"
+    turns, both = (
+        plan(load_recipe(path, [f"training.overlap_rollouts={on}"]), TINY, 1, DEVICES["h100"])
+        for on in ("false", "true")
+    )
+    assert both.rollout_bytes == both.update_bytes > max(turns.rollout_bytes, turns.update_bytes)
+    assert both.bounds == turns.bounds
+    assert both.step_seconds == max(seconds for _, seconds in turns.bounds) < turns.step_seconds
+    with pytest.raises(InputError, match="works on one rank, the plan is for 2"):
+        recipe = load_recipe(path, ["training.overlap_rollouts=true"])
+        plan(recipe, TINY, 2, DEVICES["h100"])

@@ -53,6 +53,21 @@ class AlgorithmSettings(Settings):
         """Whether it learns from rewards; other algorithms only evaluate with them."""
         return True
 
+    @property
+    def has_ratio(self) -> bool:
+        """Whether its loss has a probability ratio, which corrects for batches drawn earlier."""
+        return False
+
+    def check_ratio(self, *, drawn_ahead: bool) -> None:
+        """Refuse settings of the probability ratio where it is always 1.
+
+        Args:
+            drawn_ahead: whether batches are drawn before the last update of the prompt.
+
+        Raises:
+            ValueError: one is not at its default; the sentence names its place in a recipe.
+        """
+
 
 @dataclass(frozen=True)
 class BatchView:
@@ -114,8 +129,9 @@ class MicroSignal:
     weights: Tensor
     """[b, T]: what each token counts for; 0 in the padding."""
     old_logprobs: Tensor | None
-    """[b, T] before the first update; None in the first update, where they are the current ones,
-    unless the algorithm needs them."""
+    """[b, T] what the probability ratio is taken against: of a batch that was drawn ahead, those it
+    was drawn with; else those before the first update, None in that update, where they are the
+    current ones, unless the algorithm needs them."""
     ref_logprobs: Tensor | None
     """[b, T] under the reference; None when the algorithm needs none."""
     old_values: Tensor | None = None

@@ -7,7 +7,7 @@ are settings (docs/algorithms.md).
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -51,15 +51,10 @@ class GRPOSettings(PolicyGradientSettings):
     """Draws to fill a batch with groups whose rewards differ (DAPO's dynamic sampling); 1 takes
     what comes."""
 
+    _of_the_ratio: ClassVar[tuple[str, ...]] = ("clip_low", "clip_high", "ratio", "surrogate")
+
     @model_validator(mode="after")
     def _grpo_settings_have_effect(self) -> GRPOSettings:
-        if not self.has_later_updates:
-            refuse_changed(
-                self,
-                ("ratio", "surrogate"),
-                "with one update per batch, where all ratios are 1; set num_epochs or "
-                "num_minibatches, or remove it",
-            )
         if self.surrogate == "cispo":
             refuse_changed(self, ("clip_low",), "with surrogate: cispo; remove it")
         if self.ratio == "sequence_mean" and self.normalizer != "sequence":

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -74,15 +74,26 @@ class PolicyGradientSettings(AlgorithmSettings):
         """Whether a batch gets more than the one update in which all ratios are 1."""
         return self.num_epochs * self.num_minibatches > 1
 
-    @model_validator(mode="after")
-    def _policy_gradient_settings_have_effect(self) -> PolicyGradientSettings:
-        if not self.has_later_updates:
+    _of_the_ratio: ClassVar[tuple[str, ...]] = ("clip_low", "clip_high")
+
+    @property
+    def has_ratio(self) -> bool:
+        """True."""
+        return True
+
+    def check_ratio(self, *, drawn_ahead: bool) -> None:
+        """Refuse a changed ratio that is always 1; see `AlgorithmSettings.check_ratio`."""
+        if not (drawn_ahead or self.has_later_updates):
             refuse_changed(
                 self,
-                ("clip_low", "clip_high"),
+                self._of_the_ratio,
                 "with one update per batch, where all ratios are 1; set num_epochs or "
                 "num_minibatches, or remove it",
+                where="algorithm.",
             )
+
+    @model_validator(mode="after")
+    def _policy_gradient_settings_have_effect(self) -> PolicyGradientSettings:
         if self.kl_coef == 0.0:
             names = ("kl_in", "kl_estimator", "kl_target", "kl_horizon")
             refuse_changed(self, names, "while kl_coef is 0; set kl_coef or remove it")
@@ -96,20 +107,21 @@ class PolicyGradientSettings(AlgorithmSettings):
         return self
 
 
-def refuse_changed(settings: Settings, names: Sequence[str], why: str) -> None:
+def refuse_changed(settings: Settings, names: Sequence[str], why: str, where: str = "") -> None:
     """Refuse settings that are not at their default although they have no effect.
 
     Args:
         settings: that are checked.
         names: of the fields without effect.
         why: ends the sentence "NAME has no effect ...".
+        where: stands before the name.
 
     Raises:
         ValueError: one is not at its default.
     """
     for name in names:
         if getattr(settings, name) != type(settings).model_fields[name].default:
-            raise ValueError(f"{name} has no effect {why}")
+            raise ValueError(f"{where}{name} has no effect {why}")
 
 
 class PolicyGradient(Algorithm):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rlprompt.errors import InputError
-from rlprompt.kernels.cpu.ops import serves_dim
+from rlprompt.kernels.cpu.ops import serves_dim, tree_attention
 from rlprompt.kernels.reference import masked_attention
 from rlprompt.types import PrefixKV
 
@@ -103,6 +103,8 @@ class CausalContext:
     def attend(self, call: LayerCall) -> Tensor:
         """Causal attention to the tokens before and to the call's own."""
         self.layers.append((call.layer, call.window))
+        if call.compiled and call.query.shape[0] == 1:
+            return self._attend_compiled(call)
         key, value = call.key, call.value
         if self._after is not None:
             key = _joined(self._after.keys[call.layer], key)
@@ -114,6 +116,19 @@ class CausalContext:
         mask = place[:, None, :] <= own[:, :, None]
         mask = windowed(mask, own, place, call.window)
         return call.attend(call.query, key, value, mask)
+
+    def _attend_compiled(self, call: LayerCall) -> Tensor:
+        """The same of one row by the C++ kernel: a tree of one span."""
+        tokens = [t.squeeze(0).transpose(0, 1) for t in (call.query, call.key, call.value)]
+        if self._after is None:
+            before = call.key[0, :, :0], call.value[0, :, :0]
+        else:
+            before = self._after.keys[call.layer], self._after.values[call.layer]
+        self.keys.append(_joined(before[0], call.key))
+        self.values.append(_joined(before[1], call.value))
+        span = torch.tensor([[0, call.query.shape[2], 0, 0]])
+        packed = (tokens[0], tokens[1], tokens[2])
+        return tree_attention(packed, before, span, call.scaling).transpose(0, 1)[None]
 
     def prefix(self) -> PrefixKV:
         """What was recorded of the first row, and what stood before it, as a prefix."""

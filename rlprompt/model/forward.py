@@ -185,7 +185,12 @@ class PrefixForward:
         # transformers 5.23 has a new name for the switch, and warns of the old one.
         name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
         if on:
-            settings = {"use_reentrant": False, "context_fn": self._recompute_contexts}
+            settings = {
+                "use_reentrant": False,
+                "context_fn": self._recompute_contexts,
+                # Nothing is drawn in a layer, and rewards may draw in another thread meanwhile.
+                "preserve_rng_state": False,
+            }
             getattr(model, f"{name}_checkpointing_enable")(settings)
         else:
             getattr(model, f"{name}_checkpointing_disable")()

@@ -278,7 +278,8 @@ class TreeContext:
 
     def _attend_compiled(self, call: LayerCall) -> Tensor:
         """The same by one kernel, which reads keys and values where they stand."""
-        tensors = [_dense(t[0].transpose(0, 1)) for t in (call.query, call.key, call.value)]
+        # Not t[0]: its backward fills a tensor with zeros and copies the gradient into it.
+        tensors = [_dense(t.squeeze(0).transpose(0, 1)) for t in (call.query, call.key, call.value)]
         if self._record:
             rows = self._tree.queries
             self.query_keys.append(rows.unfold(tensors[1][: rows.num_tokens]))

@@ -66,8 +66,8 @@ class Executor:
     """Runs calls for one `RewardRunner`; starts its threads when they are first needed."""
 
     def __init__(self) -> None:
-        self._worker: _Worker | None = None
-        self._lost: dict[str, _Worker] = {}
+        self._worker: JobThread | None = None
+        self._lost: dict[str, JobThread] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def run_sync(self, call: Call) -> Outcome:
@@ -79,7 +79,7 @@ class Executor:
         if call.timeout is None:
             return _invoke(call)
         if self._worker is None:
-            self._worker = _Worker()
+            self._worker = JobThread("rlprompt-rewards")
             self._worker.start()
         worker = self._worker
         answer: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
@@ -142,18 +142,20 @@ class Executor:
             self._loop = None
 
 
-class _Worker(threading.Thread):
+class JobThread(threading.Thread):
     """A daemon thread that runs jobs until it takes None.
 
     Not a ThreadPoolExecutor: the interpreter joins its threads at exit, and a reward that hangs
     would hang the exit as well.
     """
 
-    def __init__(self) -> None:
-        super().__init__(daemon=True, name="rlprompt-rewards")
+    def __init__(self, name: str) -> None:
+        """Not started yet."""
+        super().__init__(daemon=True, name=name)
         self.jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
 
     def run(self) -> None:
+        """Job by job."""
         while (job := self.jobs.get()) is not None:
             job()
 

@@ -30,6 +30,12 @@ class UpdateResult:
     """Absolute differences between sampling and training log-probabilities, over those tokens."""
     largest_gap: float = 0.0
     """The largest of them."""
+    ratio_sum: float = 0.0
+    """Probability of each of those tokens, over that which it was drawn with."""
+    largest_ratio: float = 0.0
+    """The largest of them."""
+    kl_sum: float = 0.0
+    """Estimates of KL(what drew them || what is trained), per token."""
     grad_norm: float = 0.0
     lr: float = 0.0
 
@@ -50,6 +56,9 @@ def summed(parts: Sequence[UpdateResult]) -> UpdateResult:
         total.num_sampled += part.num_sampled
         total.gap_sum += part.gap_sum
         total.largest_gap = max(total.largest_gap, part.largest_gap)
+        total.ratio_sum += part.ratio_sum
+        total.largest_ratio = max(total.largest_ratio, part.largest_ratio)
+        total.kl_sum += part.kl_sum
     return total
 
 
@@ -76,14 +85,27 @@ def account(
     sampled = sampling_logprobs(rows, scores)
     if sampled is None:
         return
-    gap = ((scores.logprobs.detach() - sampled) * scores.mask).abs()
-    result.gap_sum += float(gap.sum())
-    result.largest_gap = max(result.largest_gap, float(gap.max()))
+    gap = (scores.logprobs.detach() - sampled) * scores.mask
+    ratio = gap.exp() * scores.mask
+    result.gap_sum += float(gap.abs().sum())
+    result.largest_gap = max(result.largest_gap, float(gap.abs().max()))
+    result.ratio_sum += float(ratio.sum())
+    result.largest_ratio = max(result.largest_ratio, float(ratio.max()))
+    result.kl_sum += float((ratio - scores.mask.to(ratio) - gap).sum())  # Schulman's k3
     result.num_sampled += int(scores.mask.sum())
 
 
-def merged(results: Sequence[UpdateResult], signal: Signal) -> dict[str, float]:
-    """Means over tokens or completions, then over updates; a mean over none is left out."""
+def merged(
+    results: Sequence[UpdateResult], signal: Signal, *, drawn_ahead: bool = False
+) -> dict[str, float]:
+    """Means over tokens or completions, then over updates; a mean over none is left out.
+
+    Args:
+        results: of the updates on a batch, in their order.
+        signal: of the batch.
+        drawn_ahead: see `RolloutBatch`; what tokens were drawn with then tells how old the batch
+            is, and nothing of how well engine and training agree.
+    """
     out: dict[str, float] = defaultdict(float)
     for result in results:
         share = 1.0 / len(results)
@@ -97,7 +119,11 @@ def merged(results: Sequence[UpdateResult], signal: Signal) -> dict[str, float]:
         out["prompt/grad_norm"] += share * result.grad_norm
     # Later updates are off-policy on purpose: only the first compares like with like.
     first = results[0]
-    if first.num_sampled:
+    if first.num_sampled and drawn_ahead:
+        out["sampling/importance_sampling_ratio/mean"] = first.ratio_sum / first.num_sampled
+        out["sampling/importance_sampling_ratio/max"] = first.largest_ratio
+        out["off_policy/kl"] = first.kl_sum / first.num_sampled
+    elif first.num_sampled:
         out["sampling/sampling_logp_difference/mean"] = first.gap_sum / first.num_sampled
         out["sampling/sampling_logp_difference/max"] = first.largest_gap
     out["lr"] = results[-1].lr

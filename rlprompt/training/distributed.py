@@ -249,8 +249,8 @@ def _check_shards(settings: DistributedSettings, size: int) -> None:
         )
     if settings.offload == "nvme" and not torch.cuda.is_available():
         raise InputError(
-            "distributed.offload is nvme, which DeepSpeed cannot do for a base on CPUs (it runs out "
-            "of buffers in the first backward, see docs/log.md); set distributed.offload: none"
+            "distributed.offload is nvme, which DeepSpeed cannot do for a base on CPUs (it runs "
+            "out of buffers in the first backward, see docs/log.md); set distributed.offload: none"
         )
 
 

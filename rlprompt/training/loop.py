@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from rlprompt.algorithms.base import Signal
 from rlprompt.artifacts.format import save_artifact
 from rlprompt.errors import InputError
 from rlprompt.evaluation.heldout import HeldoutResult
@@ -27,6 +28,7 @@ from rlprompt.training.files import to_json, write_atomic
 from rlprompt.training.guards import stopped_by
 from rlprompt.training.interrupt import StopRequest
 from rlprompt.training.optimizer import build_optimizer, learning_rate, lr_factor
+from rlprompt.training.overlap import WAITED
 from rlprompt.training.parts import RunParts
 from rlprompt.training.report import write_report
 from rlprompt.training.startup import check_trainable
@@ -62,6 +64,7 @@ class Trainer:
             others["constraints"] = parts.constraints
         if parts.query_weights is not None:
             others["robust"] = parts.query_weights
+        others |= parts.source.others
         self.state = RunState(parts.policy.prompt, optimizer, parts.source, others)
         self._updater = Updater(
             parts.policy,
@@ -113,6 +116,7 @@ class Trainer:
                 summary = self._finish(self._steps(stop))
         finally:
             parts.trackers.finish(summary)
+            parts.source.close()
             parts.rewards.close()
         return summary
 
@@ -162,17 +166,17 @@ class Trainer:
         objective = parts.rewards.objective(batch.rewards)
         if parts.constraints is not None:
             objective = parts.constraints.penalised(objective, batch.rewards.costs)
-        settings = parts.training.optimizer
         try:
-            signal, learned = self._updater.learn(
-                batch,
-                self.state.optimizer,
-                self._next_lr,
-                settings.max_grad_norm,
-                clock,
-                seed=seed,
-                rewards=objective,
-            )
+            with self._ahead() as meanwhile:
+                signal, learned = self._updater.learn(
+                    batch,
+                    self.state.optimizer,
+                    self._next_lr,
+                    parts.training.optimizer.max_grad_norm,
+                    clock,
+                    seed=seed,
+                    rewards=objective,
+                )
         except NotFiniteError as error:
             self.state.restore(before, self._identity)
             self._save_failure(batch, error)
@@ -186,7 +190,19 @@ class Trainer:
         if self._budget.is_limited:
             # All ranks stop together, and their learning rates agree.
             progress.budget_seconds = parts.ranks.first(lambda: progress.budget_seconds)
-        metrics = {**completion_metrics(batch), **learned, **_times(batch, clock, seconds)}
+        times = {**_times(batch, clock, seconds, meanwhile.get(WAITED, 0.0)), **meanwhile}
+        self._log_step(batch, signal, {**completion_metrics(batch), **learned, **times})
+
+    def _ahead(self) -> AbstractContextManager[dict[str, float]]:
+        """A block in which the source may draw the next batch, if there is a next step."""
+        following = self.state.progress.step + 1
+        if following == self.parts.training.steps:
+            return nullcontext({})
+        return self.parts.source.ahead(following, _step_seed(self.parts.seed, following))
+
+    def _log_step(self, batch: RolloutBatch, signal: Signal, metrics: dict[str, float]) -> None:
+        """Let everything that adapts look at a learned batch, and tell the trackers."""
+        parts, progress = self.parts, self.state.progress
         metrics |= {f"prompt/{k}": v for k, v in parts.policy.prompt.metrics().items()}
         if parts.constraints is not None:
             metrics |= parts.constraints.update(batch.rewards.costs)
@@ -326,9 +342,19 @@ def _step_seed(seed: int, step: int) -> int:
     return (seed * 1_000_033 + step * 7919 + 1) % 2**63
 
 
-def _times(batch: RolloutBatch, clock: PhaseClock, seconds: float) -> dict[str, float]:
-    """Seconds by phase; `time/other` is what no phase claims."""
-    phases = {"rollout": batch.rollout_seconds, "reward": batch.reward_seconds, **clock.seconds}
+def _times(
+    batch: RolloutBatch, clock: PhaseClock, seconds: float, waited: float
+) -> dict[str, float]:
+    """Seconds of a step by phase; `time/other` is what no phase claims.
+
+    A batch that was drawn ahead took none of this step; to wait for the next one counts as rollout.
+    """
+    drew = 0.0 if batch.drawn_ahead else 1.0
+    phases = {
+        "rollout": drew * batch.rollout_seconds + waited,
+        "reward": drew * batch.reward_seconds,
+        **clock.seconds,
+    }
     times = {f"time/{name}": value for name, value in phases.items()}
     times["time/other"] = seconds - sum(phases.values())
     times["step_time"] = seconds

@@ -27,6 +27,9 @@ class Row:
     index: int
     """Place in the batch."""
     completion: Completion
+    sampling_logprobs: Tensor | None = None
+    """[T] that it was drawn with, where that was ahead of the batch's turn: what its probability
+    ratio is taken against."""
     old_logprobs: Tensor | None = None
     """[T] under the prompt before the first update."""
     ref_logprobs: Tensor | None = None
@@ -44,6 +47,9 @@ def rows_of(batch: RolloutBatch) -> list[list[Row]]:
     for group in batch.groups:
         rows.append([Row(index + i, c) for i, c in enumerate(group.completions)])
         index += len(group.completions)
+        if batch.drawn_ahead:
+            for row in rows[-1]:
+                row.sampling_logprobs = _drawn_with(row.completion)
     return rows
 
 
@@ -95,7 +101,7 @@ def micro_signal(
     return MicroSignal(
         advantages=advantages.to(device),
         weights=(weights[:, None] * counted).to(device) * scores.mask,
-        old_logprobs=_padded([row.old_logprobs for row in rows], scores),
+        old_logprobs=_padded([_ratio_base(row) for row in rows], scores),
         ref_logprobs=_padded([row.ref_logprobs for row in rows], scores),
         old_values=_padded([row.old_values for row in rows], scores),
         returns=None if returns is None else returns[index][:, :width].to(device),
@@ -108,7 +114,15 @@ def sampling_logprobs(rows: Sequence[Row], scores: TokenScores) -> Tensor | None
     """[b, T] as the engine gave them; None for completions that no engine drew."""
     if not all(row.completion.sampling_logprobs for row in rows):
         return None
-    return _padded([torch.tensor(row.completion.sampling_logprobs) for row in rows], scores)
+    return _padded([_drawn_with(row.completion) for row in rows], scores)
+
+
+def _drawn_with(completion: Completion) -> Tensor:
+    return torch.tensor(completion.sampling_logprobs, dtype=torch.float64)
+
+
+def _ratio_base(row: Row) -> Tensor | None:
+    return row.old_logprobs if row.sampling_logprobs is None else row.sampling_logprobs
 
 
 def remember(rows: Sequence[Row], name: str, values: Tensor) -> None:

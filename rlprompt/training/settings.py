@@ -56,6 +56,10 @@ class TrainingSettings(Settings):
     """Optimizer and learning rate."""
     token_budget: int = Field(default=1024, ge=64)
     """Most packed tokens per micro-batch: bounds activation memory, changes no result."""
+    overlap_rollouts: bool = False
+    """Draw and score the next batch while this one is learned from, under the prompt as it was
+    before the update. From the second step on, batches are one step old, and the probability ratio
+    of the policy gradient is taken against the prompt that drew them."""
     gradient_checkpointing: bool = False
     """Recompute activations layer by layer in the backward: less memory, a third more compute."""
     save_every: int = Field(default=10, ge=1)
@@ -72,9 +76,11 @@ class TrainingSettings(Settings):
     programs on the machine do not change."""
 
     @model_validator(mode="after")
-    def _clock_has_effect(self) -> TrainingSettings:
+    def _settings_have_effect(self) -> TrainingSettings:
         if self.max_seconds is None and self.clock != "wall":
             raise ValueError("clock has no effect without max_seconds; set it or remove clock")
+        if self.overlap_rollouts and self.steps == 1:
+            raise ValueError("overlap_rollouts has no effect with steps: 1; remove it")
         return self
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from rlprompt.prompts.base import Prompt
 from rlprompt.rewards.base import RewardBatch
 from rlprompt.rewards.runner import RewardRunner
 from rlprompt.rollout import RolloutBatch, collect
+from rlprompt.training.state import Stateful
 from rlprompt.types import Completion, Group, Query
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,23 @@ class Source(Protocol):
         """
         ...
 
+    def ahead(self, step: int, seed: int) -> AbstractContextManager[dict[str, float]]:
+        """A block in which the batch of the next step may be drawn.
+
+        Arguments are those that `collect` will be given then. What the block gives holds metrics,
+        in seconds, once it has ended.
+        """
+        ...
+
+    @property
+    def others(self) -> Mapping[str, Stateful]:
+        """What else a checkpoint needs to go on, by name."""
+        ...
+
+    def close(self) -> None:
+        """End what runs beside the run; the source stays usable."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """The position in the data, as plain JSON values."""
         ...
@@ -83,6 +102,19 @@ class _QuerySource:
     def epoch(self) -> float:
         """Passes over the training queries."""
         return self._sampler.epoch
+
+    def ahead(self, step: int, seed: int) -> AbstractContextManager[dict[str, float]]:
+        """Nothing is drawn ahead."""
+        del step, seed
+        return nullcontext({})
+
+    @property
+    def others(self) -> Mapping[str, Stateful]:
+        """Nothing."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing runs."""
 
     def state_dict(self) -> dict[str, Any]:
         """The sampler's state."""
@@ -136,6 +168,8 @@ class RolloutSource(_QuerySource):
         self._rewards = rewards
         self._algorithm = algorithm
         self._sampling = sampling
+        self.progress: Callable[[int, int], None] | None = None
+        """Called with every token of a rollout; see `Engine.generate`. May raise to end it."""
 
     @property
     def temperature(self) -> float:
@@ -174,6 +208,7 @@ class RolloutSource(_QuerySource):
             self._rewards,
             step=step,
             seed=seed,
+            progress=self.progress,
         )
 
     def _split(self, batch: RolloutBatch) -> tuple[list[int], list[int]]:

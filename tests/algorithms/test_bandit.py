@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -55,6 +56,7 @@ class Training:
         num_queries: int,
         tokens: int,
         lr: float = LR,
+        overlaps: bool = False,
     ) -> None:
         needs_reference = "ref_logprobs" in algorithm.needs
         reference = NonePrompt() if needs_reference else None
@@ -66,6 +68,7 @@ class Training:
         self.engine = NativeEngine(policy)
         self.sampling = SamplingSettings(max_tokens=tokens)
         self.step = 0
+        self.behaviour = policy.prompt.copy() if overlaps else policy.prompt
 
     def run(self, steps: int, last_share: float = 1.0) -> None:
         """Some steps, over which the learning rate falls linearly to a share of it."""
@@ -73,12 +76,16 @@ class Training:
             self.step += 1
             lr = self.lr * (1.0 + (last_share - 1.0) * number / steps)
             self.optimizer.param_groups[0]["lr"] = lr
-            self.engine.sync(self.policy.prompt)
+            self.engine.sync(self.behaviour)
+            ahead = self.behaviour is not self.policy.prompt
+            if ahead:
+                self.behaviour = self.policy.prompt.copy()
             groups = self.engine.generate(
                 queries(self.num_queries), self.algorithm.group_size, self.sampling, self.step
             )
             hits = [float(c.token_ids[0] == TARGET) for g in groups for c in g.completions]
             batch, clock = scored(groups, hits), PhaseClock()
+            batch = replace(batch, drawn_ahead=ahead)
             self.updater.learn(
                 batch, self.optimizer, partial(float, lr), 1.0, clock, seed=self.step
             )
@@ -102,6 +109,13 @@ def test_every_policy_gradient_reaches_the_optimum(name: str) -> None:
     """Reward 1 for completions that start with one token, whatever follows."""
     policy = tiny_policy(prompt=FREE)
     train_to_optimum(Training(policy, make(policy, **ALGORITHMS[name]), num_queries=3, tokens=2))
+
+
+@pytest.mark.parametrize("name", ["grpo", "cispo", "rloo", "reinforce", "ppo"])
+def test_batches_that_are_one_step_old_reach_it_too(name: str) -> None:
+    policy = tiny_policy(prompt=FREE)
+    algorithm = make(policy, **ALGORITHMS[name])
+    train_to_optimum(Training(policy, algorithm, num_queries=3, tokens=2, overlaps=True))
 
 
 def train_to_optimum(training: Training) -> None:

@@ -14,12 +14,13 @@ from rlprompt.algorithms.make import AnyAlgorithmSettings
 from rlprompt.algorithms.reinforce import RLOO, Reinforce, ReinforceSettings, RLOOSettings
 from rlprompt.errors import InputError
 
-ONE_UPDATE = "has no effect with one update per batch"
+RATIOS: list[dict[str, Any]] = [
+    {"type": "grpo", "clip_low": 0.1},
+    {"type": "rloo", "clip_high": 0.3},
+    {"type": "grpo", "ratio": "sequence_mean"},
+    {"type": "grpo", "surrogate": "cispo"},
+]
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"type": "grpo", "clip_low": 0.1}, f"clip_low {ONE_UPDATE}"),
-    ({"type": "rloo", "clip_high": 0.3}, f"clip_high {ONE_UPDATE}"),
-    ({"type": "grpo", "ratio": "sequence_mean"}, f"ratio {ONE_UPDATE}"),
-    ({"type": "grpo", "surrogate": "cispo"}, f"surrogate {ONE_UPDATE}"),
     (
         {"type": "grpo", "surrogate": "cispo", "clip_low": 0.1, "num_epochs": 2},
         "clip_low has no effect with surrogate: cispo",
@@ -52,6 +53,17 @@ def test_settings_without_effect_are_refused(settings: dict[str, Any], sentence:
     adapter: TypeAdapter[Any] = TypeAdapter(AnyAlgorithmSettings)
     with pytest.raises(ValidationError, match=sentence):
         adapter.validate_python(settings)
+
+
+@pytest.mark.parametrize("settings", RATIOS)
+def test_a_ratio_needs_later_updates_or_batches_drawn_ahead(settings: dict[str, Any]) -> None:
+    adapter: TypeAdapter[Any] = TypeAdapter(AnyAlgorithmSettings)
+    _, name = settings
+    made = adapter.validate_python(settings)
+    with pytest.raises(ValueError, match=rf"algorithm\.{name} has no effect with one update per"):
+        made.check_ratio(drawn_ahead=False)
+    made.check_ratio(drawn_ahead=True)
+    adapter.validate_python({**settings, "num_epochs": 2}).check_ratio(drawn_ahead=False)
 
 
 def view(rewards: list[float], **extra: Any) -> BatchView:

@@ -172,6 +172,24 @@ RECIPES = [
     ),
     ("a clip range with one update per batch", lambda p: p.recipe(algorithm__clip_low=0.1)),
     (
+        "rollouts during updates on given answers",
+        lambda p: p.recipe(algorithm={"type": "supervised"}, training__overlap_rollouts=True),
+    ),
+    (
+        "rollouts during updates of an adapter",
+        lambda p: p.recipe(
+            prompt={"type": "adapter", "text": "a"}, training__overlap_rollouts=True
+        ),
+    ),
+    (
+        "rollouts during updates of a sharded base",
+        lambda p: p.recipe(distributed__base="sharded", training__overlap_rollouts=True),
+    ),
+    (
+        "rollouts during the only update",
+        lambda p: p.recipe(training={"steps": 1, "overlap_rollouts": True}),
+    ),
+    (
         "a reference for supervised tuning",
         lambda p: p.recipe(algorithm={"type": "supervised"}, reference={"type": "initial"}),
     ),

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from rlprompt.artifacts.format import read_artifact_info
 from rlprompt.errors import InputError
@@ -20,7 +19,13 @@ from rlprompt.training import loop
 from rlprompt.training.checkpoint import checkpoint_steps, load_checkpoint
 from rlprompt.training.files import read_jsonl
 from rlprompt.training.update import NotFiniteError
-from tests.fixtures.runs import comparable_rows, tiny_trainer
+from tests.fixtures.runs import (
+    artifact_embeddings,
+    assert_same_run,
+    comparable_rows,
+    stops,
+    tiny_trainer,
+)
 
 PROMISED = {
     "steps", "seconds", "heldout_reward_before", "heldout_reward_after",
@@ -34,15 +39,6 @@ def _report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Drawing costs more than a tiny run; two tests check that it happens."""
     if "report" not in request.node.name:
         monkeypatch.setattr(loop, "write_report", lambda folder: None)
-
-
-def artifact_embeddings(output: Path) -> torch.Tensor:
-    return load_file(output / "artifact" / "prompt.safetensors")["embeddings"]
-
-
-def stops(at: int, how: str) -> dict[str, Any]:
-    options = {"at": at, "how": how}
-    return {"rewards": [{"path": "rewards.py:Stops", "name": "noisy", "options": options}]}
 
 
 def scripted(*heldout: float) -> dict[str, Any]:
@@ -112,23 +108,6 @@ def test_the_same_recipe_gives_the_same_run(tmp_path: Path) -> None:
 
 
 SIX = {"training": {"steps": 6, "save_every": 2}, "algorithm": {"num_epochs": 2}}
-
-
-def assert_same_run(one: Path, two: Path) -> None:
-    for kind in ("metrics", "completions", "evaluation"):
-        assert comparable_rows(one, kind) == comparable_rows(two, kind), kind
-    first, second = (load_checkpoint(output / "checkpoints") for output in (one, two))
-    assert first.step == second.step == 6
-    assert set(first.tensors) == set(second.tensors)
-    for name, tensor in first.tensors.items():
-        assert torch.equal(tensor, second.tensors[name]), name
-    clocks = ("seconds", "rollout_seconds", "step_seconds", "budget_seconds")
-    for checkpoint in (first, second):
-        assert len(checkpoint.state["progress"]["step_seconds"]) == 6
-        for name in clocks:
-            checkpoint.state["progress"].pop(name)
-    assert first.state == second.state
-    assert torch.equal(artifact_embeddings(one), artifact_embeddings(two))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 SOURCES = ("elementwise.cpp", "head.cpp", "product.cpp", "decode.cpp", "tree.cpp")
-_HEADERS = ("common.h",)
+_HEADERS = ("common.h", "pairs.h")
 _HERE = Path(__file__).parent
 _TIMEOUT_SECONDS = 600
 _FLAGS = (

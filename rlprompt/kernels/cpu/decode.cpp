@@ -4,7 +4,7 @@
 // Python costs more than computing it. The matrix products are torch's own (packed oneDNN ones
 // where the weights are packed); everything between them is here, with the plain path's roundings.
 
-#include "common.h"
+#include "pairs.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
@@ -57,71 +57,79 @@ Columns columns_of(const at::Tensor& cache, const at::Tensor& table, at::IntArra
 }
 
 // What one step does between the products of a layer.
-template <typename T>
 struct Step {
-  Packed<T> query, key, value, out;
-  const T *cos, *sin;  // [B, D]; null = queries and keys are turned already
+  Packed<bf16> query, key, value, out;
+  const bf16 *cos, *sin;  // [B, D]; null = queries and keys are turned already
   Columns at;
   int64_t share, dim;
   float scaling;
 
+  // Of one thread.
+  struct Space {
+    Pairs q, weights, keys, values;
+    std::vector<float> scores, sums;
+  };
+
   // Scores of `seen` keys for all queries of one key/value head, then their outputs. Keys and values
   // are the row's own, the shared ones their leader's.
-  void run(int64_t row, int64_t head, T* keys, T* values, const T* shared_keys,
-           const T* shared_values, std::vector<float>& space) const {
+  void run(int64_t row, int64_t head, bf16* keys, bf16* values, const bf16* shared_keys,
+           const bf16* shared_values, Space& space) const {
     const int64_t first = at.prefix + at.padding[row], seen = at.prefix + at.column + 1 - first;
     const int64_t wide = padded(seen);
-    space.resize(share * (wide + 2 * dim) + dim * wide);
-    float *scores = space.data(), *q = scores + share * wide, *sums = q + share * dim;
-    float* columns = sums + share * dim;
+    space.q.resize(share * dim / 2);
+    space.weights.resize(share * wide / 2);
+    space.keys.resize(dim / 2 * wide);
+    space.values.resize(wide / 2 * dim);
+    space.scores.resize(share * wide);
+    space.sums.resize(share * dim);
     write_column(row, head, keys, values);
-    T turned[kMostDims];
+    bf16 turned[kMostDims];
     for (int64_t h = 0; h < share; ++h) {
-      const T* from = turn(query.at(row, head * share + h), row, turned);
-      for (int64_t d = 0; d < dim; ++d) q[h * dim + d] = rounded<T>(widen(from[d]) * scaling);
+      const bf16* from = turn(query.at(row, head * share + h), row, turned);
+      bf16* to = reinterpret_cast<bf16*>(&space.q[h * dim / 2]);
+      for (int64_t d = 0; d < dim; d += kLanes) store(to + d, load(from + d) * scaling);
     }
-    const auto key_at = [&](int64_t j) -> const T* {
-      const int64_t place = j < at.prefix ? j : j - at.prefix + first;
-      return (place < at.shared ? shared_keys : keys) + place * dim;
-    };
-    for (int64_t j = 0; j < seen; j += kLanes)
-      write_columns<T>([&](int64_t i) { return key_at(j + i); },
-                       std::min<int64_t>(kLanes, seen - j), dim, columns + j, wide);
-    product(share, wide, dim, q, dim, 1, columns, wide, scores, wide, false);
-    for (int64_t h = 0; h < share; ++h) softmax<T>(scores + h * wide, seen, wide);
-    const int64_t query = at.shared - first, own = at.column + 1 - at.shared;
-    product(share, dim, at.prefix, scores, wide, 1, shared_values, dim, sums, dim, false);
-    product(share, dim, query, scores + at.prefix, wide, 1, shared_values + first * dim, dim, sums,
-            dim, true);
-    product(share, dim, own, scores + at.prefix + query, wide, 1, values + at.shared * dim, dim,
-            sums, dim, true);
+    const auto place = [&](int64_t j) { return j < at.prefix ? j : j - at.prefix + first; };
+    write_columns(
+        [&](int64_t j) { return (place(j) < at.shared ? shared_keys : keys) + place(j) * dim; },
+        seen, dim, space.keys.data(), wide);
+    product(share, wide, dim / 2, space.q.data(), dim / 2, 1, space.keys.data(), wide,
+            space.scores.data(), wide, false);
+    for (int64_t h = 0; h < share; ++h)
+      softmax(&space.scores[h * wide], reinterpret_cast<bf16*>(&space.weights[h * wide / 2]), seen,
+              wide);
+    write_row_pairs(
+        [&](int64_t j) { return (place(j) < at.shared ? shared_values : values) + place(j) * dim; },
+        seen, dim, space.values.data());
+    product(share, dim, wide / 2, space.weights.data(), wide / 2, 1, space.values.data(), dim,
+            space.sums.data(), dim, false);
     for (int64_t h = 0; h < share; ++h) {
-      T* to = out.at(row, head * share + h);
-      for (int64_t d = 0; d < dim; ++d) to[d] = narrow<T>(sums[h * dim + d]);
+      bf16* to = out.at(row, head * share + h);
+      for (int64_t d = 0; d < dim; d += kLanes) store(to + d, load(&space.sums[h * dim + d]));
     }
   }
 
   static constexpr int64_t kMostDims = 512;
 
  private:
-  const T* turn(const T* from, int64_t row, T* turned) const {
+  const bf16* turn(const bf16* from, int64_t row, bf16* turned) const {
     if (cos == nullptr) return from;
     rotate(from, cos + row * dim, sin + row * dim, turned, dim, false);
     return turned;
   }
 
-  void write_column(int64_t row, int64_t head, T* keys, T* values) const {
-    T turned[kMostDims];
-    std::memcpy(keys + at.column * dim, turn(key.at(row, head), row, turned), dim * sizeof(T));
-    std::memcpy(values + at.column * dim, value.at(row, head), dim * sizeof(T));
+  void write_column(int64_t row, int64_t head, bf16* keys, bf16* values) const {
+    bf16 turned[kMostDims];
+    const int64_t place = at.column * dim, size = dim * sizeof(bf16);
+    std::memcpy(keys + place, turn(key.at(row, head), row, turned), size);
+    std::memcpy(values + place, value.at(row, head), size);
   }
 };
 
 // Asks for the own columns of a row and head, which stand too far apart for the hardware to guess.
-template <typename T>
-void prefetch(const T* rows, const Columns& at, int64_t dim) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (const T* p = rows + at.shared * dim; p < rows + at.column * dim; p += kLine)
+void prefetch(const bf16* rows, const Columns& at, int64_t dim) {
+  constexpr int64_t kLine = 64 / sizeof(bf16);
+  for (const bf16* p = rows + at.shared * dim; p < rows + at.column * dim; p += kLine)
     __builtin_prefetch(p);
 }
 
@@ -133,28 +141,26 @@ at::Tensor attend_layer(const at::Tensor& query, const at::Tensor& key, const at
   const int64_t rows = query.size(0), heads = query.size(1), dim = query.size(2);
   const int64_t kv_heads = key.size(1), stride = at.capacity * dim;
   at::Tensor out = at::empty({rows, heads, dim}, query.options());
-  by_type(query, [&](auto type) {
-    using T = decltype(type);
-    TORCH_CHECK(dim <= Step<T>::kMostDims && dim % kLanes == 0, "head dims of another size");
-    const bool turned = cos.numel() == 0;
-    const Step<T> step{Packed<T>(query), Packed<T>(key), Packed<T>(value), Packed<T>(out),
-                       turned ? nullptr : data<T>(cos), turned ? nullptr : data<T>(sin), at,
-                       heads / kv_heads, dim, static_cast<float>(scaling)};
-    T* keys = data_out<T>(cache) + layer * cache.stride(0);
-    T* values = keys + cache.size(0) / 2 * cache.stride(0);
-    at::parallel_for(0, rows * kv_heads, 1, [&](int64_t begin, int64_t end) {
-      std::vector<float> space;
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t row = task / kv_heads, head = task % kv_heads;
-        if (task + 1 < end) {
-          prefetch(keys + (task + 1) * stride, at, dim);
-          prefetch(values + (task + 1) * stride, at, dim);
-        }
-        const int64_t leader = (at.leaders[row] * kv_heads + head) * stride;
-        step.run(row, head, keys + task * stride, values + task * stride, keys + leader,
-                 values + leader, space);
+  TORCH_CHECK(query.scalar_type() == at::kBFloat16, "decode attention takes bfloat16");
+  TORCH_CHECK(dim <= Step::kMostDims && dim % kLanes == 0, "head dims of another size");
+  const bool turned = cos.numel() == 0;
+  const Step step{Packed<bf16>(query), Packed<bf16>(key), Packed<bf16>(value), Packed<bf16>(out),
+                  turned ? nullptr : data<bf16>(cos), turned ? nullptr : data<bf16>(sin), at,
+                  heads / kv_heads, dim, static_cast<float>(scaling)};
+  bf16* keys = data_out<bf16>(cache) + layer * cache.stride(0);
+  bf16* values = keys + cache.size(0) / 2 * cache.stride(0);
+  at::parallel_for(0, rows * kv_heads, 1, [&](int64_t begin, int64_t end) {
+    Step::Space space;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t row = task / kv_heads, head = task % kv_heads;
+      if (task + 1 < end) {
+        prefetch(keys + (task + 1) * stride, at, dim);
+        prefetch(values + (task + 1) * stride, at, dim);
       }
-    });
+      const int64_t leader = (at.leaders[row] * kv_heads + head) * stride;
+      step.run(row, head, keys + task * stride, values + task * stride, keys + leader,
+               values + leader, space);
+    }
   });
   return out;
 }

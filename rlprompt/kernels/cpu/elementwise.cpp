@@ -15,21 +15,37 @@ constexpr int64_t kGrain = 8;  // rows per task at least
 
 template <typename T>
 float mean_square(const T* x, int64_t width) {
-  float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < width; ++i) {
-    const float value = widen(x[i]);
-    sum += value * value;
-  }
-  return sum / static_cast<float>(width);
+  vec sums = {};
+  sweep(width, [&](int64_t i, auto lanes) {
+    const vec value = load(x + i, lanes);
+    sums += value * value;
+  });
+  return sum_across(sums) / static_cast<float>(width);
 }
 
 template <typename T>
 void norm_row(const T* x, const T* weight, T* out, int64_t width, float eps) {
   const float scale = 1.0f / std::sqrt(mean_square(x, width) + eps);
-#pragma omp simd
-  for (int64_t i = 0; i < width; ++i)
-    out[i] = narrow<T>(widen(weight[i]) * rounded<T>(widen(x[i]) * scale));
+  sweep(width, [&](int64_t i, auto lanes) {
+    store(out + i, load(weight + i, lanes) * rounded<T>(load(x + i, lanes) * scale), lanes);
+  });
+}
+
+// The gradient of norm_row's input, plus a row `beside` it (null = nothing).
+template <typename T>
+void norm_row_backward(const T* grad, const T* x, const T* weight, const T* beside, T* out,
+                       int64_t width, float eps) {
+  const float scale = 1.0f / std::sqrt(mean_square(x, width) + eps);
+  const auto through = [&](int64_t i, auto lanes) {
+    return rounded<T>(load(grad + i, lanes) * load(weight + i, lanes));
+  };
+  vec dots = {};
+  sweep(width, [&](int64_t i, auto lanes) { dots += through(i, lanes) * load(x + i, lanes); });
+  const float pull = sum_across(dots) * scale * scale * scale / static_cast<float>(width);
+  sweep(width, [&](int64_t i, auto lanes) {
+    const vec own = through(i, lanes) * scale - load(x + i, lanes) * pull;
+    store(out + i, beside == nullptr ? own : rounded<T>(own) + load(beside + i, lanes), lanes);
+  });
 }
 
 }  // namespace
@@ -50,60 +66,60 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   return out;
 }
 
-// The gradient of rms_norm's input; the mean square is computed again.
+// The gradient of rms_norm's input, plus one that reaches it `beside` the norm; the mean square is
+// computed again.
 at::Tensor rms_norm_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight,
-                             double eps) {
+                             double eps, const std::optional<at::Tensor>& beside) {
   at::Tensor out = at::empty_like(x);
   const int64_t width = x.size(-1), rows = x.numel() / width;
   by_type(x, [&](auto type) {
     using T = decltype(type);
     const T *from = data<T>(x), *by = data<T>(weight), *up = data<T>(grad);
+    const T* more = beside ? data<T>(*beside) : nullptr;
     T* to = data_out<T>(out);
     at::parallel_for(0, rows, kGrain, [&](int64_t begin, int64_t end) {
-      std::vector<float> wide(2 * width);
-      float *g = wide.data(), *h = g + width;
-      for (int64_t r = begin; r < end; ++r) {
-        const T *xr = from + r * width, *gr = up + r * width;
-        T* dr = to + r * width;
-        const float scale =
-            1.0f / std::sqrt(mean_square(xr, width) + static_cast<float>(eps));
-#pragma omp simd
-        for (int64_t i = 0; i < width; ++i) {
-          g[i] = rounded<T>(widen(gr[i]) * widen(by[i]));
-          h[i] = widen(xr[i]);
-        }
-        float dot = 0.0f;
-#pragma omp simd reduction(+ : dot)
-        for (int64_t i = 0; i < width; ++i) dot += g[i] * h[i];
-        const float pull = dot * scale * scale * scale / static_cast<float>(width);
-#pragma omp simd
-        for (int64_t i = 0; i < width; ++i) dr[i] = narrow<T>(g[i] * scale - h[i] * pull);
-      }
+      for (int64_t i = begin * width; i < end * width; i += width)
+        norm_row_backward(up + i, from + i, by, more == nullptr ? nullptr : more + i, to + i, width,
+                          static_cast<float>(eps));
     });
   });
   return out;
+}
+
+// sum = residual + update, and the norm of the sum; `sum` may be the residual itself.
+void add_rms_norm_to(const at::Tensor& residual, const at::Tensor& update, const at::Tensor& weight,
+                     double eps, at::Tensor& sum, at::Tensor& normed) {
+  const int64_t width = residual.size(-1), rows = residual.numel() / width;
+  by_type(residual, [&](auto type) {
+    using T = decltype(type);
+    const T *from = data<T>(residual), *more = data<T>(update), *by = data<T>(weight);
+    T *to = data_out<T>(sum), *out = data_out<T>(normed);
+    at::parallel_for(0, rows, kGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin * width; r < end * width; r += width) {
+        sweep(width, [&](int64_t i, auto lanes) {
+          store(to + r + i, load(from + r + i, lanes) + load(more + r + i, lanes), lanes);
+        });
+        norm_row(to + r, by, out + r, width, static_cast<float>(eps));
+      }
+    });
+  });
 }
 
 // residual += update in place, and the norm of the sum.
 at::Tensor add_rms_norm_(at::Tensor& residual, const at::Tensor& update, const at::Tensor& weight,
                          double eps) {
   at::Tensor out = at::empty_like(residual);
-  const int64_t width = residual.size(-1), rows = residual.numel() / width;
-  by_type(residual, [&](auto type) {
-    using T = decltype(type);
-    T *sum = data_out<T>(residual), *to = data_out<T>(out);
-    const T *more = data<T>(update), *by = data<T>(weight);
-    at::parallel_for(0, rows, kGrain, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        T* row = sum + r * width;
-        const T* add = more + r * width;
-#pragma omp simd
-        for (int64_t i = 0; i < width; ++i) row[i] = narrow<T>(widen(row[i]) + widen(add[i]));
-        norm_row(row, by, to + r * width, width, static_cast<float>(eps));
-      }
-    });
-  });
+  add_rms_norm_to(residual, update, weight, eps, residual, out);
   return out;
+}
+
+// residual + update, and the norm of the sum.
+std::tuple<at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& residual,
+                                                const at::Tensor& update, const at::Tensor& weight,
+                                                double eps) {
+  at::Tensor sum = at::empty_like(residual), out = at::empty_like(residual);
+  add_rms_norm_to(residual, update, weight, eps, sum, out);
+  return {sum, out};
 }
 
 // The first `heads` heads of x [N, all heads, D] are turned in place by cos and sin [N, D].
@@ -162,11 +178,10 @@ at::Tensor silu_mul(const at::Tensor& x) {
       for (int64_t r = begin; r < end; ++r) {
         const T *gate = from + 2 * r * width, *up = gate + width;
         T* row = to + r * width;
-#pragma omp simd
-        for (int64_t i = 0; i < width; ++i) {
-          const float g = widen(gate[i]);
-          row[i] = narrow<T>(rounded<T>(g / (1.0f + exponential(-g))) * widen(up[i]));
-        }
+        sweep(width, [&](int64_t i, auto lanes) {
+          const vec g = load(gate + i, lanes);
+          store(row + i, rounded<T>(g / (exponential(-g) + 1.0f)) * load(up + i, lanes), lanes);
+        });
       }
     });
   });
@@ -185,14 +200,13 @@ at::Tensor silu_mul_backward(const at::Tensor& grad, const at::Tensor& x) {
       for (int64_t r = begin; r < end; ++r) {
         const T *gate = from + 2 * r * width, *up = gate + width, *g = upstream + r * width;
         T *d_gate = to + 2 * r * width, *d_up = d_gate + width;
-#pragma omp simd
-        for (int64_t i = 0; i < width; ++i) {
-          const float x0 = widen(gate[i]), g0 = widen(g[i]);
-          const float sigmoid = 1.0f / (1.0f + exponential(-x0));
-          d_up[i] = narrow<T>(g0 * rounded<T>(x0 * sigmoid));
-          const float through = rounded<T>(g0 * widen(up[i]));
-          d_gate[i] = narrow<T>(through * sigmoid * (1.0f + x0 * (1.0f - sigmoid)));
-        }
+        sweep(width, [&](int64_t i, auto lanes) {
+          const vec x0 = load(gate + i, lanes), g0 = load(g + i, lanes);
+          const vec sigmoid = 1.0f / (exponential(-x0) + 1.0f);
+          store(d_up + i, g0 * rounded<T>(x0 * sigmoid), lanes);
+          const vec through = rounded<T>(g0 * load(up + i, lanes));
+          store(d_gate + i, through * sigmoid * (x0 * (1.0f - sigmoid) + 1.0f), lanes);
+        });
       }
     });
   });
@@ -201,8 +215,12 @@ at::Tensor silu_mul_backward(const at::Tensor& grad, const at::Tensor& x) {
 
 TORCH_LIBRARY_FRAGMENT(rlprompt_cpu, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", &rms_norm);
-  m.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps) -> Tensor",
-        &rms_norm_backward);
+  m.def(
+      "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps, Tensor? beside) -> Tensor",
+      &rms_norm_backward);
+  m.def(
+      "add_rms_norm(Tensor residual, Tensor update, Tensor weight, float eps) -> (Tensor, Tensor)",
+      &add_rms_norm);
   m.def(
       "add_rms_norm_(Tensor(a!) residual, Tensor update, Tensor weight, float eps) -> Tensor",
       &add_rms_norm_);

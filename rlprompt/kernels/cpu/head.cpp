@@ -16,27 +16,31 @@ constexpr int64_t kBlock = 256;  // tokens whose weights are summed in float32
 template <typename T>
 float highest(const T* row, int64_t vocab) {
   float top = -std::numeric_limits<float>::infinity();
-#pragma omp simd reduction(max : top)
-  for (int64_t v = 0; v < vocab; ++v) top = std::max(top, widen(row[v]));
+  vec tops = vec{} + top;
+  int64_t v = 0;
+  for (; v + kLanes <= vocab; v += kLanes) tops = larger(tops, load(row + v));
+  top = most_across(tops);
+  for (; v < vocab; ++v) top = std::max(top, widen(row[v]));
   return top;
 }
 
-// sum exp(z) and sum exp(z) z over a row, z = l * inverse - top.
+// sum exp(z) and sum exp(z) z over a row, z = l * inverse - top; `weights` [vocab] gets exp(z).
 template <typename T>
-void weigh(const T* row, int64_t vocab, float inverse, float top, double* total, double* mean) {
+void weigh(const T* row, int64_t vocab, float inverse, float top, double* total, double* mean,
+           float* weights) {
   *total = *mean = 0.0;
   for (int64_t v = 0; v < vocab; v += kBlock) {
     const int64_t n = std::min(kBlock, vocab - v);
-    float sum = 0.0f, weighted = 0.0f;
-#pragma omp simd reduction(+ : sum, weighted)
-    for (int64_t i = 0; i < n; ++i) {
-      const float logit = widen(row[v + i]) * inverse - top;
-      const float weight = exponential(logit);
-      sum += weight;
+    vec sums = {}, weighted = {};
+    sweep(n, [&](int64_t i, auto lanes) {
+      const vec logit = load(row + v + i, lanes) * inverse - top;
+      const vec weight = only(exponential(logit), lanes);
+      store(weights + v + i, weight, lanes);
+      sums += weight;
       weighted += weight * logit;
-    }
-    *total += sum;
-    *mean += weighted;
+    });
+    *total += sum_across(sums);
+    *mean += sum_across(weighted);
   }
 }
 
@@ -60,11 +64,12 @@ at::Tensor head_scores_(at::Tensor& logits, const at::Tensor& targets, double te
     T* values = data_out<T>(logits);
     T* spread_to = spreads ? data_out<T>(spread) : nullptr;
     at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> weights(vocab);  // of one row: stays in the cache until it is read again
       for (int64_t r = begin; r < end; ++r) {
         T* row = values + r * vocab;
         const float top = highest(row, vocab) * inverse;
         double total, mean;
-        weigh(row, vocab, inverse, top, &total, &mean);
+        weigh(row, vocab, inverse, top, &total, &mean, weights.data());
         const float log_total = static_cast<float>(std::log(total));
         const float entropy = static_cast<float>(std::log(total) - mean / total);
         const float chosen = widen(row[target[r]]) * inverse;
@@ -74,17 +79,16 @@ at::Tensor head_scores_(at::Tensor& logits, const at::Tensor& targets, double te
         const float share = static_cast<float>(1.0 / total);
         if (spreads) {
           T* to = spread_to + r * vocab;
-#pragma omp simd
-          for (int64_t v = 0; v < vocab; ++v) {
-            const float logit = widen(row[v]) * inverse - top;
-            const float p = exponential(logit) * share;
-            to[v] = narrow<T>(-p * (logit - log_total + entropy));
-            row[v] = narrow<T>(-p);
-          }
+          sweep(vocab, [&](int64_t v, auto lanes) {
+            const vec logit = load(row + v, lanes) * inverse - top;
+            const vec p = load(&weights[v], lanes) * share;
+            store(to + v, -p * (logit - log_total + entropy), lanes);
+            store(row + v, -p, lanes);
+          });
         } else {
-#pragma omp simd
-          for (int64_t v = 0; v < vocab; ++v)
-            row[v] = narrow<T>(-exponential(widen(row[v]) * inverse - top) * share);
+          sweep(vocab, [&](int64_t v, auto lanes) {
+            store(row + v, load(&weights[v], lanes) * -share, lanes);
+          });
         }
         const float p = static_cast<float>(std::exp(static_cast<double>(scores[r])));
         row[target[r]] = narrow<T>(1.0f - p);
@@ -109,10 +113,11 @@ class Drawer {
     for (int64_t b = 0; b < static_cast<int64_t>(sums.size()); ++b) {
       const T* from = row_ + b * kBlock;
       const int64_t n = std::min(kBlock, vocab_ - b * kBlock);
-      float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < n; ++i) sum += exponential(widen(from[i]) * inverse_ - top);
-      sums[b] = sum;
+      vec block = {};
+      sweep(n, [&](int64_t i, auto lanes) {
+        block += only(exponential(load(from + i, lanes) * inverse_ - top), lanes);
+      });
+      sums[b] = sum_across(block);
     }
     if (without_banned) return leave_out_banned(top, sums);
     for (double sum : sums) total += sum;

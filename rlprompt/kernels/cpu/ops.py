@@ -108,7 +108,8 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         x, weight = ctx.saved_tensors
-        return _ops().rms_norm_backward(grads[0].contiguous(), x, weight, ctx.eps), None, None
+        grad = grads[0].contiguous()
+        return _ops().rms_norm_backward(grad, x, weight, ctx.eps, None), None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -119,6 +120,60 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return out
     plain: Tensor = _ops().rms_norm(x, weight, eps)
     return plain
+
+
+class _BranchNorm(torch.autograd.Function):
+    """One backward adds up what reaches the sum through the norm and beside it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, residual: Tensor, update: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total, normed = _branched(residual, update, weight, eps)
+        ctx.save_for_backward(total, weight)
+        ctx.eps = eps
+        ctx.adds = update is not None
+        return total, normed
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        total, weight = ctx.saved_tensors
+        beside, through = (grad.contiguous() for grad in grads)
+        out: Tensor = _ops().rms_norm_backward(through, total, weight, ctx.eps, beside)
+        return out, out if ctx.adds else None, None, None
+
+
+def _branched(
+    residual: Tensor, update: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    if update is None:
+        return residual, _ops().rms_norm(residual, weight, eps)
+    total, normed = _ops().add_rms_norm(residual, update, weight, eps)
+    return total, normed
+
+
+def branch_norm(
+    residual: Tensor, update: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The residual stream after an update, and its RMS norm, for the branch that comes next.
+
+    Args:
+        residual: [..., d].
+        update: what a branch adds to it, [..., d]; None = nothing.
+        weight: of the norm, [d]; it gets no gradient.
+        eps: of the norm.
+
+    Returns:
+        The sum and its norm, [..., d] each.
+    """
+    residual = residual.contiguous()
+    update = update if update is None else update.contiguous()
+    if torch.is_grad_enabled() and (
+        residual.requires_grad or (update is not None and update.requires_grad)
+    ):
+        out: tuple[Tensor, Tensor] = _BranchNorm.apply(residual, update, weight, eps)  # type: ignore[no-untyped-call]
+        return out
+    return _branched(residual, update, weight, eps)
 
 
 class _Rotary(torch.autograd.Function):
@@ -313,16 +368,21 @@ def _check() -> None:
         _close(head_scores(logits.clone(), targets, 1.0, False, None)[0], expected)
         tokens, _ = draw(logits, torch.rand(3, dtype=torch.float64), 1.0, None)
         assert bool(((tokens >= 0) & (tokens < 300)).all()), "a drawn token does not exist"
-        q, k, v = (torch.randn(4, h, 16).bfloat16() for h in (4, 2, 2))
-        prefix = torch.randn(2, 2, 3, 16)
+        q, k, v = (torch.randn(4, h, 16).bfloat16().requires_grad_() for h in (4, 2, 2))
+        prefix = torch.randn(2, 2, 3, 16).bfloat16().requires_grad_()
         spans = torch.tensor([[0, 4, 0, 0]])
         ours = tree_attention((q, k, v), (prefix[0], prefix[1]), spans, 0.25)
         own = (k.transpose(0, 1), v.transpose(0, 1))
-        both = [torch.cat([prefix[i].bfloat16(), own[i]], 1)[None] for i in range(2)]
+        both = [torch.cat([prefix[i], own[i]], 1)[None] for i in range(2)]
         mask = torch.arange(7)[None] <= torch.arange(4)[:, None] + 3
         plain = masked_attention(q.transpose(0, 1)[None], both[0], both[1], mask[None], 0.25)
-        _close(ours, plain[0].transpose(0, 1))
+        plain = plain[0].transpose(0, 1)
+        _close(ours, plain)
+        upstream, inputs = torch.randn(4, 4, 16).bfloat16(), (q, k, v, prefix)
+        pairs = zip(*(torch.autograd.grad(o, inputs, upstream) for o in (ours, plain)), strict=True)
+        for gradient, expected in pairs:
+            _close(gradient, expected, 1e-1)
 
 
-def _close(ours: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(ours.float(), expected.float(), rtol=2e-2, atol=2e-2)
+def _close(ours: Tensor, expected: Tensor, atol: float = 2e-2) -> None:
+    torch.testing.assert_close(ours.float(), expected.float(), rtol=2e-2, atol=atol)

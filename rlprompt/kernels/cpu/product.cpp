@@ -11,11 +11,6 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 
-#if defined(__AVX512BF16__) && defined(__AVX512F__)
-#define RLPROMPT_BF16_PRODUCTS 1
-#include <immintrin.h>
-#endif
-
 namespace rlprompt {
 
 at::Tensor packed_product(const at::Tensor& x, const at::Tensor& weight,

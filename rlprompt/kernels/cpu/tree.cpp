@@ -1,13 +1,14 @@
 // Attention of packed tokens in a tree: [shared prefix | the group's query | own causal keys].
 //
-// Keys are read where they stand, once per row and key/value head, into a small float32 block;
-// nothing is repeated, padded or concatenated in memory. The backward computes the scores again.
+// Keys are read where they stand, once per row and key/value head, into a small block of pairs
+// (see pairs.h); nothing is repeated, padded or concatenated in memory. The backward computes the
+// scores again. All operands are bfloat16 and all sums float32, in both directions.
 //
 // Letters: N packed tokens, H heads, H_kv key/value heads, share = H / H_kv, D head dim, P prefix
 // tokens, S keys that a row sees. A span is a run of tokens that see each other causally: a query
 // (no parent), or a completion whose parent is its query.
 
-#include "common.h"
+#include "pairs.h"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -40,7 +41,10 @@ struct Sizes {
         dim(q.size(2)),
         prefix(prefix_keys.size(1)),
         tile(std::max<int64_t>(8, 48 / share)),
-        scaling(static_cast<float>(scale)) {}
+        scaling(static_cast<float>(scale)) {
+    TORCH_CHECK(q.scalar_type() == at::kBFloat16, "tree attention takes bfloat16");
+    TORCH_CHECK(dim % kLanes == 0, "head dims of another size");
+  }
 };
 
 // Runs `body(task)` for every task, each on the first thread that is free.
@@ -56,81 +60,115 @@ void for_each_task(int64_t tasks, const F& make_body) {
   });
 }
 
-// The keys (or values) that one span sees with one key/value head, as float32 rows and columns.
+// The keys (or values) that one span sees with one key/value head, in pairs.
 struct Block {
-  std::vector<float> rows, columns;  // [S, D], [D, width]
+  Pairs columns, rows;  // [D / 2, width] along their dims; [width / 2, D] along themselves
   int64_t width = 0;
 
-  template <typename T>
-  void read(const T* prefix, const Packed<T>& own, const Span& span, int64_t head, const Sizes& z,
-            bool want_rows, bool want_columns) {
+  void read(const bf16* prefix, const Packed<bf16>& own, const Span& span, int64_t head,
+            const Sizes& z, bool want_columns, bool want_rows) {
     const int64_t shared = z.prefix + span.parent_length, seen = shared + span.length;
     width = padded(seen);
-    if (want_rows) rows.resize(seen * z.dim);
-    if (want_columns) columns.resize(z.dim * width);
-    const auto row = [&](int64_t s) -> const T* {
+    const auto row = [&](int64_t s) -> const bf16* {
       return s < z.prefix ? prefix + (head * z.prefix + s) * z.dim
              : s < shared ? own.at(span.parent + s - z.prefix, head)
                           : own.at(span.start + s - shared, head);
     };
-    if (want_rows)
-      for (int64_t s = 0; s < seen; ++s)
-        for (int64_t d = 0; d < z.dim; d += kLanes) store(&rows[s * z.dim + d], load(row(s) + d));
-    if (want_columns)
-      for (int64_t s = 0; s < seen; s += kLanes)
-        write_columns<T>([&](int64_t i) { return row(s + i); }, std::min<int64_t>(kLanes, seen - s),
-                         z.dim, &columns[s], width);
+    if (want_columns) {
+      columns.resize(z.dim / 2 * width);
+      write_columns(row, seen, z.dim, columns.data(), width);
+    }
+    if (want_rows) {
+      rows.resize(width / 2 * z.dim);
+      write_row_pairs(row, seen, z.dim, rows.data());
+    }
   }
 };
 
-// Queries, weights and outputs of one tile: rows are (head of the share, token of the tile).
+// Rows of bfloat16 numbers that are multiplied in pairs along the rows or along their numbers.
+// Behind an odd number of rows stands one of zeros.
+struct Rows {
+  Pairs numbers;  // [rows, width], two bfloat16 numbers in each
+  int64_t width = 0;
+
+  void resize(int64_t rows, int64_t row_width) {
+    width = row_width;
+    numbers.resize((rows + 1) * width / 2);
+    if (rows % 2) std::fill_n(numbers.begin() + rows * width / 2, width / 2, 0u);
+  }
+  bf16* at(int64_t row) { return reinterpret_cast<bf16*>(&numbers[row * width / 2]); }
+
+  // Pairs of rows, [rows / 2, width].
+  void pair_up(int64_t rows, Pairs& out) {
+    out.resize((rows + 1) / 2 * width);
+    for (int64_t r = 0; r < rows; r += 2) interleave(at(r), at(r + 1), width, &out[r / 2 * width]);
+  }
+};
+
+// Queries and weights of one tile: rows are (head of the share, token of the tile).
 struct Tile {
-  std::vector<float> q, weights, out;
-  int64_t rows = 0, seen = 0, wide = 0;
+  Rows q, weights;
+  std::vector<float> scores, out;
+  int64_t rows = 0, tokens = 0, wide = 0;
 
   // Softmax weights of tokens [first, last) of a span, rounded as the plain path rounds them.
-  template <typename T>
-  void weigh(const Packed<T>& query, const Span& span, int64_t first, int64_t last, int64_t kv_head,
-             const Block& keys, const Sizes& z) {
-    const int64_t tokens = last - first, shared = z.prefix + span.parent_length;
+  void weigh(const Packed<bf16>& query, const Span& span, int64_t first, int64_t last,
+             int64_t kv_head, const Block& keys, const Sizes& z) {
+    const int64_t shared = z.prefix + span.parent_length;
+    tokens = last - first;
     rows = z.share * tokens;
-    seen = shared + last;
-    wide = padded(seen);
-    q.resize(rows * z.dim);
-    weights.resize(rows * wide);
-    out.resize(rows * std::max(z.dim, wide));
-    for (int64_t r = 0; r < rows; ++r) {
-      const T* from = query.at(span.start + first + r % tokens, kv_head * z.share + r / tokens);
-      for (int64_t d = 0; d < z.dim; ++d) q[r * z.dim + d] = rounded<T>(widen(from[d]) * z.scaling);
-    }
-    product(rows, wide, z.dim, q.data(), z.dim, 1, keys.columns.data(), keys.width, weights.data(),
-            wide, false);
-    for (int64_t r = 0; r < rows; ++r)
-      softmax<T>(&weights[r * wide], shared + first + r % tokens + 1, wide);
+    wide = padded(shared + last);
+    q.resize(rows, z.dim);
+    weights.resize(rows, wide);
+    scores.resize(rows * wide);
+    out.resize(rows * z.dim);
+    each(span, first, kv_head, z, [&](int64_t r, int64_t token, int64_t head) {
+      const bf16* from = query.at(token, head);
+      for (int64_t d = 0; d < z.dim; d += kLanes) store(q.at(r) + d, load(from + d) * z.scaling);
+    });
+    product(rows, wide, z.dim / 2, q.numbers.data(), z.dim / 2, 1, keys.columns.data(), keys.width,
+            scores.data(), wide, false);
+    each(span, first, kv_head, z, [&](int64_t r, int64_t token, int64_t) {
+      softmax(&scores[r * wide], weights.at(r), shared + token - span.start + 1, wide);
+    });
+  }
+
+  // Calls body(row, packed token, head) for every row.
+  template <typename F>
+  void each(const Span& span, int64_t first, int64_t kv_head, const Sizes& z, const F& body) const {
+    for (int64_t h = 0, r = 0; h < z.share; ++h)
+      for (int64_t t = 0; t < tokens; ++t, ++r)
+        body(r, span.start + first + t, kv_head * z.share + h);
+  }
+
+  // weights times rows of pairs [wide / 2, D], times `factor`, to the places of the queries.
+  void write(const Rows& by, const Pairs& from, const Packed<bf16>& to, const Span& span,
+             int64_t first, int64_t kv_head, const Sizes& z, float factor) {
+    product(rows, z.dim, wide / 2, by.numbers.data(), wide / 2, 1, from.data(), z.dim, out.data(),
+            z.dim, false);
+    each(span, first, kv_head, z, [&](int64_t r, int64_t token, int64_t head) {
+      bf16* place = to.at(token, head);
+      for (int64_t d = 0; d < z.dim; d += kLanes)
+        store(place + d, load(&out[r * z.dim + d]) * factor);
+    });
   }
 };
 
-template <typename T>
 void forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
              const at::Tensor& prefix_keys, const at::Tensor& prefix_values,
              const std::vector<Span>& spans, const Sizes& z, at::Tensor& out) {
-  const Packed<T> query(q), key(k), value(v), to(out);
-  const T *pk = data<T>(prefix_keys), *pv = data<T>(prefix_values);
+  const Packed<bf16> query(q), key(k), value(v), to(out);
+  const bf16 *pk = data<bf16>(prefix_keys), *pv = data<bf16>(prefix_values);
   for_each_task(spans.size() * z.kv_heads, [&] {
     return [&, keys = Block(), values = Block(), tile = Tile()](int64_t task) mutable {
       const Span& span = spans[task / z.kv_heads];
       const int64_t head = task % z.kv_heads;
-      keys.read(pk, key, span, head, z, false, true);
-      values.read(pv, value, span, head, z, true, false);
+      keys.read(pk, key, span, head, z, true, false);
+      values.read(pv, value, span, head, z, false, true);
       for (int64_t first = 0; first < span.length; first += z.tile) {
-        const int64_t last = std::min(first + z.tile, span.length), tokens = last - first;
+        const int64_t last = std::min(first + z.tile, span.length);
         tile.weigh(query, span, first, last, head, keys, z);
-        product(tile.rows, z.dim, tile.seen, tile.weights.data(), tile.wide, 1, values.rows.data(),
-                z.dim, tile.out.data(), z.dim, false);
-        for (int64_t r = 0; r < tile.rows; ++r) {
-          T* place = to.at(span.start + first + r % tokens, head * z.share + r / tokens);
-          for (int64_t d = 0; d < z.dim; ++d) place[d] = narrow<T>(tile.out[r * z.dim + d]);
-        }
+        tile.write(tile.weights, values.rows, to, span, first, head, z, 1.0f);
       }
     };
   });
@@ -162,7 +200,6 @@ std::vector<Account> accounts_of(const std::vector<Span>& spans, const Sizes& z)
   return out;
 }
 
-template <typename T>
 class Backward {
  public:
   Backward(const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
@@ -170,7 +207,7 @@ class Backward {
            const std::vector<Span>& spans, const Sizes& sizes, at::Tensor& dq, at::Tensor& dk,
            at::Tensor& dv)
       : spans_(spans), z_(sizes), grad_(grad), query_(q), key_(k), value_(v), dq_(dq), dk_(dk),
-        dv_(dv), prefix_keys_(data<T>(prefix_keys)), prefix_values_(data<T>(prefix_values)) {}
+        dv_(dv), prefix_keys_(data<bf16>(prefix_keys)), prefix_values_(data<bf16>(prefix_values)) {}
 
   // All spans of one account; what they share is left in the account.
   void run(Account& account) {
@@ -195,69 +232,73 @@ class Backward {
 
  private:
   void run_span(const Span& span, Account& account) {
-    const int64_t head = account.kv_head, dim = z_.dim;
+    const int64_t head = account.kv_head, dim = z_.dim, shared = z_.prefix + span.parent_length;
     keys_.read(prefix_keys_, key_, span, head, z_, true, true);
-    values_.read(prefix_values_, value_, span, head, z_, false, true);
+    values_.read(prefix_values_, value_, span, head, z_, true, false);
     for (int64_t first = 0; first < span.length; first += z_.tile) {
-      const int64_t last = std::min(first + z_.tile, span.length), tokens = last - first;
+      const int64_t last = std::min(first + z_.tile, span.length);
       tile_.weigh(query_, span, first, last, head, keys_, z_);
-      const int64_t rows = tile_.rows, wide = tile_.wide, seen = tile_.seen;
-      up_.resize(rows * dim);
-      for (int64_t r = 0; r < rows; ++r) {
-        const T* from = grad_.at(span.start + first + r % tokens, head * z_.share + r / tokens);
-        for (int64_t d = 0; d < dim; d += kLanes) store(&up_[r * dim + d], load(from + d));
-      }
-      product(seen, dim, rows, tile_.weights.data(), 1, wide, up_.data(), dim,
+      const int64_t rows = tile_.rows, wide = tile_.wide, pairs = (rows + 1) / 2;
+      up_.resize(rows, dim);
+      tile_.each(span, first, head, z_, [&](int64_t r, int64_t token, int64_t of) {
+        const bf16* from = grad_.at(token, of);
+        for (int64_t d = 0; d < dim; d += kLanes) store(up_.at(r) + d, load(from + d));
+      });
+      float* scores = tile_.scores.data();
+      product(rows, wide, dim / 2, up_.numbers.data(), dim / 2, 1, values_.columns.data(),
+              values_.width, scores, wide, false);
+      d_scores_.resize(rows, wide);
+      for (int64_t r = 0; r < rows; ++r)
+        through_softmax(tile_.weights.at(r), scores + r * wide, d_scores_.at(r), wide);
+      tile_.write(d_scores_, keys_.rows, dq_, span, first, head, z_, z_.scaling);
+      tile_.weights.pair_up(rows, left_);
+      up_.pair_up(rows, right_);
+      product(shared + last, dim, pairs, left_.data(), 1, wide, right_.data(), dim,
               account.values.data(), dim, true);
-      float* scores = tile_.out.data();
-      product(rows, wide, dim, up_.data(), dim, 1, values_.columns.data(), values_.width, scores,
-              wide, false);
-      for (int64_t r = 0; r < rows; ++r) through_softmax(&tile_.weights[r * wide], scores + r * wide, wide);
-      product(seen, dim, rows, scores, 1, wide, tile_.q.data(), dim, account.keys.data(), dim, true);
-      product(rows, dim, seen, scores, wide, 1, keys_.rows.data(), dim, up_.data(), dim, false);
-      for (int64_t r = 0; r < rows; ++r) {
-        T* to = dq_.at(span.start + first + r % tokens, head * z_.share + r / tokens);
-        for (int64_t d = 0; d < dim; ++d) to[d] = narrow<T>(up_[r * dim + d] * z_.scaling);
-      }
+      d_scores_.pair_up(rows, left_);
+      tile_.q.pair_up(rows, right_);
+      product(shared + last, dim, pairs, left_.data(), 1, wide, right_.data(), dim,
+              account.keys.data(), dim, true);
     }
   }
 
-  // Gradients of the weights become gradients of the scores, in place.
-  static void through_softmax(const float* weights, float* grads, int64_t count) {
-    float dot = 0.0f;
-#pragma omp simd reduction(+ : dot)
-    for (int64_t s = 0; s < count; ++s) {
-      grads[s] = rounded<T>(grads[s]);
-      dot += weights[s] * grads[s];
+  // Gradients of the weights become gradients of the scores.
+  static void through_softmax(const bf16* weights, float* grads, bf16* out, int64_t wide) {
+    vec dots = {};
+    for (int64_t s = 0; s < wide; s += kLanes) {
+      const vec grad = rounded<bf16>(load(grads + s));
+      store(grads + s, grad);
+      dots += load(weights + s) * grad;
     }
-#pragma omp simd
-    for (int64_t s = 0; s < count; ++s) grads[s] = rounded<T>(weights[s] * (grads[s] - dot));
+    const float dot = sum_across(dots);
+    for (int64_t s = 0; s < wide; s += kLanes)
+      store(out + s, load(weights + s) * (load(grads + s) - dot));
   }
 
   // A completion's own rows leave the account and are zero again for the next one.
   void take(std::vector<float>& rows, int64_t shared, const Span& span, int64_t head,
-            const Packed<T>& to) const {
+            const Packed<bf16>& to) const {
     for (int64_t s = 0; s < span.length; ++s) {
       float* from = &rows[(shared + s) * z_.dim];
-      T* place = to.at(span.start + s, head);
-      for (int64_t d = 0; d < z_.dim; ++d) place[d] = narrow<T>(from[d]);
+      bf16* place = to.at(span.start + s, head);
+      for (int64_t d = 0; d < z_.dim; d += kLanes) store(place + d, load(from + d));
       std::fill(from, from + z_.dim, 0.0f);
     }
   }
 
   const std::vector<Span>& spans_;
   const Sizes& z_;
-  Packed<T> grad_, query_, key_, value_, dq_, dk_, dv_;
-  const T *prefix_keys_, *prefix_values_;
+  Packed<bf16> grad_, query_, key_, value_, dq_, dk_, dv_;
+  const bf16 *prefix_keys_, *prefix_values_;
   Block keys_, values_;
   Tile tile_;
-  std::vector<float> up_;
+  Rows up_, d_scores_;
+  Pairs left_, right_;  // pairs of a tile's rows
 };
 
 // Sums the accounts in their order: into the prefix's gradients [H_kv, P, D] and the queries'.
-template <typename T>
 void settle(const std::vector<Account>& accounts, const Sizes& z, float* prefix_keys,
-            float* prefix_values, const Packed<T>& dk, const Packed<T>& dv) {
+            float* prefix_values, const Packed<bf16>& dk, const Packed<bf16>& dv) {
   at::parallel_for(0, z.kv_heads, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> sums[2];
     for (int64_t head = begin; head < end; ++head) {
@@ -281,8 +322,8 @@ void settle(const std::vector<Account>& accounts, const Sizes& z, float* prefix_
         }
         for (int64_t s = 0; s < root.query_length; ++s)
           for (int64_t d = 0; d < z.dim; ++d) {
-            dk.at(root.query + s, head)[d] = narrow<T>(sums[0][s * z.dim + d]);
-            dv.at(root.query + s, head)[d] = narrow<T>(sums[1][s * z.dim + d]);
+            dk.at(root.query + s, head)[d] = narrow<bf16>(sums[0][s * z.dim + d]);
+            dv.at(root.query + s, head)[d] = narrow<bf16>(sums[1][s * z.dim + d]);
           }
       }
     }
@@ -299,9 +340,7 @@ at::Tensor tree_attention(const at::Tensor& q, const at::Tensor& k, const at::Te
   at::Tensor out = at::empty({q.size(0), q.size(1), q.size(2)}, q.options());
   const Sizes sizes(q, k, prefix_keys, scaling);
   const auto table = read_spans(spans);
-  by_type(q, [&](auto type) {
-    forward<decltype(type)>(q, k, v, prefix_keys, prefix_values, table, sizes, out);
-  });
+  forward(q, k, v, prefix_keys, prefix_values, table, sizes, out);
   return out;
 }
 
@@ -320,15 +359,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> tree_atte
   at::Tensor d_prefix_values = at::zeros({z.kv_heads, z.prefix, z.dim}, wide);
   const auto table = read_spans(spans);
   auto accounts = accounts_of(table, z);
-  by_type(q, [&](auto type) {
-    using T = decltype(type);
-    for_each_task(accounts.size(), [&] {
-      return [&, work = Backward<T>(grad, q, k, v, prefix_keys, prefix_values, table, z, dq, dk,
-                                    dv)](int64_t task) mutable { work.run(accounts[task]); };
-    });
-    settle<T>(accounts, z, data_out<float>(d_prefix_keys), data_out<float>(d_prefix_values),
-              Packed<T>(dk), Packed<T>(dv));
+  for_each_task(accounts.size(), [&] {
+    return [&, work = Backward(grad, q, k, v, prefix_keys, prefix_values, table, z, dq, dk,
+                               dv)](int64_t task) mutable { work.run(accounts[task]); };
   });
+  settle(accounts, z, data_out<float>(d_prefix_keys), data_out<float>(d_prefix_values),
+         Packed<bf16>(dk), Packed<bf16>(dv));
   return {dq, dk, dv, d_prefix_keys, d_prefix_values};
 }
 

@@ -12,7 +12,7 @@ from rlprompt.errors import InputError
 from rlprompt.kernels.cpu import build, ops
 from rlprompt.kernels.lm_head import Head, head_scores
 from rlprompt.kernels.reference import masked_attention
-from rlprompt.model.attention import LayerCall
+from rlprompt.model.attention import CausalContext, LayerCall
 from rlprompt.model.fetch import cache_dir
 from rlprompt.model.tree import TreeContext, build_tree
 from rlprompt.types import PrefixKV
@@ -48,6 +48,20 @@ def test_rms_norm(rows: int, width: int) -> None:
     assert x.grad is not None and wide.grad is not None
     if width > 1:  # of one number, the norm is its sign: the exact gradient is all but zero
         assert_near(x.grad, wide.grad)
+
+
+@needs_kernels
+@pytest.mark.parametrize("adds", [False, True])
+def test_a_norm_beside_the_residual_has_the_bits_of_both_apart(adds: bool) -> None:
+    residual, update, weight = randn(7, 33, grad=True), randn(7, 33, grad=True), randn(33)
+    total, normed = ops.branch_norm(residual, update if adds else None, weight, 1e-5)
+    apart = residual + update if adds else residual * 1
+    theirs = ops.rms_norm(apart, weight, 1e-5)
+    assert torch.equal(total, apart) and torch.equal(normed, theirs)
+    upstream, inputs = [randn(7, 33), randn(7, 33)], [residual, update] if adds else [residual]
+    ours = torch.autograd.grad([total, normed], inputs, upstream)
+    expected = torch.autograd.grad([apart, theirs], inputs, upstream)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
 @needs_kernels
@@ -122,6 +136,26 @@ def test_tree_attention_is_that_of_the_written_out_tree(prefix_tokens: int) -> N
         assert ours.shape == exact.shape, name  # type: ignore[union-attr]
         if exact.numel():  # type: ignore[union-attr]
             assert_near(ours, exact, 0.02)  # type: ignore[arg-type]
+
+
+@needs_kernels
+@pytest.mark.parametrize("before", [0, 5])
+def test_a_prefill_is_that_of_the_written_out_one(before: int) -> None:
+    tensors = [randn(1, h, 21, 32, grad=True) for h in (6, 2, 2)]
+    after = [randn(2, before, 32, grad=True) for _ in range(2)]
+    upstream, results = randn(*tensors[0].shape), []
+    for compiled, dtype in ((True, torch.bfloat16), (False, torch.float64)):
+        q, k, v, *shared = (t.detach().to(dtype).requires_grad_() for t in (*tensors, *after))
+        context = CausalContext(PrefixKV([shared[0]], [shared[1]]) if before else None)
+        out = context.attend(LayerCall(0, (q, k, v), 32**-0.5, None, None, compiled))
+        made = context.prefix()
+        loss = (out * upstream).sum() + made.keys[0].square().sum() + made.values[0].square().sum()
+        inputs = (q, k, v, *shared) if before else (q, k, v)
+        gradients = torch.autograd.grad(loss, inputs)
+        results.append([out, made.keys[0], made.values[0], *gradients])
+    for ours, exact in zip(*results, strict=True):
+        assert ours.shape == exact.shape
+        assert_near(ours.detach(), exact.detach(), 0.02)
 
 
 @needs_kernels
