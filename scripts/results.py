@@ -91,7 +91,8 @@ def answers_of(folder: Path, best_step: int, count: int = 10) -> list[dict[str, 
     for row in rows:
         if row["split"] != "heldout" or (row["who"] == "learned" and row["step"] != best_step):
             continue
-        found[row["query"]].setdefault(row["who"], f"({row['reward']:.2f}) {row['completion']}")
+        score = "" if row["reward"] is None else f"({row['reward']:.2f}) "
+        found[row["query"]].setdefault(row["who"], score + row["completion"])
     return [{"query": query, **texts} for query, texts in list(found.items())[:count]]
 
 

@@ -6,6 +6,7 @@ and one tensor.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import logging
 import os
@@ -27,6 +28,9 @@ from rlprompt.errors import InputError
 from rlprompt.model.sharding import Shards, ShardSettings, bytes_of, gathered
 
 logger = logging.getLogger(__name__)
+
+_M_MMAP_THRESHOLD = -3  # of <malloc.h>
+_LARGE_BLOCK = 1 << 20
 
 
 def read_sharded_model(
@@ -188,6 +192,7 @@ def _empty_model(
     deepspeed: Any, kind: Any, config: PretrainedConfig, plan: dict[str, Any]
 ) -> PreTrainedModel:
     """The modules with weights that are cut up as soon as they are made, holding anything."""
+    _free_at_once()
     initialization = importlib.import_module("transformers.initialization")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
         next((key for key in ("bf16", "fp16") if key in plan), ""), torch.float32
@@ -201,6 +206,17 @@ def _empty_model(
     model.tie_weights()
     model.requires_grad_(False).eval()
     return model
+
+
+def _free_at_once() -> None:
+    """Have glibc give large blocks back to the system as soon as they are freed.
+
+    Else it keeps them for later, and a weight that is gathered and cut up again leaves a hole of its
+    size between others' shares: after reading SmolLM2 on two ranks, more than its other half.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other systems' libraries have none
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
 
 
 def _fill(
@@ -218,7 +234,7 @@ def _fill(
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if is_first:
                 with safe_open(files[name], framework="pt") as opened:
-                    parameter.data.copy_(opened.get_tensor(name).to(dtype))
+                    parameter.data.copy_(opened.get_tensor(name))
 
 
 def _where(folder: Path) -> dict[str, Path]:
