@@ -211,8 +211,8 @@ def _empty_model(
 def _free_at_once() -> None:
     """Have glibc give large blocks back to the system as soon as they are freed.
 
-    Else it keeps them for later, and a weight that is gathered and cut up again leaves a hole of its
-    size between others' shares: after reading SmolLM2 on two ranks, more than its other half.
+    Else it keeps them for later, and a weight that is gathered and cut up again leaves a hole of
+    its size between others' shares: after reading SmolLM2 on two ranks, more than its other half.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other systems' libraries have none
     if mallopt is not None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rlprompt.algorithms.base import Algorithm, Signal
+from rlprompt.errors import InputError
 from rlprompt.policy import Policy, TokenScores
 from rlprompt.prompts.base import Prompt
 from rlprompt.rollout import RolloutBatch
@@ -200,10 +201,9 @@ class Updater:
             try:
                 return work()
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                # Under shards the others would wait for the turns that this rank repeats.
-                together = self._policy.base.shards is not None
-                if not _is_out_of_memory(error) or self._budget < 2 * _LEAST_TOKENS or together:
+                if not _is_out_of_memory(error):
                     raise
+                self._check_can_halve(error)
             self._budget //= 2
             logger.warning("out of memory: micro-batches have %d tokens from now on", self._budget)
             for parameter in self.trained:
@@ -211,6 +211,21 @@ class Updater:
             gc.collect()  # the graph of what failed
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+    def _check_can_halve(self, error: BaseException) -> None:
+        """Raise `InputError` where smaller micro-batches are no way out."""
+        lost = f"memory ran out in an update with micro-batches of {self._budget} tokens"
+        if self._policy.base.shards is not None:
+            # The other ranks would wait for the turns that this one repeats.
+            raise InputError(
+                f"{lost}, which a rank with a base in shards cannot make smaller on its own; "
+                "lower training.token_budget and go on with --resume"
+            ) from error
+        if self._budget < 2 * _LEAST_TOKENS:
+            raise InputError(
+                f"{lost}, the smallest there are; lower sampling.max_tokens, or go on with "
+                "--resume on a machine with more memory"
+            ) from error
 
     def _accumulate(self, batch: _Batch, chosen: Sequence[int], clock: PhaseClock) -> UpdateResult:
         """The gradient of this rank's share."""

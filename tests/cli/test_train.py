@@ -152,10 +152,10 @@ def test_resuming_with_another_recipe_names_the_keys(finished: Path) -> None:
     )
 
 
-def test_tracking_may_change_when_resuming(finished: Path, tmp_path: Path) -> None:
+def test_tracking_and_memory_may_change_when_resuming(finished: Path, tmp_path: Path) -> None:
     run = copy_of(finished, tmp_path)
-    override = "tracking.trackers=[jsonl]"
-    shown = rlprompt("train", tmp_path / "recipe.yaml", override, "-o", run, "--resume")
+    overrides = ["tracking.trackers=[jsonl]", "training.token_budget=512"]
+    shown = rlprompt("train", tmp_path / "recipe.yaml", *overrides, "-o", run, "--resume")
     assert shown.code == 0, shown.err
     stored = yaml.safe_load((run / "recipe.resolved.yaml").read_text())
     assert stored["tracking"]["trackers"] == ["jsonl"]

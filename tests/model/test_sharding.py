@@ -138,6 +138,6 @@ def test_smollm2_on_two_ranks_with_and_without_shards_is_one_rank(
     whole, *_ = json.loads((outputs["one"] / "summary.json").read_text())["ranks"]
     for part in json.loads((outputs["parts"] / "summary.json").read_text())["ranks"]:
         assert part["base_bytes"] == pytest.approx(whole["base_bytes"] / 2, rel=0.001)
-        # What is gathered in passing outweighs the half that is saved of so small a model, on top of
-        # what DeepSpeed itself takes; docs/log.md has the figures.
+        # What is gathered in passing outweighs the half that is saved of so small a model, on top
+        # of what DeepSpeed itself takes; docs/log.md has the figures.
         assert part["peak_rss_mb"] < 1.3 * whole["peak_rss_mb"]

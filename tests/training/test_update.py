@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from rlprompt.algorithms.base import MicroSignal, TokenLosses
 from rlprompt.algorithms.grpo import GRPO, GRPOSettings
 from rlprompt.engines.native import NativeEngine
 from rlprompt.engines.sampling import SamplingSettings
+from rlprompt.errors import InputError
 from rlprompt.model.tree import TokenTree
 from rlprompt.policy import Policy, TokenScores
 from rlprompt.prompts.base import Prompt
@@ -185,7 +189,11 @@ def test_memory_that_holds_no_micro_batch_is_an_error() -> None:
     policy = tiny_policy()
     batch = sampled_batch(policy)
     policy.__class__ = SmallMemory
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(InputError, match=r"memory ran out .* 64 tokens, the smallest.*max_tokens"):
+        learn(policy, batch, budget=1024)
+    shards: Any = SimpleNamespace(ends=nullcontext)
+    policy.base = replace(policy.base, shards=shards)
+    with pytest.raises(InputError, match=r"micro-batches of 1024 tokens, .*training.token_budget"):
         learn(policy, batch, budget=1024)
 
 
