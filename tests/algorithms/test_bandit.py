@@ -104,6 +104,7 @@ def target_probability(policy: Policy, num_queries: int) -> float:
     return float(first_token_logprobs(policy, num_queries)[:, TARGET].exp().mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_policy_gradient_reaches_the_optimum(name: str) -> None:
     """Reward 1 for completions that start with one token, whatever follows."""
@@ -111,6 +112,7 @@ def test_every_policy_gradient_reaches_the_optimum(name: str) -> None:
     train_to_optimum(Training(policy, make(policy, **ALGORITHMS[name]), num_queries=3, tokens=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["grpo", "cispo", "rloo", "reinforce", "ppo"])
 def test_batches_that_are_one_step_old_reach_it_too(name: str) -> None:
     policy = tiny_policy(prompt=FREE)
@@ -163,6 +165,7 @@ WITH_KL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_KL)
 def test_with_a_kl_the_optimum_is_the_tilted_reference(name: str) -> None:
     """The policy that maximises E[r] - c KL is p_ref exp(r / c) / Z, and its value c log Z."""

@@ -11,6 +11,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from rich.console import Console
@@ -113,6 +114,7 @@ def run_in_its_own_process(*arguments: object) -> int:
     return done.returncode
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_one_process_goes_on_in_another(tmp_path: Path) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert run_in_its_own_process(tmp_path, straight, 99) == 0

@@ -65,6 +65,7 @@ def test_a_tree_attends_alike_both_ways(
     assert max(errors) < 1e-13, errors
 
 
+@pytest.mark.slow
 def test_log_probabilities_and_the_prompts_gradient_are_alike(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -55,6 +55,7 @@ def check(case: Case, dtype: torch.dtype) -> None:
     assert all(t.dtype == dtype for t in ours.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ODD)
 def test_output_and_gradients_are_those_of_the_oracle(name: str) -> None:
     check(ODD[name], torch.float32 if ON_GPU else torch.float64)
@@ -65,6 +66,7 @@ def test_low_precision_stays_within_its_rounding(dtype: torch.dtype) -> None:
     check(Case((5, 3), (7, 0, 2), (0, 0, 1), dim=20, kv_heads=1), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(ON_GPU, reason="float64 tiles do not fit a GPU")
 @pytest.mark.parametrize("fast", [False, True], ids=["element by element", "all features"])
 def test_gradcheck_of_the_triton_path_itself(fast: bool) -> None:

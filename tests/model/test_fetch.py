@@ -104,6 +104,7 @@ def test_whole_copy_is_taken_as_it_is(cache: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "content", "reason"),
     [

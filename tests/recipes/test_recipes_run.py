@@ -98,6 +98,7 @@ def test_every_algorithm_and_representation_has_a_recipe() -> None:
     assert methods == {name.lower() for name in METHODS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_a_recipe_is_built_and_stepped_twice(
     path: Path, tmp_path: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch

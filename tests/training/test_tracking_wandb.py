@@ -144,6 +144,7 @@ def test_a_requeued_run_goes_on_as_the_same_wandb_run(
     assert {path.name for path in files} == {f"run-{(tmp_path / 'wandb_id').read_text()}.wandb"}
 
 
+@pytest.mark.slow
 def test_a_wandb_server_that_is_away_stops_a_new_run_and_not_a_resumed_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -220,6 +220,7 @@ def test_an_ensemble_logs_what_its_members_disagree_on(folder: Path) -> None:
     assert batch.metrics["preference/disagreement"] == pytest.approx(spread.mean().item())
 
 
+@pytest.mark.slow
 def test_works_in_a_worker_process(folder: Path) -> None:
     options = {"path": "decoder", "dtype": "float32", "device": "cpu"}
     near = score(folder, RewardSettings(path="builtin:preference", options=options))
