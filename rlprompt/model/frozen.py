@@ -55,6 +55,10 @@ class PackedWeight:
         """Let the C++ kernels, which are loaded, multiply few rows if that gives the same bits."""
         self._kernel = True
 
+    def forget(self) -> None:
+        """Give the packed copies back; they are made again where they are used again."""
+        self._forward = self._transposed = None
+
     @property
     def chunk(self) -> int:
         """Of `packed_product` with the forward weight; 0 = it is not used."""

@@ -37,6 +37,12 @@ class JoinedLinear:
         self._layers = layers
         self._packed = PackedWeight(layers)  # type: ignore[arg-type]
 
+    def take_over(self) -> None:
+        """Give back what the layers have packed one by one: only a wrapped layer needs that."""
+        for layer in self._layers:
+            if isinstance(layer, FrozenLinear):
+                layer.packed.forget()
+
     def __call__(self, x: Tensor, layers: list[nn.Module]) -> Tensor:
         """Outputs of `layers` side by side, [..., sum of widths], in fresh memory."""
         if self.serves(layers):
@@ -218,7 +224,10 @@ def _mlp(mlp: nn.Module) -> nn.Module | None:
     down: Any = children["gate_proj"]
     x = torch.randn(1, _PROBE_TOKENS, down.in_features).to(down.weight.dtype)
     stand_in = FusedMLP(mlp)
-    return stand_in if _agree(stand_in(x), mlp(x)) else None
+    if not _agree(stand_in(x), mlp(x)):
+        return None
+    stand_in.joined.take_over()
+    return stand_in
 
 
 def _attention(attention: nn.Module, body: Any) -> nn.Module | None:
@@ -244,7 +253,10 @@ def _attention(attention: nn.Module, body: Any) -> nn.Module | None:
     out, ours = run(stand_in)
     pairs = [(out, expected), (ours.query, theirs.query), (ours.key, theirs.key)]
     pairs.append((ours.value, theirs.value))
-    return stand_in if all(_agree(a, b) for a, b in pairs) else None
+    if not all(_agree(a, b) for a, b in pairs):
+        return None
+    stand_in.joined.take_over()
+    return stand_in
 
 
 def _fuse_layer(layer: nn.Module, body: Any) -> bool:
