@@ -58,6 +58,19 @@ class Group:
     completions: tuple[Completion, ...]
 
 
+@dataclass(frozen=True)
+class LowRank:
+    """What LoRA adds to the output of a linear layer: up(scale * down(x)).
+
+    down: [r, in].
+    up: [out, r].
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+
 class Adapter(Protocol):
     """A change of a base's layers, such as LoRA.
 
@@ -71,6 +84,10 @@ class Adapter(Protocol):
 
     def snapshot(self) -> Adapter:
         """A copy without gradients that later updates leave alone."""
+        ...
+
+    def low_rank(self) -> Mapping[str, LowRank] | None:
+        """What is added to layers, by full name; None = they are changed in another way."""
         ...
 
 

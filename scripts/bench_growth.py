@@ -68,7 +68,7 @@ def timed(module: str, flags: dict[str, Any], repeats: int) -> dict[str, Any]:
         "phases": phases,
         "peak_rss_mb": worker.steps[-1]["peak_rss_mb"],
         "ready_rss_mb": worker.ready["rss_mb"],
-        "tokens": worker.steps[-1]["tokens"],
+        "counts": worker.steps[-1]["tokens"],
     }
 
 
@@ -180,10 +180,10 @@ def main() -> None:
     for key, value in result.items():
         if key == "prompt_cost" or key.endswith("_ratio"):
             print(f"{key:22}{value}")
-    if options.plot and "growth" in result:
-        plot(result["growth"], options.plot)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if options.plot and "growth" in result:
+        plot(result["growth"], options.plot)
 
 
 if __name__ == "__main__":

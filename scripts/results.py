@@ -14,6 +14,7 @@ A row with `comparison` is a cell of the table that `scripts/compare.py` fills; 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -102,11 +103,18 @@ def is_distilled(row: dict[str, Any]) -> bool:
 
 
 def put_row(row: dict[str, Any]) -> None:
-    """Add a row to results.jsonl, in place of an older one of the same run."""
-    rows = [json.loads(line) for line in ROWS.open(encoding="utf-8")] if ROWS.exists() else []
-    rows = [old for old in rows if any(old.get(key) != row.get(key) for key in KEY)] + [row]
-    rows.sort(key=lambda row: [str(row.get(key)) for key in KEY])
-    ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    """Add a row to results.jsonl, in place of an older one of the same run.
+
+    Several processes may do so at a time.
+    """
+    with ROWS.open("a+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        rows = [json.loads(line) for line in file]
+        rows = [old for old in rows if any(old.get(key) != row.get(key) for key in KEY)] + [row]
+        rows.sort(key=lambda row: [str(row.get(key)) for key in KEY])
+        file.truncate(0)
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def add(folders: list[Path], recipe: str, overrides: list[str]) -> None:

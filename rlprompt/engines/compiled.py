@@ -1,14 +1,17 @@
 """Decode steps in one call each, by the C++ kernels.
 
 Taken where every layer of the base is made of the stand-ins of `rlprompt.model.fused` and nothing
-is wrapped; it gives the bits that those modules give, which one step proves before it is used.
+is wrapped; it gives the bits that those modules give, which one step proves before it is used. What
+an adapter of low rank adds to products is part of the call: the adapter's hooks are not run.
 
 Letters: B rows, d model width, D head dim.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from rlprompt.kernels.cpu.product import MOST_ROWS
 from rlprompt.model.forward import PrefixForward
 from rlprompt.model.frozen import FrozenLinear, PackedWeight
 from rlprompt.model.fused import FusedAttention, FusedMLP, FusedNorm
+from rlprompt.types import LowRank
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +47,24 @@ class CompiledDecoder:
         self._weights = [*weights, final.weight]
         products = zip(*map(_products, layers), strict=True)
         self._chunks = [_common([packed.chunk for packed in same]) for same in products]
+        self._low_rank: list[Tensor | None] = []
+        self._low_rank_scale = 0.0
+
+    def under(self, additions: Mapping[str, LowRank]) -> CompiledDecoder:
+        """The same steps under an adapter, whose weights are copied.
+
+        Args:
+            additions: what is added to layers, by full name.
+        """
+        names = {module: name for name, module in self._forward.base.model.named_modules()}
+        made = copy.copy(self)
+        made._low_rank_scale = next(iter(additions.values())).scale
+        made._low_rank = []
+        for layer in self._layers:
+            for linears in _linears(layer):
+                each = [additions.get(names[linear]) for linear in linears]
+                made._low_rank += _side_by_side(linears, each)
+        return made
 
     def hidden(self, tokens: Tensor, cache: DecodeCache) -> Tensor:
         """Final hidden states [B, d] of one new token per row; writes the cache's next column.
@@ -58,8 +80,9 @@ class CompiledDecoder:
         turn = (cos[0].contiguous(), sin[0].contiguous())
         few = len(tokens) <= MOST_ROWS
         numbers = (self._scaling, self._eps, self._chunks if few else [0] * len(self._chunks))
+        added = (self._low_rank, self._low_rank_scale)
         step = torch.ops.rlprompt_cpu.decode_step
-        out: Tensor = step(x.clone(), self._weights, cache.data, *place, *turn, *numbers)
+        out: Tensor = step(x.clone(), self._weights, cache.data, *place, *turn, *numbers, *added)
         return out
 
     def is_current(self) -> bool:
@@ -90,6 +113,33 @@ def _products(layer: Any) -> list[PackedWeight]:
     attention, mlp = layer.self_attn, layer.mlp
     joined = [attention.joined.packed, attention.o_proj.packed]
     return [*joined, mlp.joined.packed, mlp.down_proj.packed]
+
+
+def _linears(layer: Any) -> list[list[FrozenLinear]]:
+    """The linear layers that each of the four products of a layer joins."""
+    attention, mlp = layer.self_attn, layer.mlp
+    joined = [attention.q_proj, attention.k_proj, attention.v_proj]
+    return [joined, [attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
+
+
+def _side_by_side(
+    linears: list[FrozenLinear], additions: list[LowRank | None]
+) -> list[Tensor | None]:
+    """Down [sum of r, in] and up [sum of out, sum of r] of layers whose outputs are joined."""
+    present = [addition for addition in additions if addition is not None]
+    if not present:
+        return [None, None]
+    dtype = linears[0].weight.dtype
+    down = torch.cat([addition.down.detach().to(dtype) for addition in present])
+    up = down.new_zeros(sum(linear.out_features for linear in linears), len(down))
+    row, column = 0, 0
+    for linear, addition in zip(linears, additions, strict=True):
+        if addition is not None:
+            rank = addition.up.shape[1]
+            up[row : row + linear.out_features, column : column + rank] = addition.up.detach()
+            column += rank
+        row += linear.out_features
+    return [down, up]
 
 
 def _common(chunks: list[int]) -> int:

@@ -24,7 +24,7 @@ from rlprompt.model.tree import TreeContext
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.settings import Settings
-from rlprompt.types import Completion, Group, PrefixKV, Query
+from rlprompt.types import Adapter, Completion, Group, PrefixKV, Query
 
 DecodeStep = Callable[[Tensor, DecodeCache], Tensor]
 """One new token per row [B] -> final hidden states [B, d]; writes the cache's next column."""
@@ -51,6 +51,8 @@ class NativeEngine:
         self._settings = settings or NativeSettings()
         self._step: DecodeStep | None = None
         self._is_current: Callable[[], bool] = _always
+        self._adapted: tuple[Adapter, DecodeStep] | None = None
+        self._proven = False
         self._prompt: Prompt | None = None
         self._prefix: PrefixKV | None = None
 
@@ -151,9 +153,11 @@ class NativeEngine:
         return [done[i : i + copies] for i in range(0, len(done), copies)]
 
     def _step_for(self, cache: DecodeCache, prefix: PrefixKV) -> DecodeStep:
-        """The decode step under a prefix; an adapter acts on the base's own modules only."""
+        """The decode step under a prefix."""
         if prefix.adapter is not None:
-            return self._own_modules
+            if self._adapted is None or self._adapted[0] is not prefix.adapter:
+                self._adapted = (prefix.adapter, self._choose_adapted(cache, prefix.adapter))
+            return self._adapted[1]
         if self._step is None or not self._is_current():
             self._step = self._choose_step(cache)
         return self._step
@@ -169,6 +173,22 @@ class NativeEngine:
                 self._is_current = decoder.is_current
                 return decoder.hidden
         return self._own_modules
+
+    def _choose_adapted(self, cache: DecodeCache, adapter: Adapter) -> DecodeStep:
+        """One call per step under an adapter of low rank, where that gives the hooks' bits.
+
+        Compared at every prefix until one has been whose adapter changes something.
+        """
+        additions = adapter.low_rank()
+        decoder = compiled_decoder(self._policy.forward) if self._settings.lean_decode else None
+        if not additions or decoder is None:
+            return self._own_modules
+        decoder = decoder.under(additions)
+        if not self._proven:
+            if not agrees(decoder, self._policy.forward, cache, self._own_modules):
+                return self._own_modules
+            self._proven = any(bool(addition.up.any()) for addition in additions.values())
+        return decoder.hidden
 
     def _own_modules(self, tokens: Tensor, cache: DecodeCache) -> Tensor:
         forward = self._policy.forward

@@ -4,7 +4,8 @@ oneDNN reorders a weight matrix into its own blocked layout at every call. A fro
 changes, so it is reordered once, for the forward and (transposed) for the input gradient. This
 costs two more copies of each linear weight in memory and saves a fifth to a third of the matrix
 time (docs/log.md). The original parameters stay where they were, under their names: fingerprints
-and `state_dict` do not change.
+and `state_dict` do not change. Where they are pages of a mapped file, they leave memory once both
+copies exist.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from rlprompt.kernels.cpu.product import MOST_ROWS, packed_product, product_chunk
 from rlprompt.kernels.lm_head import Head
+from rlprompt.model.paging import page_out
 from rlprompt.model.sharding import gathered
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ class PackedWeight:
         self._forward: Tensor | None = None
         self._transposed: Tensor | None = None
         self._kernel = False
+        self._kept = False
         self._chunk: int | None = None
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         if len(biases) not in (0, len(layers)):
@@ -54,6 +57,10 @@ class PackedWeight:
     def allow_kernel(self) -> None:
         """Let the C++ kernels, which are loaded, multiply few rows if that gives the same bits."""
         self._kernel = True
+
+    def keep_original(self) -> None:
+        """Leave the parameters in memory: something else reads them too."""
+        self._kept = True
 
     def forget(self) -> None:
         """Give the packed copies back; they are made again where they are used again."""
@@ -90,6 +97,9 @@ class PackedWeight:
         """The gradient of the input, grad @ W."""
         if self._transposed is None:
             self._transposed = pack_weight(self._weight().t().contiguous())
+            if not self._kept:
+                for layer in self._layers:
+                    page_out(layer.weight)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(
             grad.contiguous(), self._transposed, None, "none", [], ""
         )
@@ -177,10 +187,14 @@ def pack_linears(model: nn.Module) -> int:
     if not can_pack(model):
         return 0
     replaced = 0
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
-                setattr(parent, name, FrozenLinear(child))
+                frozen = FrozenLinear(child)
+                if id(child.weight) in tables:
+                    frozen.packed.keep_original()
+                setattr(parent, name, frozen)
                 replaced += 1
     return replaced
 

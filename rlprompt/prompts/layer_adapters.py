@@ -26,6 +26,7 @@ from torch.nn import functional
 from rlprompt.errors import InputError
 from rlprompt.model.adapted import InputHook, OutputHook, attach_hooks
 from rlprompt.settings import Settings
+from rlprompt.types import LowRank
 
 Shapes = Mapping[str, tuple[int, int]]
 """(out, in) of linear layers by full name."""
@@ -87,6 +88,10 @@ class LayerAdapter(ABC):
     @abstractmethod
     def attach(self, model: nn.Module) -> Callable[[], None]:
         """Change the layers of a base; the result undoes it."""
+
+    def low_rank(self) -> Mapping[str, LowRank] | None:
+        """What is added to layers, by full name; None = they are changed in another way."""
+        return None
 
     @abstractmethod
     def gated(self) -> list[str]:
@@ -174,6 +179,10 @@ class LoRA(LayerAdapter):
             return out + functional.linear(inner, up.to(x.dtype))
 
         return add
+
+    def low_rank(self) -> Mapping[str, LowRank] | None:
+        """A and B of each layer."""
+        return {name: LowRank(*self._pair(name), self._scaling) for name in self.layers}
 
     def gated(self) -> list[str]:
         """Every A."""

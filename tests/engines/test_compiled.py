@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from rlprompt.engines.compiled import compiled_decoder
+from rlprompt.engines.compiled import CompiledDecoder, compiled_decoder
 from rlprompt.engines.native import NativeEngine, NativeSettings
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.kernels.cpu import ops
@@ -15,6 +16,9 @@ from rlprompt.model.base import FrozenBase
 from rlprompt.model.fetch import cache_dir
 from rlprompt.model.slot import ChatSlot
 from rlprompt.policy import Policy
+from rlprompt.prompts.adapter import AdapterPrompt, AdapterSettings
+from rlprompt.prompts.base import Prompt
+from rlprompt.prompts.layer_adapters import LoRASettings
 from rlprompt.prompts.text import TextPrompt
 from rlprompt.types import Group, Query
 from tests.fixtures.runs import queries
@@ -32,8 +36,14 @@ def policy_of(family: str) -> Policy:
 
 
 def generate(policy: Policy, one_call: bool, sampling: SamplingSettings = SAMPLING) -> list[Group]:
+    return drawn(policy, TEXT, one_call, sampling)
+
+
+def drawn(
+    policy: Policy, prompt: Prompt, one_call: bool, sampling: SamplingSettings = SAMPLING
+) -> list[Group]:
     engine = NativeEngine(policy, NativeSettings(lean_decode=one_call))
-    engine.sync(TEXT)
+    engine.sync(prompt)
     return engine.generate(queries(3), 4, sampling, seed=3)
 
 
@@ -43,6 +53,31 @@ def test_steps_give_the_bits_of_the_modules(family: str) -> None:
     policy = policy_of(family)
     assert compiled_decoder(policy.forward) is not None
     assert generate(policy, True) == generate(policy, False)
+
+
+@needs_kernels
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("targets", [None, ("v_proj", "down_proj"), ("o_proj",)], ids=str)
+def test_under_lora_steps_give_the_bits_of_its_hooks(
+    family: str, targets: tuple[str, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = policy_of(family)
+    settings = AdapterSettings(text="be brief", method=LoRASettings(rank=4, target_modules=targets))
+    policy.prompt = AdapterPrompt.create(settings, policy, seed=0)
+    for parameter in policy.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.manual_seed(1))
+    steps = []
+
+    def counted(decoder: CompiledDecoder, *arguments: Any) -> torch.Tensor:
+        steps.append(decoder)
+        return hidden(decoder, *arguments)
+
+    hidden = CompiledDecoder.hidden
+    monkeypatch.setattr(CompiledDecoder, "hidden", counted)
+    plain, under = (drawn(policy, policy.prompt, one_call) for one_call in (False, True))
+    assert len(steps) > 10
+    assert under == plain
+    assert under != drawn(policy, TEXT, True)
 
 
 @needs_kernels

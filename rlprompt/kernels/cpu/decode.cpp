@@ -42,6 +42,12 @@ at::Tensor project(const at::Tensor& x, const at::Tensor& weight,
   return stack[0].toTensor();
 }
 
+// Adds what an adapter of low rank adds to a product of x, with the roundings of its hook.
+void add_low_rank(at::Tensor& out, const at::Tensor& x, const std::optional<at::Tensor>& down,
+                  const std::optional<at::Tensor>& up, double scale) {
+  if (down) out.add_(at::linear(at::linear(x, *down).mul_(scale), *up));
+}
+
 // Where the columns of a cache stand: [prefix | padding of each row | seen up to `column`]. The
 // first `shared` columns of a row are those of its leader, which are read in their place: they stay
 // in the processor's cache when all rows of a group read one copy.
@@ -165,7 +171,8 @@ at::Tensor attend_layer(const at::Tensor& query, const at::Tensor& key, const at
   return out;
 }
 
-constexpr int64_t kPerLayer = 10;  // see decode_step
+constexpr int64_t kProducts = 4;               // of a layer
+constexpr int64_t kPerLayer = 2 * kProducts + 2;  // see decode_step
 
 }  // namespace
 
@@ -175,30 +182,43 @@ constexpr int64_t kPerLayer = 10;  // see decode_step
 // and its bias, norm, gate and up in one and their bias, down and its bias; then the final norm.
 // cache [2 L, rows >= B, H_kv, capacity, D], keys of all layers first. table int64 [2, at least B]:
 // padding and leader of each row (see Columns). place: prefix, shared and the column to write.
-// chunks: see `project`, of the four products of a layer.
+// chunks: see `project`, of the four products of a layer. low_rank: none, or down [r, in] and up
+// [out, r] of each product of each layer, where an adapter has them.
 at::Tensor decode_step(at::Tensor& residual, const Weights& weights, at::Tensor& cache,
                        const at::Tensor& table, at::IntArrayRef place, const at::Tensor& cos,
-                       const at::Tensor& sin, double scaling, double eps, at::IntArrayRef chunks) {
+                       const at::Tensor& sin, double scaling, double eps, at::IntArrayRef chunks,
+                       const Weights& low_rank, double low_rank_scale) {
   const int64_t rows = residual.size(0), layers = cache.size(0) / 2;
   const int64_t kv_heads = cache.size(2), dim = cache.size(4);
   const Columns at = columns_of(cache, table, place);
   TORCH_CHECK(static_cast<int64_t>(weights.size()) == kPerLayer * layers + 1, "weights missing");
-  TORCH_CHECK(chunks.size() == 4, "chunks missing");
+  TORCH_CHECK(chunks.size() == kProducts, "chunks missing");
+  const auto additions = static_cast<int64_t>(low_rank.size());
+  TORCH_CHECK(additions == 0 || additions == 2 * kProducts * layers, "low-rank parts missing");
   const auto part = [&](int64_t i) { return std::optional<at::Tensor>(weights.get(i)); };
+  const auto multiply = [&](const at::Tensor& x, int64_t layer, int64_t product) {
+    const int64_t i = layer * kPerLayer + (product < 2 ? 1 : 2) + 2 * product;
+    at::Tensor out = project(x, *part(i), part(i + 1), chunks[product]);
+    if (additions > 0) {
+      const int64_t j = 2 * (layer * kProducts + product);
+      add_low_rank(out, x, low_rank.get(j), low_rank.get(j + 1), low_rank_scale);
+    }
+    return out;
+  };
   at::Tensor normed = rms_norm(residual, *part(0), eps);
   for (int64_t layer = 0; layer < layers; ++layer) {
     const int64_t i = layer * kPerLayer;
-    const at::Tensor joined = project(normed, *part(i + 1), part(i + 2), chunks[0]);
+    const at::Tensor joined = multiply(normed, layer, 0);
     const at::Tensor qkv = joined.view({rows, -1, dim});
     const int64_t heads = qkv.size(1) - 2 * kv_heads;
     const auto q = qkv.narrow(1, 0, heads), k = qkv.narrow(1, heads, kv_heads);
     const auto v = qkv.narrow(1, heads + kv_heads, kv_heads);
     const at::Tensor attended =
         attend_layer(q, k, v, cos, sin, cache, layer, scaling, at).view({rows, -1});
-    const at::Tensor more = project(attended, *part(i + 3), part(i + 4), chunks[1]);
+    const at::Tensor more = multiply(attended, layer, 1);
     normed = add_rms_norm_(residual, more, *part(i + 5), eps);
-    const at::Tensor active = silu_mul(project(normed, *part(i + 6), part(i + 7), chunks[2]));
-    const at::Tensor last = project(active, *part(i + 8), part(i + 9), chunks[3]);
+    const at::Tensor active = silu_mul(multiply(normed, layer, 2));
+    const at::Tensor last = multiply(active, layer, 3);
     normed = add_rms_norm_(residual, last, *part(i + kPerLayer), eps);
   }
   return normed;
@@ -220,7 +240,8 @@ TORCH_LIBRARY_FRAGMENT(rlprompt_cpu, m) {
       &decode_attention);
   m.def(
       "decode_step(Tensor(a!) residual, Tensor?[] weights, Tensor(b!) cache, Tensor table, "
-      "int[] place, Tensor cos, Tensor sin, float scaling, float eps, int[] chunks) -> Tensor",
+      "int[] place, Tensor cos, Tensor sin, float scaling, float eps, int[] chunks, "
+      "Tensor?[] low_rank, float low_rank_scale) -> Tensor",
       &decode_step);
 }
 
