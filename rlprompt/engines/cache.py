@@ -5,6 +5,10 @@ same time. A layer's keys are handed out whole, unwritten columns included: a sl
 copied by every matrix product, and hiding a few columns by the mask costs nothing. Memory therefore
 grows in small blocks.
 
+Layers that attend in the C++ kernels use memory of the same size in another way: a row's columns
+are [prefix | query | completion] with nothing between, in the order in which the kernels multiply
+them (`rlprompt.kernels.cpu.arranged`), so that a step rearranges nothing.
+
 Letters: B rows, G groups, L layers, H heads, H_kv key/value heads, P prefix tokens, Q padded query
 length, S columns, D head dim.
 """
@@ -13,7 +17,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from rlprompt.kernels.cpu.arranged import LANES, arranged_keys, arranged_values
 from rlprompt.kernels.cpu.ops import decode_attention
 from rlprompt.kernels.dispatch import fused_decode, uses_triton
 from rlprompt.kernels.reference import mask_bias
@@ -21,8 +27,9 @@ from rlprompt.model.attention import LayerCall
 from rlprompt.model.tree import TokenTree, TreeContext
 from rlprompt.types import PrefixKV
 
-_BLOCK = 32
-"""Columns by which memory grows; all of it is copied then, once in so many tokens."""
+_BLOCK, _ARRANGED_BLOCK = 32, 128
+"""Columns by which memory grows; all of it is copied then, once in so many tokens. The C++ kernels
+neither read nor clear columns before they are written, so that larger blocks cost them nothing."""
 
 
 class DecodeCache:
@@ -54,14 +61,22 @@ class DecodeCache:
         like = context.query_keys[0]
         kv_heads, _, dim = prefix.keys[0].shape
         layers = len(prefix.keys)
-        self._data = like.new_zeros(2 * layers, self._rows, kv_heads, self._capacity(), dim)
-        align = _right_aligned(mask)[:, None, :, None].expand(-1, kv_heads, -1, dim)
-        shared = [*prefix.keys, *prefix.values]
-        own = [*context.query_keys, *context.query_values]
-        for block, front, back in zip(self._data, shared, own, strict=True):
-            block[:, :, : self.prefix_tokens] = front.to(like.dtype)
-            aligned = back.gather(2, align).repeat_interleave(copies, 0)
-            block[:, :, self.prefix_tokens : self.column] = aligned
+        self._arranged = frozenset(context.compiled)
+        self._all_arranged = len(self._arranged) == layers
+        if self._arranged:
+            self._most_columns = _whole(self._most_columns)
+        self._data = self._room(like, (2 * layers, self._rows, kv_heads, dim))
+        fronts = [*prefix.keys, *prefix.values]
+        backs = [*context.query_keys, *context.query_values]
+        to_the_right = _right_aligned(mask)[:, None, :, None].expand(-1, kv_heads, -1, dim)
+        for part, (front, back) in enumerate(zip(fronts, backs, strict=True)):
+            arranged = part % layers in self._arranged
+            query = back if arranged else back.gather(2, to_the_right)
+            columns = torch.cat([front.to(like.dtype).expand(groups, -1, -1, -1), query], 2)
+            if arranged:
+                columns = functional.pad(columns, (0, 0, 0, _whole(self.column) - self.column))
+                columns = (arranged_keys if part < layers else arranged_values)(columns)
+            self._data[part, :, :, : columns.shape[2]] = columns.repeat_interleave(copies, 0)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,14 +95,21 @@ class DecodeCache:
 
     def _capacity(self) -> int:
         """Columns to hold from now on: whole blocks, at most what the longest row needs."""
-        return min(self._most_columns, (self.column // _BLOCK + 1) * _BLOCK)
+        block = _ARRANGED_BLOCK if self._all_arranged else _BLOCK
+        return min(self._most_columns, (self.column // block + 1) * block)
+
+    def _room(self, like: Tensor, sizes: tuple[int, int, int, int]) -> Tensor:
+        """Memory for (2 L, B, H_kv, D) and the present capacity, [2 L, B, H_kv, S, D]."""
+        *front, dim = sizes
+        make = like.new_empty if self._all_arranged else like.new_zeros
+        return make(*front, self._capacity(), dim)
 
     def reserve(self) -> None:
         """Make room for the column about to be written."""
         if self.column < self._data.shape[3]:
             return
         parts, rows, kv_heads, columns, dim = self._data[:, : self._rows].shape
-        grown = self._data.new_zeros(parts, rows, kv_heads, self._capacity(), dim)
+        grown = self._room(self._data, (parts, rows, kv_heads, dim))
         grown[:, :, :, :columns] = self._data[:, : self._rows]
         self._data = grown
 
@@ -96,9 +118,16 @@ class DecodeCache:
         return self.column - self.padding[: self._rows]
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, [B, H_kv, S, D], contiguous views."""
+        """Keys and values of one layer, [B, H_kv, S, D], contiguous views.
+
+        See `is_arranged` for their order.
+        """
         layers = self._data.shape[0] // 2
         return self._data[layer, : self._rows], self._data[layers + layer, : self._rows]
+
+    def is_arranged(self, layer: int) -> bool:
+        """Whether a layer's columns stand as the C++ kernels read them; `attend` writes them."""
+        return layer in self._arranged
 
     @property
     def data(self) -> Tensor:
@@ -115,9 +144,9 @@ class DecodeCache:
         return self._table
 
     @property
-    def place(self) -> tuple[int, int, int]:
-        """Prefix columns, shared columns, and the column to write."""
-        return (self.prefix_tokens, self._shared, self.column)
+    def place(self) -> tuple[int, int]:
+        """Shared columns, and the column to write; see `decode_attention`."""
+        return (self._shared, self.column)
 
     def seen(self, window: int | None) -> Tensor:
         """The columns that the token about to be written may see, bool [B, 1, S]."""
@@ -145,7 +174,7 @@ class DecodeCache:
         movers = remaining + torch.nonzero(~finished[remaining:]).flatten()
         order[holes] = movers
         if holes.numel():
-            filled = self.column
+            filled = min(_whole(self.column), self._data.shape[3])
             self._data[:, holes, :, :filled] = self._data[:, movers, :, :filled]
             self._table[0, holes] = self._table[0, movers]
             self._group[holes] = self._group[movers]
@@ -173,7 +202,7 @@ class DecodeContext:
     def attend(self, call: LayerCall) -> Tensor:
         """Write the column, then attend: packed [1, H, B, D] in and out."""
         cache = self._cache
-        if call.compiled:
+        if cache.is_arranged(call.layer):
             tensors = [t[0].transpose(0, 1) for t in (call.query, call.key, call.value)]
             out = cache.attend(call.layer, (tensors[0], tensors[1], tensors[2]), call.scaling)
             return out.transpose(0, 1)[None]
@@ -212,6 +241,11 @@ def _leaders(group: Tensor) -> Tensor:
     if group.numel() == 0:
         return group
     return (group[:, None] == group[None, :]).int().argmax(1)
+
+
+def _whole(columns: int) -> int:
+    """As many columns or a few more: blocks of the kernels'."""
+    return -(-columns // LANES) * LANES
 
 
 def _right_aligned(mask: Tensor) -> Tensor:

@@ -133,6 +133,8 @@ def lean_decoder(forward: PrefixForward) -> LeanDecoder | None:
     kinds = getattr(config, "layer_types", None)
     has_window = getattr(config, "sliding_window", None) is not None
     windowed = has_window and (kinds is None or set(kinds) != {"full_attention"})
+    if forward.compiled:  # the cache is arranged for the C++ kernels
+        return None
     if layers is None or windowed or not all(_known(layer) for layer in layers):
         return None
     if not hasattr(body, "rotary_emb") or not _is_rms_norm(getattr(body, "norm", None)):

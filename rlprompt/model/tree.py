@@ -232,6 +232,8 @@ class TreeContext:
         self._biases: dict[int | None, tuple[Tensor, Tensor | None]] = {}
         self.query_keys: list[Tensor] = []
         self.query_values: list[Tensor] = []
+        self.compiled: set[int] = set()
+        """Layers whose attention runs in the C++ kernels."""
 
     def attend(self, call: LayerCall) -> Tensor:
         """Both levels of the tree, packed again: [1, H, N, D]."""
@@ -282,6 +284,7 @@ class TreeContext:
         tensors = [_dense(t.squeeze(0).transpose(0, 1)) for t in (call.query, call.key, call.value)]
         if self._record:
             rows = self._tree.queries
+            self.compiled.add(call.layer)
             self.query_keys.append(rows.unfold(tensors[1][: rows.num_tokens]))
             self.query_values.append(rows.unfold(tensors[2][: rows.num_tokens]))
         prefix = (self._prefix.keys[call.layer], self._prefix.values[call.layer])

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 
 from rlprompt.engines.cache import DecodeCache
+from rlprompt.kernels.cpu import ops
+from rlprompt.kernels.cpu.arranged import plain_keys, plain_values
+from rlprompt.model.fetch import cache_dir
+from rlprompt.model.slot import ChatSlot
 from rlprompt.model.tree import TreeContext
 from rlprompt.policy import Policy
 from rlprompt.prompts.text import TextPrompt
+from tests.fixtures.tiny import tiny_base
 from tests.invariants.oracle import QUERIES, TEXT, policy_of
+
+USABLE = ops.choose("auto", cache_dir() / "kernels", torch.bfloat16, torch.device("cpu"))
+needs_kernels = pytest.mark.skipif(not USABLE, reason="the CPU kernels cannot be used here")
+
+
+def _bf16_policy(kernels: str) -> Policy:
+    base = replace(tiny_base("llama", torch.bfloat16), cpu_kernels=kernels)
+    return Policy(base, ChatSlot.from_tokenizer(base.tokenizer))
 
 
 def _cache(policy: Policy, copies: int, max_tokens: int) -> DecodeCache:
@@ -78,3 +94,46 @@ def test_growing_keeps_what_is_there() -> None:
         written = torch.arange(start, start + 100).to(now.dtype)
         assert torch.equal(now[2, 1, start:, 3], written)
         assert now.shape[2] == start + 100
+
+
+@needs_kernels
+def test_arranged_rows_hold_the_same_in_the_order_of_the_kernels() -> None:
+    policy, plain = (_bf16_policy(choice) for choice in ("on", "off"))
+    cache, expected = _cache(policy, copies=3, max_tokens=40), _cache(plain, 3, 40)
+    finished = torch.arange(9) % 4 == 1
+    assert torch.equal(cache.drop(finished), expected.drop(finished))
+    for layer in range(policy.base.num_layers):
+        assert cache.is_arranged(layer) and not expected.is_arranged(layer)
+        keys, values = cache.layer(layer)
+        ours = (plain_keys(keys), plain_values(values))
+        for row in range(cache.num_rows):
+            columns = expected.seen(None)[row, 0, : expected.column].nonzero().flatten()
+            for own, theirs in zip(ours, expected.layer(layer), strict=True):
+                # The two paths round their attention differently, so from the second layer on their
+                # keys are near each other and not equal.
+                near = {"rtol": 0.0, "atol": 0.0 if layer == 0 else 0.05}
+                seen = own[row, :, : len(columns)]
+                torch.testing.assert_close(seen, theirs[row][:, columns], **near)
+
+
+@needs_kernels
+def test_growing_keeps_arranged_columns() -> None:
+    policy = _bf16_policy("on")
+    cache = _cache(policy, copies=2, max_tokens=300)
+    start, layers = cache.column, policy.base.num_layers
+    shape = (policy.base.num_kv_heads, policy.base.head_dim)
+    written = []
+    for _ in range(300):
+        cache.reserve()
+        new = [torch.randn(cache.num_rows, *shape).bfloat16() for _ in range(3)]
+        for layer in range(layers):
+            cache.attend(layer, (new[0], new[1], new[2]), 0.1)
+        written.append(new[1:])
+        cache.column += 1
+    for layer in range(layers):
+        keys, values = cache.layer(layer)
+        for row in range(cache.num_rows):
+            place = torch.arange(start, start + 300) - cache.padding[row]
+            for tensor, part in ((plain_keys(keys), 0), (plain_values(values), 1)):
+                expected = torch.stack([step[part][row] for step in written], 1)
+                assert torch.equal(tensor[row][:, place], expected)

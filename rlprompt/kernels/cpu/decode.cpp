@@ -48,19 +48,29 @@ void add_low_rank(at::Tensor& out, const at::Tensor& x, const std::optional<at::
   if (down) out.add_(at::linear(at::linear(x, *down).mul_(scale), *up));
 }
 
-// Where the columns of a cache stand: [prefix | padding of each row | seen up to `column`]. The
-// first `shared` columns of a row are those of its leader, which are read in their place: they stay
-// in the processor's cache when all rows of a group read one copy.
+// Where the columns of a cache stand. A row's columns are its tokens, [prefix | query | completion];
+// those of rows with a shorter query stand `padding` places earlier. Whole blocks of columns that a
+// row shares with its leader are read there: they stay in the processor's cache when all rows of a
+// group read one copy.
 struct Columns {
-  int64_t prefix, column, capacity, shared;
+  int64_t column, shared;  // of a row without padding: the one to write; how many are shared
+  int64_t capacity;
   const int64_t *padding, *leaders;
 };
 
 Columns columns_of(const at::Tensor& cache, const at::Tensor& table, at::IntArrayRef place) {
   TORCH_CHECK(table.size(0) == 2 && table.is_contiguous(), "rows want padding and leaders");
+  TORCH_CHECK(cache.is_contiguous() && cache.size(3) % kLanes == 0, "columns want whole blocks");
+  TORCH_CHECK(place[1] < cache.size(3), "the cache is full");
   const int64_t* rows = data<int64_t>(table);
-  return {place[0], place[2], cache.size(3), place[1], rows, rows + table.size(1)};
+  return {place[1], place[0], cache.size(3), rows, rows + table.size(1)};
 }
+
+// Keys or values of one row and head, arranged (see put_key, put_value).
+struct Own {
+  uint32_t* own;
+  const uint32_t* shared;  // its leader's
+};
 
 // What one step does between the products of a layer.
 struct Step {
@@ -72,43 +82,33 @@ struct Step {
 
   // Of one thread.
   struct Space {
-    Pairs q, weights, keys, values;
+    Pairs q, weights;
     std::vector<float> scores, sums;
   };
 
-  // Scores of `seen` keys for all queries of one key/value head, then their outputs. Keys and values
-  // are the row's own, the shared ones their leader's.
-  void run(int64_t row, int64_t head, bf16* keys, bf16* values, const bf16* shared_keys,
-           const bf16* shared_values, Space& space) const {
-    const int64_t first = at.prefix + at.padding[row], seen = at.prefix + at.column + 1 - first;
-    const int64_t wide = padded(seen);
+  // Writes a row's new column, and attends with all queries of one key/value head.
+  void run(int64_t row, int64_t head, const Own& keys, const Own& values, Space& space) const {
+    const int64_t last = at.column - at.padding[row], wide = padded(last + 1);
+    const int64_t common = (at.shared - at.padding[row]) / kLanes * kLanes;
     space.q.resize(share * dim / 2);
     space.weights.resize(share * wide / 2);
-    space.keys.resize(dim / 2 * wide);
-    space.values.resize(wide / 2 * dim);
     space.scores.resize(share * wide);
     space.sums.resize(share * dim);
-    write_column(row, head, keys, values);
     bf16 turned[kMostDims];
+    put_key(turn(key.at(row, head), row, turned), last, dim, keys.own);
+    put_value(value.at(row, head), last, dim, values.own);
     for (int64_t h = 0; h < share; ++h) {
       const bf16* from = turn(query.at(row, head * share + h), row, turned);
       bf16* to = reinterpret_cast<bf16*>(&space.q[h * dim / 2]);
       for (int64_t d = 0; d < dim; d += kLanes) store(to + d, load(from + d) * scaling);
     }
-    const auto place = [&](int64_t j) { return j < at.prefix ? j : j - at.prefix + first; };
-    write_columns(
-        [&](int64_t j) { return (place(j) < at.shared ? shared_keys : keys) + place(j) * dim; },
-        seen, dim, space.keys.data(), wide);
-    product(share, wide, dim / 2, space.q.data(), dim / 2, 1, space.keys.data(), wide,
-            space.scores.data(), wide, false);
+    score(keys.shared, 0, common, wide, space);
+    score(keys.own, common, wide, wide, space);
     for (int64_t h = 0; h < share; ++h)
-      softmax(&space.scores[h * wide], reinterpret_cast<bf16*>(&space.weights[h * wide / 2]), seen,
-              wide);
-    write_row_pairs(
-        [&](int64_t j) { return (place(j) < at.shared ? shared_values : values) + place(j) * dim; },
-        seen, dim, space.values.data());
-    product(share, dim, wide / 2, space.weights.data(), wide / 2, 1, space.values.data(), dim,
-            space.sums.data(), dim, false);
+      softmax(&space.scores[h * wide], reinterpret_cast<bf16*>(&space.weights[h * wide / 2]),
+              last + 1, wide);
+    weigh(values.shared, 0, common, wide, Into::kFresh, space);
+    weigh(values.own, common, wide, wide, Into::kContinue, space);
     for (int64_t h = 0; h < share; ++h) {
       bf16* to = out.at(row, head * share + h);
       for (int64_t d = 0; d < dim; d += kLanes) store(to + d, load(&space.sums[h * dim + d]));
@@ -118,24 +118,33 @@ struct Step {
   static constexpr int64_t kMostDims = 512;
 
  private:
+  // Scores of the columns [first, end), whole blocks.
+  void score(const uint32_t* keys, int64_t first, int64_t end, int64_t wide, Space& space) const {
+    product(share, end - first, dim / 2, space.q.data(), dim / 2, 1,
+            {keys + first * dim / 2, kLanes, dim / 2 * kLanes}, &space.scores[first], wide,
+            Into::kFresh);
+  }
+
+  // Values of the columns [first, end), an even number, times their weights.
+  void weigh(const uint32_t* values, int64_t first, int64_t end, int64_t wide, Into into,
+             Space& space) const {
+    product(share, dim, (end - first) / 2, space.weights.data() + first / 2, wide / 2, 1,
+            {values + first * dim / 2, dim}, space.sums.data(), dim, into);
+  }
+
   const bf16* turn(const bf16* from, int64_t row, bf16* turned) const {
     if (cos == nullptr) return from;
     rotate(from, cos + row * dim, sin + row * dim, turned, dim, false);
     return turned;
   }
-
-  void write_column(int64_t row, int64_t head, bf16* keys, bf16* values) const {
-    bf16 turned[kMostDims];
-    const int64_t place = at.column * dim, size = dim * sizeof(bf16);
-    std::memcpy(keys + place, turn(key.at(row, head), row, turned), size);
-    std::memcpy(values + place, value.at(row, head), size);
-  }
 };
 
 // Asks for the own columns of a row and head, which stand too far apart for the hardware to guess.
-void prefetch(const bf16* rows, const Columns& at, int64_t dim) {
-  constexpr int64_t kLine = 64 / sizeof(bf16);
-  for (const bf16* p = rows + at.shared * dim; p < rows + at.column * dim; p += kLine)
+void prefetch(const uint32_t* rows, const Columns& at, int64_t row, int64_t dim) {
+  constexpr int64_t kLine = 64 / sizeof(uint32_t);
+  const int64_t first = (at.shared - at.padding[row]) / kLanes * kLanes;
+  const int64_t end = padded(at.column - at.padding[row] + 1);
+  for (const uint32_t* p = rows + first * dim / 2; p < rows + end * dim / 2; p += kLine)
     __builtin_prefetch(p);
 }
 
@@ -145,7 +154,7 @@ at::Tensor attend_layer(const at::Tensor& query, const at::Tensor& key, const at
                         const at::Tensor& cos, const at::Tensor& sin, at::Tensor& cache,
                         int64_t layer, double scaling, const Columns& at) {
   const int64_t rows = query.size(0), heads = query.size(1), dim = query.size(2);
-  const int64_t kv_heads = key.size(1), stride = at.capacity * dim;
+  const int64_t kv_heads = key.size(1), stride = at.capacity * dim / 2;
   at::Tensor out = at::empty({rows, heads, dim}, query.options());
   TORCH_CHECK(query.scalar_type() == at::kBFloat16, "decode attention takes bfloat16");
   TORCH_CHECK(dim <= Step::kMostDims && dim % kLanes == 0, "head dims of another size");
@@ -153,19 +162,21 @@ at::Tensor attend_layer(const at::Tensor& query, const at::Tensor& key, const at
   const Step step{Packed<bf16>(query), Packed<bf16>(key), Packed<bf16>(value), Packed<bf16>(out),
                   turned ? nullptr : data<bf16>(cos), turned ? nullptr : data<bf16>(sin), at,
                   heads / kv_heads, dim, static_cast<float>(scaling)};
-  bf16* keys = data_out<bf16>(cache) + layer * cache.stride(0);
-  bf16* values = keys + cache.size(0) / 2 * cache.stride(0);
+  const auto part = [&](int64_t i) {
+    return reinterpret_cast<uint32_t*>(data_out<bf16>(cache) + i * cache.stride(0));
+  };
+  uint32_t *keys = part(layer), *values = part(cache.size(0) / 2 + layer);
   at::parallel_for(0, rows * kv_heads, 1, [&](int64_t begin, int64_t end) {
     Step::Space space;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row = task / kv_heads, head = task % kv_heads;
       if (task + 1 < end) {
-        prefetch(keys + (task + 1) * stride, at, dim);
-        prefetch(values + (task + 1) * stride, at, dim);
+        prefetch(keys + (task + 1) * stride, at, (task + 1) / kv_heads, dim);
+        prefetch(values + (task + 1) * stride, at, (task + 1) / kv_heads, dim);
       }
       const int64_t leader = (at.leaders[row] * kv_heads + head) * stride;
-      step.run(row, head, keys + task * stride, values + task * stride, keys + leader,
-               values + leader, space);
+      step.run(row, head, {keys + task * stride, keys + leader},
+               {values + task * stride, values + leader}, space);
     }
   });
   return out;
@@ -180,8 +191,8 @@ constexpr int64_t kPerLayer = 2 * kProducts + 2;  // see decode_step
 //
 // residual: embeddings [B, d], overwritten. weights, ten per layer: norm, qkv and its bias, output
 // and its bias, norm, gate and up in one and their bias, down and its bias; then the final norm.
-// cache [2 L, rows >= B, H_kv, capacity, D], keys of all layers first. table int64 [2, at least B]:
-// padding and leader of each row (see Columns). place: prefix, shared and the column to write.
+// cache [2 L, rows >= B, H_kv, capacity, D], arranged, keys of all layers first. table int64 [2, at
+// least B]: padding and leader of each row. place: how many columns are shared, the one to write.
 // chunks: see `project`, of the four products of a layer. low_rank: none, or down [r, in] and up
 // [out, r] of each product of each layer, where an adapter has them.
 at::Tensor decode_step(at::Tensor& residual, const Weights& weights, at::Tensor& cache,

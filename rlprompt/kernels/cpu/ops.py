@@ -17,13 +17,12 @@ from torch.nn import functional
 
 from rlprompt.errors import InputError
 from rlprompt.kernels.cpu import build
+from rlprompt.kernels.cpu.arranged import LANES
 from rlprompt.kernels.reference import masked_attention
 
 logger = logging.getLogger(__name__)
 
 Choice = Literal["auto", "on", "off"]
-LANES = 16
-"""Head dims are a multiple of it."""
 _MOST_DIMS = 512
 
 
@@ -292,18 +291,21 @@ def decode_attention(
     cache: Tensor,
     layer: int,
     table: Tensor,
-    place: tuple[int, int, int],
+    place: tuple[int, int],
     scaling: float,
 ) -> Tensor:
     """Write one column of a layer's cache and attend to what each row sees of it.
 
     Args:
         tensors: q [B, H, D], k and v [B, H_kv, D] of one new token per row.
-        cache: [2 L, at least B, H_kv, S, D], dense, keys of all layers first.
+        cache: [2 L, at least B, H_kv, S, D], dense, keys of all layers first; this layer's are
+            arranged (`rlprompt.kernels.cpu.arranged`).
         layer: which one.
-        table: int64 [2, B or more], dense: of each row, its unseen columns behind the prefix, and
-            the row whose shared columns are read in place of its own, which are equal.
-        place: prefix columns, shared columns (prefix, padding and query), and the column to write.
+        table: int64 [2, B or more], dense: of each row, how much shorter its query is than the
+            longest one, and the row whose shared columns are read in place of its own, which are
+            equal.
+        place: of a row with the longest query, its shared columns (prefix and query), and the
+            column to write.
         scaling: factor on the scores.
 
     Returns:

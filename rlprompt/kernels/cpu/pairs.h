@@ -29,14 +29,31 @@ inline vec dot(vec sum, int_vec a, int_vec b) {
 #endif
 }
 
+// What a product does with the numbers that stand where it writes.
+enum class Into {
+  kFresh,     // overwrites them
+  kAdd,       // adds its sums to them
+  kContinue,  // its sums go on from them, as if what came before were part of one product
+};
+
+// Pairs [k, n]: vectors of kLanes columns, with strides between rows and between vectors.
+struct Right {
+  const uint32_t* pairs;
+  int64_t row, vector = kLanes;
+  Right from(int64_t column) const { return {pairs + column / kLanes * vector, row, vector}; }
+};
+
 // MR rows times NV vectors of C (+)= A B over `k` pairs; A is read one pair at a time by strides.
 template <int MR, int NV>
-inline void tile(int64_t k, const uint32_t* a, int64_t row_a, int64_t col_a, const uint32_t* b,
-                 int64_t ldb, float* c, int64_t ldc, bool add) {
+inline void tile(int64_t k, const uint32_t* a, int64_t row_a, int64_t col_a, const Right& b,
+                 float* c, int64_t ldc, Into into) {
   vec acc[MR][NV] = {};
+  if (into == Into::kContinue)
+    for (int i = 0; i < MR; ++i)
+      for (int j = 0; j < NV; ++j) acc[i][j] = load(c + i * ldc + j * kLanes);
   for (int64_t p = 0; p < k; ++p) {
     int_vec row[NV];
-    for (int j = 0; j < NV; ++j) row[j] = load(b + p * ldb + j * kLanes);
+    for (int j = 0; j < NV; ++j) row[j] = load(b.pairs + p * b.row + j * b.vector);
     for (int i = 0; i < MR; ++i) {
       const int_vec x = int_vec{} + a[i * row_a + p * col_a];
       for (int j = 0; j < NV; ++j) acc[i][j] = dot(acc[i][j], x, row[j]);
@@ -45,38 +62,36 @@ inline void tile(int64_t k, const uint32_t* a, int64_t row_a, int64_t col_a, con
   for (int i = 0; i < MR; ++i)
     for (int j = 0; j < NV; ++j) {
       float* to = c + i * ldc + j * kLanes;
-      store(to, add ? load(to) + acc[i][j] : acc[i][j]);
+      store(to, into == Into::kAdd ? load(to) + acc[i][j] : acc[i][j]);
     }
 }
 
 // All rows of NV vectors, MR at a time: as many sums at once as registers hold.
 template <int NV>
 inline void columns(int64_t m, int64_t k, const uint32_t* a, int64_t row_a, int64_t col_a,
-                    const uint32_t* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+                    const Right& b, float* c, int64_t ldc, Into into) {
   constexpr int kRows = NV == 4 ? 6 : 12;
   int64_t i = 0;
   const auto rows = [&](auto count) {
     constexpr int kCount = decltype(count)::value;
     for (; i + kCount <= m; i += kCount)
-      tile<kCount, NV>(k, a + i * row_a, row_a, col_a, b, ldb, c + i * ldc, ldc, add);
+      tile<kCount, NV>(k, a + i * row_a, row_a, col_a, b, c + i * ldc, ldc, into);
   };
   rows(std::integral_constant<int, kRows>{});
   rows(std::integral_constant<int, 3>{});
   rows(std::integral_constant<int, 1>{});
 }
 
-// C [m, n] (+)= A [m, 2 k] B [2 k, n]. A holds pairs with a stride between rows and between pairs,
-// B [k, n] with `ldb` between rows; n is a multiple of kLanes. Each number is a sum in the order of
-// the pairs, whatever m and n are.
+// C [m, n] (+)= A [m, 2 k] B [2 k, n]. A holds pairs with a stride between rows and between pairs;
+// n is a multiple of kLanes. Each number is a sum in the order of the pairs, whatever m and n are.
 inline void product(int64_t m, int64_t n, int64_t k, const uint32_t* a, int64_t row_a,
-                    int64_t col_a, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
-                    bool add) {
+                    int64_t col_a, const Right& b, float* c, int64_t ldc, Into into) {
   int64_t j = 0;
   for (; j + 4 * kLanes <= n; j += 4 * kLanes)
-    columns<4>(m, k, a, row_a, col_a, b + j, ldb, c + j, ldc, add);
+    columns<4>(m, k, a, row_a, col_a, b.from(j), c + j, ldc, into);
   for (; j + 2 * kLanes <= n; j += 2 * kLanes)
-    columns<2>(m, k, a, row_a, col_a, b + j, ldb, c + j, ldc, add);
-  for (; j < n; j += kLanes) columns<1>(m, k, a, row_a, col_a, b + j, ldb, c + j, ldc, add);
+    columns<2>(m, k, a, row_a, col_a, b.from(j), c + j, ldc, into);
+  for (; j < n; j += kLanes) columns<1>(m, k, a, row_a, col_a, b.from(j), c + j, ldc, into);
 }
 
 // Two rows of n bfloat16 numbers become n pairs; null stands for a row of zeros.
@@ -141,6 +156,24 @@ template <typename F>
 inline void write_row_pairs(const F& row, int64_t count, int64_t dim, uint32_t* out) {
   for (int64_t s = 0; s < padded(count); s += 2, out += dim)
     interleave(s < count ? row(s) : nullptr, s + 1 < count ? row(s + 1) : nullptr, dim, out);
+}
+
+// One row of `dim` numbers becomes column j of keys that are kept arranged: blocks of kLanes columns,
+// in each block pairs along dims, [D / 2, kLanes].
+inline void put_key(const bf16* row, int64_t j, int64_t dim, uint32_t* keys) {
+  uint32_t* to = keys + j / kLanes * (dim / 2) * kLanes + j % kLanes;
+  for (int64_t p = 0; p < dim / 2; ++p) std::memcpy(to + p * kLanes, row + 2 * p, 4);
+}
+
+// One row of `dim` numbers becomes column j of values that are kept arranged: pairs of columns, [D].
+// The columns behind it are zero up to the next multiple of kLanes, if columns come in their order.
+inline void put_value(const bf16* row, int64_t j, int64_t dim, uint32_t* values) {
+  if (j % kLanes == 0) std::fill_n(values + j / 2 * dim, kLanes / 2 * dim, 0u);
+  uint32_t* to = values + j / 2 * dim;
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    const int_vec bits = widened_bits(row + d);
+    store(to + d, j % 2 ? (load(to + d) & 0xffffu) | (bits << 16) : bits);
+  }
 }
 
 // Softmax over the first `count` of `wide` scores, with the plain path's roundings; zeros behind.

@@ -126,8 +126,8 @@ struct Tile {
       const bf16* from = query.at(token, head);
       for (int64_t d = 0; d < z.dim; d += kLanes) store(q.at(r) + d, load(from + d) * z.scaling);
     });
-    product(rows, wide, z.dim / 2, q.numbers.data(), z.dim / 2, 1, keys.columns.data(), keys.width,
-            scores.data(), wide, false);
+    product(rows, wide, z.dim / 2, q.numbers.data(), z.dim / 2, 1,
+            {keys.columns.data(), keys.width}, scores.data(), wide, Into::kFresh);
     each(span, first, kv_head, z, [&](int64_t r, int64_t token, int64_t) {
       softmax(&scores[r * wide], weights.at(r), shared + token - span.start + 1, wide);
     });
@@ -144,8 +144,8 @@ struct Tile {
   // weights times rows of pairs [wide / 2, D], times `factor`, to the places of the queries.
   void write(const Rows& by, const Pairs& from, const Packed<bf16>& to, const Span& span,
              int64_t first, int64_t kv_head, const Sizes& z, float factor) {
-    product(rows, z.dim, wide / 2, by.numbers.data(), wide / 2, 1, from.data(), z.dim, out.data(),
-            z.dim, false);
+    product(rows, z.dim, wide / 2, by.numbers.data(), wide / 2, 1, {from.data(), z.dim}, out.data(),
+            z.dim, Into::kFresh);
     each(span, first, kv_head, z, [&](int64_t r, int64_t token, int64_t head) {
       bf16* place = to.at(token, head);
       for (int64_t d = 0; d < z.dim; d += kLanes)
@@ -245,20 +245,20 @@ class Backward {
         for (int64_t d = 0; d < dim; d += kLanes) store(up_.at(r) + d, load(from + d));
       });
       float* scores = tile_.scores.data();
-      product(rows, wide, dim / 2, up_.numbers.data(), dim / 2, 1, values_.columns.data(),
-              values_.width, scores, wide, false);
+      product(rows, wide, dim / 2, up_.numbers.data(), dim / 2, 1,
+              {values_.columns.data(), values_.width}, scores, wide, Into::kFresh);
       d_scores_.resize(rows, wide);
       for (int64_t r = 0; r < rows; ++r)
         through_softmax(tile_.weights.at(r), scores + r * wide, d_scores_.at(r), wide);
       tile_.write(d_scores_, keys_.rows, dq_, span, first, head, z_, z_.scaling);
       tile_.weights.pair_up(rows, left_);
       up_.pair_up(rows, right_);
-      product(shared + last, dim, pairs, left_.data(), 1, wide, right_.data(), dim,
-              account.values.data(), dim, true);
+      product(shared + last, dim, pairs, left_.data(), 1, wide, {right_.data(), dim},
+              account.values.data(), dim, Into::kAdd);
       d_scores_.pair_up(rows, left_);
       tile_.q.pair_up(rows, right_);
-      product(shared + last, dim, pairs, left_.data(), 1, wide, right_.data(), dim,
-              account.keys.data(), dim, true);
+      product(shared + last, dim, pairs, left_.data(), 1, wide, {right_.data(), dim},
+              account.keys.data(), dim, Into::kAdd);
     }
   }
 

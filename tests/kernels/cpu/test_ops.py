@@ -10,6 +10,12 @@ from torch.nn import functional
 from rlprompt.engines.sampling import SamplingSettings, next_tokens
 from rlprompt.errors import InputError
 from rlprompt.kernels.cpu import build, ops
+from rlprompt.kernels.cpu.arranged import (
+    arranged_keys,
+    arranged_values,
+    plain_keys,
+    plain_values,
+)
 from rlprompt.kernels.lm_head import Head, head_scores
 from rlprompt.kernels.reference import masked_attention
 from rlprompt.model.attention import CausalContext, LayerCall
@@ -174,23 +180,26 @@ def test_gradients_of_the_shared_keys_do_not_depend_on_threads() -> None:
 @needs_kernels
 @pytest.mark.parametrize("share", [1, 3])
 def test_decode_attention(share: int) -> None:
-    rows, kv_heads, dim, prefix, column, capacity = 3, 2, 48, 4, 11, 13
-    cache = randn(2 * 2, rows + 1, kv_heads, capacity, dim)
-    padding, shared = torch.tensor([0, 2, 3, 1]), 9
-    cache[:, 2, :, :shared] = cache[:, 1, :, :shared]  # one group: row 1 leads row 2
-    padding[2] = padding[1]
-    table = torch.stack([padding, torch.tensor([0, 1, 1, 0])])
+    rows, kv_heads, dim, shared, column, capacity = 4, 2, 48, 37, 42, 48
+    padding, leaders = torch.tensor([0, 2, 2, 21, 1]), torch.tensor([0, 1, 1, 3, 0])
+    plain = randn(2 * 2, rows + 1, kv_heads, capacity, dim)
+    plain[:, 2, :, : shared - 2] = plain[:, 1, :, : shared - 2]  # one group: row 1 leads row 2
+    keys, values = plain[1].clone(), plain[3].clone()
+    plain[:, 2, :, :32] = float("nan")  # whole blocks that row 2 shares are read from row 1
+    cache = torch.cat([arranged_keys(plain[:2]), arranged_values(plain[2:])])
     q, k, v = (randn(rows, h, dim) for h in (kv_heads * share, kv_heads, kv_heads))
-    ours = ops.decode_attention((q, k, v), cache, 1, table, (prefix, shared, column), dim**-0.5)
-    keys, values = cache[1, :rows], cache[3, :rows]
-    assert torch.equal(keys[:, :, column], k) and torch.equal(values[:, :, column], v)
-    place = torch.arange(capacity)
-    hidden = (place >= prefix) & (place < prefix + padding[:rows, None])
-    seen = ~hidden & (place <= column)
-    exact = masked_attention(
-        q[:, :, None].double(), keys.double(), values.double(), seen[:, None], dim**-0.5
-    )
-    assert_near(ours, exact[:, :, 0])
+    table = torch.stack([padding, leaders])
+    ours = ops.decode_attention((q, k, v), cache, 1, table, (shared, column), dim**-0.5)
+    for row in range(rows):
+        last = int(column - padding[row])
+        keys[row, :, last], values[row, :, last] = k[row], v[row]
+        own = (keys[row, :, : last + 1], values[row, :, : last + 1])
+        assert torch.equal(plain_keys(cache[1, row])[:, last], k[row])
+        assert torch.equal(plain_values(cache[3, row])[:, last], v[row])
+        exact = masked_attention(
+            q[row, :, None].double()[None], *(t.double()[None] for t in own), None, dim**-0.5
+        )
+        assert_near(ours[row], exact[0, :, 0])
 
 
 @needs_kernels
