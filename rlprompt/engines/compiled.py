@@ -2,7 +2,7 @@
 
 Taken where every layer of the base is made of the stand-ins of `rlprompt.model.fused` and nothing
 is wrapped; it gives the bits that those modules give, which one step proves before it is used. What
-an adapter of low rank adds to products is part of the call: the adapter's hooks are not run.
+an adapter of low rank adds to products is part of the call.
 
 Letters: B rows, d model width, D head dim.
 """
@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from rlprompt.engines.cache import DecodeCache
+from rlprompt.kernels.cpu.low_rank import input_pairs
 from rlprompt.kernels.cpu.product import MOST_ROWS
 from rlprompt.model.forward import PrefixForward
 from rlprompt.model.frozen import FrozenLinear, PackedWeight
 from rlprompt.model.fused import FusedAttention, FusedMLP, FusedNorm
+from rlprompt.model.low_rank import side_by_side
 from rlprompt.types import LowRank
 
 logger = logging.getLogger(__name__)
@@ -50,8 +52,8 @@ class CompiledDecoder:
         self._low_rank: list[Tensor | None] = []
         self._low_rank_scale = 0.0
 
-    def under(self, additions: Mapping[str, LowRank]) -> CompiledDecoder:
-        """The same steps under an adapter, whose weights are copied.
+    def under(self, additions: Mapping[str, LowRank]) -> CompiledDecoder | None:
+        """The same steps under an adapter, whose weights are copied; None = it cannot be added.
 
         Args:
             additions: what is added to layers, by full name.
@@ -63,7 +65,9 @@ class CompiledDecoder:
         for layer in self._layers:
             for linears in _linears(layer):
                 each = [additions.get(names[linear]) for linear in linears]
-                made._low_rank += _side_by_side(linears, each)
+                if not all(linear.can_add for linear in linears):
+                    return None
+                made._low_rank += _joined_pairs(linears, each)
         return made
 
     def hidden(self, tokens: Tensor, cache: DecodeCache) -> Tensor:
@@ -122,24 +126,15 @@ def _linears(layer: Any) -> list[list[FrozenLinear]]:
     return [joined, [attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
 
 
-def _side_by_side(
+def _joined_pairs(
     linears: list[FrozenLinear], additions: list[LowRank | None]
 ) -> list[Tensor | None]:
-    """Down [sum of r, in] and up [sum of out, sum of r] of layers whose outputs are joined."""
-    present = [addition for addition in additions if addition is not None]
-    if not present:
+    """Down and up of layers whose outputs are joined, as the step reads them."""
+    if not any(additions):
         return [None, None]
-    dtype = linears[0].weight.dtype
-    down = torch.cat([addition.down.detach().to(dtype) for addition in present])
-    up = down.new_zeros(sum(linear.out_features for linear in linears), len(down))
-    row, column = 0, 0
-    for linear, addition in zip(linears, additions, strict=True):
-        if addition is not None:
-            rank = addition.up.shape[1]
-            up[row : row + linear.out_features, column : column + rank] = addition.up.detach()
-            column += rank
-        row += linear.out_features
-    return [down, up]
+    widths = [linear.out_features for linear in linears]
+    joined = side_by_side(widths, additions, linears[0].weight.dtype)
+    return [input_pairs(joined.down.detach()), input_pairs(joined.up.detach())]
 
 
 def _common(chunks: list[int]) -> int:

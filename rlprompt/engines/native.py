@@ -180,10 +180,10 @@ class NativeEngine:
         Compared at every prefix until one has been whose adapter changes something.
         """
         additions = adapter.low_rank()
-        decoder = compiled_decoder(self._policy.forward) if self._settings.lean_decode else None
+        plain = compiled_decoder(self._policy.forward) if self._settings.lean_decode else None
+        decoder = plain.under(additions) if additions and plain is not None else None
         if not additions or decoder is None:
             return self._own_modules
-        decoder = decoder.under(additions)
         if not self._proven:
             if not agrees(decoder, self._policy.forward, cache, self._own_modules):
                 return self._own_modules

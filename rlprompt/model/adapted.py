@@ -1,15 +1,20 @@
-"""Linear layers of a base that an adapter may change, and hooks that change them.
+"""Linear layers of a base that an adapter may change, and how: by hooks, or beside their products.
 
 A hook leaves module and weight as they are, so that names, bytes and fingerprint of the base stay,
 and it acts on `FrozenLinear` as on `nn.Linear`. It acts where a layer's module is called: code that
-reads weights past the modules must not run under an adapter.
+reads weights past the modules must not run under an adapter. What is of low rank is added by the
+C++ kernels where these multiply a layer (`FrozenLinear.addition`), with a hook's bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional
+
+from rlprompt.types import LowRank
 
 InputHook = Callable[[Tensor], Tensor]
 """Input [..., in] of a layer -> what the layer gets in its place."""
@@ -50,6 +55,35 @@ def attach_hooks(
             handle.remove()
 
     return detach
+
+
+def attach_low_rank(model: nn.Module, additions: Mapping[str, LowRank]) -> Callable[[], None]:
+    """Add to the outputs of layers by full name; the result takes everything off again."""
+    modules = {name: model.get_submodule(name) for name in additions}
+    beside: dict[str, Any] = {
+        name: module
+        for name, module in modules.items()
+        if getattr(module, "can_add", False) and getattr(module, "addition", None) is None
+    }
+    for name, module in beside.items():
+        module.addition = additions[name]
+    hooks = {name: _adding(part) for name, part in additions.items() if name not in beside}
+    take_off = attach_hooks(model, {}, hooks)
+
+    def detach() -> None:
+        take_off()
+        for module in beside.values():
+            module.addition = None
+
+    return detach
+
+
+def _adding(addition: LowRank) -> OutputHook:
+    def add(x: Tensor, out: Tensor) -> Tensor:
+        inner = functional.linear(x, addition.down.to(x.dtype)) * addition.scale
+        return out + functional.linear(inner, addition.up.to(x.dtype))
+
+    return add
 
 
 def _on_input(hook: InputHook) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:

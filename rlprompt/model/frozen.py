@@ -17,10 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlprompt.kernels.cpu.low_rank import serves_widths
 from rlprompt.kernels.cpu.product import MOST_ROWS, packed_product, product_chunk
 from rlprompt.kernels.lm_head import Head
+from rlprompt.model.low_rank import low_rank_product, side_by_side
 from rlprompt.model.paging import page_out
 from rlprompt.model.sharding import gathered
+from rlprompt.types import LowRank
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +61,11 @@ class PackedWeight:
         """Let the C++ kernels, which are loaded, multiply few rows if that gives the same bits."""
         self._kernel = True
 
+    @property
+    def has_kernel(self) -> bool:
+        """Whether the C++ kernels are loaded and may be used."""
+        return self._kernel
+
     def keep_original(self) -> None:
         """Leave the parameters in memory: something else reads them too."""
         self._kept = True
@@ -76,7 +84,11 @@ class PackedWeight:
         return self._chunk
 
     def apply(self, x: Tensor) -> Tensor:
-        """The product, with a gradient of the input only."""
+        """The product and what an adapter adds to it, with gradients of the input and of that."""
+        additions = [x.addition if isinstance(x, FrozenLinear) else None for x in self._layers]
+        if any(addition is not None for addition in additions):
+            widths = [layer.out_features for layer in self._layers]
+            return low_rank_product(x, self, side_by_side(widths, additions, x.dtype))
         if torch.is_grad_enabled() and x.requires_grad:
             out: Tensor = _PackedLinear.apply(x, self)  # type: ignore[no-untyped-call]
             return out
@@ -134,9 +146,16 @@ class FrozenLinear(nn.Module):
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.packed = PackedWeight([self])
+        self.addition: LowRank | None = None
+        """What an adapter adds to the output; None = nothing. Only where `can_add`."""
+
+    @property
+    def can_add(self) -> bool:
+        """Whether a kernel adds what `addition` says."""
+        return self.packed.has_kernel and serves_widths(self.in_features, self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply to [..., in_features]; the gradient reaches the input only."""
+        """Apply to [..., in_features]; gradients reach the input and the addition only."""
         return self.packed.apply(x)
 
     def packed_forward(self, x: Tensor) -> Tensor:

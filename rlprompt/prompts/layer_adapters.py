@@ -21,10 +21,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn import functional
 
 from rlprompt.errors import InputError
-from rlprompt.model.adapted import InputHook, OutputHook, attach_hooks
+from rlprompt.model.adapted import InputHook, OutputHook, attach_hooks, attach_low_rank
 from rlprompt.settings import Settings
 from rlprompt.types import LowRank
 
@@ -166,21 +165,9 @@ class LoRA(LayerAdapter):
 
     def attach(self, model: nn.Module) -> Callable[[], None]:
         """Add alpha / r * B A x to the outputs."""
-        hooks: dict[str, OutputHook] = {}
-        for name in self.layers:
-            hooks[name] = self._hook(*self._pair(name))
-        return attach_hooks(model, {}, hooks)
+        return attach_low_rank(model, self.low_rank())
 
-    def _hook(self, down: Tensor, up: Tensor) -> OutputHook:
-        scaling = self._scaling
-
-        def add(x: Tensor, out: Tensor) -> Tensor:
-            inner = functional.linear(x, down.to(x.dtype)) * scaling
-            return out + functional.linear(inner, up.to(x.dtype))
-
-        return add
-
-    def low_rank(self) -> Mapping[str, LowRank] | None:
+    def low_rank(self) -> Mapping[str, LowRank]:
         """A and B of each layer."""
         return {name: LowRank(*self._pair(name), self._scaling) for name in self.layers}
 

@@ -22,7 +22,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("elementwise.cpp", "head.cpp", "product.cpp", "decode.cpp", "tree.cpp")
+SOURCES = ("elementwise.cpp", "head.cpp", "product.cpp", "low_rank.cpp", "decode.cpp", "tree.cpp")
 _HEADERS = ("common.h", "pairs.h")
 _HERE = Path(__file__).parent
 _TIMEOUT_SECONDS = 600

@@ -18,6 +18,8 @@ at::Tensor add_rms_norm_(at::Tensor& residual, const at::Tensor& update, const a
 at::Tensor silu_mul(const at::Tensor& x);
 at::Tensor packed_product(const at::Tensor& x, const at::Tensor& weight,
                             const std::optional<at::Tensor>& bias, int64_t chunk);
+at::Tensor low_rank_add_(at::Tensor& out, const at::Tensor& x, const at::Tensor& down,
+                         const at::Tensor& up, double scale);
 
 namespace {
 
@@ -40,12 +42,6 @@ at::Tensor project(const at::Tensor& x, const at::Tensor& weight,
   stack.emplace_back("");
   op.callBoxed(stack);
   return stack[0].toTensor();
-}
-
-// Adds what an adapter of low rank adds to a product of x, with the roundings of its hook.
-void add_low_rank(at::Tensor& out, const at::Tensor& x, const std::optional<at::Tensor>& down,
-                  const std::optional<at::Tensor>& up, double scale) {
-  if (down) out.add_(at::linear(at::linear(x, *down).mul_(scale), *up));
 }
 
 // Where the columns of a cache stand. A row's columns are its tokens, [prefix | query | completion];
@@ -193,8 +189,8 @@ constexpr int64_t kPerLayer = 2 * kProducts + 2;  // see decode_step
 // and its bias, norm, gate and up in one and their bias, down and its bias; then the final norm.
 // cache [2 L, rows >= B, H_kv, capacity, D], arranged, keys of all layers first. table int64 [2, at
 // least B]: padding and leader of each row. place: how many columns are shared, the one to write.
-// chunks: see `project`, of the four products of a layer. low_rank: none, or down [r, in] and up
-// [out, r] of each product of each layer, where an adapter has them.
+// chunks: see `project`, of the four products of a layer. low_rank: none, or down and up of each
+// product of each layer, where an adapter has them (see low_rank_add_).
 at::Tensor decode_step(at::Tensor& residual, const Weights& weights, at::Tensor& cache,
                        const at::Tensor& table, at::IntArrayRef place, const at::Tensor& cos,
                        const at::Tensor& sin, double scaling, double eps, at::IntArrayRef chunks,
@@ -212,7 +208,8 @@ at::Tensor decode_step(at::Tensor& residual, const Weights& weights, at::Tensor&
     at::Tensor out = project(x, *part(i), part(i + 1), chunks[product]);
     if (additions > 0) {
       const int64_t j = 2 * (layer * kProducts + product);
-      add_low_rank(out, x, low_rank.get(j), low_rank.get(j + 1), low_rank_scale);
+      const std::optional<at::Tensor> down = low_rank.get(j), up = low_rank.get(j + 1);
+      if (down) low_rank_add_(out, x, *down, *up, low_rank_scale);
     }
     return out;
   };
