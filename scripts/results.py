@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from results_tables import cell, comparison_section, distillation_section, spread
+from results_tables import best_section, cell, comparison_section, distillation_section, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS, ANSWERS, PAGE = (
@@ -201,10 +201,12 @@ def render() -> None:
         "in brackets.",
         "",
     ]
+    compared = [row for row in rows if row.get("comparison") is not None]
+    lines += best_section(compared)
     for recipe, group in groups.items():
         lines += section(recipe, group, answers[recipe])
     lines += distillation_section([row for row in rows if is_distilled(row)])
-    lines += comparison_section([row for row in rows if row.get("comparison") is not None])
+    lines += comparison_section(compared)
     PAGE.write_text("\n".join(lines), encoding="utf-8")
 
 

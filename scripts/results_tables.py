@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from typing import Any
 
 Row = dict[str, Any]
+_BEFORE = {"base": "base", "handwritten": "hand-written"}
+"""What every method is compared with."""
 
 
 def spread(values: list[float]) -> str:
@@ -62,6 +65,40 @@ def distillation_section(rows: list[Row]) -> list[str]:
     return [*lines, ""]
 
 
+def best_section(rows: list[Row]) -> list[str]:
+    """Mean reward of every method on every recipe of the comparison, the best of each in bold."""
+    means: dict[str, dict[str, float]] = defaultdict(dict)
+    for name in sorted({row["comparison"]["name"] for row in rows}):
+        mine = [row for row in rows if row["comparison"]["name"] == name]
+        seeds = list({row["seed"]: row for row in mine}.values())
+        for who, label in _BEFORE.items():
+            means[label][name] = statistics.fmean(row[f"heldout_reward_{who}"] for row in seeds)
+        for method in {row["comparison"]["method"] for row in mine}:
+            means[method][name] = _mean([r for r in mine if r["comparison"]["method"] == method])
+    names = sorted({name for found in means.values() for name in found})
+    best = {name: max(found.get(name, -math.inf) for found in means.values()) for name in names}
+    order = sorted(means, key=lambda m: (m not in _BEFORE.values(), -means[m][names[0]], m))
+    lines = [
+        "## Which is best where",
+        "",
+        "Mean held-out reward over seeds at equal time, from the tables under *Compared at equal "
+        "time*; the best of each recipe is bold, - was not run. What failed, and why, is in "
+        "[log.md](log.md).",
+        "",
+        f"| method | {' | '.join(names)} |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for method in order:
+        found = means[method]
+        cells = (_marked(found[n], best[n]) if n in found else "-" for n in names)
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _marked(value: float, best: float) -> str:
+    return f"**{value:.3f}**" if value == best else f"{value:.3f}"
+
+
 def comparison_section(rows: list[Row]) -> list[str]:
     """Methods and representations at equal time, a table per recipe and budget."""
     groups: dict[tuple[str, float], list[Row]] = defaultdict(list)
@@ -107,7 +144,7 @@ def _comparison(name: str, seconds: float, rows: list[Row]) -> list[str]:
 
 
 def _fixed(who: str, rows: list[Row]) -> str:
-    label = {"base": "base", "handwritten": "hand-written"}[who]
+    label = _BEFORE[who]
     rewards = spread([row[f"heldout_reward_{who}"] for row in rows])
     kls = spread([row["heldout"][who]["base_kl"] for row in rows])
     return f"| {label} | {', '.join(str(row['seed']) for row in rows)} | {rewards} | {kls} | 0 |"
