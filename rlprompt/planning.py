@@ -89,7 +89,10 @@ def plan(
     decoding = (
         held["cache of a rollout"] + held["cache, while it grows"] + held["drawing of tokens"]
     )
-    at_rest = held["base, at rest"] + held["prompt, gradient, moments"]
+    at_rest = sum(
+        held[part]
+        for part in ("base, at rest", "products of a rollout", "prompt, gradient, moments")
+    )
     # While the largest matrix arrives there is no cache yet.
     gathering = held["base, gathered for a rollout"]
     rollout = at_rest + gathering + max(decoding, held["received twice"])
@@ -209,10 +212,23 @@ def _memory(work: _Work) -> list[tuple[str, float]]:
         ("cache of a rollout", column * work.columns),
         ("cache, while it grows", column * before_last_growth * grows),
         ("drawing of tokens", 2 * work.rows_at_once * shape.vocab * 4),
+        ("products of a rollout", _kept_products(work)),
         ("activations of a micro-batch", _activations(work, tokens)),
         ("LM head's buffers", head),
         ("prompt, gradient, moments", work.prompt_tokens * shape.width * 4 * 4),
     ]
+
+
+def _kept_products(work: _Work) -> float:
+    """What `engine.reuse_mib` keeps, at most."""
+    shape, recipe = work.shape, work.recipe
+    exact = work.device.is_cpu and work.bytes_each == 2 and not work.is_sharded
+    if not exact or recipe.prompt.type == "adapter":
+        return 0.0
+    attention = (shape.heads + 2 * shape.kv_heads) * shape.head_dim + shape.width
+    outputs = shape.layers * (attention + 2 * shape.mlp + shape.width)
+    tokens = work.rows * (recipe.sampling.max_tokens - 1)
+    return min(recipe.engine.reuse_mib * 2.0**20, 2.0 * outputs * tokens)
 
 
 def _activations(work: _Work, tokens: int) -> float:

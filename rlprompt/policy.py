@@ -22,6 +22,7 @@ from rlprompt.kernels.lm_head import head_scores
 from rlprompt.model.adapted import linear_shapes
 from rlprompt.model.base import FrozenBase
 from rlprompt.model.forward import PrefixForward
+from rlprompt.model.recording import Recording
 from rlprompt.model.slot import ChatSlot
 from rlprompt.model.tree import TokenTree, TreeContext, build_tree
 from rlprompt.prompts.base import Prompt
@@ -102,6 +103,8 @@ class Policy:
         self.forward = PrefixForward(base)
         self._prompt = prompt
         self._head_prefix: PrefixKV | None = None
+        self.recording: Recording | None = None
+        """Products of the last rollout, where an engine keeps them."""
 
     @property
     def prompt(self) -> Prompt:
@@ -287,6 +290,18 @@ class Policy:
                     "max_tokens"
                 )
         return build_tree(ids, rows, prefix.num_tokens, self.device)
+
+    def replayed(
+        self, tree: TokenTree, completions: Sequence[Sequence[Completion]], prefix: PrefixKV
+    ) -> AbstractContextManager[bool]:
+        """A block in which the forward of a tree takes its products from the last rollout.
+
+        Where these completions were not drawn in it, or not under this prefix, it does nothing.
+        """
+        if self.recording is None:
+            return nullcontext(False)
+        rows = [completion for group in completions for completion in group]
+        return self.recording.replayed(rows, prefix, tree.queries.num_tokens)
 
     def hidden(self, tree: TokenTree, prefix: PrefixKV) -> Tensor:
         """Final hidden states [N, d] of a tree's packed tokens."""

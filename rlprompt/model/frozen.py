@@ -22,6 +22,7 @@ from rlprompt.kernels.cpu.product import MOST_ROWS, packed_product, product_chun
 from rlprompt.kernels.lm_head import Head
 from rlprompt.model.low_rank import low_rank_product, side_by_side
 from rlprompt.model.paging import page_out
+from rlprompt.model.recording import current_replay
 from rlprompt.model.sharding import gathered
 from rlprompt.types import LowRank
 
@@ -94,8 +95,29 @@ class PackedWeight:
             return out
         return self.forward(x)
 
+    @property
+    def inputs(self) -> int:
+        """Numbers that go in."""
+        return self._layers[0].in_features
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that come out."""
+        return sum(layer.out_features for layer in self._layers)
+
     def forward(self, x: Tensor) -> Tensor:
-        """The product without autograd."""
+        """The product without autograd, from a recording where one is replayed."""
+        replay = current_replay()
+        store = None if replay is None else replay.rows(self, x.numel() // x.shape[-1])
+        if replay is None or store is None:
+            return self._product(x)
+        rows = x.reshape(-1, x.shape[-1])
+        out = x.new_empty(len(rows), self.outputs)
+        out[: replay.first] = self._product(rows[: replay.first])
+        torch.index_select(store, 0, replay.places, out=out[replay.first :])
+        return out.view(*x.shape[:-1], -1)
+
+    def _product(self, x: Tensor) -> Tensor:
         if x.numel() <= MOST_ROWS * x.shape[-1] and self.chunk:
             rows = x.reshape(-1, x.shape[-1]).contiguous()
             few = packed_product(rows, self.forward_weight, self.bias, self.chunk)

@@ -14,6 +14,7 @@ from rlprompt.artifacts.format import save_artifact
 from rlprompt.errors import InputError
 from rlprompt.evaluation.heldout import HeldoutResult
 from rlprompt.model.base import verify_unchanged
+from rlprompt.model.recording import to_be_learned_from
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.rollout import RolloutBatch, completion_metrics, completion_rows
@@ -162,7 +163,8 @@ class Trainer:
         clock = PhaseClock()
         before = self.state.checkpoint(self._identity)
         seed = _step_seed(parts.seed, progress.step)
-        batch = parts.source.collect(progress.step, seed)
+        with to_be_learned_from():
+            batch = parts.source.collect(progress.step, seed)
         objective = parts.rewards.objective(batch.rewards)
         if parts.constraints is not None:
             objective = parts.constraints.penalised(objective, batch.rewards.costs)

@@ -327,13 +327,13 @@ class Updater:
     def _scores(
         self, batch: RolloutBatch, micro: MicroBatch, prefix: PrefixKV, prompt: Prompt
     ) -> TokenScores:
-        tree = self._policy.tree(
-            [batch.groups[g].query for g, _ in micro.rows],
-            [[batch.groups[g].completions[i] for i in places] for g, places in micro.rows],
-            prefix,
-            prompt,
-        )
-        return self._policy.logprobs(tree, prefix, self._temperature, self._algorithm.entropy_grad)
+        queries = [batch.groups[g].query for g, _ in micro.rows]
+        drawn = [[batch.groups[g].completions[i] for i in places] for g, places in micro.rows]
+        tree = self._policy.tree(queries, drawn, prefix, prompt)
+        with self._policy.replayed(tree, drawn, prefix):
+            return self._policy.logprobs(
+                tree, prefix, self._temperature, self._algorithm.entropy_grad
+            )
 
     @torch.no_grad()
     def _score_before(self, batch: RolloutBatch, rows: list[list[Row]], clock: PhaseClock) -> None:

@@ -21,11 +21,12 @@ import torch
 
 from rlprompt.algorithms.grpo import GRPO, GRPOSettings
 from rlprompt.data import QuerySampler
-from rlprompt.engines.native import NativeEngine
+from rlprompt.engines.native import NativeEngine, NativeSettings
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.evaluation.heldout import HeldoutEvaluator
 from rlprompt.evaluation.probes import BaseLogprob
 from rlprompt.model.base import ModelSettings
+from rlprompt.model.recording import to_be_learned_from
 from rlprompt.policy import Policy
 from rlprompt.prompts.adapter import AdapterPrompt, AdapterSettings
 from rlprompt.prompts.base import Prompt
@@ -66,6 +67,7 @@ class StepSettings(GrpoWork):
     max_norm_ratio: float = setting(1.5, "Trust region of the soft tokens; 0 switches it off.")
     num_epochs: int = setting(1, "Updates per rollout batch.")
     token_budget: int = setting(1024, "Packed tokens per micro-batch.")
+    reuse_mib: int = setting(128, "Memory for products that rollout and update share.")
     eval_late_every: int = setting(0, "Another --eval-every, after step --eval-late-from; 0 = no.")
     eval_late_from: int = setting(0, "See --eval-late-every.")
 
@@ -102,7 +104,7 @@ class Stepper:
         threads = settings.threads or None
         self.policy = build_policy(ModelSettings(path=settings.model, threads=threads))
         self.policy.prompt = fresh_prompt(settings, self.policy)
-        self.engine = NativeEngine(self.policy)
+        self.engine = NativeEngine(self.policy, NativeSettings(reuse_mib=settings.reuse_mib))
         self.sampling = SamplingSettings(
             temperature=settings.temperature,
             max_tokens=settings.max_new_tokens,
@@ -141,15 +143,16 @@ class Stepper:
         clock = PhaseClock()
         self.engine.sync(self.policy.prompt)
         sync = time.perf_counter() - wall
-        batch = collect(
-            self.engine,
-            [self.queries[i] for i in self.sampler.next()],
-            settings.group_size,
-            self.sampling,
-            self.rewards,
-            step=self.step_number,
-            seed=settings.seed * 100_003 + self.step_number,
-        )
+        with to_be_learned_from():
+            batch = collect(
+                self.engine,
+                [self.queries[i] for i in self.sampler.next()],
+                settings.group_size,
+                self.sampling,
+                self.rewards,
+                step=self.step_number,
+                seed=settings.seed * 100_003 + self.step_number,
+            )
         _, metrics = self.updater.learn(
             batch, self.optimizer, self._set_lr, settings.max_grad_norm or None, clock
         )

@@ -16,8 +16,8 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps);
 at::Tensor add_rms_norm_(at::Tensor& residual, const at::Tensor& update, const at::Tensor& weight,
                          double eps);
 at::Tensor silu_mul(const at::Tensor& x);
-at::Tensor packed_product(const at::Tensor& x, const at::Tensor& weight,
-                            const std::optional<at::Tensor>& bias, int64_t chunk);
+void packed_product_into(at::Tensor& out, const at::Tensor& x, const at::Tensor& weight,
+                         const std::optional<at::Tensor>& bias, int64_t chunk);
 at::Tensor low_rank_add_(at::Tensor& out, const at::Tensor& x, const at::Tensor& down,
                          const at::Tensor& up, double scale);
 
@@ -25,10 +25,8 @@ namespace {
 
 using Weights = c10::List<std::optional<at::Tensor>>;
 
-// chunk: of `packed_product`, 0 where oneDNN is to multiply.
-at::Tensor project(const at::Tensor& x, const at::Tensor& weight,
-                   const std::optional<at::Tensor>& bias, int64_t chunk) {
-  if (chunk > 0) return packed_product(x, weight, bias, chunk);
+at::Tensor onednn_product(const at::Tensor& x, const at::Tensor& weight,
+                          const std::optional<at::Tensor>& bias) {
   if (!weight.is_mkldnn()) return at::linear(x, weight, bias);
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "");
@@ -42,6 +40,21 @@ at::Tensor project(const at::Tensor& x, const at::Tensor& weight,
   stack.emplace_back("");
   op.callBoxed(stack);
   return stack[0].toTensor();
+}
+
+// chunk: of `packed_product`, 0 where oneDNN is to multiply. The result stands in `kept` if there is
+// one, dense rows of a larger tensor.
+at::Tensor project(const at::Tensor& x, const at::Tensor& weight,
+                   const std::optional<at::Tensor>& bias, int64_t chunk,
+                   std::optional<at::Tensor> kept) {
+  if (chunk > 0) {
+    at::Tensor out = kept ? *kept : at::empty({x.size(0), weight.size(0)}, x.options());
+    packed_product_into(out, x, weight, bias, chunk);
+    return out;
+  }
+  at::Tensor out = onednn_product(x, weight, bias);
+  if (kept) kept->copy_(out);
+  return out;
 }
 
 // Where the columns of a cache stand. A row's columns are its tokens, [prefix | query | completion];
@@ -190,22 +203,28 @@ constexpr int64_t kPerLayer = 2 * kProducts + 2;  // see decode_step
 // cache [2 L, rows >= B, H_kv, capacity, D], arranged, keys of all layers first. table int64 [2, at
 // least B]: padding and leader of each row. place: how many columns are shared, the one to write.
 // chunks: see `project`, of the four products of a layer. low_rank: none, or down and up of each
-// product of each layer, where an adapter has them (see low_rank_add_).
+// product of each layer, where an adapter has them (see low_rank_add_). stores: none, or for each
+// product of each layer a tensor [n, out] whose rows from `stored` on get its output.
 at::Tensor decode_step(at::Tensor& residual, const Weights& weights, at::Tensor& cache,
                        const at::Tensor& table, at::IntArrayRef place, const at::Tensor& cos,
                        const at::Tensor& sin, double scaling, double eps, at::IntArrayRef chunks,
-                       const Weights& low_rank, double low_rank_scale) {
+                       const Weights& low_rank, double low_rank_scale, const Weights& stores,
+                       int64_t stored) {
   const int64_t rows = residual.size(0), layers = cache.size(0) / 2;
   const int64_t kv_heads = cache.size(2), dim = cache.size(4);
   const Columns at = columns_of(cache, table, place);
   TORCH_CHECK(static_cast<int64_t>(weights.size()) == kPerLayer * layers + 1, "weights missing");
   TORCH_CHECK(chunks.size() == kProducts, "chunks missing");
   const auto additions = static_cast<int64_t>(low_rank.size());
+  TORCH_CHECK(stores.size() == 0 || additions == 0, "nothing is stored under an adapter");
   TORCH_CHECK(additions == 0 || additions == 2 * kProducts * layers, "low-rank parts missing");
   const auto part = [&](int64_t i) { return std::optional<at::Tensor>(weights.get(i)); };
   const auto multiply = [&](const at::Tensor& x, int64_t layer, int64_t product) {
     const int64_t i = layer * kPerLayer + (product < 2 ? 1 : 2) + 2 * product;
-    at::Tensor out = project(x, *part(i), part(i + 1), chunks[product]);
+    std::optional<at::Tensor> kept;
+    if (stores.size() > 0) kept = stores.get(layer * kProducts + product);
+    if (kept) kept = kept->narrow(0, stored, rows);
+    at::Tensor out = project(x, *part(i), part(i + 1), chunks[product], kept);
     if (additions > 0) {
       const int64_t j = 2 * (layer * kProducts + product);
       const std::optional<at::Tensor> down = low_rank.get(j), up = low_rank.get(j + 1);
@@ -249,7 +268,7 @@ TORCH_LIBRARY_FRAGMENT(rlprompt_cpu, m) {
   m.def(
       "decode_step(Tensor(a!) residual, Tensor?[] weights, Tensor(b!) cache, Tensor table, "
       "int[] place, Tensor cos, Tensor sin, float scaling, float eps, int[] chunks, "
-      "Tensor?[] low_rank, float low_rank_scale) -> Tensor",
+      "Tensor?[] low_rank, float low_rank_scale, Tensor?[] stores, int stored) -> Tensor",
       &decode_step);
 }
 

@@ -13,8 +13,8 @@
 
 namespace rlprompt {
 
-at::Tensor packed_product(const at::Tensor& x, const at::Tensor& weight,
-                            const std::optional<at::Tensor>& bias, int64_t chunk);
+void packed_product_into(at::Tensor& out, const at::Tensor& x, const at::Tensor& weight,
+                         const std::optional<at::Tensor>& bias, int64_t chunk);
 
 namespace {
 
@@ -117,25 +117,30 @@ const bf16* packed_data(const at::Tensor& weight) {
 
 }  // namespace
 
-// x [B, K] times a packed weight [N, K], plus a bias [N]: [B, N]; all bfloat16. K is a multiple of
-// 32 and N of 64; the caller has made sure that the weight is packed as said above.
-at::Tensor packed_product(const at::Tensor& x, const at::Tensor& weight,
-                            const std::optional<at::Tensor>& bias, int64_t chunk) {
+// out [B, N] = x [B, K] times a packed weight [N, K], plus a bias [N]; all bfloat16. K is a multiple
+// of 32 and N of 64; the caller has made sure that the weight is packed as said above.
+void packed_product_into(at::Tensor& out, const at::Tensor& x, const at::Tensor& weight,
+                         const std::optional<at::Tensor>& bias, int64_t chunk) {
 #ifdef RLPROMPT_BF16_PRODUCTS
   const int64_t outputs = weight.size(0), inputs = weight.size(1);
   TORCH_CHECK(x.dim() == 2 && x.size(1) == inputs && x.is_contiguous(), "rows want [B, K], dense");
   TORCH_CHECK(outputs % kBlock == 0 && inputs % 32 == 0 && chunk >= 2 && chunk % 2 == 0,
               "a weight of another shape");
-  at::Tensor out = at::empty({x.size(0), outputs}, x.options());
   const Product product{data<bf16>(x), packed_data(weight), bias ? data<bf16>(*bias) : nullptr,
                         data_out<bf16>(out), x.size(0), inputs, outputs, chunk};
   at::parallel_for(0, outputs / kUnit, 1, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) product.run_unit(unit);
   });
-  return out;
 #else
   TORCH_CHECK(false, "this processor has no bfloat16 products");
 #endif
+}
+
+at::Tensor packed_product(const at::Tensor& x, const at::Tensor& weight,
+                          const std::optional<at::Tensor>& bias, int64_t chunk) {
+  at::Tensor out = at::empty({x.size(0), weight.size(0)}, x.options());
+  packed_product_into(out, x, weight, bias, chunk);
+  return out;
 }
 
 // Whether this processor has the instruction that the product is made of.
