@@ -58,7 +58,9 @@ class Recording:
         self._capacity = 0
         self._used = 0
         self._places = torch.empty(0, 0, dtype=torch.int64)
+        self._next = (torch.empty(0, dtype=torch.int64), 0)
         self._known: dict[int, tuple[Completion, Tensor]] = {}
+        """By id; the completion itself is held so that its id stays its own."""
         self._prefix: PrefixKV | None = None
 
     def start(self, prefix: PrefixKV, most_tokens: int) -> None:
@@ -134,7 +136,7 @@ class Recording:
             num_queries: tokens of the tree's queries, which stand first and are computed.
         """
         known = [self._known.get(id(completion)) for completion in completions]
-        found = [places for entry in known if entry is not None for places in [entry[1]]]
+        found = [entry[1] for entry in known if entry is not None]
         if not self._stores or len(found) < len(known) or not self._is_under(prefix):
             yield False
             return
