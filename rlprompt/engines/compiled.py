@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from rlprompt.engines.cache import DecodeCache
-from rlprompt.kernels.cpu.low_rank import input_pairs
 from rlprompt.kernels.cpu.product import MOST_ROWS
 from rlprompt.model.forward import PrefixForward
 from rlprompt.model.frozen import FrozenLinear, PackedWeight
@@ -145,12 +144,12 @@ def _linears(layer: Any) -> list[list[FrozenLinear]]:
 def _joined_pairs(
     linears: list[FrozenLinear], additions: list[LowRank | None]
 ) -> list[Tensor | None]:
-    """Down and up of layers whose outputs are joined, as the step reads them."""
+    """What an adapter adds to layers whose outputs are joined, as the step reads it."""
     if not any(additions):
-        return [None, None]
+        return [None, None, None]
     widths = [linear.out_features for linear in linears]
-    joined = side_by_side(widths, additions, linears[0].weight.dtype)
-    return [input_pairs(joined.down.detach()), input_pairs(joined.up.detach())]
+    joined = side_by_side(widths, additions)
+    return [*joined.pairs(), joined.starts]
 
 
 def _common(chunks: list[int]) -> int:

@@ -43,8 +43,8 @@ class NativeSettings(Settings):
     """Most completions decoded at once; more are decoded in turns. Bounds the cache's memory."""
     reuse_mib: int = Field(default=128, ge=0)
     """Memory for products of a rollout that the update need not compute again, in MiB: where the
-    C++ kernels multiply, for the first update under the prompt that was sampled under, and not
-    under an adapter. The results are the same bits. 0 = none."""
+    C++ kernels multiply, for the first update under the prompt that was sampled under (IA3 is
+    computed as before). The results are the same bits. 0 = none."""
 
 
 class NativeEngine:
@@ -55,6 +55,7 @@ class NativeEngine:
         self._policy = policy
         self._settings = settings or NativeSettings()
         self._step: DecodeStep | None = None
+        self._compiled: CompiledDecoder | None = None
         self._is_current: Callable[[], bool] = _always
         self._adapted: tuple[Adapter, DecodeStep] | None = None
         self._proven = False
@@ -183,18 +184,26 @@ class NativeEngine:
         self._is_current = _always
         if not self._settings.lean_decode:
             return self._own_modules
-        for decoder in (compiled_decoder(forward), lean_decoder(forward)):
+        for decoder in (self._compiled_decoder(), lean_decoder(forward)):
             if decoder is not None and agrees(decoder, forward, cache, self._own_modules):
                 self._is_current = decoder.is_current
-                if isinstance(decoder, CompiledDecoder) and self._settings.reuse_mib:
+                if isinstance(decoder, CompiledDecoder):
                     self._record(decoder)
                 return decoder.hidden
         return self._own_modules
 
+    def _compiled_decoder(self) -> CompiledDecoder | None:
+        """Steps in one call, without an adapter; made again where the base's layers are others."""
+        if self._compiled is None or not self._compiled.is_current():
+            self._compiled = compiled_decoder(self._policy.forward)
+            self._recording = None
+        return self._compiled
+
     def _record(self, decoder: CompiledDecoder) -> None:
         """Keep products from the next rollout on."""
-        self._recording = decoder.recording(self._settings.reuse_mib * 2**20)
-        self._policy.recording = self._recording
+        if self._recording is None and self._settings.reuse_mib:
+            self._recording = decoder.recording(self._settings.reuse_mib * 2**20)
+            self._policy.recording = self._recording
 
     def _choose_adapted(self, cache: DecodeCache, adapter: Adapter) -> DecodeStep:
         """One call per step under an adapter of low rank, where that gives the hooks' bits.
@@ -202,7 +211,7 @@ class NativeEngine:
         Compared at every prefix until one has been whose adapter changes something.
         """
         additions = adapter.low_rank()
-        plain = compiled_decoder(self._policy.forward) if self._settings.lean_decode else None
+        plain = self._compiled_decoder() if self._settings.lean_decode else None
         decoder = plain.under(additions) if additions and plain is not None else None
         if not additions or decoder is None:
             return self._own_modules
@@ -210,6 +219,7 @@ class NativeEngine:
             if not agrees(decoder, self._policy.forward, cache, self._own_modules):
                 return self._own_modules
             self._proven = any(bool(addition.up.any()) for addition in additions.values())
+        self._record(decoder)
         return decoder.hidden
 
     def _own_modules(self, tokens: Tensor, cache: DecodeCache) -> Tensor:

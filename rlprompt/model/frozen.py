@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rlprompt.kernels.cpu.low_rank import serves_widths
 from rlprompt.kernels.cpu.product import MOST_ROWS, packed_product, product_chunk
 from rlprompt.kernels.lm_head import Head
-from rlprompt.model.low_rank import low_rank_product, side_by_side
+from rlprompt.model.low_rank import low_rank_product
 from rlprompt.model.paging import page_out
 from rlprompt.model.recording import current_replay
 from rlprompt.model.sharding import gathered
@@ -89,7 +89,7 @@ class PackedWeight:
         additions = [x.addition if isinstance(x, FrozenLinear) else None for x in self._layers]
         if any(addition is not None for addition in additions):
             widths = [layer.out_features for layer in self._layers]
-            return low_rank_product(x, self, side_by_side(widths, additions, x.dtype))
+            return low_rank_product(x, self, widths, additions)
         if torch.is_grad_enabled() and x.requires_grad:
             out: Tensor = _PackedLinear.apply(x, self)  # type: ignore[no-untyped-call]
             return out
@@ -107,15 +107,23 @@ class PackedWeight:
 
     def forward(self, x: Tensor) -> Tensor:
         """The product without autograd, from a recording where one is replayed."""
+        replayed = self.recorded(x)
+        return self._product(x) if replayed is None else replayed[0]
+
+    def recorded(self, x: Tensor) -> tuple[Tensor, int] | None:
+        """The outputs where a recording is replayed, and how many of the first rows are computed.
+
+        Under an adapter the rows behind them hold what it adds. None = nothing is replayed.
+        """
         replay = current_replay()
         store = None if replay is None else replay.rows(self, x.numel() // x.shape[-1])
         if replay is None or store is None:
-            return self._product(x)
+            return None
         rows = x.reshape(-1, x.shape[-1])
         out = x.new_empty(len(rows), self.outputs)
         out[: replay.first] = self._product(rows[: replay.first])
         torch.index_select(store, 0, replay.places, out=out[replay.first :])
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], -1), replay.first
 
     def _product(self, x: Tensor) -> Tensor:
         if x.numel() <= MOST_ROWS * x.shape[-1] and self.chunk:

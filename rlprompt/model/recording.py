@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rlprompt.types import Completion, PrefixKV
+from rlprompt.types import Adapter, Completion, PrefixKV
 
 
 class Product(Protocol):
@@ -67,14 +67,12 @@ class Recording:
         """Begin a rollout; what was kept of the last one is gone.
 
         Args:
-            prefix: what is sampled under; nothing is kept where it has an adapter.
+            prefix: what is sampled under.
             most_tokens: that may be decoded.
         """
         self._prefix = prefix
         self._known = {}
         self._used = 0
-        if prefix.adapter is not None:
-            most_tokens = 0
         if most_tokens != self._capacity:
             self._stores = {}
             self._capacity = most_tokens
@@ -93,7 +91,10 @@ class Recording:
         return stores
 
     def stores(self) -> list[Tensor | None]:
-        """Where a step leaves the output of each product, [n, O]; empty = nothing is kept."""
+        """Where a step leaves the output of each product, with what an adapter adds to it, [n, O].
+
+        Empty = nothing is kept.
+        """
         if not self._stores:
             return []
         return [self._stores.get(product) for product in self._products]
@@ -148,10 +149,24 @@ class Recording:
 
     def _is_under(self, prefix: PrefixKV) -> bool:
         mine = self._prefix
-        if mine is None or prefix.adapter is not None or mine.num_tokens != prefix.num_tokens:
+        if mine is None or mine.num_tokens != prefix.num_tokens:
             return False
         pairs = zip([*mine.keys, *mine.values], [*prefix.keys, *prefix.values], strict=True)
-        return all(torch.equal(a, b) for a, b in pairs)
+        return all(torch.equal(a, b) for a, b in pairs) and _same(mine.adapter, prefix.adapter)
+
+
+def _same(mine: Adapter | None, other: Adapter | None) -> bool:
+    """Whether two adapters add the same to the same layers, bit for bit."""
+    if mine is None or other is None:
+        return mine is other
+    parts, others = mine.low_rank(), other.low_rank()
+    if parts is None or others is None or parts.keys() != others.keys():
+        return False
+    pairs = [(parts[name], others[name]) for name in parts]
+    return all(
+        a.scale == b.scale and torch.equal(a.down, b.down) and torch.equal(a.up, b.up)
+        for a, b in pairs
+    )
 
 
 @dataclass(frozen=True)

@@ -41,32 +41,36 @@ def _plain(x: Tensor, layers: list[FrozenLinear], parts: list[LowRank | None]) -
     return torch.cat(outs, dim=-1)
 
 
-def test_parts_stand_side_by_side() -> None:
-    parts = [_part(8, 32), None, _part(8, 16)]
-    joined = side_by_side([32, 48, 16], parts, torch.float32)
-    assert joined.down.shape == (16, 8) and joined.up.shape == (96, 16) and joined.scale == SCALE
-    x = torch.randn(5, 8)
-    ours = functional.linear(functional.linear(x, joined.down), joined.up)
-    first, last = (
-        functional.linear(functional.linear(x, part.down), part.up)
-        for part in parts
-        if part is not None
-    )
-    torch.testing.assert_close(ours, torch.cat([first, torch.zeros(5, 48), last], 1))
+@pytest.mark.parametrize(("rank", "even"), [(3, 4), (8, 8)])
+def test_parts_stand_side_by_side(rank: int, even: int) -> None:
+    parts = [_part(16, 32, rank), None, _part(16, 16, rank)]
+    joined = side_by_side([32, 48, 16], parts)
+    assert joined.down.shape == (16, 16) and joined.up.shape == (96, even)
+    assert joined.starts.tolist() == [0, 0, -1, -1, -1, even // 2] and joined.scale == SCALE
+    first, last = (part for part in parts if part is not None)
+    for part, row, column in ((first, 0, slice(0, 32)), (last, even, slice(80, 96))):
+        assert torch.equal(joined.down[row : row + rank], part.down.bfloat16())
+        assert torch.equal(joined.up[column, :rank], part.up.bfloat16())
+    used = [*range(rank), *range(even, even + rank)]
+    unused = [row for row in range(16) if row not in used]
+    assert not joined.down[unused].any()
+    assert not joined.up[32:80].any() and not joined.up[:, rank:].any()
 
 
 @needs_kernels
 @pytest.mark.parametrize("rows", [(1, 7), (300,)])
 @pytest.mark.parametrize("wants_input", [True, False])
-def test_gradients_are_those_of_the_plain_form(rows: tuple[int, ...], wants_input: bool) -> None:
+@pytest.mark.parametrize("rank", [3, 8, 16])
+def test_gradients_are_those_of_the_plain_form(
+    rows: tuple[int, ...], wants_input: bool, rank: int
+) -> None:
     layers = [_linear(64, 32), _linear(64, 16), _linear(64, 48)]
-    parts: list[LowRank | None] = [_part(64, 32), None, _part(64, 48)]
+    parts: list[LowRank | None] = [_part(64, 32, rank), None, _part(64, 48, rank)]
     x = torch.randn(*rows, 64).bfloat16().requires_grad_(wants_input)
     wide = x.detach().float().requires_grad_(wants_input)
     upstream = torch.randn(*rows, 96)
     leaves = [t for part in parts if part is not None for t in (part.down, part.up)]
-    joined = side_by_side([32, 16, 48], parts, x.dtype)
-    ours = low_rank_product(x, PackedWeight(layers), joined)
+    ours = low_rank_product(x, PackedWeight(layers), [32, 16, 48], parts)
     theirs = _plain(wide, layers, parts)
     _assert_near(ours, theirs)
     inputs = ([x], [wide]) if wants_input else ([], [])

@@ -22,8 +22,16 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("elementwise.cpp", "head.cpp", "product.cpp", "low_rank.cpp", "decode.cpp", "tree.cpp")
-_HEADERS = ("common.h", "pairs.h")
+SOURCES = (
+    "elementwise.cpp",
+    "head.cpp",
+    "product.cpp",
+    "low_rank.cpp",
+    "low_rank_backward.cpp",
+    "decode.cpp",
+    "tree.cpp",
+)
+_HEADERS = ("common.h", "pairs.h", "low_rank.h", "product.h")
 _HERE = Path(__file__).parent
 _TIMEOUT_SECONDS = 600
 _FLAGS = (

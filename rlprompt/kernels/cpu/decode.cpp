@@ -4,7 +4,7 @@
 // Python costs more than computing it. The matrix products are torch's own (packed oneDNN ones
 // where the weights are packed); everything between them is here, with the plain path's roundings.
 
-#include "pairs.h"
+#include "product.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
@@ -16,10 +16,6 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps);
 at::Tensor add_rms_norm_(at::Tensor& residual, const at::Tensor& update, const at::Tensor& weight,
                          double eps);
 at::Tensor silu_mul(const at::Tensor& x);
-void packed_product_into(at::Tensor& out, const at::Tensor& x, const at::Tensor& weight,
-                         const std::optional<at::Tensor>& bias, int64_t chunk);
-at::Tensor low_rank_add_(at::Tensor& out, const at::Tensor& x, const at::Tensor& down,
-                         const at::Tensor& up, double scale);
 
 namespace {
 
@@ -42,17 +38,31 @@ at::Tensor onednn_product(const at::Tensor& x, const at::Tensor& weight,
   return stack[0].toTensor();
 }
 
+// What an adapter adds to a product; empty tensors = nothing. next: down of the product after it.
+struct LowRank {
+  std::optional<at::Tensor> down, up, starts, next;
+  double scale;
+};
+
 // chunk: of `packed_product`, 0 where oneDNN is to multiply. The result stands in `kept` if there is
 // one, dense rows of a larger tensor.
 at::Tensor project(const at::Tensor& x, const at::Tensor& weight,
-                   const std::optional<at::Tensor>& bias, int64_t chunk,
+                   const std::optional<at::Tensor>& bias, int64_t chunk, const LowRank& low_rank,
                    std::optional<at::Tensor> kept) {
+  at::Tensor inner;
+  if (low_rank.down) inner = low_rank_inner(x, *low_rank.down, low_rank.scale);
   if (chunk > 0) {
     at::Tensor out = kept ? *kept : at::empty({x.size(0), weight.size(0)}, x.options());
-    packed_product_into(out, x, weight, bias, chunk);
+    std::optional<Addition> addition;
+    if (low_rank.down)
+      addition = addition_of(inner, *low_rank.up, *low_rank.starts, weight.size(0));
+    Soon soon;
+    if (low_rank.next) soon = {data<char>(*low_rank.next), static_cast<int64_t>(low_rank.next->nbytes())};
+    packed_product_into(out, x, weight, bias, chunk, addition ? &*addition : nullptr, soon);
     return out;
   }
   at::Tensor out = onednn_product(x, weight, bias);
+  if (low_rank.down) low_rank_add_(out, inner, *low_rank.up, *low_rank.starts);
   if (kept) kept->copy_(out);
   return out;
 }
@@ -193,6 +203,7 @@ at::Tensor attend_layer(const at::Tensor& query, const at::Tensor& key, const at
 
 constexpr int64_t kProducts = 4;               // of a layer
 constexpr int64_t kPerLayer = 2 * kProducts + 2;  // see decode_step
+constexpr int64_t kParts = 3;                  // of what an adapter adds to a product
 
 }  // namespace
 
@@ -202,9 +213,10 @@ constexpr int64_t kPerLayer = 2 * kProducts + 2;  // see decode_step
 // and its bias, norm, gate and up in one and their bias, down and its bias; then the final norm.
 // cache [2 L, rows >= B, H_kv, capacity, D], arranged, keys of all layers first. table int64 [2, at
 // least B]: padding and leader of each row. place: how many columns are shared, the one to write.
-// chunks: see `project`, of the four products of a layer. low_rank: none, or down and up of each
-// product of each layer, where an adapter has them (see low_rank_add_). stores: none, or for each
-// product of each layer a tensor [n, out] whose rows from `stored` on get its output.
+// chunks: see `project`, of the four products of a layer. low_rank: none, or down, up and starts of
+// each product of each layer, where an adapter has them (see low_rank.h). stores: none, or for each
+// product of each layer a tensor [n, out] whose rows from `stored` on get its output, with what the
+// adapter adds.
 at::Tensor decode_step(at::Tensor& residual, const Weights& weights, at::Tensor& cache,
                        const at::Tensor& table, at::IntArrayRef place, const at::Tensor& cos,
                        const at::Tensor& sin, double scaling, double eps, at::IntArrayRef chunks,
@@ -216,21 +228,21 @@ at::Tensor decode_step(at::Tensor& residual, const Weights& weights, at::Tensor&
   TORCH_CHECK(static_cast<int64_t>(weights.size()) == kPerLayer * layers + 1, "weights missing");
   TORCH_CHECK(chunks.size() == kProducts, "chunks missing");
   const auto additions = static_cast<int64_t>(low_rank.size());
-  TORCH_CHECK(stores.size() == 0 || additions == 0, "nothing is stored under an adapter");
-  TORCH_CHECK(additions == 0 || additions == 2 * kProducts * layers, "low-rank parts missing");
+  TORCH_CHECK(additions == 0 || additions == kParts * kProducts * layers,
+              "low-rank parts missing");
   const auto part = [&](int64_t i) { return std::optional<at::Tensor>(weights.get(i)); };
   const auto multiply = [&](const at::Tensor& x, int64_t layer, int64_t product) {
     const int64_t i = layer * kPerLayer + (product < 2 ? 1 : 2) + 2 * product;
     std::optional<at::Tensor> kept;
     if (stores.size() > 0) kept = stores.get(layer * kProducts + product);
     if (kept) kept = kept->narrow(0, stored, rows);
-    at::Tensor out = project(x, *part(i), part(i + 1), chunks[product], kept);
+    LowRank added{};
     if (additions > 0) {
-      const int64_t j = 2 * (layer * kProducts + product);
-      const std::optional<at::Tensor> down = low_rank.get(j), up = low_rank.get(j + 1);
-      if (down) low_rank_add_(out, x, *down, *up, low_rank_scale);
+      const int64_t j = kParts * (layer * kProducts + product);
+      added = {low_rank.get(j), low_rank.get(j + 1), low_rank.get(j + 2), {}, low_rank_scale};
+      if (j + kParts < additions) added.next = low_rank.get(j + kParts);
     }
-    return out;
+    return project(x, *part(i), part(i + 1), chunks[product], added, kept);
   };
   at::Tensor normed = rms_norm(residual, *part(0), eps);
   for (int64_t layer = 0; layer < layers; ++layer) {

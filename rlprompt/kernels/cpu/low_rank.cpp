@@ -1,53 +1,10 @@
-// What an adapter of low rank adds to a product: out += up(scale * down(x)), with the roundings of
-// three operations on bfloat16 tensors. Sums have one order for any number of rows, so that decoding
-// and training add the same bits.
+// Inner states of an adapter of low rank, and what comes of them at the outputs (see low_rank.h).
 
-#include "pairs.h"
+#include "low_rank.h"
 
 #include <ATen/ops/empty.h>
 
 namespace rlprompt {
-
-at::Tensor low_rank_add_(at::Tensor& out, const at::Tensor& x, const at::Tensor& down,
-                         const at::Tensor& up, double scale);
-
-namespace {
-
-constexpr int64_t kMostRows = 24;  // that a thread computes at once: all its numbers stay near
-constexpr int64_t kColumns = 64;   // of the output at once
-
-struct LowRank {
-  const uint32_t *x, *down, *up;  // [N, K / 2]; [K / 2, R]; [R / 2, O]
-  bf16 *inner, *out;              // [N, R]; [N, O]
-  int64_t inputs, rank, outputs;
-  float scale;
-
-  // `count` rows from `first` on; `sums` has room for them.
-  void run(int64_t first, int64_t count, float* sums) const {
-    product(count, rank, inputs / 2, x + first * inputs / 2, inputs / 2, 1, {down, rank}, sums,
-            rank, Into::kFresh);
-    bf16* within = inner + first * rank;
-    for (int64_t i = 0; i < count * rank; i += kLanes)
-      store(within + i, rounded<bf16>(load(sums + i)) * scale);
-    for (int64_t j = 0; j < outputs; j += kColumns)
-      add(first, count, j, std::min(kColumns, outputs - j), sums);
-  }
-
- private:
-  void add(int64_t first, int64_t count, int64_t column, int64_t width, float* sums) const {
-    const auto* pairs = reinterpret_cast<const uint32_t*>(inner + first * rank);
-    product(count, width, rank / 2, pairs, rank / 2, 1, {up + column, outputs}, sums, width,
-            Into::kFresh);
-    for (int64_t i = 0; i < count; ++i) {
-      bf16* to = out + (first + i) * outputs + column;
-      for (int64_t j = 0; j < width; j += kLanes)
-        store(to + j, load(to + j) + rounded<bf16>(load(sums + i * width + j)));
-    }
-  }
-};
-
-}  // namespace
-
 // A weight [n, k] as the products read it: int32 [k / 2, n], pairs along its inputs. n is a multiple
 // of kLanes, k is even.
 at::Tensor input_pairs(const at::Tensor& weight) {
@@ -61,35 +18,50 @@ at::Tensor input_pairs(const at::Tensor& weight) {
   return out;
 }
 
-// Adds to out [N, O] in place; returns scale * down(x), [N, R]. x [N, K]; down [K / 2, R] and
-// up [R / 2, O] from input_pairs.
-at::Tensor low_rank_add_(at::Tensor& out, const at::Tensor& x, const at::Tensor& down,
-                         const at::Tensor& up, double scale) {
-  const int64_t rows = x.size(0), rank = down.size(1), outputs = out.size(1);
-  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && out.scalar_type() == at::kBFloat16, "bfloat16");
-  TORCH_CHECK(x.is_contiguous() && out.is_contiguous(), "rows want dense memory");
-  TORCH_CHECK(2 * down.size(0) == x.size(1) && 2 * up.size(0) == rank && up.size(1) == outputs &&
-                  out.size(0) == rows,
-              "parts of other shapes");
-  at::Tensor inner = at::empty({rows, rank}, x.options());
-  const auto pairs = [](const at::Tensor& t) {
-    return static_cast<const uint32_t*>(t.const_data_ptr());
-  };
-  const LowRank work{pairs(x), pairs(down), pairs(up), data_out<bf16>(inner), data_out<bf16>(out),
-                     x.size(1), rank, outputs, static_cast<float>(scale)};
-  const int64_t threads = at::get_num_threads();
-  const int64_t block = std::clamp<int64_t>((rows + threads - 1) / threads, 1, kMostRows);
-  at::parallel_for(0, (rows + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> sums(block * std::max(rank, kColumns));
-    for (int64_t i = begin; i < end; ++i)
-      work.run(i * block, std::min(block, rows - i * block), sums.data());
+// x [N, K]; down [K / 2, R] from input_pairs.
+at::Tensor low_rank_inner(const at::Tensor& x, const at::Tensor& down, double scale) {
+  const int64_t rows = x.size(0), pairs = down.size(0), width = down.size(1);
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && x.is_contiguous(), "rows want dense memory");
+  TORCH_CHECK(2 * pairs == x.size(1) && width % kLanes == 0, "parts of other shapes");
+  at::Tensor inner = at::empty({rows, width}, x.options());
+  const auto* from = static_cast<const uint32_t*>(x.const_data_ptr());
+  const auto* weights = static_cast<const uint32_t*>(down.const_data_ptr());
+  bf16* to = data_out<bf16>(inner);
+  at::parallel_for(0, (rows + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> sums(kRows * width);
+    for (int64_t row = begin * kRows; row < std::min(end * kRows, rows); row += kRows) {
+      const int64_t count = std::min(kRows, rows - row);
+      narrow_product(count, width, pairs, from + row * pairs, pairs, 1, {weights, width},
+                     sums.data(), width, Into::kFresh);
+      for (int64_t i = 0; i < count * width; i += kLanes)
+        store(to + row * width + i,
+              rounded<bf16>(load(&sums[i])) * static_cast<float>(scale));
+    }
   });
   return inner;
 }
 
+// inner [N, R] from low_rank_inner; up [r / 2, O] from input_pairs; starts int32 [O / kLanes].
+void low_rank_add_(at::Tensor& out, const at::Tensor& inner, const at::Tensor& up,
+                   const at::Tensor& starts) {
+  const int64_t rows = out.size(0), outputs = out.size(1);
+  TORCH_CHECK(out.scalar_type() == at::kBFloat16 && out.is_contiguous() && inner.size(0) == rows,
+              "rows want dense memory");
+  const Addition addition = addition_of(inner, up, starts, outputs);
+  bf16* to = data_out<bf16>(out);
+  at::parallel_for(0, (rows + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
+    in_runs<8>(std::min(end * kRows, rows), [&](auto count, int64_t row) {
+      for (int64_t j = 0; j < outputs; j += 2 * kLanes)
+        addition.add<decltype(count)::value>(row, j, std::min<int64_t>(2 * kLanes, outputs - j),
+                                             to + row * outputs + j, outputs);
+    }, begin * kRows);
+  });
+}
+
 TORCH_LIBRARY_FRAGMENT(rlprompt_cpu, m) {
   m.def("input_pairs(Tensor weight) -> Tensor", &input_pairs);
-  m.def("low_rank_add_(Tensor(a!) out, Tensor x, Tensor down, Tensor up, float scale) -> Tensor",
+  m.def("low_rank_inner(Tensor x, Tensor down, float scale) -> Tensor", &low_rank_inner);
+  m.def("low_rank_add_(Tensor(a!) out, Tensor inner, Tensor up, Tensor starts) -> ()",
         &low_rank_add_);
 }
 

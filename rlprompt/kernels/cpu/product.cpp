@@ -6,16 +6,12 @@
 // product that training uses, and no weight is held twice. oneDNN waits for memory when rows are
 // few; here the block after the next is asked for while this one is multiplied.
 
-#include "common.h"
+#include "product.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 
 namespace rlprompt {
-
-void packed_product_into(at::Tensor& out, const at::Tensor& x, const at::Tensor& weight,
-                         const std::optional<at::Tensor>& bias, int64_t chunk);
-
 namespace {
 
 constexpr int64_t kBlock = 64;           // outputs of a block of the packed weight
@@ -64,6 +60,7 @@ struct Product {
   const bf16 *x, *weights, *bias;  // bias null = none
   bf16* out;
   int64_t rows, inputs, outputs, chunk;
+  const Addition* addition;  // null = none
 
   // MR rows from `row` on, of one unit of outputs.
   template <int MR>
@@ -73,18 +70,20 @@ struct Product {
     for (int64_t first = 0; first < inputs; first += chunk)
       sum_pairs<MR>(first / 2, std::min(first + chunk, inputs) / 2, pairs, inputs / 2,
                     unit_weights, ahead, sums, first > 0);
-    for (int i = 0; i < MR; ++i) {
-      bf16* to = out + (row + i) * outputs + unit * kUnit;
-      for (int64_t j = 0; j < kUnit; ++j) {
-        const float offset = bias == nullptr ? 0.0f : widen(bias[unit * kUnit + j]);
-        to[j] = narrow<bf16>(bias == nullptr ? sums[i * kUnit + j] : sums[i * kUnit + j] + offset);
+    bf16* to = out + row * outputs + unit * kUnit;
+    for (int i = 0; i < MR; ++i)
+      for (int64_t j = 0; j < kUnit; j += kLanes) {
+        const vec sum = load(sums + i * kUnit + j);
+        store(to + i * outputs + j, bias == nullptr ? sum : sum + load(bias + unit * kUnit + j));
       }
-    }
+    if (addition != nullptr) addition->add<MR>(row, unit * kUnit, kUnit, to, outputs);
   }
 
   // All rows of one unit.
   void run_unit(int64_t unit) const {
     const uint16_t* mine = at_unit(unit);
+    if (addition != nullptr)
+      for (int64_t j = unit * kUnit; j < (unit + 1) * kUnit; j += kLanes) addition->prefetch(j);
     const int64_t passes = (rows + 7) / 8;
     Ahead ahead{unit + 1 < outputs / kUnit ? at_unit(unit + 1) : mine,
                 passes >= 4 ? 4 : passes >= 2 ? 2 : 1, 0};
@@ -120,16 +119,20 @@ const bf16* packed_data(const at::Tensor& weight) {
 // out [B, N] = x [B, K] times a packed weight [N, K], plus a bias [N]; all bfloat16. K is a multiple
 // of 32 and N of 64; the caller has made sure that the weight is packed as said above.
 void packed_product_into(at::Tensor& out, const at::Tensor& x, const at::Tensor& weight,
-                         const std::optional<at::Tensor>& bias, int64_t chunk) {
+                         const std::optional<at::Tensor>& bias, int64_t chunk,
+                         const Addition* addition, const Soon& soon) {
 #ifdef RLPROMPT_BF16_PRODUCTS
   const int64_t outputs = weight.size(0), inputs = weight.size(1);
   TORCH_CHECK(x.dim() == 2 && x.size(1) == inputs && x.is_contiguous(), "rows want [B, K], dense");
   TORCH_CHECK(outputs % kBlock == 0 && inputs % 32 == 0 && chunk >= 2 && chunk % 2 == 0,
               "a weight of another shape");
   const Product product{data<bf16>(x), packed_data(weight), bias ? data<bf16>(*bias) : nullptr,
-                        data_out<bf16>(out), x.size(0), inputs, outputs, chunk};
+                        data_out<bf16>(out), x.size(0), inputs, outputs, chunk, addition};
   at::parallel_for(0, outputs / kUnit, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) product.run_unit(unit);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      soon.prefetch(unit - begin, end - begin);
+      product.run_unit(unit);
+    }
   });
 #else
   TORCH_CHECK(false, "this processor has no bfloat16 products");
@@ -139,7 +142,7 @@ void packed_product_into(at::Tensor& out, const at::Tensor& x, const at::Tensor&
 at::Tensor packed_product(const at::Tensor& x, const at::Tensor& weight,
                           const std::optional<at::Tensor>& bias, int64_t chunk) {
   at::Tensor out = at::empty({x.size(0), weight.size(0)}, x.options());
-  packed_product_into(out, x, weight, bias, chunk);
+  packed_product_into(out, x, weight, bias, chunk, nullptr, {});
   return out;
 }
 
