@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from rlprompt.errors import InputError
 from rlprompt.kernels.lm_head import CHUNK_TOKENS, FUSED_CHUNK_TOKENS
 from rlprompt.planning_tables import Device, Shape
+from rlprompt.prompts.adapter import AdapterSettings
 from rlprompt.recipe import Recipe
 
 QUERY_TOKENS = 64
@@ -223,7 +224,8 @@ def _kept_products(work: _Work) -> float:
     """What `engine.reuse_mib` keeps, at most."""
     shape, recipe = work.shape, work.recipe
     exact = work.device.is_cpu and work.bytes_each == 2 and not work.is_sharded
-    if not exact or recipe.prompt.type == "adapter":
+    by_hooks = isinstance(recipe.prompt, AdapterSettings) and recipe.prompt.method.type == "ia3"
+    if not exact or by_hooks:
         return 0.0
     attention = (shape.heads + 2 * shape.kv_heads) * shape.head_dim + shape.width
     outputs = shape.layers * (attention + 2 * shape.mlp + shape.width)

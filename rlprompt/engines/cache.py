@@ -7,7 +7,9 @@ grows in small blocks.
 
 Layers that attend in the C++ kernels use memory of the same size in another way: a row's columns
 are [prefix | query | completion] with nothing between, in the order in which the kernels multiply
-them (`rlprompt.kernels.cpu.arranged`), so that a step rearranges nothing.
+them (`rlprompt.kernels.cpu.arranged`), so that a step rearranges nothing. Where all layers do, whole
+blocks of columns that the rows of a group share stand in one row of the group only, its leader: the
+memory of the others is never touched there.
 
 Letters: B rows, G groups, L layers, H heads, H_kv key/value heads, P prefix tokens, Q padded query
 length, S columns, D head dim.
@@ -68,6 +70,10 @@ class DecodeCache:
         """Where decode steps leave their products; None = nowhere."""
         if self._arranged:
             self._most_columns = _whole(self._most_columns)
+        self._led = 0
+        """Columns that stand in leaders only."""
+        if self._all_arranged:
+            self._led = int(self.column - padding.max()) // LANES * LANES
         self._data = self._room(like, (2 * layers, self._rows, kv_heads, dim))
         fronts = [*prefix.keys, *prefix.values]
         backs = [*context.query_keys, *context.query_values]
@@ -79,7 +85,10 @@ class DecodeCache:
             if arranged:
                 columns = functional.pad(columns, (0, 0, 0, _whole(self.column) - self.column))
                 columns = (arranged_keys if part < layers else arranged_values)(columns)
-            self._data[part, :, :, : columns.shape[2]] = columns.repeat_interleave(copies, 0)
+            led = self._led
+            self._data[part, ::copies, :, :led] = columns[:, :, :led]
+            own = columns[:, :, led:].repeat_interleave(copies, 0)
+            self._data[part, :, :, led : columns.shape[2]] = own
 
     @property
     def dtype(self) -> torch.dtype:
@@ -113,7 +122,9 @@ class DecodeCache:
             return
         parts, rows, kv_heads, columns, dim = self._data[:, : self._rows].shape
         grown = self._room(self._data, (parts, rows, kv_heads, dim))
-        grown[:, :, :, :columns] = self._data[:, : self._rows]
+        led, leaders = self._led, torch.unique(self._table[1, :rows])
+        grown[:, :, :, led:columns] = self._data[:, :rows, :, led:]
+        grown[:, leaders, :, :led] = self._data[:, leaders, :, :led]
         self._data = grown
 
     def positions(self) -> Tensor:
@@ -123,13 +134,16 @@ class DecodeCache:
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, [B, H_kv, S, D], contiguous views.
 
-        See `is_arranged` for their order.
+        See `is_arranged` for their order, and for columns that stand in leaders only.
         """
         layers = self._data.shape[0] // 2
         return self._data[layer, : self._rows], self._data[layers + layer, : self._rows]
 
     def is_arranged(self, layer: int) -> bool:
-        """Whether a layer's columns stand as the C++ kernels read them; `attend` writes them."""
+        """Whether a layer's columns stand as the C++ kernels read them; `attend` writes them.
+
+        Whole blocks of a group's shared columns may then stand in the row of its leader only.
+        """
         return layer in self._arranged
 
     @property
@@ -176,14 +190,30 @@ class DecodeCache:
         holes = torch.nonzero(finished[:remaining]).flatten()
         movers = remaining + torch.nonzero(~finished[remaining:]).flatten()
         order[holes] = movers
+        leaders = _leaders(self._group[order[:remaining]])
+        self._hand_over(order, torch.unique(leaders))
         if holes.numel():
             filled = min(_whole(self.column), self._data.shape[3])
-            self._data[:, holes, :, :filled] = self._data[:, movers, :, :filled]
+            own = slice(self._led, filled)
+            self._data[:, holes, :, own] = self._data[:, movers, :, own]
             self._table[0, holes] = self._table[0, movers]
             self._group[holes] = self._group[movers]
         self._rows = remaining
-        self._table[1, :remaining] = _leaders(self._group[:remaining])
+        self._table[1, :remaining] = leaders
         return order[:remaining]
+
+    def _hand_over(self, order: Tensor, leaders: Tensor) -> None:
+        """Give the columns that stand in leaders only to those who lead after a drop.
+
+        Args:
+            order: int64, which of the present rows stand where.
+            leaders: int64, rows in that order.
+        """
+        before = self._table[1, order[leaders]]
+        moved = leaders != before
+        if self._led and bool(moved.any()):
+            led = slice(self._led)
+            self._data[:, leaders[moved], :, led] = self._data[:, before[moved], :, led]
 
 
 class DecodeContext:

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from rlprompt.engines.cache import DecodeCache
 from rlprompt.kernels.cpu import ops
-from rlprompt.kernels.cpu.arranged import plain_keys, plain_values
+from rlprompt.kernels.cpu.arranged import LANES, plain_keys, plain_values
 from rlprompt.model.fetch import cache_dir
 from rlprompt.model.slot import ChatSlot
 from rlprompt.model.tree import TreeContext
@@ -96,16 +97,23 @@ def test_growing_keeps_what_is_there() -> None:
         assert now.shape[2] == start + 100
 
 
-@needs_kernels
-def test_arranged_rows_hold_the_same_in_the_order_of_the_kernels() -> None:
-    policy, plain = (_bf16_policy(choice) for choice in ("on", "off"))
-    cache, expected = _cache(policy, copies=3, max_tokens=40), _cache(plain, 3, 40)
-    finished = torch.arange(9) % 4 == 1
-    assert torch.equal(cache.drop(finished), expected.drop(finished))
-    for layer in range(policy.base.num_layers):
-        assert cache.is_arranged(layer) and not expected.is_arranged(layer)
-        keys, values = cache.layer(layer)
-        ours = (plain_keys(keys), plain_values(values))
+def _whole_rows(cache: DecodeCache, layer: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of a layer in plain order, with the columns that leaders hold for others."""
+    shared, _ = cache.place
+    rows = []
+    for part in cache.layer(layer):
+        whole = part.clone()
+        for row in range(cache.num_rows):
+            padding, leader = cache.table[:, row].tolist()
+            end = (shared - padding) // LANES * LANES
+            whole[row, :, :end] = part[leader, :, :end]
+        rows.append(whole)
+    return plain_keys(rows[0]), plain_values(rows[1])
+
+
+def _assert_same_rows(cache: DecodeCache, expected: DecodeCache, layers: int) -> None:
+    for layer in range(layers):
+        ours = _whole_rows(cache, layer)
         for row in range(cache.num_rows):
             columns = expected.seen(None)[row, 0, : expected.column].nonzero().flatten()
             for own, theirs in zip(ours, expected.layer(layer), strict=True):
@@ -114,6 +122,34 @@ def test_arranged_rows_hold_the_same_in_the_order_of_the_kernels() -> None:
                 near = {"rtol": 0.0, "atol": 0.0 if layer == 0 else 0.05}
                 seen = own[row, :, : len(columns)]
                 torch.testing.assert_close(seen, theirs[row][:, columns], **near)
+
+
+@needs_kernels
+def test_arranged_rows_hold_the_same_in_the_order_of_the_kernels() -> None:
+    policy, plain = (_bf16_policy(choice) for choice in ("on", "off"))
+    layers = policy.base.num_layers
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        cache, expected = _cache(policy, copies=5, max_tokens=40), _cache(plain, 5, 40)
+        while cache.num_rows:
+            assert all(cache.is_arranged(i) and not expected.is_arranged(i) for i in range(layers))
+            _assert_same_rows(cache, expected, layers)
+            finished = torch.rand(cache.num_rows, generator=generator) < 0.4
+            finished[0] = True  # a leader, always
+            assert torch.equal(cache.drop(finished), expected.drop(finished))
+
+
+@needs_kernels
+def test_what_rows_share_stands_in_their_leaders_only() -> None:
+    cache = _cache(_bf16_policy("on"), copies=3, max_tokens=4)
+    shortest = int(cache.positions().min()) // LANES * LANES
+    assert shortest >= LANES
+    cache.data[:, [1, 2, 4, 5, 7, 8], :, :shortest] = torch.nan
+    for layer in range(cache.data.shape[0] // 2):
+        assert not any(part.isnan().any() for part in _whole_rows(cache, layer))
+    cache.drop(torch.tensor([True, False, False, True, False, False, True, True, False]))
+    for layer in range(cache.data.shape[0] // 2):
+        assert not any(part.isnan().any() for part in _whole_rows(cache, layer))
 
 
 @needs_kernels
@@ -131,9 +167,9 @@ def test_growing_keeps_arranged_columns() -> None:
         written.append(new[1:])
         cache.column += 1
     for layer in range(layers):
-        keys, values = cache.layer(layer)
+        keys, values = _whole_rows(cache, layer)
         for row in range(cache.num_rows):
             place = torch.arange(start, start + 300) - cache.padding[row]
-            for tensor, part in ((plain_keys(keys), 0), (plain_values(values), 1)):
+            for tensor, part in ((keys, 0), (values, 1)):
                 expected = torch.stack([step[part][row] for step in written], 1)
                 assert torch.equal(tensor[row][:, place], expected)

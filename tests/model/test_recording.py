@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlprompt.engines.native import NativeEngine, NativeSettings
 from rlprompt.engines.sampling import SamplingSettings
@@ -17,10 +18,12 @@ from rlprompt.model.frozen import PackedWeight
 from rlprompt.model.recording import Recording, current_replay, is_wanted, to_be_learned_from
 from rlprompt.model.slot import ChatSlot
 from rlprompt.policy import Policy
+from rlprompt.prompts.adapter import AdapterPrompt, AdapterSettings
 from rlprompt.prompts.base import Prompt
+from rlprompt.prompts.layer_adapters import LoRASettings
 from rlprompt.prompts.soft import SoftPrompt, SoftSettings
 from rlprompt.prompts.text import TextPrompt
-from rlprompt.types import Completion, Group, PrefixKV, Query
+from rlprompt.types import Completion, Group, LowRank, PrefixKV, Query
 
 USABLE = ops.choose("auto", cache_dir() / "kernels", torch.bfloat16, torch.device("cpu"))
 needs_kernels = pytest.mark.skipif(not USABLE, reason="the CPU kernels cannot be used here")
@@ -65,10 +68,10 @@ def test_the_most_work_per_byte_is_kept_within_the_limit() -> None:
     assert [store is not None for store in only.stores()] == [True, False, False]
 
 
-def _recorded() -> tuple[Recording, list[Completion]]:
+def _recorded(adapter: _Adapter | None = None) -> tuple[Recording, list[Completion]]:
     """Three rows, of 3 tokens, of 1 and of 3: the third takes the second's place in step 0."""
     recording = Recording([_Product("down", 8, 4)], [_Product("down", 8, 4)], 10**6)
-    recording.start(_prefix(), 6)
+    recording.start(replace(_prefix(), adapter=adapter), 6)
     recording.begin_turn(3, 3)
     for step, rows in enumerate(([0, 2], [0, 2])):
         recording.begin_step(torch.tensor(rows), step)
@@ -101,6 +104,44 @@ def test_nothing_is_replayed_for_others_or_under_another_prefix() -> None:
             assert not replays and current_replay() is None
     recording.start(_prefix(), 6)  # the next rollout
     with recording.replayed(done, _prefix(), num_queries=5) as replays:
+        assert not replays
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    parts: dict[str, LowRank] | None
+
+    def attach(self, model: nn.Module) -> Callable[[], None]:
+        raise NotImplementedError
+
+    def snapshot(self) -> _Adapter:
+        return self
+
+    def low_rank(self) -> dict[str, LowRank] | None:
+        return self.parts
+
+
+def _adapter(down: float = 1.0, up: float = 1.0, scale: float = 2.0, name: str = "q") -> _Adapter:
+    part = LowRank(torch.full((2, 4), down), torch.full((3, 2), up), scale)
+    return _Adapter({name: part})
+
+
+def test_an_adapter_has_to_add_the_same_bit_for_bit() -> None:
+    recording, done = _recorded(_adapter())
+    for adapter, same in (
+        (_adapter(), True),
+        (None, False),
+        (_Adapter(None), False),
+        (_adapter(down=1.0 + 1e-6), False),
+        (_adapter(up=0.0), False),
+        (_adapter(scale=1.0), False),
+        (_adapter(name="k"), False),
+    ):
+        prefix = replace(_prefix(), adapter=adapter)
+        with recording.replayed(done, prefix, num_queries=5) as replays:
+            assert replays is same
+    plain, done = _recorded()
+    with plain.replayed(done, replace(_prefix(), adapter=_adapter()), num_queries=5) as replays:
         assert not replays
 
 
@@ -140,19 +181,40 @@ def _learned(policy: Policy, groups: list[Group]) -> tuple[bool, Tensor, list[Te
     tree = policy.tree([group.query for group in groups], drawn, shared.leaves)
     with policy.replayed(tree, drawn, shared.leaves) as replays:
         scores = policy.logprobs(tree, shared.leaves)
+    for parameter in policy.parameters():
+        parameter.grad = None
     scores.logprobs.square().sum().backward()
-    gradients = [key.grad for key in [*shared.leaves.keys, *shared.leaves.values]]
-    return replays, scores.logprobs, [g for g in gradients if g is not None]
+    leaves = [*shared.leaves.keys, *shared.leaves.values, *policy.parameters()]
+    return replays, scores.logprobs, [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+
+def _soft(policy: Policy) -> Prompt:
+    return SoftPrompt.create(SoftSettings(num_virtual_tokens=4), policy, 0)
+
+
+def _lora(policy: Policy) -> Prompt:
+    targets = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    settings = AdapterSettings(text="be brief", method=LoRASettings(target_modules=targets))
+    prompt = AdapterPrompt.create(settings, policy, 0)
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in prompt.adapter.weights.items():
+        if "lora_B" in name:
+            weight.data.normal_(0.0, 0.02, generator=generator)
+    return prompt
 
 
 @needs_kernels
 @pytest.mark.model
+@pytest.mark.parametrize("made", [_soft, _lora])
 @pytest.mark.parametrize("mib", [1, 64])
 def test_an_update_takes_them_and_no_bit_changes(
-    smollm2: FrozenBase, mib: int, monkeypatch: pytest.MonkeyPatch
+    smollm2: FrozenBase,
+    made: Callable[[Policy], Prompt],
+    mib: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     policy = Policy(smollm2, ChatSlot.from_tokenizer(smollm2.tokenizer))
-    policy.prompt = SoftPrompt.create(SoftSettings(num_virtual_tokens=4), policy, 0)
+    policy.prompt = made(policy)
     plain = _drawn(policy, policy.prompt, 0)
     assert policy.recording is None
     expected = _learned(policy, plain)
@@ -167,7 +229,7 @@ def test_an_update_takes_them_and_no_bit_changes(
 
     monkeypatch.setattr(PackedWeight, "_product", counted)
     found = _learned(policy, groups)
-    assert found[0] and not expected[0]
+    assert found[0] and not expected[0] and len(found[2]) == len(expected[2]) >= 60
     assert torch.equal(found[1], expected[1])
     assert all(torch.equal(a, b) for a, b in zip(found[2], expected[2], strict=True))
     tokens = sum(len(c.token_ids) - 1 for group in groups for c in group.completions)
