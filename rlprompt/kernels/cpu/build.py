@@ -31,7 +31,7 @@ SOURCES = (
     "decode.cpp",
     "tree.cpp",
 )
-_HEADERS = ("common.h", "pairs.h", "low_rank.h", "product.h")
+_HEADERS = ("common.h", "elementwise.h", "pairs.h", "low_rank.h", "product.h", "team.h")
 _HERE = Path(__file__).parent
 _TIMEOUT_SECONDS = 600
 _FLAGS = (

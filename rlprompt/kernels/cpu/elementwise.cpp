@@ -3,7 +3,7 @@
 // Every operation of the plain path rounds its result to the tensor's type; so do these, in the
 // same places, and nothing but the order of sums differs.
 
-#include "common.h"
+#include "elementwise.h"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -48,7 +48,41 @@ void norm_row_backward(const T* grad, const T* x, const T* weight, const T* besi
   });
 }
 
+// sum = residual + update, and the norm of the sum.
+template <typename T>
+void add_norm_row(const T* residual, const T* update, const T* weight, T* sum, T* out,
+                  int64_t width, float eps) {
+  sweep(width, [&](int64_t i, auto lanes) {
+    store(sum + i, load(residual + i, lanes) + load(update + i, lanes), lanes);
+  });
+  norm_row(sum, weight, out, width, eps);
+}
+
+template <typename T>
+void gate_row(const T* x, T* out, int64_t width) {
+  sweep(width, [&](int64_t i, auto lanes) {
+    const vec g = load(x + i, lanes);
+    store(out + i, rounded<T>(g / (exponential(-g) + 1.0f)) * load(x + width + i, lanes), lanes);
+  });
+}
+
 }  // namespace
+
+void norm_rows(const bf16* x, const bf16* weight, bf16* out, int64_t width, float eps,
+               int64_t begin, int64_t end) {
+  for (int64_t r = begin * width; r < end * width; r += width)
+    norm_row(x + r, weight, out + r, width, eps);
+}
+
+void add_norm_rows(bf16* residual, const bf16* update, const bf16* weight, bf16* out,
+                   int64_t width, float eps, int64_t begin, int64_t end) {
+  for (int64_t r = begin * width; r < end * width; r += width)
+    add_norm_row(residual + r, update + r, weight, residual + r, out + r, width, eps);
+}
+
+void gate_rows(const bf16* x, bf16* out, int64_t width, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; ++r) gate_row(x + 2 * r * width, out + r * width, width);
+}
 
 // x [N, d] -> weight * x / rms(x).
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
@@ -95,12 +129,8 @@ void add_rms_norm_to(const at::Tensor& residual, const at::Tensor& update, const
     const T *from = data<T>(residual), *more = data<T>(update), *by = data<T>(weight);
     T *to = data_out<T>(sum), *out = data_out<T>(normed);
     at::parallel_for(0, rows, kGrain, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin * width; r < end * width; r += width) {
-        sweep(width, [&](int64_t i, auto lanes) {
-          store(to + r + i, load(from + r + i, lanes) + load(more + r + i, lanes), lanes);
-        });
-        norm_row(to + r, by, out + r, width, static_cast<float>(eps));
-      }
+      for (int64_t r = begin * width; r < end * width; r += width)
+        add_norm_row(from + r, more + r, by, to + r, out + r, width, static_cast<float>(eps));
     });
   });
 }
@@ -175,14 +205,7 @@ at::Tensor silu_mul(const at::Tensor& x) {
     const T* from = data<T>(x);
     T* to = data_out<T>(out);
     at::parallel_for(0, rows, kGrain, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        const T *gate = from + 2 * r * width, *up = gate + width;
-        T* row = to + r * width;
-        sweep(width, [&](int64_t i, auto lanes) {
-          const vec g = load(gate + i, lanes);
-          store(row + i, rounded<T>(g / (exponential(-g) + 1.0f)) * load(up + i, lanes), lanes);
-        });
-      }
+      for (int64_t r = begin; r < end; ++r) gate_row(from + 2 * r * width, to + r * width, width);
     });
   });
   return out;

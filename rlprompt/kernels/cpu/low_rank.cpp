@@ -18,43 +18,70 @@ at::Tensor input_pairs(const at::Tensor& weight) {
   return out;
 }
 
+Addition addition_of(const bf16* inner, int64_t width, const at::Tensor& up,
+                     const at::Tensor& starts, int64_t outputs) {
+  TORCH_CHECK(up.size(1) == outputs && starts.numel() * kLanes == outputs &&
+                  2 * up.size(0) <= width && starts.scalar_type() == at::kInt,
+              "parts of other shapes");
+  return {reinterpret_cast<const uint32_t*>(inner),
+          static_cast<const uint32_t*>(up.const_data_ptr()),
+          data<int32_t>(starts),
+          width / 2,
+          up.size(0),
+          outputs};
+}
+
+Inner inner_of(const bf16* x, int64_t rows, int64_t inputs, const at::Tensor& down, double scale,
+               bf16* out) {
+  TORCH_CHECK(2 * down.size(0) == inputs && down.size(1) % kLanes == 0, "parts of other shapes");
+  return {reinterpret_cast<const uint32_t*>(x),
+          static_cast<const uint32_t*>(down.const_data_ptr()),
+          out,
+          rows,
+          down.size(0),
+          down.size(1),
+          static_cast<float>(scale)};
+}
+
+void Inner::run(int64_t begin, int64_t end) const {
+  std::vector<float> sums(kRows * width);
+  for (int64_t row = begin * kRows; row < std::min(end * kRows, rows); row += kRows) {
+    const int64_t count = std::min(kRows, rows - row);
+    narrow_product(count, width, pairs, x + row * pairs, pairs, 1, {down, width}, sums.data(),
+                   width, Into::kFresh);
+    for (int64_t i = 0; i < count * width; i += kLanes)
+      store(out + row * width + i, rounded<bf16>(load(&sums[i])) * scale);
+  }
+}
+
 // x [N, K]; down [K / 2, R] from input_pairs.
 at::Tensor low_rank_inner(const at::Tensor& x, const at::Tensor& down, double scale) {
-  const int64_t rows = x.size(0), pairs = down.size(0), width = down.size(1);
   TORCH_CHECK(x.scalar_type() == at::kBFloat16 && x.is_contiguous(), "rows want dense memory");
-  TORCH_CHECK(2 * pairs == x.size(1) && width % kLanes == 0, "parts of other shapes");
-  at::Tensor inner = at::empty({rows, width}, x.options());
-  const auto* from = static_cast<const uint32_t*>(x.const_data_ptr());
-  const auto* weights = static_cast<const uint32_t*>(down.const_data_ptr());
-  bf16* to = data_out<bf16>(inner);
-  at::parallel_for(0, (rows + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> sums(kRows * width);
-    for (int64_t row = begin * kRows; row < std::min(end * kRows, rows); row += kRows) {
-      const int64_t count = std::min(kRows, rows - row);
-      narrow_product(count, width, pairs, from + row * pairs, pairs, 1, {weights, width},
-                     sums.data(), width, Into::kFresh);
-      for (int64_t i = 0; i < count * width; i += kLanes)
-        store(to + row * width + i,
-              rounded<bf16>(load(&sums[i])) * static_cast<float>(scale));
-    }
-  });
-  return inner;
+  at::Tensor out = at::empty({x.size(0), down.size(1)}, x.options());
+  const Inner inner =
+      inner_of(data<bf16>(x), x.size(0), x.size(1), down, scale, data_out<bf16>(out));
+  at::parallel_for(0, inner.tasks(), 1,
+                   [&](int64_t begin, int64_t end) { inner.run(begin, end); });
+  return out;
 }
 
 // inner [N, R] from low_rank_inner; up [r / 2, O] from input_pairs; starts int32 [O / kLanes].
 void low_rank_add_(at::Tensor& out, const at::Tensor& inner, const at::Tensor& up,
                    const at::Tensor& starts) {
   const int64_t rows = out.size(0), outputs = out.size(1);
-  TORCH_CHECK(out.scalar_type() == at::kBFloat16 && out.is_contiguous() && inner.size(0) == rows,
+  TORCH_CHECK(out.scalar_type() == at::kBFloat16 && out.is_contiguous() &&
+                  inner.is_contiguous() && inner.size(0) == rows,
               "rows want dense memory");
-  const Addition addition = addition_of(inner, up, starts, outputs);
+  const Addition addition =
+      addition_of(data<bf16>(inner), inner.size(1), up, starts, outputs);
   bf16* to = data_out<bf16>(out);
   at::parallel_for(0, (rows + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
-    in_runs<8>(std::min(end * kRows, rows), [&](auto count, int64_t row) {
+    const auto add = [&](auto count, int64_t row) {
       for (int64_t j = 0; j < outputs; j += 2 * kLanes)
         addition.add<decltype(count)::value>(row, j, std::min<int64_t>(2 * kLanes, outputs - j),
                                              to + row * outputs + j, outputs);
-    }, begin * kRows);
+    };
+    in_runs<8>(std::min(end * kRows, rows), add, begin * kRows);
   });
 }
 

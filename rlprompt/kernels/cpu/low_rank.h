@@ -38,7 +38,7 @@ inline void narrow_product(int64_t m, int64_t n, int64_t k, const uint32_t* a, i
 }
 
 struct Addition {
-  const uint32_t* inner;  // [N, R / 2], pairs of inner states
+  const uint32_t* inner = nullptr;  // [N, R / 2], pairs of inner states
   const uint32_t* up;     // [r / 2, O], pairs along the inner states of a layer
   const int32_t* starts;  // [O / kLanes], the pair of inner states that they begin at; -1 = nothing
   int64_t width, rank, outputs;  // R / 2, r / 2, O
@@ -73,25 +73,30 @@ struct Addition {
   }
 };
 
-// Checks that the parts fit each other and `outputs` columns.
-inline Addition addition_of(const at::Tensor& inner, const at::Tensor& up, const at::Tensor& starts,
-                            int64_t outputs) {
-  TORCH_CHECK(inner.scalar_type() == at::kBFloat16 && inner.is_contiguous(), "dense inner states");
-  TORCH_CHECK(up.size(1) == outputs && starts.numel() * kLanes == outputs &&
-                  2 * up.size(0) <= inner.size(1) && starts.scalar_type() == at::kInt,
-              "parts of other shapes");
-  return {static_cast<const uint32_t*>(inner.const_data_ptr()),
-          static_cast<const uint32_t*>(up.const_data_ptr()),
-          data<int32_t>(starts),
-          inner.size(1) / 2,
-          up.size(0),
-          outputs};
-}
+// Inner states scale * down(x).
+struct Inner {
+  const uint32_t* x = nullptr;     // [N, K / 2], pairs
+  const uint32_t* down = nullptr;  // [K / 2, R], pairs along the inputs; null = nothing is computed
+  bf16* out = nullptr;             // [N, R]
+  int64_t rows = 0, pairs = 0, width = 0;  // N, K / 2, R
+  float scale = 1.0f;
 
-// scale * down(x), [N, R]: see low_rank.cpp.
+  int64_t tasks() const { return (rows + kRows - 1) / kRows; }
+  void run(int64_t begin, int64_t end) const;
+};
+
+// Checks that the parts fit each other and `outputs` columns; the inner states are [N, width].
+Addition addition_of(const bf16* inner, int64_t width, const at::Tensor& up,
+                     const at::Tensor& starts, int64_t outputs);
+
+// Checks that `down` fits x [N, K].
+Inner inner_of(const bf16* x, int64_t rows, int64_t inputs, const at::Tensor& down, double scale,
+               bf16* out);
+
+// scale * down(x), [N, R].
 at::Tensor low_rank_inner(const at::Tensor& x, const at::Tensor& down, double scale);
 
-// Adds up(inner) to out [N, O] in place: see low_rank.cpp.
+// Adds up(inner) to out [N, O] in place.
 void low_rank_add_(at::Tensor& out, const at::Tensor& inner, const at::Tensor& up,
                    const at::Tensor& starts);
 

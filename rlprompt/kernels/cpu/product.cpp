@@ -56,12 +56,7 @@ inline void sum_pairs(int64_t first, int64_t last, const uint32_t* x, int64_t ro
     }
 }
 
-struct Product {
-  const bf16 *x, *weights, *bias;  // bias null = none
-  bf16* out;
-  int64_t rows, inputs, outputs, chunk;
-  const Addition* addition;  // null = none
-
+struct Product : PackedProduct {
   // MR rows from `row` on, of one unit of outputs.
   template <int MR>
   void run(int64_t row, int64_t unit, const uint16_t* unit_weights, const Ahead& ahead) const {
@@ -76,14 +71,14 @@ struct Product {
         const vec sum = load(sums + i * kUnit + j);
         store(to + i * outputs + j, bias == nullptr ? sum : sum + load(bias + unit * kUnit + j));
       }
-    if (addition != nullptr) addition->add<MR>(row, unit * kUnit, kUnit, to, outputs);
+    if (addition.inner != nullptr) addition.add<MR>(row, unit * kUnit, kUnit, to, outputs);
   }
 
   // All rows of one unit.
   void run_unit(int64_t unit) const {
     const uint16_t* mine = at_unit(unit);
-    if (addition != nullptr)
-      for (int64_t j = unit * kUnit; j < (unit + 1) * kUnit; j += kLanes) addition->prefetch(j);
+    if (addition.inner != nullptr)
+      for (int64_t j = unit * kUnit; j < (unit + 1) * kUnit; j += kLanes) addition.prefetch(j);
     const int64_t passes = (rows + 7) / 8;
     Ahead ahead{unit + 1 < outputs / kUnit ? at_unit(unit + 1) : mine,
                 passes >= 4 ? 4 : passes >= 2 ? 2 : 1, 0};
@@ -116,24 +111,26 @@ const bf16* packed_data(const at::Tensor& weight) {
 
 }  // namespace
 
-// out [B, N] = x [B, K] times a packed weight [N, K], plus a bias [N]; all bfloat16. K is a multiple
-// of 32 and N of 64; the caller has made sure that the weight is packed as said above.
-void packed_product_into(at::Tensor& out, const at::Tensor& x, const at::Tensor& weight,
-                         const std::optional<at::Tensor>& bias, int64_t chunk,
-                         const Addition* addition, const Soon& soon) {
+int64_t PackedProduct::units() const { return outputs / kUnit; }
+
+void PackedProduct::run(int64_t begin, int64_t end) const {
+#ifdef RLPROMPT_BF16_PRODUCTS
+  const Product product{*this};
+  for (int64_t unit = begin; unit < end; ++unit) {
+    soon.prefetch(unit - begin, end - begin);
+    product.run_unit(unit);
+  }
+#endif
+}
+
+PackedProduct packed_product_of(const bf16* x, int64_t rows, const at::Tensor& weight,
+                                const std::optional<at::Tensor>& bias, int64_t chunk, bf16* out) {
 #ifdef RLPROMPT_BF16_PRODUCTS
   const int64_t outputs = weight.size(0), inputs = weight.size(1);
-  TORCH_CHECK(x.dim() == 2 && x.size(1) == inputs && x.is_contiguous(), "rows want [B, K], dense");
   TORCH_CHECK(outputs % kBlock == 0 && inputs % 32 == 0 && chunk >= 2 && chunk % 2 == 0,
               "a weight of another shape");
-  const Product product{data<bf16>(x), packed_data(weight), bias ? data<bf16>(*bias) : nullptr,
-                        data_out<bf16>(out), x.size(0), inputs, outputs, chunk, addition};
-  at::parallel_for(0, outputs / kUnit, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) {
-      soon.prefetch(unit - begin, end - begin);
-      product.run_unit(unit);
-    }
-  });
+  return {x, packed_data(weight), bias ? data<bf16>(*bias) : nullptr, out, rows, inputs, outputs,
+          chunk};
 #else
   TORCH_CHECK(false, "this processor has no bfloat16 products");
 #endif
@@ -141,8 +138,13 @@ void packed_product_into(at::Tensor& out, const at::Tensor& x, const at::Tensor&
 
 at::Tensor packed_product(const at::Tensor& x, const at::Tensor& weight,
                           const std::optional<at::Tensor>& bias, int64_t chunk) {
+  TORCH_CHECK(x.dim() == 2 && x.size(1) == weight.size(1) && x.is_contiguous(),
+              "rows want [B, K], dense");
   at::Tensor out = at::empty({x.size(0), weight.size(0)}, x.options());
-  packed_product_into(out, x, weight, bias, chunk, nullptr, {});
+  const PackedProduct product =
+      packed_product_of(data<bf16>(x), x.size(0), weight, bias, chunk, data_out<bf16>(out));
+  at::parallel_for(0, product.units(), 1,
+                   [&](int64_t begin, int64_t end) { product.run(begin, end); });
   return out;
 }
 

@@ -19,9 +19,21 @@ struct Soon {
   }
 };
 
-// Writes x W^T + b to out [B, N], and adds what an adapter adds to it; null = nothing.
-void packed_product_into(at::Tensor& out, const at::Tensor& x, const at::Tensor& weight,
-                         const std::optional<at::Tensor>& bias, int64_t chunk,
-                         const Addition* addition, const Soon& soon);
+// out [B, N] = x [B, K] W^T + bias, and what an adapter adds.
+struct PackedProduct {
+  const bf16 *x, *weights, *bias;  // bias null = none
+  bf16* out;
+  int64_t rows, inputs, outputs, chunk;
+  Addition addition = {};  // without inner states = nothing
+  Soon soon = {};
+
+  int64_t units() const;  // blocks of outputs, which any threads may compute
+  void run(int64_t begin, int64_t end) const;
+};
+
+// Checks all but the memory of `x` and `out`. K is a multiple of 32 and N of 64; the caller has made
+// sure that the weight is packed as product.cpp says.
+PackedProduct packed_product_of(const bf16* x, int64_t rows, const at::Tensor& weight,
+                                const std::optional<at::Tensor>& bias, int64_t chunk, bf16* out);
 
 }  // namespace rlprompt
