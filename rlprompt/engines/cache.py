@@ -7,9 +7,9 @@ grows in small blocks.
 
 Layers that attend in the C++ kernels use memory of the same size in another way: a row's columns
 are [prefix | query | completion] with nothing between, in the order in which the kernels multiply
-them (`rlprompt.kernels.cpu.arranged`), so that a step rearranges nothing. Where all layers do, whole
-blocks of columns that the rows of a group share stand in one row of the group only, its leader: the
-memory of the others is never touched there.
+them (`rlprompt.kernels.cpu.arranged`), so that a step rearranges nothing. Where all layers do,
+whole blocks of columns that the rows of a group share stand in one row of the group only, its
+leader: the memory of the others is never touched there.
 
 Letters: B rows, G groups, L layers, H heads, H_kv key/value heads, P prefix tokens, Q padded query
 length, S columns, D head dim.

@@ -48,7 +48,8 @@ class CompiledDecoder:
             weights += [layer.post_attention_layernorm.weight, *gates, *down]
         self._weights = [*weights, final.weight]
         products = zip(*map(_products, layers), strict=True)
-        self._chunks = [_common([packed.chunk for packed in same]) for same in products]
+        chunks = [_common([packed.chunk for packed in same]) for same in products]
+        self._chunks = chunks if all(chunks) else [0] * len(chunks)  # a step multiplies in one way
         self._low_rank: list[Tensor | None] = []
         self._low_rank_scale = 0.0
 

@@ -109,7 +109,8 @@ def low_rank_product(
     Args:
         x: [..., K].
         product: the frozen map from K to O.
-        widths, additions: of the layers that it joins; see `side_by_side`.
+        widths: of the layers that it joins.
+        additions: of these layers; see `side_by_side`.
 
     Returns:
         [..., O].

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlprompt.engines.compiled import CompiledDecoder, compiled_decoder
+from rlprompt.engines.compiled import CompiledDecoder, _products, compiled_decoder
 from rlprompt.engines.native import NativeEngine, NativeSettings
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.kernels.cpu import ops
@@ -53,6 +53,40 @@ def test_steps_give_the_bits_of_the_modules(family: str) -> None:
     policy = policy_of(family)
     assert compiled_decoder(policy.forward) is not None
     assert generate(policy, True) == generate(policy, False)
+
+
+@needs_kernels
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_bits_do_not_depend_on_threads(threads: int) -> None:
+    policy = policy_of("llama")
+    expected = generate(policy, False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert generate(policy, True) == expected
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_kernels
+@pytest.mark.parametrize("which", ["all", "one"])
+def test_without_the_kernels_product_steps_are_made_by_onednn(
+    which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = policy_of("llama")
+    expected = generate(policy, False)
+    layers: Any = policy.forward.body.layers
+    packed = [layers[0].mlp.down_proj.packed]
+    if which == "all":
+        packed = [p for layer in layers for p in _products(layer)]
+    for product in packed:
+        monkeypatch.setattr(product, "_chunk", 0)
+    decoder = compiled_decoder(policy.forward)
+    assert decoder is not None
+    recording = decoder.recording(2**20)
+    recording.start(policy.prefix(TEXT), 10)
+    assert recording.stores() == []
+    assert generate(policy, True) == expected
 
 
 @needs_kernels

@@ -72,8 +72,11 @@ def low_rank_backward(
 
     Args:
         grad: of the outputs, bfloat16 [N, O], dense.
-        x, inner, starts, scale: as in the forward.
-        weights: down [R, K] and up [O, r], bfloat16, dense.
+        x: [N, K], as in the forward.
+        inner: [N, R], from `low_rank_inner`.
+        weights: down [R, K] and up [O, r], bfloat16, dense; down is zero behind all layers' states.
+        starts: as in the forward.
+        scale: as in the forward.
         d_x: [N, K], to which what reaches x is added; empty where nothing is asked for.
 
     Returns:
