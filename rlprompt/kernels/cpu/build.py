@@ -28,10 +28,19 @@ SOURCES = (
     "product.cpp",
     "low_rank.cpp",
     "low_rank_backward.cpp",
+    "decode_attention.cpp",
     "decode.cpp",
     "tree.cpp",
 )
-_HEADERS = ("common.h", "elementwise.h", "pairs.h", "low_rank.h", "product.h", "team.h")
+_HEADERS = (
+    "common.h",
+    "decode_attention.h",
+    "elementwise.h",
+    "low_rank.h",
+    "pairs.h",
+    "product.h",
+    "team.h",
+)
 _HERE = Path(__file__).parent
 _TIMEOUT_SECONDS = 600
 _FLAGS = (

@@ -5,8 +5,8 @@
 #include <ATen/ops/empty.h>
 
 namespace rlprompt {
-// A weight [n, k] as the products read it: int32 [k / 2, n], pairs along its inputs. n is a multiple
-// of kLanes, k is even.
+// A weight [n, k] as the products read it: int32 [k / 2, n], pairs along its inputs. n is a
+// multiple of kLanes, k is even.
 at::Tensor input_pairs(const at::Tensor& weight) {
   const int64_t count = weight.size(0), dim = weight.size(1);
   TORCH_CHECK(weight.scalar_type() == at::kBFloat16 && weight.is_contiguous(), "dense bfloat16");

@@ -5,7 +5,8 @@
 // Layers whose outputs stand side by side have one matrix down, their inner states behind each
 // other, and one matrix up, of which each output takes the inner states of its own layer.
 //
-// Letters: N rows, K inputs, O outputs, R inner states of all layers (whole vectors), r of one layer.
+// Letters: N rows, K inputs, O outputs, R inner states of all layers (whole vectors), r of one
+// layer.
 #pragma once
 
 #include "pairs.h"
@@ -14,7 +15,8 @@ namespace rlprompt {
 
 constexpr int64_t kRows = 16;  // of one task
 
-// Calls body(count, first) for `rows` rows in runs of kMost and its halves; the count is a constant.
+// Calls body(count, first) for `rows` rows in runs of kMost and its halves; the count is a
+// constant.
 template <int kMost, typename F>
 inline void in_runs(int64_t rows, const F& body, int64_t first = 0) {
   for (; first + kMost <= rows; first += kMost)

@@ -1,6 +1,6 @@
-// Gradients of what an adapter of low rank adds (see low_rank.h), in two passes: rows first, for the
-// inner states and the input; then columns, each of which sums over all rows in their order, so that
-// no number depends on how many threads there are.
+// Gradients of what an adapter of low rank adds (see low_rank.h), in two passes: rows first, for
+// the inner states and the input; then columns, each of which sums over all rows in their order, so
+// that no number depends on how many threads there are.
 
 #include "low_rank.h"
 
@@ -78,7 +78,8 @@ struct Backward {
     narrow_product(count, inputs, used / 2, left, width / 2, 1, {down, inputs}, sums, inputs,
                    Into::kFresh);
     bf16* to = d_x + row * inputs;
-    for (int64_t i = 0; i < count * inputs; i += kLanes) store(to + i, load(to + i) + load(sums + i));
+    for (int64_t i = 0; i < count * inputs; i += kLanes)
+      store(to + i, load(to + i) + load(sums + i));
   }
 
   // The second pass, kColumns or fewer columns of `from` [N, n]: sums [count, columns] over rows of
@@ -89,8 +90,8 @@ struct Backward {
     std::fill_n(sums, count * columns, 0.0f);
     for (int64_t first = 0; first < rows; first += kChunk) {
       const int64_t some = std::min(kChunk, rows - first);
-      write_row_pairs([&](int64_t i) { return from + (first + i) * stride + column; }, some, columns,
-                      space);
+      const auto row = [&](int64_t i) { return from + (first + i) * stride + column; };
+      write_row_pairs(row, some, columns, space);
       narrow_product(count, columns, padded(some) / 2, states + first / 2 * width + start, 1, width,
                      {space, columns}, sums, columns, Into::kContinue);
     }

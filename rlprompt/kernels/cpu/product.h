@@ -31,8 +31,8 @@ struct PackedProduct {
   void run(int64_t begin, int64_t end) const;
 };
 
-// Checks all but the memory of `x` and `out`. K is a multiple of 32 and N of 64; the caller has made
-// sure that the weight is packed as product.cpp says.
+// Checks all but the memory of `x` and `out`. K is a multiple of 32 and N of 64; the caller has
+// made sure that the weight is packed as product.cpp says.
 PackedProduct packed_product_of(const bf16* x, int64_t rows, const at::Tensor& weight,
                                 const std::optional<at::Tensor>& bias, int64_t chunk, bf16* out);
 

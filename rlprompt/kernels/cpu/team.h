@@ -28,7 +28,8 @@ class Team {
     }
   }
 
-  // Calls body(begin, end) with this thread's share of [0, n), and returns when all shares are done.
+  // Calls body(begin, end) with this thread's share of [0, n), and returns when all shares are
+  // done.
   template <typename F>
   void split(int64_t n, const F& body) {
     const int64_t share = (n + size_ - 1) / size_;
