@@ -120,7 +120,7 @@ at::Tensor rms_norm_backward(const at::Tensor& grad, const at::Tensor& x, const 
   return out;
 }
 
-// sum = residual + update, and the norm of the sum; `sum` may be the residual itself.
+// sum = residual + update, and the norm of the sum.
 void add_rms_norm_to(const at::Tensor& residual, const at::Tensor& update, const at::Tensor& weight,
                      double eps, at::Tensor& sum, at::Tensor& normed) {
   const int64_t width = residual.size(-1), rows = residual.numel() / width;
@@ -133,14 +133,6 @@ void add_rms_norm_to(const at::Tensor& residual, const at::Tensor& update, const
         add_norm_row(from + r, more + r, by, to + r, out + r, width, static_cast<float>(eps));
     });
   });
-}
-
-// residual += update in place, and the norm of the sum.
-at::Tensor add_rms_norm_(at::Tensor& residual, const at::Tensor& update, const at::Tensor& weight,
-                         double eps) {
-  at::Tensor out = at::empty_like(residual);
-  add_rms_norm_to(residual, update, weight, eps, residual, out);
-  return out;
 }
 
 // residual + update, and the norm of the sum.
@@ -244,9 +236,6 @@ TORCH_LIBRARY_FRAGMENT(rlprompt_cpu, m) {
   m.def(
       "add_rms_norm(Tensor residual, Tensor update, Tensor weight, float eps) -> (Tensor, Tensor)",
       &add_rms_norm);
-  m.def(
-      "add_rms_norm_(Tensor(a!) residual, Tensor update, Tensor weight, float eps) -> Tensor",
-      &add_rms_norm_);
   m.def("rotary_(Tensor(a!) x, Tensor cos, Tensor sin, int heads) -> ()", &rotary_);
   m.def("rotary_backward(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin) -> Tensor",
         &rotary_backward);
