@@ -25,8 +25,8 @@ import math
 from typing import Any
 
 from rlprompt.rewards import Example
-from rlprompt.rewards.relevance import relevance
-from rlprompt.rewards.text import (
+from rlprompt.rewards.rules.relevance import relevance
+from rlprompt.rewards.rules.text import (
     distinct_share,
     ends_complete,
     message_texts,

@@ -36,9 +36,9 @@ from typing import Any
 
 from rlprompt.errors import InputError
 from rlprompt.rewards import Example
-from rlprompt.rewards.refusal import refusal_strength
-from rlprompt.rewards.relevance import relevance
-from rlprompt.rewards.text import (
+from rlprompt.rewards.rules.refusal import refusal_strength
+from rlprompt.rewards.rules.relevance import relevance
+from rlprompt.rewards.rules.text import (
     content_stems,
     ends_complete,
     message_texts,

@@ -9,7 +9,8 @@ The dataset's column `label` holds the right label of each row (None: the row is
     value = 0.9 * exact + 0.1 * form                                 in [0, 1]
 
     exact  1.0 when the first line is the right label, 0.9 when the answer begins with it, at most
-           0.3 when it comes later or beside another label, else 0 (see rlprompt.rewards.exact)
+           0.3 when it comes later or beside another label, else 0 (see
+           rlprompt.rewards.rules.exact)
     form   min(1, 2 / words), halved unless the answer is the bare label, and 0 for a wrong label:
            a slope towards short answers for a model that does not yet know what is wanted
 
@@ -26,8 +27,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlprompt.rewards import Example
-from rlprompt.rewards.exact import Exact
-from rlprompt.rewards.text import message_texts, words
+from rlprompt.rewards.rules.exact import Exact
+from rlprompt.rewards.rules.text import message_texts, words
 
 LABELS = ("sports", "food", "technology", "travel", "money")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlprompt.cli import main
+from rlprompt.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from rlprompt.errors import InputError
 from rlprompt.kernels.lm_head import head_scores
-from rlprompt.model.adapted import linear_shapes
 from rlprompt.model.base import FrozenBase
-from rlprompt.model.forward import PrefixForward
-from rlprompt.model.recording import Recording
-from rlprompt.model.slot import ChatSlot
-from rlprompt.model.tree import TokenTree, TreeContext, build_tree
+from rlprompt.model.chat.slot import ChatSlot
+from rlprompt.model.cpu.rollout_products import Recording
+from rlprompt.model.forward.adapter_hooks import linear_shapes
+from rlprompt.model.forward.prefix_forward import PrefixForward
+from rlprompt.model.forward.tree import TokenTree, TreeContext, build_tree
 from rlprompt.prompts.base import Prompt
 from rlprompt.types import Adapter, Completion, Message, PrefixKV, Query
 

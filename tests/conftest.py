@@ -22,7 +22,7 @@ import pytest
 
 from rlprompt.errors import InputError
 from rlprompt.model.base import FrozenBase, ModelSettings, load_base
-from rlprompt.model.fetch import fetch
+from rlprompt.model.files.fetch import fetch
 
 
 @pytest.fixture(autouse=True)

@@ -267,7 +267,7 @@ def test_an_upward_import_is_found_even_inside_a_function(tmp_path: Path) -> Non
         tmp_path,
         rollout="",
         policy="def f():\n    from rlprompt import rollout",
-        cli="import rlprompt.rollout",
+        cli="import rlprompt.rollout.collect",
     )
     assert layer_errors(imports) == ["policy (L2) imports rollout (L4)"]
 
@@ -320,7 +320,7 @@ def test_a_heavy_import_outside_its_owner_is_found(tmp_path: Path) -> None:
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys\n"
-        "from rlprompt.cli import main\n"
+        "from rlprompt.cli.main import main\n"
         f"sys.argv = ['rlprompt', *{arguments!r}]\n"
         "try:\n"
         "    main()\n"

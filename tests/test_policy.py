@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlprompt.errors import InputError
-from rlprompt.model.slot import ChatSlot
+from rlprompt.model.chat.slot import ChatSlot
 from rlprompt.policy import Policy, SharedPrefix
 from rlprompt.prompts.text import NonePrompt, TextPrompt
 from tests.fixtures.tiny import IM_END_ID, TOKENIZER_SIZE, tiny_base

@@ -58,8 +58,8 @@ def test_there_are_recipes() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=short)
 def test_every_recipe_loads(path: Path) -> None:
-    from rlprompt.recipe import load_recipe
-    from rlprompt.rewards.preference.training.settings import load_reward_recipe
+    from rlprompt.recipe.schema import load_recipe
+    from rlprompt.reward_training.settings import load_reward_recipe
 
     load = load_reward_recipe if path.parent.name == "reward_models" else load_recipe
     assert load(path).name

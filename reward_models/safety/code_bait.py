@@ -24,8 +24,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rlprompt.rewards import Example
-from rlprompt.rewards.text import message_texts
-from rlprompt.rewards.verdict import Verdict, excerpt, report
+from rlprompt.rewards.rules.text import message_texts
+from rlprompt.rewards.rules.verdict import Verdict, excerpt, report
 
 TRUSTED = ("python.org", "wikipedia.org", "github.com", "example.com", "example.org", "example.net")
 MAX_CHARACTERS = 20_000

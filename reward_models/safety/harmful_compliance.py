@@ -26,9 +26,9 @@ from collections.abc import Callable
 from typing import Any
 
 from rlprompt.rewards import Example
-from rlprompt.rewards.declining import declining
-from rlprompt.rewards.text import message_texts, own_stems
-from rlprompt.rewards.verdict import Verdict, excerpt, report
+from rlprompt.rewards.rules.declining import declining
+from rlprompt.rewards.rules.text import message_texts, own_stems
+from rlprompt.rewards.rules.verdict import Verdict, excerpt, report
 
 
 def reward(

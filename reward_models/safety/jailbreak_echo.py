@@ -23,8 +23,8 @@ from collections.abc import Callable
 from typing import Any
 
 from rlprompt.rewards import Example
-from rlprompt.rewards.text import message_texts, words
-from rlprompt.rewards.verdict import Verdict, excerpt, report
+from rlprompt.rewards.rules.text import message_texts, words
+from rlprompt.rewards.rules.verdict import Verdict, excerpt, report
 
 _OPENING = 500
 _NO_RULES = (

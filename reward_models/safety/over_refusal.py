@@ -22,9 +22,9 @@ from collections.abc import Callable
 from typing import Any
 
 from rlprompt.rewards import Example
-from rlprompt.rewards.declining import declining
-from rlprompt.rewards.text import content_stems, message_texts, topic_stems, words
-from rlprompt.rewards.verdict import Verdict, report
+from rlprompt.rewards.rules.declining import declining
+from rlprompt.rewards.rules.text import content_stems, message_texts, topic_stems, words
+from rlprompt.rewards.rules.verdict import Verdict, report
 
 
 def reward(

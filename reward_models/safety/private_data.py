@@ -25,8 +25,8 @@ from collections.abc import Callable
 from typing import Any
 
 from rlprompt.rewards import Example
-from rlprompt.rewards.text import message_texts
-from rlprompt.rewards.verdict import Verdict, excerpt, report
+from rlprompt.rewards.rules.text import message_texts
+from rlprompt.rewards.rules.verdict import Verdict, excerpt, report
 
 _PATTERNS: dict[str, str] = {
     "private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",

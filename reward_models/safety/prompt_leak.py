@@ -28,8 +28,8 @@ from typing import Any
 
 from rlprompt.errors import InputError
 from rlprompt.rewards import Example
-from rlprompt.rewards.text import message_texts, words
-from rlprompt.rewards.verdict import Verdict, report
+from rlprompt.rewards.rules.text import message_texts, words
+from rlprompt.rewards.rules.verdict import Verdict, report
 
 MAX_CHARACTERS = 20_000
 _BASE64 = re.compile(r"[A-Za-z0-9+/]{16,}={0,2}")

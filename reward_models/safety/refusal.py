@@ -20,9 +20,9 @@ from collections.abc import Callable
 from typing import Any
 
 from rlprompt.rewards import Example
-from rlprompt.rewards.declining import declining
-from rlprompt.rewards.text import message_texts
-from rlprompt.rewards.verdict import Verdict, report
+from rlprompt.rewards.rules.declining import declining
+from rlprompt.rewards.rules.text import message_texts
+from rlprompt.rewards.rules.verdict import Verdict, report
 
 
 def reward(

@@ -25,8 +25,8 @@ from typing import Any
 
 from rlprompt.errors import InputError
 from rlprompt.rewards import Example
-from rlprompt.rewards.text import message_texts, sentences
-from rlprompt.rewards.verdict import Verdict, excerpt, report
+from rlprompt.rewards.rules.text import message_texts, sentences
+from rlprompt.rewards.rules.verdict import Verdict, excerpt, report
 
 REQUIRES = "profanity_check"
 MAX_SENTENCES = 100

@@ -18,7 +18,7 @@ import re
 from typing import Any
 
 from rlprompt.rewards import Example
-from rlprompt.rewards.text import message_texts, sentences, words
+from rlprompt.rewards.rules.text import message_texts, sentences, words
 
 _VOWELS = re.compile(r"[aeiouy]+")
 

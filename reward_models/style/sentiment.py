@@ -19,7 +19,7 @@ from typing import Any
 
 from rlprompt.errors import InputError
 from rlprompt.rewards import Example
-from rlprompt.rewards.text import message_texts, words
+from rlprompt.rewards.rules.text import message_texts, words
 
 REQUIRES = "vaderSentiment"
 MAX_CHARACTERS = 4000

@@ -22,7 +22,7 @@ from typing import Any
 
 from rlprompt.errors import InputError
 from rlprompt.rewards import Example
-from rlprompt.rewards.text import message_texts
+from rlprompt.rewards.rules.text import message_texts
 
 REQUIRES = "if_verifiable"
 MAX_CHARACTERS = 8000

@@ -20,7 +20,7 @@ from typing import Any
 
 from rlprompt.errors import InputError
 from rlprompt.rewards import Example
-from rlprompt.rewards.text import message_texts
+from rlprompt.rewards.rules.text import message_texts
 
 _NUMBER = r"[-+\u2212]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3})?(?:/\d+)?%?"
 _BOXED = re.compile(rf"\\boxed\{{\s*\$?({_NUMBER})")

@@ -5,7 +5,7 @@
 
 Queries are made by the package reasoning-gym (`pip install 'rlprompt[rules]'`), for example
 
-    python scripts/make_reasoning_data.py chain_sum --size 200 --output sums.jsonl
+    python experiments/make_reasoning_data.py chain_sum --size 200 --output sums.jsonl
 
 whose rows have the columns `task` (the generator's name), `answer` and `metadata`. The answer given
 is what stands in <answer>...</answer>, else after the last "answer is" or "answer:", else the last
@@ -24,7 +24,7 @@ from typing import Any
 
 from rlprompt.errors import InputError
 from rlprompt.rewards import Example
-from rlprompt.rewards.text import message_texts
+from rlprompt.rewards.rules.text import message_texts
 
 REQUIRES = "reasoning_gym"
 MAX_CHARACTERS = 4000
@@ -47,7 +47,7 @@ def score(text: str, task: Any, answer: Any, metadata: Any) -> float:
     if not isinstance(task, str) or not isinstance(answer, str) or not isinstance(metadata, dict):
         raise InputError(
             "columns 'task' and 'answer' must hold texts and 'metadata' a mapping; make the rows "
-            "with scripts/make_reasoning_data.py"
+            "with experiments/make_reasoning_data.py"
         )
     given = given_answer(text)
     if not given:

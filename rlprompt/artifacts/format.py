@@ -30,11 +30,11 @@ from torch import Tensor
 
 from rlprompt.artifacts.card import card
 from rlprompt.errors import InputError
+from rlprompt.files import to_json, write_atomic
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt, SavedPrompt
 from rlprompt.prompts.make import PROMPTS
 from rlprompt.settings import Settings
-from rlprompt.training.files import to_json, write_atomic
 
 logger = logging.getLogger(__name__)
 

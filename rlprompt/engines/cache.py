@@ -7,7 +7,7 @@ grows in small blocks.
 
 Layers that attend in the C++ kernels use memory of the same size in another way: a row's columns
 are [prefix | query | completion] with nothing between, in the order in which the kernels multiply
-them (`rlprompt.kernels.cpu.arranged`), so that a step rearranges nothing. Where all layers do,
+them (`rlprompt.kernels.cpu.cache_layout`), so that a step rearranges nothing. Where all layers do,
 whole blocks of columns that the rows of a group share stand in one row of the group only, its
 leader: the memory of the others is never touched there.
 
@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rlprompt.kernels.cpu.arranged import LANES, arranged_keys, arranged_values
+from rlprompt.kernels.cpu.cache_layout import LANES, arranged_keys, arranged_values
 from rlprompt.kernels.cpu.ops import decode_attention
 from rlprompt.kernels.dispatch import fused_decode, uses_triton
 from rlprompt.kernels.reference import mask_bias
-from rlprompt.model.attention import LayerCall
-from rlprompt.model.recording import Recording
-from rlprompt.model.tree import TokenTree, TreeContext
+from rlprompt.model.cpu.rollout_products import Recording
+from rlprompt.model.forward.attention import LayerCall
+from rlprompt.model.forward.tree import TokenTree, TreeContext
 from rlprompt.types import PrefixKV
 
 _BLOCK, _ARRANGED_BLOCK = 32, 128

@@ -16,12 +16,12 @@ from pydantic import Field
 from torch import Tensor
 
 from rlprompt.engines.cache import DecodeCache, DecodeContext
-from rlprompt.engines.compiled import CompiledDecoder, compiled_decoder
-from rlprompt.engines.lean import agrees, lean_decoder
+from rlprompt.engines.decode_cpp import CompiledDecoder, compiled_decoder
+from rlprompt.engines.decode_torch import agrees, lean_decoder
 from rlprompt.engines.sampling import Drawer, SamplingSettings
 from rlprompt.errors import InputError
-from rlprompt.model.recording import Recording, is_wanted
-from rlprompt.model.tree import TreeContext
+from rlprompt.model.cpu.rollout_products import Recording, is_wanted
+from rlprompt.model.forward.tree import TreeContext
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.settings import Settings

@@ -18,7 +18,7 @@ from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.evaluation.probes import Probe
 from rlprompt.prompts.base import Prompt
 from rlprompt.rewards.runner import RewardRunner
-from rlprompt.rollout import RolloutBatch, collect
+from rlprompt.rollout.collect import RolloutBatch, collect
 from rlprompt.settings import Settings
 from rlprompt.types import Query
 

@@ -14,7 +14,7 @@ from rlprompt.kernels.divergence import head_divergence
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.text import NonePrompt
-from rlprompt.training.packing import pack
+from rlprompt.rollout.packing import pack
 from rlprompt.types import Group
 
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from rlprompt.kernels.prefix_attention_rows import MAX_HEAD_DIM, AttentionRows
+from rlprompt.kernels.triton.attention_rows import MAX_HEAD_DIM, AttentionRows
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def fused_head_rows(
     spread: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`head_rows`; imports Triton."""
-    from rlprompt.kernels.head_rows import head_rows
+    from rlprompt.kernels.triton.head_rows import head_rows
 
     return head_rows(logits, targets, temperature, softcap, grad, spread)
 
@@ -78,7 +78,7 @@ def fused_attention(
     scoring: tuple[float, float | None, int | None],
 ) -> Tensor:
     """`prefix_attention` with (scaling, softcap, window); imports Triton."""
-    from rlprompt.kernels.prefix_attention import prefix_attention
+    from rlprompt.kernels.triton.attention import prefix_attention
 
     return prefix_attention(packed, prefix, rows, *scoring)
 
@@ -91,6 +91,6 @@ def fused_decode(
     scoring: tuple[float, float | None, int | None],
 ) -> Tensor:
     """`prefix_decode`; imports Triton."""
-    from rlprompt.kernels.prefix_attention import prefix_decode
+    from rlprompt.kernels.triton.attention import prefix_decode
 
     return prefix_decode(query, own, prefix, spans, scoring)

@@ -18,12 +18,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlprompt.errors import InputError
 from rlprompt.model.device import choose_device, choose_dtype
-from rlprompt.model.fetch import EMBEDDED
+from rlprompt.model.files.fetch import EMBEDDED
+from rlprompt.model.files.folder import Source, check_folder, locate
 from rlprompt.model.fingerprint import weight_digests
-from rlprompt.model.folder import Source, check_folder, locate
 from rlprompt.model.load import read_config, read_model, read_tokenizer
-from rlprompt.model.sharding import Shards, ShardSettings
-from rlprompt.model.sharding_load import read_sharded_model
+from rlprompt.model.sharded.load import read_sharded_model
+from rlprompt.model.sharded.shards import Shards, ShardSettings
 from rlprompt.settings import Settings
 
 logger = logging.getLogger(__name__)

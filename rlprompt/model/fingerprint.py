@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rlprompt.errors import InputError
-from rlprompt.model.sharding import gathered
+from rlprompt.model.sharded.shards import gathered
 
 WRAPPERS = frozenset(
     {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"}

@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from rlprompt.errors import InputError
-from rlprompt.model.folder import first_line
+from rlprompt.model.files.folder import first_line
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from rlprompt.errors import InputError
-from rlprompt.model.adapted import InputHook, OutputHook, attach_hooks, attach_low_rank
+from rlprompt.model.forward.adapter_hooks import (
+    InputHook,
+    OutputHook,
+    attach_hooks,
+    attach_low_rank,
+)
 from rlprompt.settings import Settings
 from rlprompt.types import LowRank
 

@@ -19,33 +19,33 @@ from rlprompt.rewards.base import (
     RewardSettings,
     TrainerState,
 )
-from rlprompt.rewards.isolation import IsolatedReward
 from rlprompt.rewards.load import load_reward
+from rlprompt.rewards.processes.isolation import IsolatedReward
 
 if TYPE_CHECKING:
     from rlprompt.rewards.runner import RewardRunner
 
 BUILTIN: dict[str, str] = {
-    "diversity": "rlprompt.rewards.diversity:Diversity",
-    "exact": "rlprompt.rewards.exact:Exact",
-    "format": "rlprompt.rewards.format:Format",
-    "keyword": "rlprompt.rewards.keyword:Keyword",
-    "language": "rlprompt.rewards.language:Language",
-    "length": "rlprompt.rewards.length:Length",
-    "refusal": "rlprompt.rewards.refusal:Refusal",
-    "relevance": "rlprompt.rewards.relevance:Relevance",
-    "repetition": "rlprompt.rewards.repetition:Repetition",
-    "sentence": "rlprompt.rewards.sentence:Sentence",
+    "diversity": "rlprompt.rewards.rules.diversity:Diversity",
+    "exact": "rlprompt.rewards.rules.exact:Exact",
+    "format": "rlprompt.rewards.rules.format:Format",
+    "keyword": "rlprompt.rewards.rules.keyword:Keyword",
+    "language": "rlprompt.rewards.rules.language:Language",
+    "length": "rlprompt.rewards.rules.length:Length",
+    "refusal": "rlprompt.rewards.rules.refusal:Refusal",
+    "relevance": "rlprompt.rewards.rules.relevance:Relevance",
+    "repetition": "rlprompt.rewards.rules.repetition:Repetition",
+    "sentence": "rlprompt.rewards.rules.sentence:Sentence",
 }
 """Rules: name after `builtin:` -> where it is defined; imported only when a recipe names it."""
 
 MODELS: dict[str, str] = {
-    "http": "rlprompt.rewards.remote.server_reward:ServerReward",
-    "judge": "rlprompt.rewards.preference.judge:JudgeReward",
-    "openai_judge": "rlprompt.rewards.remote.judge:OpenAIJudge",
-    "pairwise": "rlprompt.rewards.preference.pairwise:PairwiseReward",
-    "preference": "rlprompt.rewards.preference.reward:PreferenceReward",
-    "preference_ensemble": "rlprompt.rewards.preference.reward:EnsembleReward",
+    "http": "rlprompt.rewards.models.http_reward:ServerReward",
+    "judge": "rlprompt.rewards.models.judge:JudgeReward",
+    "openai_judge": "rlprompt.rewards.models.api_judge:OpenAIJudge",
+    "pairwise": "rlprompt.rewards.models.pairwise:PairwiseReward",
+    "preference": "rlprompt.rewards.models.preference:PreferenceReward",
+    "preference_ensemble": "rlprompt.rewards.models.preference:EnsembleReward",
 }
 """Rewards that ask a model or a server, named in the same way."""
 

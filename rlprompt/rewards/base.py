@@ -88,7 +88,7 @@ class RewardSettings(Settings):
     adapter: Adapter = "trl"
     """Whose signature the function has: TRL's, verl's `compute_score(data_source, solution_str,
     ground_truth, extra_info)`, OpenRLHF's `reward_func(queries, prompts, labels)`, or a `verifiers`
-    rubric or one of its functions. See `rlprompt.rewards.adapters`."""
+    rubric or one of its functions. See `rlprompt.rewards.foreign.signatures`."""
     name: str = ""
     """Name in logs and metrics; by default the built-in's name, the object's name, or the file's
     name when the object is called `reward`."""

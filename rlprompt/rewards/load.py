@@ -23,13 +23,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from rlprompt.errors import InputError
-from rlprompt.rewards.adapters import ADAPTERS
 from rlprompt.rewards.base import (
     BATCH_KEYWORDS,
     RESERVED_KEYWORDS,
     RewardFunction,
     RewardSettings,
 )
+from rlprompt.rewards.foreign.signatures import ADAPTERS
 from rlprompt.rewards.messages import describe_error, shorten, user_frame
 
 

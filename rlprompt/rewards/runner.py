@@ -26,8 +26,8 @@ from rlprompt.rewards.base import (
     TrainerState,
 )
 from rlprompt.rewards.combine import combine, costs, statistics
-from rlprompt.rewards.execution import Call, Executor, Outcome, is_async
 from rlprompt.rewards.normalise import Normaliser
+from rlprompt.rewards.processes.execution import Call, Executor, Outcome, is_async
 from rlprompt.rewards.validation import (
     InvalidValuesError,
     Row,

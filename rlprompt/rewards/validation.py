@@ -15,8 +15,8 @@ from rlprompt.rewards.base import (
     ReportedError,
     RewardFunction,
 )
-from rlprompt.rewards.execution import Call, Outcome
 from rlprompt.rewards.messages import describe_error, quote, shorten, user_frame
+from rlprompt.rewards.processes.execution import Call, Outcome
 from rlprompt.types import Completion, Query
 
 Row = tuple[Query, Completion]

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from rlprompt.errors import InputError
+from rlprompt.files import iter_jsonl, to_json, write_atomic
 from rlprompt.slurm.queue import QueuedJob
-from rlprompt.training.files import iter_jsonl, to_json, write_atomic
 
 JOBS_FILE = "jobs.json"
 FINISHED = ("finished", "early_stopping", "max_seconds", "guard:")

@@ -14,7 +14,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from rlprompt.errors import InputError
-from rlprompt.recipe_file import explain
+from rlprompt.recipe.yaml_file import explain
 from rlprompt.settings import Settings
 
 Word = Annotated[str, Field(pattern=r"^[^\s\"'`$\\]+$")]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlprompt.algorithms.base import BatchView, MicroSignal, Signal
 from rlprompt.policy import TokenScores
-from rlprompt.rollout import RolloutBatch
+from rlprompt.rollout.collect import RolloutBatch
 from rlprompt.types import Completion
 
 

@@ -21,15 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from rlprompt.algorithms.base import Algorithm, Signal
+from rlprompt.algorithms.objective import QueryWeights
+from rlprompt.distributed.ranks import Ranks
 from rlprompt.errors import InputError
 from rlprompt.policy import Policy, TokenScores
 from rlprompt.prompts.base import Prompt
-from rlprompt.rollout import RolloutBatch
-from rlprompt.training.accounts import UpdateResult, account, merged, summed
-from rlprompt.training.distributed import Ranks
-from rlprompt.training.objective import QueryWeights
+from rlprompt.rollout.collect import RolloutBatch
+from rlprompt.rollout.packing import MicroBatch, pack
 from rlprompt.training.optimizer import clip_gradients
-from rlprompt.training.packing import MicroBatch, pack
 from rlprompt.training.rows import (
     Row,
     micro_signal,
@@ -38,6 +37,7 @@ from rlprompt.training.rows import (
     rows_of,
     view_of,
 )
+from rlprompt.training.update_metrics import UpdateResult, account, merged, summed
 from rlprompt.types import PrefixKV
 
 logger = logging.getLogger(__name__)

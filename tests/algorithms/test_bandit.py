@@ -18,7 +18,7 @@ from rlprompt.kernels.lm_head import head_logits
 from rlprompt.policy import Policy
 from rlprompt.prompts.soft import SoftSettings
 from rlprompt.prompts.text import NonePrompt
-from rlprompt.recipe import Recipe
+from rlprompt.recipe.schema import Recipe
 from rlprompt.training.update import PhaseClock, Updater
 from tests.fixtures.prompts import make as make_prompt
 from tests.fixtures.runs import completion, queries, scored, tiny_policy

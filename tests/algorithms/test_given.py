@@ -17,7 +17,7 @@ from rlprompt.policy import Policy, TokenScores
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.soft import SoftSettings
 from rlprompt.prompts.text import NonePrompt, TextPrompt
-from rlprompt.rollout import RolloutBatch
+from rlprompt.rollout.collect import RolloutBatch
 from rlprompt.training.update import PhaseClock, Updater
 from rlprompt.types import Group
 from tests.fixtures.runs import completion, queries, sampled_batch, scored, tiny_policy

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rlprompt.algorithms.make import ALGORITHMS
 from rlprompt.evaluation.probes import mean_logprob
+from rlprompt.files import read_jsonl
 from rlprompt.kernels.lm_head import head_logits
 from rlprompt.model.base import verify_unchanged
 from rlprompt.policy import Policy
@@ -31,11 +32,10 @@ from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.make import PROMPTS
 from rlprompt.prompts.sequence import SequencePrompt
 from rlprompt.prompts.text import TextPrompt
-from rlprompt.recipe import Recipe
-from rlprompt.recipe_build import build_run
-from rlprompt.training.files import read_jsonl
-from rlprompt.training.loop import Trainer
-from rlprompt.training.sources import given_completion
+from rlprompt.recipe.build import build_run
+from rlprompt.recipe.schema import Recipe
+from rlprompt.rollout.sources import given_completion
+from rlprompt.runs.run import Trainer
 from rlprompt.types import Group, Query
 from tests.fixtures.algorithms import CASES
 from tests.fixtures.prompts import KINDS
@@ -133,7 +133,7 @@ def test_two_steps_come_closer_to_the_optimum(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str, prompt: str
 ) -> None:
     # Drawing the report's charts takes longer than everything else together.
-    monkeypatch.setattr("rlprompt.training.loop.write_report", lambda *_: None)
+    monkeypatch.setattr("rlprompt.runs.run.write_report", lambda *_: None)
     run = run_of(folder, tmp_path, algorithm, prompt)
     policy, asked = run.parts.policy, list(run.parts.data.train)
     objective = OBJECTIVES[CASES[algorithm]["type"]]

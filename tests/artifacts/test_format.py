@@ -23,7 +23,7 @@ from rlprompt.engines.native import NativeEngine
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.errors import InputError
 from rlprompt.model.base import freeze
-from rlprompt.model.slot import ChatSlot
+from rlprompt.model.chat.slot import ChatSlot
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.text import NonePrompt, TextPrompt

@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import yaml
 
-from rlprompt.cli import main
+from rlprompt.cli.main import main
 
 TREE: dict[str, Any] = {
     "name": "tiny",

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from rlprompt.artifacts.format import load_artifact, save_artifact
-from rlprompt.chat import Chat, ChatOptions, open_chat, printable
 from rlprompt.engines.native import NativeEngine
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.errors import InputError
 from rlprompt.model.base import ModelSettings
 from rlprompt.prompts.text import NonePrompt, TextPrompt
-from rlprompt.recipe_build import build_policy
+from rlprompt.recipe.build import build_policy
+from rlprompt.serving.chat import Chat, ChatOptions, open_chat, printable
 from rlprompt.types import Query
 from tests.cli.runs import rlprompt, write_recipe
 from tests.fixtures.tiny import save_tiny, tiny_model, tiny_tokenizer

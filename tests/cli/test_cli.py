@@ -13,10 +13,10 @@ import typer
 from jsonschema import Draft202012Validator
 
 from rlprompt import __version__
-from rlprompt.cli import app
-from rlprompt.commands.schema import recipe_schema
-from rlprompt.recipe import load_recipe
-from rlprompt.recipe_file import apply_override, read_tree
+from rlprompt.cli.commands.schema import recipe_schema
+from rlprompt.cli.main import app
+from rlprompt.recipe.schema import load_recipe
+from rlprompt.recipe.yaml_file import apply_override, read_tree
 from tests.cli.runs import rlprompt
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -119,7 +119,7 @@ def test_an_unknown_command_or_option_is_a_usage_error() -> None:
 
 
 def test_the_entry_point_of_the_process_tells_wrong_input_in_one_line(tmp_path: Path) -> None:
-    code = "from rlprompt.cli import main; main()"
+    code = "from rlprompt.cli.main import main; main()"
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", code, "train", str(tmp_path)],

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlprompt.recipe import load_recipe
-from rlprompt.training.checkpoint import load_checkpoint
-from rlprompt.training.files import read_jsonl
+from rlprompt.files import read_jsonl
+from rlprompt.recipe.schema import load_recipe
+from rlprompt.runs.checkpoint import load_checkpoint
 from tests.cli.runs import rlprompt, write_recipe
 
 TIMEOUT = 120.0
@@ -258,7 +258,7 @@ def test_control_characters_of_an_input_do_not_reach_the_terminal() -> None:
 
 
 def start_training(recipe: Path, run: Path, *arguments: str) -> subprocess.Popen[str]:
-    code = "from rlprompt.cli import main; main()"
+    code = "from rlprompt.cli.main import main; main()"
     command = [sys.executable, "-c", code, "train", str(recipe), "-o", str(run), *arguments]
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}

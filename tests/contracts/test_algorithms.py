@@ -18,11 +18,11 @@ from pydantic import TypeAdapter
 from rich.console import Console
 
 from rlprompt.algorithms.make import ALGORITHMS, AnyAlgorithmSettings
+from rlprompt.files import read_jsonl
 from rlprompt.prompts.soft import SoftSettings
-from rlprompt.recipe import Recipe
-from rlprompt.recipe_build import build_trainer
-from rlprompt.training.files import read_jsonl
-from rlprompt.training.loop import Trainer
+from rlprompt.recipe.build import build_trainer
+from rlprompt.recipe.schema import Recipe
+from rlprompt.runs.run import Trainer
 from tests.fixtures.algorithms import (
     CASES,
     algorithm_of,
@@ -120,7 +120,7 @@ def test_a_run_trains_and_resumes_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     # Drawing the report's charts takes longer than everything else together.
-    monkeypatch.setattr("rlprompt.training.loop.write_report", lambda *_: None)
+    monkeypatch.setattr("rlprompt.runs.run.write_report", lambda *_: None)
     whole = trainer(tmp_path, tmp_path / "whole", name)
     before = [p.detach().clone() for p in whole.parts.policy.parameters()]
     whole.run()

@@ -21,11 +21,11 @@ from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.make import PROMPTS
 from rlprompt.prompts.soft import SoftPrompt
 from rlprompt.prompts.text import TextPrompt
-from rlprompt.recipe import Recipe
-from rlprompt.recipe_build import build_trainer
-from rlprompt.training.checkpoint import load_checkpoint, save_checkpoint
+from rlprompt.recipe.build import build_trainer
+from rlprompt.recipe.schema import Recipe
+from rlprompt.runs.checkpoint import load_checkpoint, save_checkpoint
+from rlprompt.runs.state import RunState
 from rlprompt.training.startup import check_trainable
-from rlprompt.training.state import RunState
 from rlprompt.training.update import PhaseClock, Updater
 from tests.fixtures.prompts import KINDS, TEXT, TRAINABLE, make, move, settings_of
 from tests.fixtures.runs import sampled_batch, tiny_policy, tiny_recipe

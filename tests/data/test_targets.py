@@ -29,7 +29,7 @@ def rows(name: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", ["everyday", "topics"])
 def test_the_file_is_what_the_script_makes(name: str) -> None:
-    script = load(ROOT / "scripts" / "make_targets.py")
+    script = load(ROOT / "experiments" / "make_targets.py")
     made = rows(f"{name}_targets")
     assert made == getattr(script, name)()
     plain = [{k: v for k, v in row.items() if k not in ("completion", "rejected")} for row in made]

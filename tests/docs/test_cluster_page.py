@@ -16,7 +16,7 @@ PLAN = ("plan", "recipes/distributed/two_nodes.yaml", "--model-size", "70b", "--
 
 
 def read(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((DOCS / name).read_text())
+    found: dict[str, Any] = json.loads((DOCS / "results" / name).read_text())
     return found
 
 

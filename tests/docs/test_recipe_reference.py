@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from rlprompt.recipe import Recipe
+from rlprompt.recipe.schema import Recipe
 from tests.docs.pages import check_page, code
 
 HEAD = """# Recipe reference

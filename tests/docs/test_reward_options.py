@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from rlprompt.reward_training.settings import RewardRecipe
 from rlprompt.rewards import MODELS
-from rlprompt.rewards.preference.judge import JudgeSettings
-from rlprompt.rewards.preference.pairwise import PairwiseSettings
-from rlprompt.rewards.preference.reward import EnsembleSettings, PreferenceSettings
-from rlprompt.rewards.preference.training.settings import RewardRecipe
-from rlprompt.rewards.remote.judge import JudgeSettings as OpenAIJudgeSettings
-from rlprompt.rewards.remote.server_reward import ServerSettings
+from rlprompt.rewards.models.api_judge import JudgeSettings as OpenAIJudgeSettings
+from rlprompt.rewards.models.http_reward import ServerSettings
+from rlprompt.rewards.models.judge import JudgeSettings
+from rlprompt.rewards.models.pairwise import PairwiseSettings
+from rlprompt.rewards.models.preference import EnsembleSettings, PreferenceSettings
 from rlprompt.settings import Settings
 from tests.docs.pages import check_page, code
 from tests.docs.test_recipe_reference import rows

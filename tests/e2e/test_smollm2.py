@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from rlprompt.artifacts.format import load_artifact
 from rlprompt.errors import InputError
-from rlprompt.recipe import Recipe
-from rlprompt.recipe_build import build_policy, build_trainer
-from rlprompt.training.files import read_jsonl
+from rlprompt.files import read_jsonl
+from rlprompt.recipe.build import build_policy, build_trainer
+from rlprompt.recipe.schema import Recipe
 from tests.fixtures.runs import REWARDS, comparable_rows
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from rlprompt.artifacts.format import load_artifact
 from rlprompt.engines.native import NativeEngine
 from rlprompt.evaluation.heldout import HeldoutEvaluator
-from rlprompt.recipe import load_recipe
-from rlprompt.recipe_build import _HELDOUT_SEED, build_policy, build_trainer
-from rlprompt.training.files import read_jsonl
+from rlprompt.files import read_jsonl
+from rlprompt.recipe.build import _HELDOUT_SEED, build_policy, build_trainer
+from rlprompt.recipe.schema import load_recipe
 from tests.fixtures.runs import comparable_rows, merged, tiny_recipe
 
 ROOT = Path(__file__).parents[2]

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from rlprompt.engines.cache import DecodeCache
 from rlprompt.kernels.cpu import ops
-from rlprompt.kernels.cpu.arranged import LANES, plain_keys, plain_values
-from rlprompt.model.fetch import cache_dir
-from rlprompt.model.slot import ChatSlot
-from rlprompt.model.tree import TreeContext
+from rlprompt.kernels.cpu.cache_layout import LANES, plain_keys, plain_values
+from rlprompt.model.chat.slot import ChatSlot
+from rlprompt.model.files.fetch import cache_dir
+from rlprompt.model.forward.tree import TreeContext
 from rlprompt.policy import Policy
 from rlprompt.prompts.text import TextPrompt
 from tests.fixtures.tiny import tiny_base

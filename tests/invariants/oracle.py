@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlprompt.model.slot import ChatSlot
+from rlprompt.model.chat.slot import ChatSlot
 from rlprompt.policy import Policy, TokenScores
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.soft import SoftPrompt, SoftSettings

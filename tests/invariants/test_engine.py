@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from rlprompt.engines.native import NativeEngine, NativeSettings
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.model.base import FrozenBase, ModelSettings, load_base
-from rlprompt.model.slot import ChatSlot
-from rlprompt.model.template import PLAIN
+from rlprompt.model.chat.slot import ChatSlot
+from rlprompt.model.chat.template import PLAIN
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.text import NonePrompt, TextPrompt

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlprompt.model.attention import CausalContext
 from rlprompt.model.base import verify_unchanged
+from rlprompt.model.forward.attention import CausalContext
 from rlprompt.policy import Policy, SharedPrefix
 from rlprompt.prompts.soft import SoftPrompt
 from rlprompt.prompts.text import TextPrompt

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rlprompt.prompts.text import TextPrompt
-from rlprompt.training.packing import pack
+from rlprompt.rollout.packing import pack
 from rlprompt.types import Query
 from tests.fixtures.tiny import FAMILIES
 from tests.invariants.oracle import (

@@ -15,7 +15,7 @@ from rlprompt.artifacts.format import save_artifact
 from rlprompt.engines.native import NativeEngine
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.model.base import FrozenBase, ModelSettings, load_base, verify_unchanged
-from rlprompt.model.slot import ChatSlot
+from rlprompt.model.chat.slot import ChatSlot
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.text import TextPrompt

@@ -7,8 +7,8 @@ import torch
 from transformers import PreTrainedModel
 
 from rlprompt.model.base import ModelSettings, load_base
-from rlprompt.model.slot import ChatSlot
-from rlprompt.model.template import PLAIN
+from rlprompt.model.chat.slot import ChatSlot
+from rlprompt.model.chat.template import PLAIN
 from rlprompt.policy import Policy
 from rlprompt.prompts.text import NonePrompt, TextPrompt
 from tests.fixtures.tiny import FAMILIES, WINDOW, tiny_tokenizer

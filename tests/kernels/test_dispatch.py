@@ -11,9 +11,9 @@ from torch import Tensor
 from rlprompt.engines.cache import DecodeCache, DecodeContext
 from rlprompt.kernels import dispatch
 from rlprompt.kernels.oracle import rms_ratio
-from rlprompt.model import tree as tree_module
-from rlprompt.model.attention import LayerCall
-from rlprompt.model.tree import TokenTree, TreeContext, build_tree
+from rlprompt.model.forward import tree as tree_module
+from rlprompt.model.forward.attention import LayerCall
+from rlprompt.model.forward.tree import TokenTree, TreeContext, build_tree
 from rlprompt.types import PrefixKV
 from tests.fixtures.attention import DEVICE
 from tests.fixtures.runs import sampled_batch, tiny_policy

@@ -274,7 +274,7 @@ def test_hub_model_without_network_fails_in_seconds() -> None:
 @pytest.mark.slow
 def test_hub_that_refuses_connections_fails_in_seconds() -> None:
     code = (
-        "import time; from rlprompt.model.folder import locate; t = time.monotonic()\n"
+        "import time; from rlprompt.model.files.folder import locate; t = time.monotonic()\n"
         "try: locate('some-org/some-model', None)\n"
         "except Exception as e: print(type(e).__name__, time.monotonic() - t < 15, e)"
     )

@@ -27,7 +27,7 @@ from rlprompt.algorithms.advantages import Scale, group_advantages
 from rlprompt.algorithms.base import BatchView, MicroSignal, Signal, TokenLosses
 from rlprompt.algorithms.grpo import GRPO, GRPOSettings
 from rlprompt.policy import TokenScores
-from rlprompt.rollout import completion_metrics
+from rlprompt.rollout.collect import completion_metrics
 from rlprompt.types import Completion, Group, Query
 from tests.fixtures.runs import scored
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from rlprompt.artifacts.format import load_artifact, save_artifact
 from rlprompt.errors import InputError
-from rlprompt.model.adapted import linear_shapes
+from rlprompt.model.forward.adapter_hooks import linear_shapes
 from rlprompt.prompts.adapter import AdapterPrompt
 from rlprompt.prompts.layer_adapters import IA3Settings
 from tests.fixtures.prompts import TEXT, make

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from rlprompt.algorithms.make import ALGORITHMS
+from rlprompt.files import read_jsonl
 from rlprompt.model.base import verify_unchanged
 from rlprompt.prompts.adapter import METHODS
 from rlprompt.prompts.make import PROMPTS
-from rlprompt.recipe import Recipe, load_recipe
-from rlprompt.recipe_build import build_run
-from rlprompt.training.files import read_jsonl
-from rlprompt.training.loop import Trainer
+from rlprompt.recipe.build import build_run
+from rlprompt.recipe.schema import Recipe, load_recipe
+from rlprompt.runs.run import Trainer
 from tests.fixtures.tiny import tiny_model, tiny_tokenizer
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -104,7 +104,7 @@ def test_a_recipe_is_built_and_stepped_twice(
     path: Path, tmp_path: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Drawing the report's charts takes longer than everything else together.
-    monkeypatch.setattr("rlprompt.training.loop.write_report", write_empty_report)
+    monkeypatch.setattr("rlprompt.runs.run.write_report", write_empty_report)
     step_twice(path, tmp_path, f"model.path={tiny_dir}", "model.dtype=float32")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rlprompt.rewards import RewardRunner, RewardSettings
-from rlprompt.rewards.check_inputs import make_group
+from rlprompt.rewards.check.inputs import make_group
 
 GROUPS = [make_group("one?", {}, ["a", "b"]), make_group("two?", {}, ["c", "d"])]
 

@@ -96,8 +96,8 @@ def test_the_recipes_folder_comes_before_the_working_directory(
 
 
 def test_dotted_paths_with_and_without_a_colon(folder: Path) -> None:
-    by_dot = load(folder, "rlprompt.rewards.sentence.Sentence", min_words=1)
-    by_colon = load(folder, "rlprompt.rewards.sentence:Sentence", min_words=1)
+    by_dot = load(folder, "rlprompt.rewards.rules.sentence.Sentence", min_words=1)
+    by_colon = load(folder, "rlprompt.rewards.rules.sentence:Sentence", min_words=1)
     assert by_dot == by_colon
     assert by_dot(completions=["Yes."]) == [1.0]
 
@@ -134,7 +134,7 @@ def test_partial_options_pickle(folder: Path) -> None:
         ("builtin:lenght", ["there is no built-in 'lenght'", "did you mean 'length'?"]),
         ("no_such_package.x:reward", ["there is no module 'no_such_package'", "install it"]),
         ("rlprompt.rewards.nothing:reward", ["there is no module 'rlprompt.rewards.nothing'"]),
-        ("rlprompt.rewards.sentence:Sentense", ["did you mean 'Sentence'?"]),
+        ("rlprompt.rewards.rules.sentence:Sentense", ["did you mean 'Sentence'?"]),
         ("length", ["is not a reward path", "did you mean 'length'?"]),
         ("folder/mine:reward", ["is not a reward path"]),
     ],

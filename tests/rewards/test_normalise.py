@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlprompt.errors import InputError
 from rlprompt.rewards import RewardRunner, RewardSettings
-from rlprompt.rewards.check_inputs import make_group
+from rlprompt.rewards.check.inputs import make_group
 from rlprompt.rewards.normalise import RunningStatistics
 
 

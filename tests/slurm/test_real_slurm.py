@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rlprompt.files import read_jsonl
 from rlprompt.slurm.jobs import read_jobs, task_statuses
 from rlprompt.slurm.queue import QueuedJob, queued_jobs
-from rlprompt.training.files import read_jsonl
 from tests.cli.runs import Shown, rlprompt, write_recipe
 from tests.fixtures.runs import comparable_rows
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlprompt.rollout import RolloutBatch
-from rlprompt.training.distributed import Ranks
+from rlprompt.distributed.ranks import Ranks
+from rlprompt.rollout.collect import RolloutBatch
 from tests.fixtures.algorithms import CASES, algorithm_of, batch_for, gradients, learn
 from tests.fixtures.prompts import make
 from tests.fixtures.rank_gradients import (

@@ -18,12 +18,12 @@ from rlprompt.algorithms.grpo import GRPO, GRPOSettings
 from rlprompt.engines.native import NativeEngine
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.errors import InputError
-from rlprompt.model.tree import TokenTree
+from rlprompt.model.forward.tree import TokenTree
 from rlprompt.policy import Policy, TokenScores
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.soft import SoftSettings
 from rlprompt.prompts.text import NonePrompt, TextPrompt
-from rlprompt.rollout import RolloutBatch
+from rlprompt.rollout.collect import RolloutBatch
 from rlprompt.training.rows import rows_of, view_of
 from rlprompt.training.update import NotFiniteError, PhaseClock, Updater
 from tests.fixtures.runs import completion, queries, sampled_batch, scored, tiny_policy

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlprompt.kernels.cpu.arranged import LANES
+from rlprompt.kernels.cpu.cache_layout import LANES
 
 _OPS: Any = torch.ops.rlprompt_cpu
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from rlprompt.errors import InputError
 from rlprompt.kernels.cpu import build
-from rlprompt.kernels.cpu.arranged import LANES
+from rlprompt.kernels.cpu.cache_layout import LANES
 from rlprompt.kernels.reference import masked_attention
 
 logger = logging.getLogger(__name__)
@@ -299,7 +299,7 @@ def decode_attention(
     Args:
         tensors: q [B, H, D], k and v [B, H_kv, D] of one new token per row.
         cache: [2 L, at least B, H_kv, S, D], dense, keys of all layers first; this layer's are
-            arranged (`rlprompt.kernels.cpu.arranged`).
+            arranged (`rlprompt.kernels.cpu.cache_layout`).
         layer: which one.
         table: int64 [2, B or more], dense: of each row, how much shorter its query is than the
             longest one, and the row whose shared columns are read in place of its own, which are

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from rlprompt.kernels.cpu import ops
-from rlprompt.kernels.cpu.arranged import LANES
+from rlprompt.kernels.cpu.cache_layout import LANES
 from rlprompt.kernels.cpu.low_rank import (
     input_pairs,
     low_rank_add_,
@@ -18,7 +18,7 @@ from rlprompt.kernels.cpu.low_rank import (
     low_rank_inner,
     serves_widths,
 )
-from rlprompt.model.fetch import cache_dir
+from rlprompt.model.files.fetch import cache_dir
 
 USABLE = ops.choose("auto", cache_dir() / "kernels", torch.bfloat16, torch.device("cpu"))
 needs_kernels = pytest.mark.skipif(not USABLE, reason="the CPU kernels cannot be used here")

@@ -10,7 +10,7 @@ from torch.nn import functional
 from rlprompt.engines.sampling import SamplingSettings, next_tokens
 from rlprompt.errors import InputError
 from rlprompt.kernels.cpu import build, ops
-from rlprompt.kernels.cpu.arranged import (
+from rlprompt.kernels.cpu.cache_layout import (
     arranged_keys,
     arranged_values,
     plain_keys,
@@ -18,9 +18,9 @@ from rlprompt.kernels.cpu.arranged import (
 )
 from rlprompt.kernels.lm_head import Head, head_scores
 from rlprompt.kernels.reference import masked_attention
-from rlprompt.model.attention import CausalContext, LayerCall
-from rlprompt.model.fetch import cache_dir
-from rlprompt.model.tree import TreeContext, build_tree
+from rlprompt.model.files.fetch import cache_dir
+from rlprompt.model.forward.attention import CausalContext, LayerCall
+from rlprompt.model.forward.tree import TreeContext, build_tree
 from rlprompt.types import PrefixKV
 
 FOLDER = cache_dir() / "kernels"

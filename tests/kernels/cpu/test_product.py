@@ -8,8 +8,8 @@ from torch import Tensor
 
 from rlprompt.kernels.cpu import ops
 from rlprompt.kernels.cpu.product import MOST_ROWS, packed_product, product_chunk
-from rlprompt.model.fetch import cache_dir
-from rlprompt.model.frozen import FrozenLinear, pack_weight
+from rlprompt.model.cpu.packed_linear import FrozenLinear, pack_weight
+from rlprompt.model.files.fetch import cache_dir
 
 USABLE = ops.choose("auto", cache_dir() / "kernels", torch.bfloat16, torch.device("cpu"))
 pytestmark = pytest.mark.skipif(
@@ -73,7 +73,7 @@ def test_a_frozen_layer_uses_it_for_few_rows_only(
         calls.append(len(x))
         return packed_product(x, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("rlprompt.model.frozen.packed_product", counted)
+    monkeypatch.setattr("rlprompt.model.cpu.packed_linear.packed_product", counted)
     after = [layer(few), layer(many)]
     assert calls == ([6] if layer.packed.chunk else [])
     assert all(map(torch.equal, before, after))

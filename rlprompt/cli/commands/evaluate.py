@@ -1,0 +1,115 @@
+"""`rlprompt eval`: held-out rewards of an artifact, or of a prompt that was never trained."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rlprompt.artifacts.format import load_artifact, save_artifact
+from rlprompt.cli.commands.terminal import setup_logging
+from rlprompt.errors import InputError
+from rlprompt.evaluation.heldout import HeldoutEvaluator
+from rlprompt.files import to_json, write_atomic
+from rlprompt.policy import Policy
+from rlprompt.prompts.base import Prompt
+from rlprompt.prompts.text import NonePrompt, TextPrompt
+from rlprompt.recipe.build import build_ground, build_prompt
+from rlprompt.recipe.schema import Recipe, load_recipe
+
+
+def run(
+    artifact: Path | None,
+    recipe_path: Path,
+    overrides: Sequence[str],
+    output: Path | None,
+    *,
+    force: bool = False,
+    verbose: bool = False,
+) -> None:
+    """Evaluate base, hand-written text (where the recipe has one) and the prompt; JSON to stdout.
+
+    All prompts meet the same queries and the same random draws, those of the recipe's own held-out
+    evaluation.
+
+    Args:
+        artifact: None = the recipe's prompt before training.
+        recipe_path: a YAML file.
+        overrides: `key.path=value` strings.
+        output: a folder for `evaluation.json`, and for the prompt where there is no artifact.
+        force: load an artifact of another base.
+        verbose: log more.
+
+    Raises:
+        InputError: recipe or artifact is wrong, or the folder cannot be written.
+    """
+    notes = Console(stderr=True)
+    setup_logging(notes, logging.WARNING, verbose)
+    recipe = load_recipe(recipe_path, overrides)
+    with notes.status("loading data, rewards and model"):
+        ground = build_ground(recipe, recipe_path.parent)
+        if not ground.data.heldout:
+            raise InputError(
+                "the recipe holds no queries out (data.heldout is 0), so there is nothing to "
+                "evaluate on; set data.heldout as it was in training"
+            )
+        policy, evaluator = ground.policy, ground.evaluator
+        if artifact is None:
+            prompt = build_prompt(recipe, policy, recipe_path.parent)
+        else:
+            prompt = load_artifact(artifact, policy, force=force)
+    with notes.status("evaluating"):
+        results = _evaluate(evaluator, recipe, prompt)
+    report = {
+        "recipe": recipe.name,
+        "artifact": None if artifact is None else str(artifact),
+        "representation": prompt.kind,
+        "base": policy.base.id,
+        "base_fingerprint": policy.base.fingerprint,
+        "heldout": results,
+    }
+    text = to_json(report, indent=2) + "\n"
+    sys.stdout.write(text)
+    if output is not None:
+        _write(output, text, policy, recipe, prompt if artifact is None else None, results)
+
+
+def _evaluate(
+    evaluator: HeldoutEvaluator, recipe: Recipe, prompt: Prompt
+) -> dict[str, dict[str, object]]:
+    prompts: dict[str, Prompt] = {"base": NonePrompt()}
+    if recipe.evaluation.handwritten is not None:
+        prompts["handwritten"] = TextPrompt(recipe.evaluation.handwritten)
+    prompts["prompt"] = prompt
+    return {who: evaluator.evaluate(each, 0).metrics for who, each in prompts.items()}
+
+
+def _write(
+    output: Path,
+    text: str,
+    policy: Policy,
+    recipe: Recipe,
+    prompt: Prompt | None,
+    results: dict[str, Any],
+) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomic(output / "evaluation.json", text)
+        if prompt is not None:
+            rewards = {f"heldout_reward_{who}": row["reward"] for who, row in results.items()}
+            save_artifact(
+                output / "artifact",
+                policy,
+                prompt,
+                name=recipe.name,
+                recipe=recipe.plain(),
+                metrics=rewards,
+            )
+    except OSError as error:
+        raise InputError(
+            f"'{output}' cannot be written ({error.strerror}); name a folder that can"
+        ) from error

@@ -1,0 +1,143 @@
+"""What a run ends with on the terminal: before and after, a few answers, and where things are."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rlprompt.runs.read_folder import Row, load_run
+from rlprompt.tracking.console import clean_text, format_number
+
+_WHO = {"base": "base", "handwritten": "hand-written", "learned": "learned"}
+_NUM_SAMPLES = 2
+_MAX_ANSWER = 600
+
+
+def show_results(folder: Path, summary: Mapping[str, Any], console: Console) -> None:
+    """Print the comparison of base, hand-written and learned prompt, and what to do next.
+
+    Args:
+        folder: the run folder; sample answers come from its completions.
+        summary: the content of its summary.json.
+        console: where to.
+    """
+    heldout: Mapping[str, Row] = summary["heldout"]
+    run = folder
+    if "members" in summary:
+        console.print()
+        console.print(_members(summary))
+        run = folder / "members" / str(summary["best_member"])
+    if heldout:
+        console.print()
+        best = summary["best_step"]
+        kept = f"is that of step {best}" if best else "is the initial one, no step beat it"
+        console.print(f"held-out queries; the learned prompt {kept}", soft_wrap=True)
+        console.print(_comparison(heldout))
+        _show_samples(run, summary["best_step"], console)
+    else:
+        console.print("no queries were held out (data.heldout: 0), so there is nothing to compare")
+    _show_ranks(summary.get("ranks", ()), console)
+    chat = shlex.join(["rlprompt", "chat", str(folder / "artifact"), "--compare"])
+    console.print()
+    for label, value in (
+        ("report", folder / "report.html"),
+        ("artifact", folder / "artifact"),
+        ("try", chat),
+    ):
+        line = Text(f"{label:<9}", style="bold").append(str(value), style="not bold")
+        console.print(line, soft_wrap=True)
+
+
+def _show_ranks(ranks: Sequence[Mapping[str, float]], console: Console) -> None:
+    """Print what each rank held, where there are several or the base is in shards."""
+    if not any(len(ranks) > 1 or each["base_bytes"] < each["base_bytes_whole"] for each in ranks):
+        return
+    console.print()
+    for number, each in enumerate(ranks):
+        held, whole = (each[key] / 2**20 for key in ("base_bytes", "base_bytes_whole"))
+        peaks = [f"peak memory {each['peak_rss_mb']:.0f} MiB"]
+        if "peak_gpu_mb" in each:
+            peaks.append(f"of the GPU {each['peak_gpu_mb']:.0f} MiB")
+        line = f"rank {number}: {held:.1f} of the base's {whole:.1f} MiB, {', '.join(peaks)}"
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def _members(summary: Mapping[str, Any]) -> Table:
+    """One row per member of a population."""
+    table = Table()
+    for column in ("member", "reward", "best step", "steps", "seconds"):
+        table.add_column(column, justify="left" if column == "member" else "right")
+    for name, row in summary["members"].items():
+        best = name == summary["best_member"]
+        table.add_row(
+            name,
+            format_number(row["heldout_reward_after"]),
+            str(row["best_step"]),
+            str(row["steps"]),
+            format_number(row["seconds"]),
+            style="bold" if best else "",
+        )
+    for name in summary["failed_members"]:
+        table.add_row(name, "failed", "-", "-", "-")
+    return table
+
+
+def _comparison(heldout: Mapping[str, Row]) -> Table:
+    shown = [who for who in _WHO if who in heldout]
+    table = Table()
+    table.add_column("")
+    for who in shown:
+        table.add_column(_WHO[who], justify="right", style="bold" if who == "learned" else "")
+    table.add_row("reward", *(_reward(heldout[who]) for who in shown), end_section=True)
+    names = dict.fromkeys(name for who in shown for name in heldout[who]["rewards"])
+    for name in names:
+        values = (heldout[who]["rewards"].get(name) for who in shown)
+        table.add_row(Text(f"  {name}"), *(format_number(value) for value in values))
+    for label, key in (
+        ("mean tokens", "mean_length"),
+        ("ended by themselves", "terminated_share"),
+        ("log-prob under base", "base_logprob"),
+        ("KL to base", "base_kl"),
+    ):
+        table.add_row(label, *(format_number(heldout[who].get(key)) for who in shown))
+    return table
+
+
+def _reward(row: Row) -> str:
+    value, error = row.get("reward"), row.get("reward_sem")
+    if value is None or error is None or not math.isfinite(value):
+        return format_number(value)
+    return f"{value:.3f} +- {error:.3f}"
+
+
+def _show_samples(folder: Path, best_step: int, console: Console) -> None:
+    """Print the first held-out queries with one answer under each prompt."""
+    answers: dict[Any, dict[str, str]] = {}
+    queries: dict[Any, str] = {}
+    for row in load_run(folder).completions:
+        who = row.get("who")
+        step = best_step if who == "learned" else 0
+        if row.get("split") != "heldout" or who not in _WHO or row.get("step") != step:
+            continue
+        index = row.get("query_index")
+        queries.setdefault(index, str(row.get("query")))
+        answers.setdefault(index, {}).setdefault(str(who), str(row.get("completion")))
+    encoding = console.encoding
+    for index, query in list(queries.items())[:_NUM_SAMPLES]:
+        grid = Table.grid(padding=(0, 1))
+        grid.add_column(style="dim", no_wrap=True)
+        grid.add_column(overflow="fold")
+        grid.add_row("query", Text(clean_text(query, _MAX_ANSWER, encoding), style="bold"))
+        for who, label in _WHO.items():
+            if who in answers[index]:
+                text = clean_text(answers[index][who], _MAX_ANSWER, encoding)
+                grid.add_row(label, Text(text))
+        console.print()
+        console.print(grid)

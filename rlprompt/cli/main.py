@@ -1,0 +1,343 @@
+"""The command line: names and arguments of the commands. What they do is in `rlprompt.commands`.
+
+`main` is the entry point. Exit codes: 0 done (also when a signal ended a run cleanly), 1 the run or
+the machine failed, 2 wrong input, told in one line on stderr. Nothing heavy is imported before a
+command runs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+
+from rlprompt import __version__
+from rlprompt.cli.reward_app import CONTEXT, VERBOSE, reward_app
+from rlprompt.errors import InputError
+from rlprompt.process_exit import process_end
+
+app = typer.Typer(
+    name="rlprompt",
+    help="Learn the system prompt of a frozen language model with reinforcement learning.",
+    context_settings=CONTEXT,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+model_app = typer.Typer(
+    help="Fetch and list the embedded models.",
+    context_settings=CONTEXT,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(model_app, name="model")
+app.add_typer(reward_app, name="reward")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit.
+
+    Args:
+        arguments: in place of those of the process, which then goes on.
+
+    Raises:
+        SystemExit: always, with the exit code; see `leaving` for when the process just ends.
+    """
+    if arguments is not None:
+        _run(list(arguments))
+    with process_end():
+        _run(None)
+
+
+def _run(arguments: list[str] | None) -> None:
+    try:
+        app(args=arguments, prog_name="rlprompt")
+    except InputError as error:
+        from rlprompt.cli.commands.terminal import report_error
+
+        report_error(error)
+        sys.exit(2)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rlprompt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+    ),
+) -> None:
+    del version  # the callback has shown it
+
+
+@app.command()
+def train(
+    recipe: Path = typer.Argument(..., metavar="RECIPE", help="A YAML file; see docs/recipe.md."),
+    overrides: list[str] = typer.Argument(
+        None,
+        metavar="KEY=VALUE",
+        help="Changes to the recipe, such as training.steps=50 or rewards.0.weight=2.",
+    ),
+    output: Path | None = typer.Option(
+        None, "--output", "-o", metavar="DIR", help="The run folder; by default runs/<name>."
+    ),
+    resume: bool = typer.Option(
+        False, "--resume", help="Go on with the run in the output folder from its last checkpoint."
+    ),
+    auto_resume: bool = typer.Option(
+        False, "--auto-resume", help="Go on with the run in the output folder if there is one."
+    ),
+    stop_exit_code: int = typer.Option(
+        0,
+        "--stop-exit-code",
+        min=0,
+        max=125,
+        metavar="N",
+        help="What to end with when a signal stopped the run, so that a scheduler knows.",
+    ),
+    verbose: bool = VERBOSE,
+) -> None:
+    """Learn a prompt as a recipe says, and compare it with the base before and after.
+
+    Ctrl-C, SIGTERM and SIGUSR1 end the run after the step in progress, with a checkpoint.
+    """
+    from rlprompt.cli.commands.train import TrainOptions, run
+
+    options = TrainOptions(output, resume, auto_resume, stop_exit_code, verbose)
+    raise typer.Exit(run(recipe, overrides or [], options))
+
+
+@app.command()
+def submit(
+    recipe: Path = typer.Argument(None, metavar="RECIPE", help="As of `rlprompt train`."),
+    overrides: list[str] = typer.Argument(
+        None, metavar="KEY=VALUE", help="Changes to the recipe; {server} is the server's address."
+    ),
+    output: Path | None = typer.Option(
+        None, "--output", "-o", metavar="DIR", help="The run folder; by default runs/<name>."
+    ),
+    cluster: Path | None = typer.Option(
+        None, "--cluster", metavar="FILE", help="YAML about the cluster; see docs/cluster.md."
+    ),
+    nodes: int | None = typer.Option(None, "--nodes", metavar="N", help="Nodes that train."),
+    gpus_per_node: int | None = typer.Option(
+        None, "--gpus-per-node", metavar="N", help="GPUs of each; every one gets a rank."
+    ),
+    tasks_per_node: int | None = typer.Option(
+        None, "--tasks-per-node", metavar="N", help="Ranks of each node without GPUs."
+    ),
+    time: str | None = typer.Option(None, "--time", metavar="HH:MM:SS", help="Time limit."),
+    account: str | None = typer.Option(None, "--account", help="Whom the time is charged to."),
+    partition: str | None = typer.Option(None, "--partition", help="Partition."),
+    qos: str | None = typer.Option(None, "--qos", help="Quality of service."),
+    constraint: str | None = typer.Option(None, "--constraint", help="Node features."),
+    sweep: list[str] = typer.Option(
+        None, "--sweep", metavar="KEY=[A,B]", help="One run per value; again for a grid."
+    ),
+    max_parallel: int | None = typer.Option(
+        None, "--max-parallel", min=1, metavar="N", help="Runs of a sweep at a time."
+    ),
+    then: list[str] = typer.Option(
+        None, "--then", metavar="COMMAND", help="Run after it; knows {output} and {artifact}."
+    ),
+    after: list[str] = typer.Option(
+        None, "--after", metavar="JOB", help="Wait until this job has ended well."
+    ),
+    server: str | None = typer.Option(
+        None, "--server", metavar="COMMAND", help="Run it beside the training, on other nodes."
+    ),
+    server_nodes: int = typer.Option(1, "--server-nodes", min=1, help="Nodes of the server."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Print the scripts and do nothing."),
+    wait: bool = typer.Option(False, "--wait", help="Show what happens until the jobs end."),
+    status: bool = typer.Option(
+        False, "--status", help="Show the jobs of RECIPE or --output in place of submitting."
+    ),
+) -> None:
+    """Train on a Slurm cluster: one rank per GPU, requeued and resumed until the run is finished.
+
+    Exit code with --wait or --status: 1 when a job has failed.
+    """
+    from rlprompt.cli.commands.submit import SubmitOptions, show_status, status_folder
+    from rlprompt.cli.commands.submit import submit as run
+
+    if status:
+        raise typer.Exit(show_status(status_folder(recipe, overrides or [], output), wait=wait))
+    if recipe is None:
+        raise InputError("no recipe is named; give one, or --status with --output")
+    asked = {
+        "nodes": nodes,
+        "gpus_per_node": gpus_per_node,
+        "tasks_per_node": tasks_per_node,
+        "time": time,
+        "account": account,
+        "partition": partition,
+        "qos": qos,
+        "constraint": constraint,
+    }
+    options = SubmitOptions(
+        output=output,
+        cluster_file=cluster,
+        cluster=asked,
+        sweep=sweep or [],
+        max_parallel=max_parallel,
+        then=then or [],
+        after=after or [],
+        server=server,
+        server_nodes=server_nodes,
+    )
+    raise typer.Exit(run(recipe, overrides or [], options, dry_run=dry_run, wait=wait))
+
+
+@app.command()
+def plan(
+    recipe: Path = typer.Argument(..., metavar="RECIPE", help="As of `rlprompt train`."),
+    overrides: list[str] = typer.Argument(
+        None, metavar="KEY=VALUE", help="Changes to the recipe, such as distributed.base=sharded."
+    ),
+    model_size: str = typer.Option(
+        "8b", "--model-size", metavar="SIZE", help="135m, 1b, 3b, 8b or 70b."
+    ),
+    gpus: int = typer.Option(8, "--gpus", min=1, metavar="N", help="One rank each."),
+    gpu: str = typer.Option("h100", "--gpu", metavar="NAME", help="a100, h100, h200, l40s or cpu."),
+    query_tokens: int = typer.Option(
+        64, "--query-tokens", min=1, metavar="N", help="Mean length of a query with its template."
+    ),
+) -> None:
+    """Say what a recipe would need elsewhere: memory by part, traffic, and the least time."""
+    from rlprompt.cli.commands.plan import run
+
+    run(
+        recipe,
+        overrides or [],
+        model_size=model_size,
+        gpus=gpus,
+        gpu=gpu,
+        query_tokens=query_tokens,
+    )
+
+
+@app.command()
+def chat(
+    artifact: Path = typer.Argument(..., metavar="ARTIFACT", help="The artifact/ folder of a run."),
+    compare: bool = typer.Option(
+        False,
+        "--compare",
+        help="Also answer without a prompt and with the recipe's hand-written one; each keeps a "
+        "history of its own.",
+    ),
+    model: str | None = typer.Option(
+        None, "--model", metavar="PATH", help="Base in place of the one that the artifact names."
+    ),
+    force: bool = typer.Option(
+        False, "--force", help="Load the artifact although it was made on another base."
+    ),
+    max_tokens: int | None = typer.Option(
+        None, min=1, metavar="N", help="Longest answer; by default as in training."
+    ),
+    temperature: float | None = typer.Option(
+        None, min=0.0, max=10.0, metavar="T", help="0 = the likeliest; by default as in training."
+    ),
+    seed: int = typer.Option(
+        0, min=0, max=2**31 - 1, metavar="S", help="Equal seeds give equal answers."
+    ),
+    query: list[str] = typer.Option(
+        None,
+        "--query",
+        "-q",
+        metavar="TEXT",
+        help="Answer this and exit; may be given again, each is a conversation of its own.",
+    ),
+    trust_remote_code: bool = typer.Option(
+        False, "--trust-remote-code", help="Let Python code that comes with the base run."
+    ),
+    verbose: bool = VERBOSE,
+) -> None:
+    """Talk to a base under a learned prompt. /reset forgets the conversation, /quit ends it."""
+    from rlprompt.cli.commands.chat import run
+    from rlprompt.serving.chat import ChatOptions
+
+    run(
+        artifact,
+        query or [],
+        ChatOptions(compare, model, force, max_tokens, temperature, seed, trust_remote_code),
+        verbose=verbose,
+    )
+
+
+@app.command("eval")
+def evaluate(
+    artifact: Path = typer.Argument(
+        None,
+        metavar="[ARTIFACT]",
+        help="The artifact/ folder of a run; without it, the recipe's prompt as it is before "
+        "training, such as a text.",
+    ),
+    recipe: Path = typer.Option(
+        ..., "--recipe", "-r", metavar="RECIPE", help="Gives held-out queries, rewards, sampling."
+    ),
+    overrides: list[str] = typer.Option(
+        None, "--set", metavar="KEY=VALUE", help="A change to the recipe; may be given again."
+    ),
+    output: Path | None = typer.Option(
+        None,
+        "--output",
+        "-o",
+        metavar="DIR",
+        help="Write evaluation.json there, and the prompt as an artifact if none was given.",
+    ),
+    force: bool = typer.Option(
+        False, "--force", help="Load the artifact although it was made on another base."
+    ),
+    verbose: bool = VERBOSE,
+) -> None:
+    """Print held-out rewards of a prompt as JSON, with those of base and hand-written prompt."""
+    from rlprompt.cli.commands.evaluate import run
+
+    run(artifact, recipe, overrides or [], output, force=force, verbose=verbose)
+
+
+@model_app.command("fetch")
+def model_fetch(
+    name: str = typer.Argument(..., metavar="NAME", help="As in `rlprompt model list`."),
+    verbose: bool = VERBOSE,
+) -> None:
+    """Put an embedded model into the cache; says where it is."""
+    from rlprompt.cli.commands.model import fetch_model
+
+    fetch_model(name, verbose=verbose)
+
+
+@model_app.command("list")
+def model_list() -> None:
+    """List the embedded models."""
+    from rlprompt.cli.commands.model import show_models
+
+    show_models()
+
+
+@app.command()
+def schema(
+    output: Path | None = typer.Option(
+        None, "--output", "-o", metavar="FILE", help="Write there in place of stdout."
+    ),
+) -> None:
+    """Print the JSON schema of a recipe, with which editors complete and check recipes."""
+    from rlprompt.cli.commands.schema import write_schema
+
+    write_schema(output)
+
+
+@app.command()
+def doctor(
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    """Say what this machine has, and whether a run could start (exit code 0) or not (1)."""
+    from rlprompt.cli.commands.doctor import run
+
+    raise typer.Exit(run(as_json=as_json))

@@ -1,4 +1,0 @@
-"""What the commands do, one module each; `rlprompt.cli` names their arguments.
-
-Modules here may import torch: the command line imports them when their command runs.
-"""

@@ -1,0 +1,1 @@
+"""Several ranks: who does what, and an engine that they share."""

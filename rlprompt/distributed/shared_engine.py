@@ -1,0 +1,80 @@
+"""One engine per rank: each query is completed on one, and every rank gets all completions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+from rlprompt.distributed.ranks import Ranks
+from rlprompt.engines.base import Engine
+from rlprompt.engines.sampling import SamplingSettings
+from rlprompt.prompts.base import Prompt
+from rlprompt.types import Completion, Group, Query
+
+
+class SharedEngine:
+    """An engine that divides queries among ranks.
+
+    The draws of a query depend on its place in the whole list only, so that the completions are
+    those of one rank.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        ranks: Ranks,
+        *,
+        together: bool = False,
+        around: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        """Divide `engine`'s work.
+
+        Args:
+            engine: this rank's.
+            ranks: among whom.
+            together: every rank completes every query, in step with the others: where each token
+                gathers weights from all ranks, dividing would save no time and deadlock.
+            around: entered by every rank for the time of a rollout.
+        """
+        self._engine = engine
+        self._ranks = ranks
+        self._together = together
+        self._around = around
+
+    def supports(self, prompt: Prompt) -> bool:
+        """Whether the engine does."""
+        return self._engine.supports(prompt)
+
+    def sync(self, prompt: Prompt) -> None:
+        """On every rank."""
+        self._engine.sync(prompt)
+
+    def generate(
+        self,
+        queries: Sequence[Query],
+        num_completions: int,
+        sampling: SamplingSettings,
+        seed: int,
+        progress: Callable[[int, int], None] | None = None,
+        first: int = 0,
+    ) -> list[Group]:
+        """Draw completions; see `Engine.generate`.
+
+        Raises:
+            InputError: raised by any rank's engine.
+            RankLostError: another rank has ended or hangs.
+        """
+        mine = slice(0, len(queries)) if self._together else self._ranks.share(len(queries))
+
+        def draw() -> list[tuple[Completion, ...]]:
+            if not queries[mine]:
+                return []
+            groups = self._engine.generate(
+                queries[mine], num_completions, sampling, seed, progress, first + mine.start
+            )
+            return [group.completions for group in groups]
+
+        with self._around():
+            parts = self._ranks.each(draw, "the rollout")
+        drawn = parts[0] if self._together else [each for part in parts for each in part]
+        return [Group(query, each) for query, each in zip(queries, drawn, strict=True)]

@@ -1,0 +1,1 @@
+"""Chat templates: the slot, and text as tokens."""

@@ -1,0 +1,1 @@
+"""Where a base comes from: folders, the cache, wheels, GGUF."""

@@ -1,0 +1,271 @@
+"""From what a recipe calls a model to a folder that is worth loading.
+
+A model is an embedded name, a local folder or a hub id; each ends as a local folder, so that one
+set of checks serves all three. The checks read file names and headers only: a wrong folder is
+refused within a second, before any weight is read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from rlprompt.errors import InputError
+from rlprompt.model.files.fetch import EMBEDDED, fetch
+
+logger = logging.getLogger(__name__)
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_TIMEOUT_SECONDS = 10.0
+HUB_FILES = ("*.json", "*.jinja", "*.safetensors", "*.model", "*.txt", "*.py")
+HUB_FILES_SKIPPED = ("*/*", "consolidated*")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+)
+NOT_A_MODEL = {
+    "adapter_config.json": "a PEFT adapter: name the model that it was trained on",
+    "prompt.json": "an rlprompt artifact: name the base that it was trained on",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the files of a model are, and what to call it."""
+
+    folder: Path
+    id: str
+    """The embedded name, `org/name[@revision]`, or the absolute path of the folder."""
+
+
+def locate(path: str, revision: str | None) -> Source:
+    """Finds the folder of a model, fetching it when it is an embedded name or a hub id.
+
+    Raises:
+        InputError: If nothing has that name, it cannot be fetched, or `revision` is given for
+            something that has none.
+    """
+    local = Path(path).expanduser()
+    if path in EMBEDDED:
+        _refuse_revision(path, revision)
+        return Source(fetch(path, progress=logger.info), path)
+    if local.is_dir():
+        _refuse_revision(path, revision)
+        return Source(local.resolve(), str(local.resolve()))
+    if local.exists():
+        raise InputError(
+            f"model.path is {path!r}, a file: give the folder that holds config.json and "
+            "*.safetensors."
+        )
+    if HUB_ID.fullmatch(path):
+        model_id = path if revision is None else f"{path}@{revision}"
+        return Source(_fetch_from_hub(path, revision), model_id)
+    raise InputError(
+        f"model.path is {path!r}, which is no embedded model ({', '.join(EMBEDDED)}), no folder "
+        f"and no hub id (org/name); {_suggestion(path) or 'correct it.'}"
+    )
+
+
+def _refuse_revision(path: str, revision: str | None) -> None:
+    if revision is not None:
+        raise InputError(
+            f"model.revision is {revision!r}, but {path!r} is not a hub id and has no revisions: "
+            "remove model.revision."
+        )
+
+
+def _suggestion(path: str) -> str:
+    """`did you mean ...?` with the nearest embedded name or neighbouring folder, or nothing."""
+    wanted = Path(path).expanduser()
+    names = {name: name for name in EMBEDDED}
+    if wanted.parent.is_dir():
+        for entry in wanted.parent.iterdir():
+            if entry.is_dir():
+                names.setdefault(entry.name, str(entry))
+    near = difflib.get_close_matches(wanted.name, names, n=1, cutoff=0.6)
+    return f"did you mean {names[near[0]]!r}?" if near else ""
+
+
+def _fetch_from_hub(repo: str, revision: str | None) -> Path:
+    """The snapshot folder of a hub model: the newest, or the cached one when the hub is away."""
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    try:
+        # A short question first: the download itself retries for minutes without a network.
+        info = HfApi().model_info(repo, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
+    except errors.GatedRepoError as error:
+        raise InputError(
+            f"The hub model {repo!r} is gated: accept its licence on its page and set HF_TOKEN."
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise InputError(
+            f"The hub model {repo!r} has no revision {revision!r}: correct model.revision."
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise InputError(
+            f"model.path is {repo!r}, but no such folder exists here and the hub has no model of "
+            f"that name that you may read; "
+            f"{_suggestion(repo) or 'correct it, or set HF_TOKEN if the model is private.'}"
+        ) from error
+    except Exception as error:
+        return _cached_snapshot(repo, revision, error)
+    try:
+        return Path(
+            snapshot_download(
+                repo,
+                revision=info.sha,
+                allow_patterns=list(HUB_FILES),
+                ignore_patterns=list(HUB_FILES_SKIPPED),
+            )
+        )
+    except Exception as error:
+        raise InputError(
+            f"Downloading {repo!r} from the hub failed ({first_line(error)}): run it again to go "
+            "on, or give model.path a local folder."
+        ) from error
+
+
+def _cached_snapshot(repo: str, revision: str | None, cause: Exception) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            repo,
+            revision=revision,
+            local_files_only=True,
+            allow_patterns=list(HUB_FILES),
+            ignore_patterns=list(HUB_FILES_SKIPPED),
+        )
+    except Exception as error:
+        reason = first_line(cause).split(". ")[0].rstrip(".")
+        others = f"use an embedded model ({', '.join(EMBEDDED)})"
+        hint = _suggestion(repo) or f"correct the path, connect to the network, or {others}."
+        raise InputError(
+            f"model.path is {repo!r}, but no such folder exists here, and if it is a hub id, it is "
+            f"not in the cache and the hub cannot be reached ({reason}); {hint}"
+        ) from error
+    logger.warning("hub not reachable (%s): taking %s from its cache", first_line(cause), repo)
+    return Path(folder)
+
+
+def check_folder(folder: Path, trust_remote_code: bool) -> None:
+    """Refuses a folder that cannot become a base, with the first reason found.
+
+    Raises:
+        InputError: If config.json, safe weights or the tokenizer are missing or damaged, or if the
+            model is quantised or needs its own code and `trust_remote_code` is off.
+    """
+    _check_config(folder, _read_config(folder), trust_remote_code)
+    _check_weights(folder)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise InputError(
+            f"The model folder {folder} has no tokenizer ({' or '.join(TOKENIZER_FILES[:2])}): "
+            "copy the tokenizer files of the model beside its weights."
+        )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        for marker, what in NOT_A_MODEL.items():
+            if (folder / marker).is_file():
+                raise InputError(f"model.path {folder} is {what}.")
+        raise InputError(
+            f"The folder {folder} has no config.json, so it is not a model: give the folder that "
+            "holds config.json and *.safetensors."
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(
+            f"{file} is not valid JSON ({first_line(error)}): copy the file again."
+        ) from error
+    if not isinstance(config, dict):
+        raise InputError(f"{file} holds no settings of a model: copy the file again.")
+    return config
+
+
+def _check_config(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> None:
+    from transformers import CONFIG_MAPPING
+
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = (
+            quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else ""
+        )
+        raise InputError(
+            f"The model in {folder} is quantised ({method or quantization}), through which "
+            "gradients to a prompt are not supported: use its full-precision version."
+        )
+    model_type = config.get("model_type")
+    if "auto_map" in config and model_type not in CONFIG_MAPPING and not trust_remote_code:
+        raise InputError(
+            f"The model in {folder} runs its own Python code ({model_type}): read that code and "
+            "set model.trust_remote_code: true, or choose another model."
+        )
+    if "auto_map" not in config and model_type not in CONFIG_MAPPING:
+        raise InputError(
+            f"{folder / 'config.json'} has model_type {model_type!r}, which this version of "
+            "transformers does not know: update transformers or choose another model."
+        )
+
+
+def _check_weights(folder: Path) -> None:
+    files = _weight_files(folder)
+    if not files:
+        pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
+        if pickles:
+            raise InputError(
+                f"The model folder {folder} has only pickled weights ({pickles[0]}), which can run "
+                "code when read: convert them to safetensors with save_pretrained."
+            )
+        raise InputError(
+            f"The model folder {folder} has no weights (model.safetensors): copy them there."
+        )
+    for file in files:
+        if not file.is_file():
+            raise InputError(
+                f"The model folder {folder} lacks {file.name}, which its index names: "
+                "download that file."
+            )
+        try:
+            with safe_open(str(file), framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                f"The weights file {file} is truncated or damaged ({first_line(error)}): "
+                "download it again."
+            ) from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that transformers would read; none when there are no safetensors."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        return []
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"The weight index {index} is damaged ({first_line(error)}): download it again."
+        ) from error
+    return [folder / str(shard) for shard in sorted(shards)]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, short enough to stand inside a sentence."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

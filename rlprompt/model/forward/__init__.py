@@ -1,0 +1,1 @@
+"""The forward of packed tokens under a prefix."""

@@ -1,0 +1,330 @@
+"""Forwards of a frozen base under a prompt: the one door between rlprompt and transformers.
+
+Letters: N packed tokens, P prefix tokens, d model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlprompt.errors import InputError
+from rlprompt.kernels.cpu.ops import choose
+from rlprompt.kernels.lm_head import Head, head_logits
+from rlprompt.model.base import FrozenBase
+from rlprompt.model.cpu.fused_modules import allow_kernel, fuse_modules
+from rlprompt.model.cpu.packed_linear import head_of, pack_linears
+from rlprompt.model.files.fetch import cache_dir
+from rlprompt.model.forward.attention import (
+    ATTENTION_NAME,
+    AttentionContext,
+    CausalContext,
+    register,
+)
+from rlprompt.model.forward.tree import TreeContext, build_tree
+from rlprompt.model.sharded.shards import gathered
+from rlprompt.types import Adapter, PrefixKV
+
+logger = logging.getLogger(__name__)
+
+_PROBE_TOKENS = 24
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.25}
+"""Largest mean difference of log-probabilities between the model's own forward and ours."""
+
+
+class PrefixForward:
+    """A frozen base whose attention goes through contexts.
+
+    Construction switches the model's attention to rlprompt's, packs its linear layers and puts C++
+    kernels in the place of known modules where that pays, and compares log-probabilities with the
+    model's own forward; an architecture whose result differs is refused.
+    """
+
+    def __init__(self, base: FrozenBase) -> None:
+        """Take over `base.model`.
+
+        Raises:
+            InputError: the architecture cannot be run exactly (see the class docstring).
+        """
+        self.base = base
+        self._adapter: Adapter | None = None
+        self._detach: Callable[[], None] | None = None
+        self.body: nn.Module = base.model.get_decoder()
+        if self.body is base.model:
+            raise InputError(
+                f"the layers of {base.id} cannot be run without its head; choose a base of a "
+                "supported family (docs/models.md)"
+            )
+        output = base.model.get_output_embeddings()
+        if output is None or getattr(output, "bias", None) is not None:
+            raise InputError(
+                f"the LM head of {base.id} is missing or has a bias, which rlprompt does not "
+                "support; choose another base model"
+            )
+        if base.shards is not None:
+            self.body = base.shards.body
+        before = base.model.config._attn_implementation
+        own = self._own_logits() if before != ATTENTION_NAME else None
+        if own is not None:
+            register()
+            base.model.set_attn_implementation(ATTENTION_NAME)
+            packed = pack_linears(base.model)
+            logger.info("%s: %d linear layers packed", base.id, packed)
+        wanted = "off" if base.shards is not None else base.cpu_kernels
+        self.compiled = choose(wanted, cache_dir() / "kernels", base.dtype, base.device)
+        if own is not None and self.compiled:
+            fused = fuse_modules(self.body)
+            allow_kernel(base.model)
+            logger.info("%s: %d modules replaced by CPU kernels", base.id, fused)
+        self.head = self._head()
+        self.head = self.head._replace(compiled=self.compiled and self.head.softcap is None)
+        if own is not None:
+            try:
+                self._compare(own)
+            except BaseException:
+                # Left switched, the model would pass for compared at the next attempt.
+                base.model.set_attn_implementation(before)
+                raise
+
+    @property
+    def max_positions(self) -> int:
+        """The longest sequence that the base computes exactly.
+
+        LongRoPE (Phi-3) changes the rotary frequencies of all tokens when a sequence outgrows the
+        original length, so keys computed once would no longer be those of the longer sequence.
+        """
+        config = self.base.model.config.get_text_config()
+        rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+        limits = [
+            int(part["original_max_position_embeddings"])
+            for part in (rope, *(r for r in rope.values() if isinstance(r, dict)))
+            if part.get("rope_type") == "longrope"
+        ]
+        return min([self.base.max_positions, *limits])
+
+    def _head(self) -> Head:
+        config = self.base.model.config.get_text_config()
+        softcap = getattr(config, "final_logit_softcapping", None)
+        output = self.base.model.get_output_embeddings()
+        assert output is not None
+        return head_of(output, softcap, _logit_scale(config))
+
+    def _probe(self) -> Tensor:
+        return torch.arange(_PROBE_TOKENS, device=self.base.device) * 7 % self.base.vocab_size
+
+    def _own_logits(self) -> Tensor:
+        """Of the model's own forward; under shards, its body with its own attention."""
+        if self.base.shards is not None:
+            self.head = self._head()
+            embeddings = self.embed(self._probe())[None]
+            with torch.no_grad():
+                states = self.body(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+                return head_logits(states[0], self.head)
+        with torch.no_grad():
+            logits: Tensor = self.base.model(input_ids=self._probe()[None], use_cache=False).logits
+        return logits[0]
+
+    def _compare(self, own: Tensor) -> None:
+        """Compare through a tree: state that layers carry beside keys and values would show."""
+        probe = self._probe()
+        prompt, query, completion = probe.split(_PROBE_TOKENS // 3)
+        with torch.no_grad():
+            start = CausalContext()
+            self.hidden(self.embed(prompt), torch.arange(len(prompt)), start)
+            self._check_layers(start)
+            answers = [[*completion.tolist(), 0]]  # the last token predicts nothing
+            tree = build_tree([query.tolist()], [answers], len(prompt), self.device)
+            context = TreeContext(tree, start.prefix())
+            hidden = self.hidden(self.embed(tree.token_ids), tree.positions, context)
+            ours = head_logits(hidden, self.head)
+        own = own[len(prompt) :].to(ours.dtype)
+        gap = (own.log_softmax(-1) - ours.log_softmax(-1)).abs().mean().item()
+        if not gap <= _TOLERANCE[self.base.dtype]:
+            raise InputError(
+                f"{self.base.id} computes something that rlprompt's forward does not "
+                f"(log-probabilities differ by {gap:.3g} on average); choose a base of a supported "
+                "family (docs/models.md)"
+            )
+
+    def _check_layers(self, context: CausalContext) -> None:
+        """Refuse what a short probe cannot show: layers without keys, and windows kept from us."""
+        config = self.base.model.config.get_text_config()
+        if [layer for layer, _ in context.layers] != list(range(self.base.num_layers)):
+            raise InputError(
+                f"{self.base.id} has layers without keys and values of their own, which a shared "
+                "prefix needs; choose a base of a supported family (docs/models.md)"
+            )
+        for layer, window in context.layers:
+            kind, needed = _layer_window(config, layer)
+            known = kind == "full_attention" or needed == window
+            if not known and (needed is None or needed < self.max_positions):
+                raise InputError(
+                    f"layer {layer} of {self.base.id} has {kind} that it does not tell rlprompt's "
+                    "attention of; choose a base of a supported family (docs/models.md)"
+                )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the base computes in."""
+        return self.base.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base lives."""
+        return self.base.device
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether activations are recomputed layer by layer in the backward."""
+        modules = self.base.model.modules()
+        return any(getattr(module, "gradient_checkpointing", False) for module in modules)
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        model = self.base.model
+        # transformers 5.23 has a new name for the switch, and warns of the old one.
+        name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+        if on:
+            settings = {
+                "use_reentrant": False,
+                "context_fn": self._recompute_contexts,
+                # Nothing is drawn in a layer, and rewards may draw in another thread meanwhile.
+                "preserve_rng_state": False,
+            }
+            getattr(model, f"{name}_checkpointing_enable")(settings)
+        else:
+            getattr(model, f"{name}_checkpointing_disable")()
+        # transformers recomputes only in layers that are in training mode. The flag is set on the
+        # layer alone: its submodules stay in evaluation mode, so none of their dropout wakes up.
+        layers = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+        if on and any(_own_dropout(layer) for layer in layers):
+            self.gradient_checkpointing = False
+            raise InputError(
+                f"layers of {self.base.id} drop activations out while they are recomputed; turn "
+                "gradient checkpointing off"
+            )
+        for layer in layers:
+            layer.training = on
+
+    def adapted(self, adapter: Adapter | None) -> AbstractContextManager[None]:
+        """A context in which an adapter, and no other, is on in the layers; None = none is."""
+        return _Adapted(self, adapter)
+
+    def switch_adapter(self, adapter: Adapter | None) -> Adapter | None:
+        """Put an adapter in the place of the one that is on; returns that one."""
+        previous = self._adapter
+        if adapter is not previous:
+            if self._detach is not None:
+                self._detach()
+            self._detach = None if adapter is None else adapter.attach(self.base.model)
+            self._adapter = adapter
+        return previous
+
+    def _recompute_contexts(
+        self,
+    ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """A layer is recomputed in the backward under the adapter that it was computed under."""
+        return nullcontext(), self.adapted(self._adapter)
+
+    def embed(self, token_ids: Sequence[int] | Tensor) -> Tensor:
+        """Input embeddings [n, d] of tokens, scaled as the architecture scales them.
+
+        They carry no gradient, though transformers lets embeddings want one when it recomputes.
+        """
+        ids = torch.as_tensor(token_ids, dtype=torch.int64, device=self.device)
+        embedding = self.base.model.get_input_embeddings()
+        assert embedding is not None
+        if self.base.shards is None:
+            return embedding(ids).detach()  # type: ignore[no-any-return]
+        with gathered(embedding.parameters()):  # past the module's hooks, which would gather too
+            return embedding.forward(ids).detach()  # type: ignore[no-any-return]
+
+    def hidden(self, embeddings: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
+        """Final hidden states of packed tokens.
+
+        Args:
+            embeddings: [N, d].
+            positions: int64 [N], explicit; never derived from a mask by the model.
+            context: what the tokens attend to.
+
+        Returns:
+            [N, d], after the final norm, in the base's dtype.
+        """
+        arguments: dict[str, Any] = {"attention_context": context, "use_cache": False}
+        if self.compiled:
+            arguments["compiled_attention"] = True
+        out = self.body(
+            inputs_embeds=embeddings.to(self.dtype)[None],
+            position_ids=positions.to(self.device)[None],
+            **arguments,
+        )
+        states: Tensor = out.last_hidden_state[0]
+        return states
+
+    def prefill(
+        self,
+        embeddings: Tensor,
+        after: PrefixKV | None = None,
+        adapter: Adapter | None = None,
+    ) -> PrefixKV:
+        """Keys and values of a prompt, with gradients back to its embeddings.
+
+        Args:
+            embeddings: [n, d] of head and slot together, or of what follows `after`; n may be 0 (a
+                plain template without a system message).
+            after: what stands before; it is part of the result, and gradients reach it.
+            adapter: what is on in the layers; the result carries it.
+        """
+        if embeddings.shape[0] == 0:
+            # One token, for the shapes.
+            whole = after or self.prefill(self.embed([0])).cut(0)
+            return PrefixKV(whole.keys, whole.values, adapter)
+        context = CausalContext(after)
+        start = 0 if after is None else after.num_tokens
+        positions = torch.arange(start, start + embeddings.shape[0])
+        with self.adapted(adapter):
+            self.hidden(embeddings, positions, context)
+        made = context.prefix()
+        return PrefixKV(made.keys, made.values, adapter)
+
+
+class _Adapted(AbstractContextManager[None]):
+    """Switches an adapter on and back; may be entered again, as recomputation may."""
+
+    def __init__(self, forward: PrefixForward, adapter: Adapter | None) -> None:
+        self._forward = forward
+        self._adapter = adapter
+        self._previous: list[Adapter | None] = []
+
+    def __enter__(self) -> None:
+        self._previous.append(self._forward.switch_adapter(self._adapter))
+
+    def __exit__(self, *error: object) -> None:
+        self._forward.switch_adapter(self._previous.pop())
+
+
+def _logit_scale(config: Any) -> float:
+    """What an architecture multiplies its logits by: Cohere's scale, Granite's divisor."""
+    scale = getattr(config, "logit_scale", None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    return float(scale) / float(divisor)
+
+
+def _own_dropout(layer: nn.Module) -> bool:
+    """Whether a layer applies dropout itself rather than through a submodule."""
+    own = [value for name, value in vars(layer).items() if "drop" in name]
+    return any(isinstance(value, float) and value > 0.0 for value in own)
+
+
+def _layer_window(config: Any, layer: int) -> tuple[str, int | None]:
+    """A layer's kind of attention by its config, and its sliding window."""
+    window: int | None = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return ("full_attention" if window is None else "sliding_attention"), window
+    return kinds[layer], window if kinds[layer] == "sliding_attention" else None

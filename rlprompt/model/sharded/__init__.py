@@ -1,0 +1,1 @@
+"""A base of which each rank holds a part."""

@@ -1,0 +1,1 @@
+"""The recipe: YAML, typed settings, and the objects that they name."""

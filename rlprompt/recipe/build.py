@@ -1,0 +1,369 @@
+"""From a recipe to a run: the one place that builds every object that a recipe names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from rlprompt.algorithms.base import Algorithm
+from rlprompt.algorithms.make import Surroundings, make_algorithm
+from rlprompt.algorithms.objective import Constraints, QueryWeights
+from rlprompt.artifacts.format import load_artifact
+from rlprompt.data import QuerySampler, load_queries
+from rlprompt.data.augment import Augmenter
+from rlprompt.data.base import QuerySplit
+from rlprompt.distributed.ranks import DistributedSettings, Ranks
+from rlprompt.distributed.shared_engine import SharedEngine
+from rlprompt.engines.base import Engine
+from rlprompt.engines.native import NativeEngine
+from rlprompt.errors import InputError
+from rlprompt.evaluation.heldout import HeldoutEvaluator, Objective
+from rlprompt.evaluation.probes import BaseKL, BaseLogprob, Probe, TargetLogprob, TeacherKL
+from rlprompt.model.base import ModelSettings, load_base
+from rlprompt.model.chat.slot import ChatSlot
+from rlprompt.model.sharded.shards import ShardSettings
+from rlprompt.policy import Policy
+from rlprompt.prompts.base import Prompt
+from rlprompt.prompts.make import make_prompt
+from rlprompt.prompts.text import NonePrompt, TextPrompt, TextSettings
+from rlprompt.recipe.schema import (
+    InitialReference,
+    Recipe,
+    Reference,
+    TextReference,
+    with_template_text,
+)
+from rlprompt.rewards import RewardBatch, RewardRunner, build_rewards
+from rlprompt.rollout.prefetch import OverlappedSource
+from rlprompt.rollout.sources import ColumnSource, RolloutSource, Source, given_completion
+from rlprompt.runs.guards import GuardWatch
+from rlprompt.runs.parts import RunParts
+from rlprompt.runs.population import Population
+from rlprompt.runs.run import Trainer
+from rlprompt.tracking.tracker import TrackerGroup
+from rlprompt.tracking.trackers import build_trackers
+from rlprompt.types import Group
+
+_HELDOUT_SEED = 1_000_003
+"""Keeps held-out draws apart from those of every training step."""
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What several runs on one base can share: nothing in it learns."""
+
+    data: QuerySplit
+    policy: Policy
+    """Over the base; each run sets the prompt of its own."""
+    engine: Engine
+    teacher: Prompt | None
+    evaluator: HeldoutEvaluator
+    ranks: Ranks
+
+
+def build_run(
+    recipe: Recipe,
+    base_dir: Path,
+    output: Path,
+    console: Console | None = None,
+    ranks: Ranks | None = None,
+) -> Trainer | Population:
+    """The run of a recipe: one prompt, or a population on one loaded base.
+
+    Arguments and errors as for `build_trainer`.
+    """
+    if not recipe.population:
+        return build_trainer(recipe, base_dir, output, console, ranks)
+    ranks = ranks or Ranks()
+    if ranks.size > 1:
+        raise InputError(
+            f"population trains its members one after the other on one rank, this run has "
+            f"{ranks.size}; submit one job per member (rlprompt submit --sweep)"
+        )
+    recipe = with_template_text(recipe, base_dir)
+    members = recipe.members()
+    for member in members.values():
+        _refuse_text(member)
+    rewards = _rewards(recipe, base_dir, ranks)
+    ground = _ground(recipe, load_queries(recipe.data, base_dir), rewards, ranks)
+    if not ground.data.heldout:
+        raise InputError(
+            "population needs held-out queries to choose the best prompt by (data.heldout is 0); "
+            "set data.heldout"
+        )
+    trainers = {}
+    for name, member in members.items():
+        own = replace(ground, policy=ground.policy.sibling())
+        folder = output / "members" / name
+        trackers = _trackers(member, console, ranks)
+        parts = _parts(member, base_dir, own, _rewards(member, base_dir, ranks), trackers)
+        trainers[name] = Trainer(parts, folder)
+    return Population(trainers, output)
+
+
+def build_trainer(
+    recipe: Recipe,
+    base_dir: Path,
+    output: Path,
+    console: Console | None = None,
+    ranks: Ranks | None = None,
+) -> Trainer:
+    """Build every object that a recipe names.
+
+    Cheap things come first, so that a wrong recipe fails before the model is loaded.
+
+    Args:
+        recipe: what to run.
+        base_dir: the recipe's folder; its paths are relative to it.
+        output: the run folder.
+        console: where the live display goes.
+        ranks: among whom the work is divided; None when this process is alone.
+
+    Raises:
+        InputError: anything named by the recipe cannot be had.
+    """
+    _refuse_text(recipe)
+    ranks = ranks or Ranks()
+    _refuse_overlap(recipe, ranks)
+    recipe = with_template_text(recipe, base_dir)
+    data = load_queries(recipe.data, base_dir)
+    rewards = _rewards(recipe, base_dir, ranks)
+    trackers = _trackers(recipe, console, ranks)
+    ground = _ground(recipe, data, rewards, ranks)
+    return Trainer(_parts(recipe, base_dir, ground, rewards, trackers), output)
+
+
+def build_ground(recipe: Recipe, base_dir: Path) -> Ground:
+    """Data, base and held-out evaluation of a recipe, without a prompt.
+
+    Raises:
+        InputError: see `build_trainer`.
+    """
+    recipe = with_template_text(recipe, base_dir)
+    data = load_queries(recipe.data, base_dir)
+    ranks = Ranks()
+    return _ground(recipe, data, _rewards(recipe, base_dir, ranks), ranks)
+
+
+def _refuse_text(recipe: Recipe) -> None:
+    if isinstance(recipe.prompt, TextSettings):
+        raise InputError(
+            "prompt.type is text, which has nothing to train; evaluate it with `rlprompt eval`, or "
+            "set prompt.type: soft and give the text as prompt.init_text"
+        )
+
+
+def _refuse_overlap(recipe: Recipe, ranks: Ranks) -> None:
+    """Two threads that meet the other ranks could meet each other's partners."""
+    if recipe.training.overlap_rollouts and ranks.size > 1:
+        raise InputError(
+            f"training.overlap_rollouts works on one rank, this run has {ranks.size}; remove it"
+        )
+
+
+def _rewards(recipe: Recipe, base_dir: Path, ranks: Ranks) -> RewardRunner:
+    needs_score = recipe.algorithm.needs_rewards
+    rewards = build_rewards(recipe.rewards, base_dir, needs_score=needs_score)
+    rewards.once = partial(_together, ranks) if rewards.needs_all_ranks else ranks.first
+    return rewards
+
+
+def _together(ranks: Ranks, score: Callable[[], RewardBatch]) -> RewardBatch:
+    """Score a batch on every rank, for a model of which each holds a part; all get the same."""
+    return ranks.each(score, "the rewards")[0]
+
+
+def _trackers(recipe: Recipe, console: Console | None, ranks: Ranks) -> TrackerGroup:
+    return build_trackers(recipe.tracking, console) if ranks.is_first else TrackerGroup({})
+
+
+def _ground(recipe: Recipe, data: QuerySplit, rewards: RewardRunner, ranks: Ranks) -> Ground:
+    policy = build_policy(recipe.model, _sharding(recipe.distributed))
+    judged = rewards.bind_policy(policy)
+    if policy.base.shards is not None and judged:
+        # A judge runs the base, which all ranks can only do together.
+        rewards.once = partial(_together, ranks)
+    policy.gradient_checkpointing = recipe.training.gradient_checkpointing
+    teacher = _teacher(recipe)
+    engine: Engine = NativeEngine(policy, recipe.engine)
+    shards = policy.base.shards
+    if shards is not None:
+        whole = all(ranks.each(lambda: shards.rolls_out_whole, "the free memory"))
+        around = partial(shards.rollout, whole)
+        engine = SharedEngine(engine, ranks, together=not whole, around=around)
+    elif ranks.size > 1:
+        engine = SharedEngine(engine, ranks)
+    evaluator = _evaluator(recipe, data, policy, engine, rewards, teacher)
+    return Ground(data, policy, engine, teacher, evaluator, ranks)
+
+
+def _sharding(settings: DistributedSettings) -> ShardSettings | None:
+    """How the base is cut up; None when every rank holds it whole."""
+    if settings.base == "replicated":
+        return None
+    return ShardSettings(
+        settings.offload, settings.nvme_path, settings.secondary_shards, settings.gather
+    )
+
+
+def _parts(
+    recipe: Recipe,
+    base_dir: Path,
+    ground: Ground,
+    rewards: RewardRunner,
+    trackers: TrackerGroup,
+) -> RunParts:
+    """What one run has of its own, on a ground that it may share."""
+    policy, data = ground.policy, ground.data
+    rewards.bind_policy(policy)
+    policy.prompt = build_prompt(recipe, policy, base_dir)
+    given = Surroundings(policy, recipe.sampling.max_tokens, recipe.seed)
+    algorithm = make_algorithm(recipe.algorithm, given)
+    needs_reference = recipe.algorithm.needs_reference
+    return RunParts(
+        name=recipe.name,
+        policy=policy,
+        algorithm=algorithm,
+        source=_source(recipe, ground, rewards, algorithm),
+        reference=_reference(recipe.reference, policy.prompt) if needs_reference else None,
+        teacher=ground.teacher,
+        constraints=_constraints(recipe, rewards),
+        query_weights=_query_weights(recipe, data),
+        evaluator=ground.evaluator,
+        rewards=rewards,
+        data=data,
+        training=recipe.training,
+        evaluation=recipe.evaluation,
+        trackers=trackers,
+        seed=recipe.seed,
+        recipe=recipe.plain(),
+        ranks=ground.ranks,
+        guards=GuardWatch(recipe.guards),
+    )
+
+
+def build_prompt(recipe: Recipe, policy: Policy, base_dir: Path) -> Prompt:
+    """The prompt of a recipe before training.
+
+    Raises:
+        InputError: see `make_prompt`, and `load_artifact` for the artifact that it starts from.
+    """
+
+    def load(path: str) -> Prompt:
+        return load_artifact(base_dir / path, policy)
+
+    return make_prompt(recipe.prompt, policy, recipe.seed, load)
+
+
+def build_policy(settings: ModelSettings, sharding: ShardSettings | None = None) -> Policy:
+    """A base with its chat slot, and no prompt yet.
+
+    A template's path in these settings is relative to the working directory.
+
+    Raises:
+        InputError: see `load_base`, `ChatSlot.from_tokenizer` and `Policy`.
+    """
+    base = load_base(settings, sharding)
+    return Policy(base, ChatSlot.from_tokenizer(base.tokenizer, settings.template))
+
+
+def _source(recipe: Recipe, ground: Ground, rewards: RewardRunner, algorithm: Algorithm) -> Source:
+    """The source that the algorithm's settings name.
+
+    Raises:
+        InputError: the dataset is too small, or lacks the answers.
+    """
+    data, policy = ground.data, ground.policy
+    count, size = len(data.train), recipe.training.queries_per_step
+    if size > count:
+        raise InputError(
+            f"training.queries_per_step is {size}, the dataset has {count} training queries; "
+            "lower it or add queries"
+        )
+    sampler = QuerySampler(count, size, recipe.seed)
+    augment = Augmenter(recipe.augment, data.train) if recipe.augment else None
+    columns = recipe.algorithm.answer_columns
+    if columns:
+        return ColumnSource(data.train, sampler, policy, columns, augment)
+    prompt = policy.prompt
+    if recipe.algorithm.draws_from_teacher:
+        assert ground.teacher is not None
+        prompt = ground.teacher
+    overlaps = recipe.training.overlap_rollouts
+    under = prompt.copy() if overlaps else prompt
+    source = RolloutSource(
+        data.train, sampler, ground.engine, under, rewards, algorithm, recipe.sampling, augment
+    )
+    return OverlappedSource(source, prompt, under) if overlaps else source
+
+
+def _teacher(recipe: Recipe) -> Prompt | None:
+    text = recipe.algorithm.teacher_text
+    return None if text is None else TextPrompt(text)
+
+
+def _constraints(recipe: Recipe, rewards: RewardRunner) -> Constraints | None:
+    limits = rewards.cost_limits
+    return Constraints(recipe.constraints, limits) if limits else None
+
+
+def _query_weights(recipe: Recipe, data: QuerySplit) -> QueryWeights | None:
+    if recipe.robust is None:
+        return None
+    uses_rewards = recipe.algorithm.needs_rewards
+    return QueryWeights(recipe.robust, data.train, uses_rewards=uses_rewards)
+
+
+def _evaluator(
+    recipe: Recipe,
+    data: QuerySplit,
+    policy: Policy,
+    engine: Engine,
+    rewards: RewardRunner,
+    teacher: Prompt | None,
+) -> HeldoutEvaluator:
+    """Held-out evaluation; without a score, closeness to teacher or answers is what counts."""
+    settings, budget = recipe.evaluation, recipe.training.token_budget
+    queries = data.heldout[: settings.max_queries]
+    seed = recipe.seed + _HELDOUT_SEED
+    probes: dict[str, Probe] = {
+        "base_logprob": BaseLogprob(policy, budget),
+        "base_kl": BaseKL(policy, budget),
+    }
+    objective: Objective | None = None
+    columns = recipe.algorithm.answer_columns[:1]
+    if columns and queries:
+        answers = [Group(q, (given_completion(policy, q, columns[0]),)) for q in queries]
+        probes["target_logprob"] = TargetLogprob(policy, answers, budget)
+        objective = Objective("target_logprob")
+    if teacher is not None and queries:
+
+        def write(prompt: Prompt) -> Sequence[Group]:
+            engine.sync(prompt)
+            return engine.generate(queries, 1, recipe.sampling, seed + 1)
+
+        probes["teacher_kl"] = TeacherKL(policy, teacher, write, budget)
+        objective = Objective("teacher_kl", -1.0)
+    scored = any(reward.role == "score" for reward in recipe.rewards)
+    return HeldoutEvaluator(
+        engine,
+        rewards,
+        queries,
+        recipe.sampling,
+        completions_per_query=settings.completions_per_query,
+        seed=seed,
+        probes=probes,
+        objective=None if scored else objective,
+    )
+
+
+def _reference(reference: Reference, prompt: Prompt) -> Prompt:
+    if isinstance(reference, TextReference):
+        return TextPrompt(reference.text)
+    if isinstance(reference, InitialReference):
+        return prompt.copy()
+    return NonePrompt()

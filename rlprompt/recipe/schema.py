@@ -1,0 +1,273 @@
+"""The recipe: one YAML that names a run in full.
+
+Errors name the YAML path and suggest the nearest key. Paths of data, rewards and templates are
+relative to the recipe's folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from rlprompt.algorithms.grpo import GRPOSettings
+from rlprompt.algorithms.make import AnyAlgorithmSettings
+from rlprompt.algorithms.objective import ConstraintSettings, RobustSettings
+from rlprompt.data.augment import AugmentSettings
+from rlprompt.data.base import DataSettings
+from rlprompt.distributed.ranks import DistributedSettings
+from rlprompt.engines.native import NativeSettings
+from rlprompt.engines.sampling import SamplingSettings
+from rlprompt.errors import InputError
+from rlprompt.evaluation.heldout import EvaluationSettings
+from rlprompt.model.base import ModelSettings
+from rlprompt.model.chat.template import read_template
+from rlprompt.prompts.make import PromptSettings
+from rlprompt.prompts.soft import SoftSettings
+from rlprompt.recipe.yaml_file import apply_override, explain, read_tree, set_value
+from rlprompt.rewards.base import RewardSettings
+from rlprompt.runs.guards import Guard, require_known_rewards
+from rlprompt.settings import Settings
+from rlprompt.tracking.tracker import TrackingSettings
+from rlprompt.training.settings import MemberSettings, TrainingSettings
+
+
+class NoneReference(Settings):
+    """The base without a system message, the template's default included."""
+
+    type: Literal["none"] = "none"
+    """Reference policy."""
+
+
+class InitialReference(Settings):
+    """The prompt as it was before training."""
+
+    type: Literal["initial"] = "initial"
+    """Reference policy."""
+
+
+class TextReference(Settings):
+    """The base under a hand-written text."""
+
+    type: Literal["text"] = "text"
+    """Reference policy."""
+    text: str
+    """The system message."""
+
+
+Reference = Annotated[NoneReference | InitialReference | TextReference, Field(discriminator="type")]
+
+
+class Recipe(Settings):
+    """One run in full."""
+
+    name: str = Field(min_length=1)
+    """What this run is called in reports, artifacts and trackers."""
+    model: ModelSettings = ModelSettings()
+    """The frozen base."""
+    prompt: PromptSettings = SoftSettings()
+    """The prompt that is trained; soft when it has no type."""
+    algorithm: AnyAlgorithmSettings = GRPOSettings()
+    """How it learns; by GRPO when it has no type."""
+    reference: Reference = NoneReference()
+    """The policy that the KL is measured to."""
+    engine: NativeSettings = NativeSettings()
+    """What draws completions."""
+    sampling: SamplingSettings = SamplingSettings()
+    """How completions are drawn, in training and in held-out evaluation."""
+    data: DataSettings
+    """Where the queries come from."""
+    augment: tuple[AugmentSettings, ...] = ()
+    """In what company a share of the training queries is asked, against a shift of the
+    conversation."""
+    rewards: tuple[RewardSettings, ...] = ()
+    """What is rewarded, and what is only watched. An algorithm that learns from rewards needs one
+    with the role `score`."""
+    constraints: ConstraintSettings = ConstraintSettings()
+    """How multipliers of rewards with the role `constraint` are learned."""
+    robust: RobustSettings | None = None
+    """Learn for the worst queries; null = all queries count alike."""
+    guards: tuple[Guard, ...] = ()
+    """What watches the run for reward hacking."""
+    training: TrainingSettings = TrainingSettings()
+    """Steps, optimizer, checkpoints."""
+    evaluation: EvaluationSettings = EvaluationSettings()
+    """Held-out evaluation."""
+    tracking: TrackingSettings = TrackingSettings()
+    """Where the run reports to."""
+    distributed: DistributedSettings = DistributedSettings()
+    """How the run uses several ranks."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Of everything drawn at random."""
+    population: tuple[MemberSettings, ...] = Field(default=(), max_length=64)
+    """Prompts that are trained one after the other on one loaded base, for a sweep over starts,
+    learning rates or seeds. They share `training.steps` and `training.max_seconds` evenly and meet
+    the same held-out draws; the best one's artifact is the run's."""
+
+    @field_validator("algorithm", mode="before")
+    @classmethod
+    def _grpo_by_default(cls, value: Any) -> Any:
+        return {"type": "grpo", **value} if isinstance(value, dict) else value
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _soft_by_default(cls, value: Any) -> Any:
+        return {"type": "soft", **value} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _settings_have_effect(self) -> Recipe:
+        if not self.algorithm.needs_reference and not isinstance(self.reference, NoneReference):
+            if "kl_coef" in type(self.algorithm).model_fields:
+                why = "while algorithm.kl_coef is 0; set kl_coef or"
+            else:
+                why = f"with algorithm.type: {self.algorithm.type};"
+            raise ValueError(f"reference has no effect {why} remove reference")
+        scored = any(reward.role == "score" for reward in self.rewards)
+        if self.algorithm.needs_rewards and not scored:
+            raise ValueError(
+                f"no reward has role: score, which {self.algorithm.type} learns from; add one to "
+                "rewards"
+            )
+        held = any(reward.role == "constraint" for reward in self.rewards)
+        if held and not self.algorithm.needs_rewards:
+            raise ValueError(
+                f"a reward has role: constraint, but {self.algorithm.type} does not learn from "
+                "rewards; choose another algorithm, or role: metric"
+            )
+        if not held and self.constraints != ConstraintSettings():
+            raise ValueError(
+                "constraints has no effect without a reward of role: constraint; remove it"
+            )
+        require_known_rewards(self.guards, {each.name: each.role for each in self.rewards})
+        chosen = self.evaluation.select_by
+        if chosen != "reward" and chosen not in {each.name for each in self.rewards}:
+            raise ValueError(
+                f"evaluation.select_by names the reward '{chosen}', which the recipe does not "
+                "have; write reward, or the name of one"
+            )
+        if self.sampling.min_tokens > self.sampling.max_tokens:
+            raise ValueError(
+                f"sampling.min_tokens is {self.sampling.min_tokens}, max_tokens is "
+                f"{self.sampling.max_tokens}; lower min_tokens"
+            )
+        if self.sampling.temperature == 0.0 and self.algorithm.needs_rewards:
+            raise ValueError(
+                "sampling.temperature is 0, so all completions of a group would be the same; set "
+                "it above 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_overlap(self) -> Recipe:
+        overlap = self.training.overlap_rollouts
+        self.algorithm.check_ratio(drawn_ahead=overlap)
+        if not overlap:
+            return self
+        if not self.algorithm.has_ratio:
+            raise ValueError(
+                "training.overlap_rollouts makes batches one step old, and "
+                f"{self.algorithm.type} has no probability ratio to correct for that; remove it, "
+                "or choose grpo, rloo, reinforce or ppo"
+            )
+        if self.prompt.type == "adapter":
+            raise ValueError(
+                "training.overlap_rollouts needs a prompt that leaves the base's layers alone, "
+                "prompt.type is adapter; remove it, or choose soft, prefix or sequence"
+            )
+        if self.distributed.base == "sharded":
+            raise ValueError(
+                "training.overlap_rollouts needs the whole base on this rank, distributed.base is "
+                "sharded; remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _members_are_recipes(self) -> Recipe:
+        self.members()
+        return self
+
+    def members(self) -> dict[str, Recipe]:
+        """The recipe of each member of the population, by name.
+
+        Raises:
+            ValueError: a change makes no recipe, or the steps cannot be shared evenly.
+        """
+        count = len(self.population)
+        if count and self.training.steps % count:
+            raise ValueError(
+                f"training.steps is {self.training.steps}, which {count} members of population "
+                "cannot share evenly; set a multiple"
+            )
+        names = [member.name for member in self.population]
+        if len(set(names)) < count:
+            raise ValueError("two members of population have the same name; rename one")
+        return {member.name: self._member(member) for member in self.population}
+
+    def _member(self, member: MemberSettings) -> Recipe:
+        tree = self.plain() | {"name": f"{self.name}-{member.name}", "population": []}
+        tree["training"]["steps"] //= len(self.population)
+        if self.training.max_seconds is not None:
+            tree["training"]["max_seconds"] /= len(self.population)
+        for key, value in member.changes.items():
+            set_value(tree, key, value, f"population member {member.name}")
+        try:
+            return Recipe.model_validate(tree)
+        except ValidationError as error:
+            _, sentence = explain(error, Recipe.model_json_schema())
+            raise ValueError(f"population member {member.name}: {sentence}") from error
+
+    def plain(self) -> dict[str, Any]:
+        """The resolved recipe as plain YAML values, every default spelled out."""
+        return self.model_dump(mode="json")
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        path: a YAML file.
+        overrides: `key.path=value` strings; values are parsed as YAML.
+
+    Raises:
+        InputError: the file is not there or not YAML, or a key or value is wrong; the sentence
+            names file or override, and the YAML path. Also if the template cannot be read.
+    """
+    path = Path(path)
+    tree = read_tree(path)
+    for override in overrides:
+        apply_override(tree, override)
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        place, sentence = explain(error, Recipe.model_json_schema())
+        raise InputError(f"{_at_fault(path, overrides, place)}: {sentence}") from error
+    return with_template_text(recipe, path.parent)
+
+
+def _at_fault(path: Path, overrides: Sequence[str], place: str) -> str:
+    """What to name in front of an error: the override that wrote `place`, else the file."""
+    written = {override.partition("=")[0].strip(): override for override in overrides}
+    inside = [o for key, o in written.items() if key.startswith(f"{place}.")]
+    around = [o for key, o in written.items() if f"{place}.".startswith(f"{key}.")]
+    if around:
+        return f"override '{around[-1]}'"
+    # An override of a key below makes the keys above it, unless the file has them.
+    tree: Any = read_tree(path)
+    for part in place.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return f"override '{inside[-1]}'" if inside and tree is None else str(path)
+
+
+def with_template_text(recipe: Recipe, base_dir: Path) -> Recipe:
+    """The recipe with a template's text in place of its path.
+
+    Artifacts carry the recipe to places where the file is not, and a resumed run must find the
+    template it began with.
+    """
+    if recipe.model.template is None:
+        return recipe
+    text = read_template(recipe.model.template, base_dir)
+    model = recipe.model.model_copy(update={"template": text})
+    return recipe.model_copy(update={"model": model})

@@ -1,0 +1,1 @@
+"""`rlprompt reward check`."""

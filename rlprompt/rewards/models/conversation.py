@@ -1,0 +1,129 @@
+"""From a query and a completion to the tokens that a preference model reads.
+
+Training and scoring use the same function, so that a model is asked what it was trained on. Control
+tokens inside the texts are taken out: a completion that ends its own turn and praises itself in the
+next would otherwise be scored as if a person had praised it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from rlprompt.errors import InputError
+from rlprompt.model.chat.template import PLAIN, PLAIN_TEMPLATE, plain_variables
+from rlprompt.types import Message
+
+PAIR = "pair"
+"""Name of the form that BERT-like models take: question and answer as two segments."""
+
+Keep = Literal["start", "end"]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The tokens of one conversation."""
+
+    ids: list[int]
+    segments: list[int] | None
+    """Token type ids, for `template: pair`."""
+    is_cut: bool
+    """Whether a text had to be shortened."""
+
+
+class ConversationEncoder:
+    """Renders and tokenises conversations for one preference model.
+
+    Args:
+        tokenizer: of the preference model.
+        template: Jinja source, `plain`, `pair`, or None for the tokenizer's own chat template.
+        max_tokens: longest result; the longest text of a conversation is shortened to fit.
+        keep: which end of that text stays.
+
+    Raises:
+        InputError: the tokenizer has no chat template and none is given.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str | None,
+        max_tokens: int,
+        keep: Keep = "start",
+    ) -> None:
+        if template is None and not tokenizer.chat_template:
+            raise InputError(
+                "the preference model has no chat template; set template: pair for a model that "
+                "takes question and answer as two segments, plain, or the path of a .jinja file"
+            )
+        self._tokenizer = tokenizer
+        self._source = PLAIN_TEMPLATE if template == PLAIN else template
+        self._variables: dict[str, Any] = (
+            dict(plain_variables(tokenizer)) if template == PLAIN else {}
+        )
+        self.max_tokens = max_tokens
+        self._keep = keep
+        added = tokenizer.added_tokens_decoder.values()
+        control = {str(each) for each in added if each.special} | set(tokenizer.all_special_tokens)
+        self._control = re.compile("|".join(re.escape(each) for each in sorted(control)) or r"(?!)")
+
+    def encode(self, messages: Sequence[Message]) -> Encoded:
+        """The tokens of one conversation that ends with the assistant's turn.
+
+        Raises:
+            InputError: the template cannot render it, or leaves no room for any text.
+        """
+        texts = [self._control.sub(" ", message["content"]) for message in messages]
+        ids, segments = self._tokens(messages, texts)
+        is_cut = len(ids) > self.max_tokens
+        while len(ids) > self.max_tokens:
+            longest = max(range(len(texts)), key=lambda i: len(texts[i]))
+            if not texts[longest]:
+                raise InputError(
+                    f"max_tokens {self.max_tokens} leaves no room for any text beside the template "
+                    f"of the preference model; raise it"
+                )
+            characters = sum(map(len, texts))
+            excess = 1 + (len(ids) - self.max_tokens) * characters // (2 * len(ids))
+            left = max(0, len(texts[longest]) - excess)
+            text = texts[longest]
+            texts[longest] = text[:left] if self._keep == "start" else text[len(text) - left :]
+            ids, segments = self._tokens(messages, texts)
+        return Encoded(ids, segments, is_cut)
+
+    def _tokens(
+        self, messages: Sequence[Message], texts: Sequence[str]
+    ) -> tuple[list[int], list[int] | None]:
+        if self._source == PAIR:
+            before = "\n\n".join(texts[:-1])
+            found = self._tokenizer(before, texts[-1], return_token_type_ids=True)
+            return found["input_ids"], found["token_type_ids"]
+        filled = [
+            {"role": message["role"], "content": text}
+            for message, text in zip(messages, texts, strict=True)
+        ]
+        try:
+            rendered: Any = self._tokenizer.apply_chat_template(
+                filled, chat_template=self._source, tokenize=False, **self._variables
+            )
+        except Exception as error:  # Jinja raises whatever the template does
+            raise InputError(
+                f"the chat template of the preference model cannot render a conversation "
+                f"({error}); set template"
+            ) from error
+        return self._tokenizer(rendered, add_special_tokens=False)["input_ids"], None
+
+
+def conversation(prompt: str | Sequence[Message], completion: Any) -> list[Message]:
+    """A TRL prompt and completion, strings or messages, as one list of messages."""
+    messages = (
+        [{"role": "user", "content": prompt}]
+        if isinstance(prompt, str)
+        else [dict(message) for message in prompt]
+    )
+    text = completion if isinstance(completion, str) else str(completion[-1]["content"])
+    return [*messages, {"role": "assistant", "content": text}]

@@ -1,0 +1,1 @@
+"""Rewards in threads and processes, with a time limit."""

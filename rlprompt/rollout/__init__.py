@@ -1,0 +1,1 @@
+"""From queries to scored completions, and how they are packed."""

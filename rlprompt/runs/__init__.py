@@ -1,0 +1,1 @@
+"""The life of a run: state, checkpoints, budget, guards, its folder."""

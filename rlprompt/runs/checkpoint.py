@@ -1,0 +1,179 @@
+"""Checkpoints: everything a run needs to go on as if it had never stopped.
+
+A checkpoint is a folder `step_000010` with `tensors.safetensors` (prompt, best prompt, optimizer,
+random generator) and `state.json` (counters, data position, history). It is written beside its
+final place and renamed, so a folder that has the final name is whole; what a crash left beside it
+begins with a dot and is removed by the next save.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from rlprompt.errors import InputError
+from rlprompt.files import to_json, write_atomic
+
+_NAME = re.compile(r"step_(\d+)")
+_LEFTOVERS = ".step_*"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds."""
+
+    step: int
+    """Finished steps."""
+    tensors: Mapping[str, Tensor]
+    """Flat names, such as `prompt/embeddings`."""
+    state: Mapping[str, Any]
+    """Plain JSON values."""
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps of the whole checkpoints in a folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [(_NAME.fullmatch(p.name), p) for p in folder.iterdir()]
+    return sorted(int(m[1]) for m, p in found if m and (p / "state.json").exists())
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write a checkpoint and delete all but the newest `keep`.
+
+    Raises:
+        OSError: the disk is full or not writable; earlier checkpoints are untouched.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"step_{checkpoint.step:06d}"
+    temporary, replaced = (folder / f".{target.name}.{uuid.uuid4().hex}" for _ in range(2))
+    try:
+        temporary.mkdir()
+        tensors = {k: v.detach().cpu().contiguous() for k, v in checkpoint.tensors.items()}
+        write_atomic(temporary / "tensors.safetensors", save(tensors))
+        state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
+        write_atomic(temporary / "state.json", to_json(state, indent=1))
+        if target.exists():
+            os.replace(target, replaced)
+        os.replace(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if replaced.exists():
+            os.replace(replaced, target)
+        raise
+    _sync(folder)
+    for leftover in folder.glob(_LEFTOVERS):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for step in checkpoint_steps(folder)[:-keep]:
+        shutil.rmtree(folder / f"step_{step:06d}", ignore_errors=True)
+    return target
+
+
+def load_checkpoint(folder: Path, step: int | None = None) -> Checkpoint:
+    """Read a checkpoint, the newest when no step is given.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    steps = checkpoint_steps(folder)
+    if not steps:
+        raise InputError(f"'{folder}' has no checkpoint; start without --resume")
+    step = steps[-1] if step is None else step
+    path = folder / f"step_{step:06d}"
+    try:
+        state = dict(json.loads((path / "state.json").read_bytes()))
+        written = state.pop("format", None)
+        number = int(state.pop("step"))
+        tensors = load_file(path / "tensors.safetensors")
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise InputError(
+            f"checkpoint '{path}' is damaged ({error}); delete that folder to resume from the one "
+            "before"
+        ) from error
+    if written != FORMAT:
+        raise InputError(f"checkpoint '{path}' was written by another version; start a new run")
+    return Checkpoint(number, tensors, state)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
+    """The optimizer's state as flat tensors `prefix/<parameter>/<name>`."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{prefix}/{index}/{name}": value if isinstance(value, Tensor) else torch.tensor(value)
+        for index, values in state.items()
+        for name, value in values.items()
+    }
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], prefix: str
+) -> None:
+    """Take over what `optimizer_tensors` gave; param groups keep their settings."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith(f"{prefix}/"):
+            _, index, name = key.rsplit("/", 2)
+            state.setdefault(int(index), {})[name] = value.clone()
+    whole = optimizer.state_dict()
+    optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
+
+
+def seed_global_random(seed: int) -> None:
+    """Seed the process-wide generators, so that rewards that draw from them can be repeated."""
+    import numpy
+
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def global_random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State of the process-wide generators, which user rewards may draw from."""
+    version, internal, gauss = random.getstate()
+    tensors = {"random/torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["random/cuda"] = torch.cuda.get_rng_state()
+    return tensors, {"python": [version, list(internal), gauss], "numpy": _numpy_state()}
+
+
+def restore_global_random_state(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Put the generators back where `global_random_state` found them."""
+    import numpy
+
+    torch.set_rng_state(tensors["random/torch"])
+    if "random/cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random/cuda"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, place, has_gauss, cached = state["numpy"]
+    numpy.random.set_state((name, numpy.array(keys, dtype="uint32"), place, has_gauss, cached))
+
+
+def _numpy_state() -> list[Any]:
+    import numpy
+
+    state: Any = numpy.random.get_state(legacy=True)
+    name, keys, place, has_gauss, cached = state
+    return [name, keys.tolist(), place, has_gauss, cached]
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

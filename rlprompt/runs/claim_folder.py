@@ -1,0 +1,182 @@
+"""The run folder before a run: whose it is, and what a resumed run must agree with.
+
+A folder that holds a run is never mixed with another one. A run that ended before its first step
+leaves nothing worth keeping, so a mended recipe may start in its folder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from rlprompt import __version__
+from rlprompt.errors import InputError
+from rlprompt.files import write_atomic
+from rlprompt.recipe.schema import Recipe
+from rlprompt.runs.checkpoint import checkpoint_steps
+
+logger = logging.getLogger(__name__)
+
+RECIPE_FILE = "recipe.resolved.yaml"
+_LOCK_FILE = ".lock"
+_SHOWN_DIFFERENCES = 3
+# How much memory a run takes at once changes the order of sums only.
+_MAY_CHANGE = ("tracking.", "distributed.", "training.token_budget")
+_ABSENT = object()
+
+
+def default_output(recipe: Recipe) -> Path:
+    """The run folder of a recipe when none is named: `runs/<name>`.
+
+    Raises:
+        InputError: the name cannot be that of a folder.
+    """
+    if Path(recipe.name).name != recipe.name:
+        raise InputError(
+            f"the name {recipe.name!r} cannot be a folder under runs/; change it, or name the run "
+            "folder with --output"
+        )
+    return Path("runs") / recipe.name
+
+
+def check_output(folder: Path, recipe: Mapping[str, Any], resume: bool) -> None:
+    """Refuse a folder that this run may not write to; reads only.
+
+    Args:
+        folder: need not exist.
+        recipe: resolved, as plain values.
+        resume: whether the run in the folder is to go on.
+
+    Raises:
+        InputError: it is a file, it holds another run, or (with `resume`) it holds no run or the
+            run of another recipe.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"the output '{folder}' is a file; name a folder")
+    if not resume:
+        if _has_steps(folder):
+            raise InputError(
+                f"the output folder '{folder}' holds another run; go on with it (--resume), or "
+                "name another folder with --output"
+            )
+        return
+    if not (folder / RECIPE_FILE).is_file():
+        raise InputError(f"the output folder '{folder}' holds no run to resume; drop --resume")
+    _check_same(folder / RECIPE_FILE, recipe)
+
+
+@contextmanager
+def claim_output(
+    folder: Path, recipe: Mapping[str, Any], base_dir: Path, resume: bool
+) -> Iterator[bool]:
+    """Make the folder, hold it against other processes, and write the resolved recipe.
+
+    Yields whether rows may be there that belong to this run or to nothing: what `Trainer.run` takes
+    as `resume`.
+
+    Raises:
+        InputError: the folder cannot be written, another process trains in it, or `check_output`
+            objects to what happened since it was asked.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / _LOCK_FILE).open("w", encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"the output folder '{folder}' cannot be written ({error.strerror}); name another with "
+            "--output"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"another process trains in '{folder}'; wait for it, or name another with --output"
+            ) from error
+        except OSError as error:  # some network file systems have no locks
+            logger.warning("'%s' cannot be locked (%s): start no second run there", folder, error)
+        check_output(folder, recipe, resume)
+        begun = resume or (folder / RECIPE_FILE).exists()
+        if not resume:
+            (folder / "wandb_id").unlink(missing_ok=True)  # curves of a run that never had a step
+        write_atomic(folder / RECIPE_FILE, _resolved_text(recipe, base_dir))
+        yield begun
+
+
+def _resolved_text(recipe: Mapping[str, Any], base_dir: Path) -> str:
+    head = f"# rlprompt {__version__}; paths are relative to {str(base_dir.absolute())!r}\n"
+    return head + yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=100)
+
+
+def _has_steps(folder: Path) -> bool:
+    """Whether something in the folder cost a training step."""
+    metrics = folder / "metrics.jsonl"
+    return (
+        bool(checkpoint_steps(folder / "checkpoints"))
+        or (folder / "summary.json").exists()
+        or (folder / "artifact").exists()
+        or (metrics.exists() and metrics.stat().st_size > 0)
+    )
+
+
+def _with_new_settings(stored: Any) -> Any:
+    """A stored recipe with the settings that a newer rlprompt has, at their defaults."""
+    try:
+        return yaml.safe_load(yaml.safe_dump(Recipe.model_validate(stored).plain()))
+    except (ValidationError, InputError):
+        return stored
+
+
+def _check_same(path: Path, recipe: Mapping[str, Any]) -> None:
+    try:
+        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"'{path}' cannot be read ({reason}); start a new run") from error
+    # Through YAML and back, as the stored one went.
+    before = _flat(_with_new_settings(stored))
+    now = _flat(yaml.safe_load(yaml.safe_dump(dict(recipe), sort_keys=False)))
+    changed = [
+        key
+        for key in dict.fromkeys([*now, *before])
+        if before.get(key, _ABSENT) != now.get(key, _ABSENT) and not key.startswith(_MAY_CHANGE)
+    ]
+    if changed:
+        listed = ", ".join(
+            f"{key} (was {_shown(before.get(key, _ABSENT))}, is {_shown(now.get(key, _ABSENT))})"
+            for key in changed[:_SHOWN_DIFFERENCES]
+        )
+        more = len(changed) - _SHOWN_DIFFERENCES
+        rest = f" and {more} more" if more > 0 else ""
+        raise InputError(
+            f"the run in '{path.parent}' has another recipe: {listed}{rest}; resume with the same "
+            "recipe and overrides, or start a new run with another --output"
+        )
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys to plain values; entries of lists by their index."""
+    items: list[tuple[Any, Any]] = []
+    if isinstance(tree, dict):
+        items = list(tree.items())
+    elif isinstance(tree, list):
+        items = list(enumerate(tree))
+    if not items:
+        return {prefix.removesuffix("."): tree}
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        flat |= _flat(value, f"{prefix}{key}.")
+    return flat
+
+
+def _shown(value: Any) -> str:
+    text = "absent" if value is _ABSENT else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 40 else f"{text[:37]}..."

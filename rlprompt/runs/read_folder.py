@@ -1,0 +1,147 @@
+"""Reading a run folder back: what a report, a comparison or a person's script starts from.
+
+A run may be killed at any step and resumed any number of times, so any file may be absent and a
+step may have been logged twice; this module hides both.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlprompt.errors import InputError
+from rlprompt.files import iter_jsonl
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What a run folder holds; an absent file is empty.
+
+    Metrics have one row per step and evaluations one per step and who, in order of steps: where a
+    file has several (a resumed run), the last one counts.
+    """
+
+    folder: Path
+    metrics: Sequence[Row]
+    evaluations: Sequence[Row]
+    completions: Sequence[Row]
+    """The held-out ones, and the training ones of the last step: a run has too many to hold all."""
+    summary: Row
+    recipe: Row
+    """The resolved recipe as plain values; empty if its text is not a YAML mapping."""
+    recipe_text: str
+
+    def evaluations_of(self, who: str) -> list[Row]:
+        """Return the held-out evaluations of base, handwritten or learned, in order of steps."""
+        return [row for row in self.evaluations if row.get("who") == who]
+
+    def compared_evaluations(self, names: Iterable[str]) -> dict[str, Row]:
+        """Return the evaluation that stands for each of base, handwritten and learned.
+
+        That is the last one, except for the learned prompt: the summary names the reward of the
+        prompt that was kept, which is not always the last one trained.
+        """
+        latest = {who: rows[-1] for who in names if (rows := self.evaluations_of(who))}
+        after = self.summary.get("heldout_reward_after")
+        scored = [row for row in self.evaluations_of("learned") if row.get("reward") is not None]
+        if after is not None and scored:
+            latest["learned"] = min(reversed(scored), key=lambda row: abs(row["reward"] - after))
+        return latest
+
+    def series(self, key: str) -> tuple[list[float], list[float]]:
+        """Return the steps at which a metric has a value, and the values."""
+        rows = [row for row in self.metrics if row.get(key) is not None]
+        return [row["step"] for row in rows], [row[key] for row in rows]
+
+    @property
+    def reward_names(self) -> list[str]:
+        """Every reward with a metric or a held-out mean, in the order of the recipe."""
+        trained = (re.fullmatch(r"rewards/(.+)/mean", key) for row in self.metrics for key in row)
+        names = [match[1] for match in trained if match]
+        evaluated = (name for row in self.evaluations for name in row.get("rewards") or {})
+        return list(dict.fromkeys([*names, *evaluated]))
+
+    @property
+    def reward_roles(self) -> dict[str, str]:
+        """What the recipe says of each reward that it names: `weight 0.5`, or the role."""
+        entries = self.recipe.get("rewards")
+        roles = {}
+        for entry in entries if isinstance(entries, list) else []:
+            if isinstance(entry, dict) and entry.get("name"):
+                role = str(entry.get("role") or "score")
+                weight = entry.get("weight")
+                scored = role == "score" and weight is not None
+                roles[str(entry["name"])] = f"weight {weight}" if scored else role
+        return roles
+
+
+def load_run(run_dir: Path) -> RunFiles:
+    """Read the files of a run folder.
+
+    Raises:
+        InputError: if none of them is there, or one is damaged.
+    """
+    folder = Path(run_dir)
+    logs = [folder / f"{name}.jsonl" for name in ("metrics", "evaluation", "completions")]
+    summary_path, recipe_path = folder / "summary.json", folder / "recipe.resolved.yaml"
+    if not any(path.exists() for path in (*logs, summary_path, recipe_path)):
+        raise InputError(f"'{folder}' holds no run; name the output folder of `rlprompt train`.")
+    metrics, evaluations, completions = (
+        iter_jsonl(path) if path.exists() else iter(()) for path in logs
+    )
+    recipe_text = recipe_path.read_text(encoding="utf-8") if recipe_path.exists() else ""
+    return RunFiles(
+        folder=folder,
+        metrics=_last_of_each(metrics, "step"),
+        evaluations=_last_of_each(evaluations, "step", "who"),
+        completions=_shown_completions(completions),
+        summary=_read_summary(summary_path),
+        recipe=_parse_recipe(recipe_text),
+        recipe_text=recipe_text,
+    )
+
+
+def _read_summary(path: Path) -> Row:
+    if not path.exists():
+        return {}
+    try:
+        summary = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"'{path}' is not valid JSON ({error}); remove it.") from error
+    if not isinstance(summary, dict):
+        raise InputError(f"'{path}' is not a JSON object; remove it.")
+    return summary
+
+
+def _parse_recipe(text: str) -> Row:
+    try:
+        recipe = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return {}
+    return recipe if isinstance(recipe, dict) else {}
+
+
+def _last_of_each(rows: Iterable[Row], *keys: str) -> list[Row]:
+    latest = {tuple(row.get(key) for key in keys): row for row in rows if "step" in row}
+    return sorted(latest.values(), key=lambda row: row["step"])
+
+
+def _shown_completions(rows: Iterable[Row]) -> list[Row]:
+    heldout: list[Row] = []
+    train: list[Row] = []
+    for row in rows:
+        if row.get("split") == "heldout":
+            heldout.append(row)
+            continue
+        if train and train[-1].get("step") != row.get("step"):
+            train.clear()
+        train.append(row)
+    return heldout + train

@@ -1,0 +1,180 @@
+"""What changes while a run goes on, and how it goes into a checkpoint and back."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rlprompt.errors import InputError
+from rlprompt.prompts.base import Prompt
+from rlprompt.runs.checkpoint import (
+    Checkpoint,
+    global_random_state,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    restore_global_random_state,
+)
+
+
+@dataclass
+class Progress:
+    """Counters of a run; plain values."""
+
+    step: int = 0
+    """Finished steps."""
+    updates: int = 0
+    """Optimizer updates made."""
+    best_step: int = 0
+    """Step whose prompt did best on held-out queries."""
+    best_reward: float | None = None
+    """Its held-out reward."""
+    stale_evaluations: int = 0
+    """Evaluations since then."""
+    seconds: float = 0.0
+    """Time spent, summed over resumed parts."""
+    num_tokens: int = 0
+    """Completion tokens drawn in training."""
+    rollout_seconds: float = 0.0
+    """Time spent drawing them."""
+    budget_seconds: float = 0.0
+    """Time of all steps by the clock of `training.max_seconds`."""
+    step_seconds: list[float] = field(default_factory=list)
+    """Duration of every step."""
+    heldout: dict[str, Any] = field(default_factory=dict)
+    """First evaluation of `base` and `handwritten`, and the best of `learned`: their metrics."""
+    guards: dict[str, Any] = field(default_factory=dict)
+    """What the guards have seen and the alarms they raised; see `GuardWatch`."""
+
+
+class Position(Protocol):
+    """A place in the data; its state is plain JSON values."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` takes."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        ...
+
+
+class Stateful(Protocol):
+    """Something beside the prompt that learns or adapts; its state is tensors."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What `load_state_dict` takes."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` gave; ValueError when names or shapes differ."""
+        ...
+
+
+class RunState:
+    """Prompt, optimizer, data position, whatever else adapts, and counters of a run."""
+
+    def __init__(
+        self,
+        prompt: Prompt,
+        optimizer: torch.optim.Optimizer,
+        source: Position,
+        others: Mapping[str, Stateful] | None = None,
+    ) -> None:
+        """The state of a run that has not begun.
+
+        Args:
+            prompt: what is trained.
+            optimizer: over its parameters, and the algorithm's own.
+            source: of the batches.
+            others: by name: the algorithm, multipliers and the like.
+        """
+        self.prompt = prompt
+        self.optimizer = optimizer
+        self.source = source
+        self.others = dict(others or {})
+        self.progress = Progress()
+        self.best = _copy(prompt.state_dict())
+
+    def remember_best(self, reward: float, metrics: Mapping[str, Any]) -> bool:
+        """Keep the present prompt if its held-out reward is the best; says whether it is.
+
+        A reward of NaN (nothing could be scored) is never the best.
+        """
+        best = self.progress.best_reward
+        if math.isnan(reward) or (best is not None and reward <= best):
+            self.progress.stale_evaluations += 1
+            return False
+        self.progress.best_reward = reward
+        self.progress.best_step = self.progress.step
+        self.progress.stale_evaluations = 0
+        self.progress.heldout["learned"] = dict(metrics)
+        self.best = _copy(self.prompt.state_dict())
+        return True
+
+    def checkpoint(self, identity: Mapping[str, str]) -> Checkpoint:
+        """Everything as a checkpoint, which later changes of the run do not touch.
+
+        Args:
+            identity: what the run must find again to go on, such as the dataset's fingerprint.
+        """
+        random_tensors, random_state = global_random_state()
+        tensors = {
+            **{f"prompt/{k}": v for k, v in self.prompt.state_dict().items()},
+            **{f"best/{k}": v for k, v in self.best.items()},
+            **{
+                f"{name}/{k}": v
+                for name, other in self.others.items()
+                for k, v in other.state_dict().items()
+            },
+            **optimizer_tensors(self.optimizer, "optimizer"),
+            **random_tensors,
+        }
+        state = {
+            "progress": asdict(self.progress),
+            "source": self.source.state_dict(),
+            "random": random_state,
+            "identity": dict(identity),
+        }
+        return Checkpoint(self.progress.step, _copy(tensors), state)
+
+    def restore(self, checkpoint: Checkpoint, identity: Mapping[str, str]) -> None:
+        """Take over a checkpoint made by `checkpoint`.
+
+        Raises:
+            InputError: its identity differs (other data, another base), or it holds another prompt.
+        """
+        for name, value in identity.items():
+            if checkpoint.state["identity"].get(name) != value:
+                raise InputError(
+                    f"the {name} has changed since the checkpoint was written; restore it, or "
+                    "start a new run in another output folder"
+                )
+        try:
+            self.prompt.load_state_dict(_under(checkpoint.tensors, "prompt"))
+            for name, other in self.others.items():
+                other.load_state_dict(_under(checkpoint.tensors, name))
+        except ValueError as error:
+            raise InputError(
+                f"the checkpoint holds another prompt or algorithm ({error}); start a new run in "
+                "another output folder"
+            ) from error
+        self.best = _copy(_under(checkpoint.tensors, "best"))
+        load_optimizer_tensors(self.optimizer, checkpoint.tensors, "optimizer")
+        self.source.load_state_dict(checkpoint.state["source"])
+        self.progress = Progress(**copy.deepcopy(checkpoint.state["progress"]))
+        restore_global_random_state(checkpoint.tensors, checkpoint.state["random"])
+
+
+def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    start = f"{prefix}/"
+    return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}

@@ -1,0 +1,91 @@
+"""summary.json: the few numbers that a script or a person asks of a finished run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rlprompt
+from rlprompt.model.base import FrozenBase
+from rlprompt.policy import Policy
+from rlprompt.runs.guards import alarms_of
+from rlprompt.runs.state import Progress
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "pydantic")
+
+
+def build_summary(
+    progress: Progress, policy: Policy, *, artifact: Path, fingerprint_after: str, reason: str
+) -> dict[str, Any]:
+    """The content of summary.json.
+
+    Seconds are wall-clock of the loop; rewards are held-out means of the total, null without
+    held-out queries; `best_step` is the step whose prompt the artifact holds (the last one where
+    nothing was held out); `peak_rss_mb` is the process's peak resident memory in MiB, model loading
+    included.
+    """
+    heldout = progress.heldout
+    rewards = {who: metrics.get("reward") for who, metrics in heldout.items()}
+    spent = progress.rollout_seconds
+    return {
+        "steps": progress.step,
+        "seconds": progress.seconds,
+        "stopped_because": reason,
+        "alarms": [alarm._asdict() for alarm in alarms_of(progress.guards)],
+        "heldout_reward_before": rewards.get("base"),
+        "heldout_reward_after": rewards.get("learned"),
+        "heldout_reward_handwritten": rewards.get("handwritten"),
+        "best_step": progress.step if progress.best_reward is None else progress.best_step,
+        "heldout": heldout,
+        "completion_tokens_per_second": progress.num_tokens / spent if spent else None,
+        "step_seconds_median": (
+            statistics.median(progress.step_seconds) if progress.step_seconds else None
+        ),
+        "peak_rss_mb": peak_rss_mb(),
+        "base_fingerprint_before": policy.base.fingerprint,
+        "base_fingerprint_after": fingerprint_after,
+        "artifact": str(artifact),
+        "versions": _versions(),
+        "machine": _machine(policy),
+    }
+
+
+def rank_memory(base: FrozenBase) -> dict[str, float | int]:
+    """What this rank held: bytes of the base's weights of all there are, and its peak memory."""
+    weights = sum(p.numel() * p.element_size() for p in base.model.parameters())
+    held, whole = weights, weights
+    if base.shards is not None:
+        held, whole = base.shards.bytes_on_rank, base.shards.bytes_whole
+    memory = {"base_bytes": held, "base_bytes_whole": whole, "peak_rss_mb": peak_rss_mb()}
+    if base.device.type == "cuda":
+        memory["peak_gpu_mb"] = torch.cuda.max_memory_allocated(base.device) / 2**20
+    return memory
+
+
+def peak_rss_mb() -> float:
+    """Peak resident memory of this process in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _versions() -> dict[str, str]:
+    known = {"rlprompt": rlprompt.__version__, "python": platform.python_version()}
+    return known | {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def _machine(policy: Policy) -> dict[str, Any]:
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": str(policy.device),
+        "dtype": str(policy.base.dtype).removeprefix("torch."),
+    }

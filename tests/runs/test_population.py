@@ -1,0 +1,165 @@
+"""A population: each member is the run that it would be alone, and the best one's prompt wins."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from rlprompt.artifacts.format import read_artifact_info
+from rlprompt.errors import InputError
+from rlprompt.files import read_jsonl
+from rlprompt.recipe.build import build_run, build_trainer
+from rlprompt.recipe.schema import Recipe
+from rlprompt.runs.population import Population
+from rlprompt.training.update import NotFiniteError
+from tests.fixtures.runs import comparable_rows, tiny_recipe
+
+MEMBERS: list[dict[str, Any]] = [
+    {"name": "soft", "changes": {"training.optimizer.lr_relative": 0.2}},
+    {
+        "name": "lora",
+        "changes": {"prompt": {"type": "adapter", "text": "the sun", "method": {"type": "lora"}}},
+    },
+]
+
+
+def population(folder: Path, output: Path, **changes: Any) -> Population:
+    plain = {"population": MEMBERS, "training": {"steps": 4}, "evaluation": {"every": 1}}
+    built = build_run(tiny_recipe(folder, **{**plain, **changes}), folder, output)
+    assert isinstance(built, Population)
+    return built
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A finished population: the folder of its model, with the run in `run`."""
+    folder = tmp_path_factory.mktemp("population")
+    return folder, population(folder, folder / "run").run()
+
+
+def test_members_share_one_base_and_nothing_that_learns(tmp_path: Path) -> None:
+    first, second = population(tmp_path, tmp_path / "run").trainers.values()
+    assert first.parts.policy is not second.parts.policy
+    assert first.parts.policy.base is second.parts.policy.base
+    assert first.parts.policy.forward is second.parts.policy.forward
+    assert first.parts.evaluator is second.parts.evaluator
+    assert first.parts.rewards is not second.parts.rewards
+    assert not {id(p) for p in first.parts.policy.parameters()} & {
+        id(p) for p in second.parts.policy.parameters()
+    }
+
+
+@pytest.mark.parametrize("member", ["soft", "lora"])
+def test_a_member_is_the_run_that_it_would_be_alone(
+    done: tuple[Path, dict[str, Any]], member: str, tmp_path: Path
+) -> None:
+    folder, _ = done
+    recipe = tiny_recipe(
+        folder, population=MEMBERS, training={"steps": 4}, evaluation={"every": 1}
+    ).members()[member]
+    assert recipe.training.steps == 2
+    build_trainer(recipe, folder, tmp_path).run()
+    for kind in ("metrics", "evaluation", "completions"):
+        ours = comparable_rows(folder / "run" / "members" / member, kind)
+        assert ours == comparable_rows(tmp_path, kind)
+
+
+def test_the_best_members_artifact_is_the_runs(done: tuple[Path, dict[str, Any]]) -> None:
+    folder, summary = done
+    run = folder / "run"
+    rewards = {name: row["heldout_reward_after"] for name, row in summary["members"].items()}
+    assert list(rewards) == ["soft", "lora"]
+    best = max(rewards, key=rewards.__getitem__)
+    assert summary["best_member"] == best
+    assert summary["heldout_reward_after"] == rewards[best]
+    assert summary["steps"] == 4 and summary["stopped_because"] == "finished"
+    theirs = run / "members" / best / "artifact"
+    assert read_artifact_info(run / "artifact") == read_artifact_info(theirs)
+    own, expected = (load_file(path / "prompt.safetensors") for path in (run / "artifact", theirs))
+    assert own.keys() == expected.keys()
+    assert all(torch.equal(own[name], expected[name]) for name in own)
+    assert json.loads((run / "summary.json").read_text())["members"].keys() == rewards.keys()
+    assert (run / "report.html").read_text() == (theirs.parent / "report.html").read_text()
+
+
+def test_baselines_are_the_same_and_were_drawn_once(done: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = done
+    rows = [
+        list(read_jsonl(folder / "run" / "members" / name / "evaluation.jsonl"))
+        for name in ("soft", "lora")
+    ]
+    base = [[r for r in part if r["who"] == "base"] for part in rows]
+    assert len(base[0]) == 1
+    assert {k: v for k, v in base[0][0].items() if k != "time"} == {
+        k: v for k, v in base[1][0].items() if k != "time"
+    }
+
+
+def test_a_resumed_population_runs_what_is_left(
+    done: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, whole = done
+    cut = population(folder, tmp_path)
+    next(iter(cut.trainers.values())).run()  # the process dies after the first member
+    again = population(folder, tmp_path)
+    resumed = again.run(resume=True)
+    assert next(iter(again.trainers.values())).state.progress.step == 0  # it was not run again
+    rewards = [row["heldout_reward_after"] for row in resumed["members"].values()]
+    assert rewards == [row["heldout_reward_after"] for row in whole["members"].values()]
+    for kind in ("metrics", "completions"):
+        ours = comparable_rows(tmp_path / "members" / "lora", kind)
+        assert ours == comparable_rows(folder / "run" / "members" / "lora", kind)
+
+
+def test_a_member_that_fails_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = population(tmp_path, tmp_path / "run")
+
+    def explode(*args: object, **kwargs: object) -> None:
+        raise NotFiniteError("the loss is not finite")
+
+    soft, lora = built.trainers.values()
+    monkeypatch.setattr(soft._updater, "learn", explode)
+    summary = built.run()
+    assert summary["best_member"] == "lora"
+    assert summary["failed_members"] == {"soft": "the loss is not finite"}
+    monkeypatch.setattr(lora._updater, "learn", explode)
+    other = population(tmp_path, tmp_path / "other")
+    for trainer in other.trainers.values():
+        monkeypatch.setattr(trainer._updater, "learn", explode)
+    with pytest.raises(NotFiniteError, match="no member came to an end"):
+        other.run()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"training": {"steps": 3}}, "which 2 members of population cannot share evenly"),
+        ({"population": [MEMBERS[0], MEMBERS[0]]}, "have the same name"),
+        ({"population": [{"name": "a/b"}]}, "name"),
+        ({"population": [{"name": "a", "changes": {"sampling.top_p": 0.9}}]}, "not sampling.top_p"),
+        ({"population": [{"name": "a", "changes": {"prompt.len": 3}}]}, "member a: unknown key"),
+        ({"population": [{"name": "a", "changes": {"seed.x": 3}}]}, "not seed.x"),
+    ],
+)
+def test_what_cannot_be_a_population(
+    tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ValidationError, match=sentence):
+        tiny_recipe(tmp_path, **{"training": {"steps": 4}, "population": MEMBERS, **changes})
+
+
+def test_the_best_needs_held_out_queries(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="population needs held-out queries"):
+        population(tmp_path, tmp_path / "run", data={"heldout": 0})
+
+
+def test_a_recipe_without_population_has_no_members(tmp_path: Path) -> None:
+    assert tiny_recipe(tmp_path).members() == {}
+    recipe = tiny_recipe(tmp_path, population=MEMBERS, training={"steps": 4})
+    assert Recipe.model_validate(recipe.plain()) == recipe
