@@ -15,7 +15,6 @@ from rlprompt.errors import InputError
 from rlprompt.evaluation.heldout import HeldoutResult
 from rlprompt.files import to_json, write_atomic
 from rlprompt.model.base import verify_unchanged
-from rlprompt.model.cpu.rollout_products import to_be_learned_from
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.reports.report import write_report
@@ -163,8 +162,7 @@ class Trainer:
         clock = PhaseClock()
         before = self.state.checkpoint(self._identity)
         seed = _step_seed(parts.seed, progress.step)
-        with to_be_learned_from():
-            batch = parts.source.collect(progress.step, seed)
+        batch = parts.source.collect(progress.step, seed)
         objective = parts.rewards.objective(batch.rewards)
         if parts.constraints is not None:
             objective = parts.constraints.penalised(objective, batch.rewards.costs)
