@@ -6,10 +6,11 @@ relative to the recipe's folder.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from rlprompt.algorithms.grpo import GRPOSettings
@@ -29,9 +30,10 @@ from rlprompt.prompts.soft import SoftSettings
 from rlprompt.recipe.yaml_file import apply_override, explain, read_tree, set_value
 from rlprompt.rewards.base import RewardSettings
 from rlprompt.runs.guards import Guard, require_known_rewards
+from rlprompt.runs.settings import MemberSettings
 from rlprompt.settings import Settings
 from rlprompt.tracking.tracker import TrackingSettings
-from rlprompt.training.settings import MemberSettings, TrainingSettings
+from rlprompt.training.settings import TrainingSettings
 
 
 class NoneReference(Settings):
@@ -238,12 +240,29 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     tree = read_tree(path)
     for override in overrides:
         apply_override(tree, override)
+    return recipe_of_tree(tree, path.parent, lambda place: _at_fault(path, overrides, place))
+
+
+def recipe_of_tree(
+    tree: Mapping[str, Any], base_dir: Path, at_fault: Callable[[str], str]
+) -> Recipe:
+    """A recipe of plain values.
+
+    Args:
+        tree: sections by key.
+        base_dir: the folder that paths in it are relative to.
+        at_fault: function from the YAML path of a wrong key or value to what wrote it, for the
+            error message.
+
+    Raises:
+        InputError: a key or value is wrong, or the template cannot be read.
+    """
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         place, sentence = explain(error, Recipe.model_json_schema())
-        raise InputError(f"{_at_fault(path, overrides, place)}: {sentence}") from error
-    return with_template_text(recipe, path.parent)
+        raise InputError(f"{at_fault(place)}: {sentence}") from error
+    return with_template_text(recipe, base_dir)
 
 
 def _at_fault(path: Path, overrides: Sequence[str], place: str) -> str:
@@ -271,3 +290,15 @@ def with_template_text(recipe: Recipe, base_dir: Path) -> Recipe:
     text = read_template(recipe.model.template, base_dir)
     model = recipe.model.model_copy(update={"template": text})
     return recipe.model_copy(update={"model": model})
+
+
+def with_new_settings(stored: Any) -> Any:
+    """A stored recipe with the settings that a newer rlprompt has, at their defaults.
+
+    Args:
+        stored: plain values, as `recipe.resolved.yaml` has them; what is no recipe stays as it is.
+    """
+    try:
+        return yaml.safe_load(yaml.safe_dump(Recipe.model_validate(stored).plain()))
+    except (ValidationError, InputError):
+        return stored
