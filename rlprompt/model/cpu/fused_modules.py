@@ -140,9 +140,10 @@ class FusedAttention(nn.Module):
         return _applied(self.get_submodule("o_proj"), attended, products), None
 
 
-def _applied(layer: nn.Module, x: Tensor, products: ProductRows | None) -> Tensor:
-    """The outputs of a linear layer; one that has been wrapped is told nothing of products."""
-    out: Tensor = layer(x, products) if isinstance(layer, FrozenLinear) else layer(x)
+def _applied(module: nn.Module, x: Tensor, products: ProductRows | None) -> Tensor:
+    """The output of a linear layer or an MLP; one that has been wrapped knows of no products."""
+    takes = products is not None and isinstance(module, FrozenLinear | FusedMLP)
+    out: Tensor = module(x, products) if takes else module(x)
     return out
 
 
@@ -162,7 +163,7 @@ def _layer_forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any)
     residual, normed = ops.branch_norm(hidden_states, None, first, first_eps)
     attended, _ = layer.self_attn(normed, *args, **kwargs)
     residual, normed = ops.branch_norm(residual, attended, second, second_eps)
-    out: Tensor = residual + layer.mlp(normed, _products_among(kwargs))
+    out: Tensor = residual + _applied(layer.mlp, normed, _products_among(kwargs))
     return out
 
 
