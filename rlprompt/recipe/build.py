@@ -375,7 +375,7 @@ def _evaluator(
 
         def write(prompt: Prompt) -> Sequence[Group]:
             engine.sync(prompt)
-            return engine.generate(queries, 1, recipe.sampling, seed + 1)
+            return engine.generate(queries, 1, recipe.sampling, seed + 1).groups
 
         probes["teacher_kl"] = TeacherKL(policy, teacher, write, budget)
         objective = Objective("teacher_kl", -1.0)
