@@ -10,8 +10,9 @@ from pathlib import Path
 from rich.console import Console
 
 from rlprompt.algorithms.base import Algorithm
+from rlprompt.algorithms.constraints import Constraints
 from rlprompt.algorithms.make import Surroundings, make_algorithm
-from rlprompt.algorithms.objective import Constraints, QueryWeights
+from rlprompt.algorithms.robust import QueryWeights
 from rlprompt.artifacts.format import load_artifact
 from rlprompt.data import QuerySampler, load_queries
 from rlprompt.data.augment import Augmenter

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlprompt.algorithms.base import Algorithm
-from rlprompt.algorithms.objective import Constraints, QueryWeights
+from rlprompt.algorithms.constraints import Constraints
+from rlprompt.algorithms.robust import QueryWeights
 from rlprompt.data.base import QuerySplit
 from rlprompt.distributed.ranks import Ranks
 from rlprompt.evaluation.heldout import EvaluationSettings, HeldoutEvaluator

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rlprompt.algorithms.base import Algorithm, Signal
-from rlprompt.algorithms.objective import QueryWeights
+from rlprompt.algorithms.robust import QueryWeights
 from rlprompt.distributed.ranks import Ranks
 from rlprompt.errors import InputError
 from rlprompt.policy import Policy, TokenScores
