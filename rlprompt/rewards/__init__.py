@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlprompt.rewards.base import (
     Example,
+    LoadedReward,
     RewardBatch,
     RewardFailure,
     RewardFunction,
@@ -76,7 +77,7 @@ def build_rewards(
     """
     from rlprompt.rewards.runner import RewardRunner
 
-    loaded = [(each, _load(each, base_dir)) for each in settings]
+    loaded = [LoadedReward(each, _load(each, base_dir)) for each in settings]
     return RewardRunner(loaded, needs_score=needs_score)
 
 
@@ -91,6 +92,7 @@ __all__ = [
     "MODELS",
     "NAMED",
     "Example",
+    "LoadedReward",
     "RewardBatch",
     "RewardFailure",
     "RewardFunction",

@@ -165,7 +165,7 @@ class Trainer:
         seed = _step_seed(parts.seed, progress.step)
         with to_be_learned_from():
             batch = parts.source.collect(progress.step, seed)
-        objective = parts.rewards.objective(batch.rewards)
+        objective = parts.rewards.training_rewards(batch.rewards)
         if parts.constraints is not None:
             objective = parts.constraints.penalised(objective, batch.rewards.costs)
         try:

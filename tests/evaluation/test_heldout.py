@@ -16,7 +16,7 @@ from rlprompt.evaluation.heldout import EvaluationSettings, HeldoutEvaluator
 from rlprompt.evaluation.measures import BaseKL, BaseLogprob
 from rlprompt.policy import Policy
 from rlprompt.prompts.text import NonePrompt, TextPrompt
-from rlprompt.rewards.base import RewardSettings
+from rlprompt.rewards.base import LoadedReward, RewardSettings
 from rlprompt.rewards.runner import RewardRunner
 from tests.fixtures.runs import queries, tiny_policy
 from tests.fixtures.tiny import tiny_model
@@ -31,7 +31,7 @@ def lengths(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
 def evaluator(
     policy: Policy, *, seed: int = 5, reward: Reward = lengths, token_budget: int = 2048
 ) -> HeldoutEvaluator:
-    runner = RewardRunner([(RewardSettings(path="here:lengths"), reward)])
+    runner = RewardRunner([LoadedReward(RewardSettings(path="here:lengths"), reward)])
     sampling = SamplingSettings(max_tokens=6, stop_token_ids=tuple(range(10, 60)))
     return HeldoutEvaluator(
         NativeEngine(policy),
