@@ -27,7 +27,6 @@ ALLOWED = {
 
 LATER = frozenset(
     {
-        "rlprompt/cli/commands/train.py",
         "rlprompt/engines/cache.py",
         "rlprompt/engines/decode_torch.py",
         "rlprompt/engines/native.py",
