@@ -34,8 +34,6 @@ LATER = frozenset(
         "rlprompt/kernels/cpu/ops.py",
         "rlprompt/model/forward/attention.py",
         "rlprompt/model/forward/tree.py",
-        "rlprompt/training/optimizer.py",
-        "rlprompt/training/rows.py",
     }
 )
 """Files that this does not hold for yet."""

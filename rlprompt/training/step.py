@@ -79,11 +79,11 @@ class GradientStep:
         self.parts = parts
         policy, algorithm = parts.policy, parts.algorithm
         peak_lr = learning_rate(parts.settings.optimizer, policy.prompt.scale(policy))
-        own = [(part.parameters, part.lr) for part in algorithm.own_parameters()]
+        own = algorithm.own_parameters()
         self.optimizer = build_optimizer(
             policy.parameters(), parts.settings.optimizer, peak_lr, own
         )
-        check_trainable(policy, self.optimizer, parts.probe, [p for p, _ in own])
+        check_trainable(policy, self.optimizer, parts.probe, [part.parameters for part in own])
         self.updater = Updater(
             policy,
             algorithm,

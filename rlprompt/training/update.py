@@ -237,7 +237,7 @@ class Updater:
             if not is_own:
                 (0.0 * scores.logprobs.sum()).backward()
                 continue
-            part = micro_signal(rows, batch.signal, (weights, batch.robust), scores)
+            part = micro_signal(rows, batch.signal, weights, batch.robust, scores)
             losses = self._algorithm.losses(scores, part)
             clock.lap("forward")
             losses.total().backward()
