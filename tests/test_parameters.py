@@ -61,12 +61,13 @@ def aliases(tree: ast.Module) -> dict[str, ast.expr]:
 
 def visible_aliases(tree: ast.Module, known: Aliases) -> dict[str, ast.expr]:
     """The module's own, and those that it imports from another module that is read here."""
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     found = {
-        name.asname or name.name: known[node.module][name.name]
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module in known
+        name.asname or name.name: theirs[name.name]
+        for node in imports
+        for theirs in [known.get(node.module or "", {})]
         for name in node.names
-        if name.name in known[node.module]
+        if name.name in theirs
     }
     return found | aliases(tree)
 
