@@ -67,10 +67,11 @@ def best(run: Callable[[], object], repeats: int = 7) -> float:
     return 1e3 * min(times)
 
 
-def row(label: str, first: tuple[str, float], second: tuple[str, float]) -> None:
-    """Print one comparison."""
-    ratio = first[1] / second[1]
-    print(f"{label:44}{first[0]} {first[1]:8.2f}   {second[0]} {second[1]:8.2f}   {ratio:5.2f}x")
+def row(label: str, times: dict[str, float]) -> None:
+    """Print one comparison of two times, in milliseconds by the name of what took them."""
+    first, second = times.values()
+    shown = "   ".join(f"{name} {time:8.2f}" for name, time in times.items())
+    print(f"{label:44}{shown}   {first / second:5.2f}x")
 
 
 def attention() -> None:
@@ -94,7 +95,7 @@ def attention() -> None:
             masked_attention(q, k, v, b, DIM**-0.5).backward(g)
 
         label = f"attention {rows} x {tokens} after {shared}"
-        row(label, ("sdpa", best(fused)), ("written out", best(written_out)))
+        row(label, {"sdpa": best(fused), "written out": best(written_out)})
 
 
 def linear() -> None:
@@ -113,7 +114,7 @@ def linear() -> None:
             with torch.no_grad():
                 plain = best(lambda x=x, ls=layers: [layer(x) for layer in ls]) / 10
                 packed = best(lambda x=x, ls=frozen: [layer(x) for layer in ls]) / 10
-            row(f"linear {rows} x {inputs} -> {outputs}", ("plain", plain), ("packed", packed))
+            row(f"linear {rows} x {inputs} -> {outputs}", {"plain": plain, "packed": packed})
 
 
 def decode() -> None:
@@ -132,7 +133,7 @@ def decode() -> None:
             whole = best(
                 lambda q=query, k=key, v=value, b=bias: masked_attention(q, k, v, b, DIM**-0.5)
             )
-        row(f"decode, {filled} of {block} columns", ("sliced", sliced), ("whole", whole))
+        row(f"decode, {filled} of {block} columns", {"sliced": sliced, "whole": whole})
 
 
 def head() -> None:
@@ -152,10 +153,10 @@ def head() -> None:
         head_scores(hidden, targets, chunked).logprobs.sum().backward()
 
     plain = best(ours, 3)
-    row("head, 1536 tokens", ("log_softmax", best(naive, 3)), ("chunked", plain))
+    row("head, 1536 tokens", {"log_softmax": best(naive, 3), "chunked": plain})
     if kernels_usable():
         chunked = chunked._replace(cpp=True)
-        row("head, 1536 tokens", ("chunked", plain), ("kernel", best(ours, 3)))
+        row("head, 1536 tokens", {"chunked": plain, "kernel": best(ours, 3)})
 
 
 def kernels_usable() -> bool:
@@ -182,7 +183,7 @@ def kernels() -> None:
     def norm() -> None:
         ops.rms_norm(x, weight, 1e-5).backward(upstream)
 
-    row(f"norm, {tokens} x {width}", ("plain", best(plain_norm)), ("kernel", best(norm)))
+    row(f"norm, {tokens} x {width}", {"plain": best(plain_norm), "kernel": best(norm)})
     gates = torch.randn(tokens, 2 * inner).bfloat16().requires_grad_()
     gate, up = (t.detach().contiguous().requires_grad_() for t in gates.chunk(2, 1))
     above = torch.randn(tokens, inner).bfloat16()
@@ -193,7 +194,7 @@ def kernels() -> None:
     def silu() -> None:
         ops.silu_mul(gates).backward(above)
 
-    row(f"silu x up, {tokens} x {inner}", ("plain", best(plain_silu)), ("kernel", best(silu)))
+    row(f"silu x up, {tokens} x {inner}", {"plain": best(plain_silu), "kernel": best(silu)})
     for rows, length in ((16, 48), (16, 128), (4, 256)):
         for shared in (19, 512):
             tree_row(rows, length, shared)
@@ -214,7 +215,7 @@ def tree_row(rows: int, length: int, shared: int) -> None:
         context.attend(call).backward(upstream)
 
     label = f"tree attention {rows} x {length} after {shared} + 22"
-    row(label, ("plain", best(lambda: run(False))), ("kernel", best(lambda: run(True))))
+    row(label, {"plain": best(lambda: run(False)), "kernel": best(lambda: run(True))})
 
 
 def rows() -> None:
@@ -239,7 +240,7 @@ def rows() -> None:
             for weight, chunk in zip(weights, chunks, strict=True):
                 packed_product(x[weight.shape[1]], weight, None, chunk)
 
-        row(f"layers, {count} rows", ("oneDNN", best(theirs)), ("kernel", best(ours)))
+        row(f"layers, {count} rows", {"oneDNN": best(theirs), "kernel": best(ours)})
 
 
 def policy(cpu_kernels: Literal["auto", "off"]) -> Policy:

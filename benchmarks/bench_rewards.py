@@ -2,9 +2,9 @@
 
     python benchmarks/bench_rewards.py --json rewards.json
 
-`plumbing_seconds` is the time of `RewardRunner.score` and `objective` for one batch minus what
-the rewards themselves report (arguments, threads, checks, combination, metrics). A step is what
-training takes for a batch of that size: by default the measured step on two CPU cores;
+`plumbing_seconds` is the time of `RewardRunner.score` and `training_rewards` for one batch minus
+what the rewards themselves report (arguments, threads, checks, combination, metrics). A step is
+what training takes for a batch of that size: by default the measured step on two CPU cores;
 `--step-seconds` gives another. `overhead_share` is plumbing over step, of the worst set of rewards.
 """
 
@@ -82,7 +82,7 @@ def measure(runner: RewardRunner, groups: list[Group], repeats: int) -> dict[str
     for step in range(repeats + 1):
         start = time.perf_counter()
         scored = runner.score(groups, step=step)
-        runner.objective(scored)
+        runner.training_rewards(scored)
         total = time.perf_counter() - start
         own = sum(value for key, value in scored.metrics.items() if key.endswith("/seconds"))
         if step:

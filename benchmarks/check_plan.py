@@ -84,11 +84,11 @@ def predict(recipe: Recipe, ranks: int, tokens: int) -> dict[str, float]:
     """Bytes of the plan."""
     made = plan(recipe, SHAPES["135m"], ranks, DEVICES["cpu"], query_tokens=tokens)
     return {
-        "at rest": dict(made.memory)["base, at rest"],
+        "at rest": made.memory["base, at rest"],
         "rollout": made.rollout_bytes,
         "update": made.update_bytes,
-        "weights": sum(size for part, size in made.traffic if part.startswith("base")),
-        "sums": dict(made.traffic).get("gradient and prompt", 0.0),
+        "weights": sum(size for part, size in made.traffic.items() if part.startswith("base")),
+        "sums": made.traffic.get("gradient and prompt", 0.0),
     }
 
 

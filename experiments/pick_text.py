@@ -40,7 +40,7 @@ def rewards_of(recipe_path: Path, texts: list[str], overrides: list[str]) -> lis
         recipe.sampling,
         completions_per_query=recipe.evaluation.completions_per_query,
         seed=recipe.seed,
-        probes={},
+        measures={},
     )
     rows = []
     for text in texts:

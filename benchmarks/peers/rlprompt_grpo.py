@@ -38,7 +38,7 @@ from rlprompt.data import QuerySampler
 from rlprompt.engines.native import NativeEngine, NativeSettings
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.evaluation.heldout import HeldoutEvaluator
-from rlprompt.evaluation.probes import BaseLogprob
+from rlprompt.evaluation.measures import BaseLogprob
 from rlprompt.model.base import ModelSettings
 from rlprompt.policy import Policy, open_policy
 from rlprompt.prompts.adapter import AdapterPrompt, AdapterSettings
@@ -186,7 +186,7 @@ class Stepper:
             self.sampling,
             completions_per_query=settings.heldout_samples,
             seed=settings.eval_seed,
-            probes={"base_logprob": BaseLogprob(self.policy, settings.token_budget)},
+            measures={"base_logprob": BaseLogprob(self.policy, settings.token_budget)},
         )
 
     def describe(self) -> dict[str, Any]:

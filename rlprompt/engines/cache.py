@@ -24,6 +24,7 @@ from torch.nn import functional
 from rlprompt.kernels.cpu.cache_layout import LANES, lay_out_keys, lay_out_values
 from rlprompt.kernels.cpu.ops import decode_attention
 from rlprompt.kernels.dispatch import fused_decode, uses_triton
+from rlprompt.kernels.operands import KeyValue, Scoring, Spans
 from rlprompt.kernels.reference import mask_bias
 from rlprompt.model.forward.attention import LayerCall
 from rlprompt.model.forward.tree import TokenTree, TreeContext
@@ -232,7 +233,7 @@ class DecodeContext:
         cache.reserve()
         self._cache = cache
         self._fused = fused
-        self._spans: tuple[Tensor, Tensor] | None = None
+        self._spans: Spans | None = None
         self._biases: dict[int | None, Tensor] = {}
 
     def attend(self, call: LayerCall) -> Tensor:
@@ -259,10 +260,10 @@ class DecodeContext:
         cache, shared = self._cache, self._cache.prefix_tokens
         if self._spans is None:
             firsts = cache.padding[: cache.num_rows].int()
-            self._spans = (firsts, cache.column + 1 - shared - firsts)
-        own = (key[:, :, shared:], value[:, :, shared:])
-        prefix = (key[0, :, :shared], value[0, :, :shared])
-        scoring = (call.scaling, call.softcap, call.window)
+            self._spans = Spans(firsts, cache.column + 1 - shared - firsts)
+        own = KeyValue(key[:, :, shared:], value[:, :, shared:])
+        prefix = KeyValue(key[0, :, :shared], value[0, :, :shared])
+        scoring = Scoring(call.scaling, call.softcap, call.window)
         out = fused_decode(call.query[0].transpose(0, 1), own, prefix, self._spans, scoring)
         return out.transpose(0, 1)[None]
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rlprompt.algorithms.base import Algorithm, Signal
-from rlprompt.algorithms.objective import QueryWeights
+from rlprompt.algorithms.robust import QueryWeights
 from rlprompt.distributed.ranks import Ranks
 from rlprompt.errors import InputError
 from rlprompt.policy import Policy, TokenScores
@@ -237,7 +237,7 @@ class Updater:
             if not is_own:
                 (0.0 * scores.logprobs.sum()).backward()
                 continue
-            part = micro_signal(rows, batch.signal, (weights, batch.robust), scores)
+            part = micro_signal(rows, batch.signal, weights, batch.robust, scores)
             losses = self._algorithm.losses(scores, part)
             clock.lap("forward")
             losses.total().backward()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rlprompt.algorithms.make import ALGORITHMS
-from rlprompt.evaluation.probes import mean_logprob
+from rlprompt.evaluation.measures import mean_logprob
 from rlprompt.files import read_jsonl
 from rlprompt.kernels.lm_head import head_logits
 from rlprompt.model.base import verify_unchanged

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from rlprompt.kernels.operands import Heads
+
 pytest.importorskip("triton")
 SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")
@@ -30,7 +32,7 @@ def test_all_implementations_compute_the_same(
     bench: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     peers = importlib.import_module("kernel_peers")
-    monkeypatch.setitem(bench.HEADS, "tiny", (4, 2, 16))
+    monkeypatch.setitem(bench.HEADS, "tiny", Heads(4, 2, 16))
     # FlexAttention has no backward on a CPU.
     points = [bench.Point(kind, "tiny", 3, 5, 7) for kind in ("forward", "decode")]
     errors = bench.gate(points, "cpu", peers.plain_flex, torch.float32)
@@ -76,7 +78,7 @@ def test_no_speed_is_printed_when_results_are_wrong(
 
 def test_the_roofline_counts_what_is_stated(bench: ModuleType) -> None:
     """Two rows of one token, one head of dim 2, three prefix tokens: small enough to count."""
-    bench.HEADS["one"] = (1, 1, 2)
+    bench.HEADS["one"] = Heads(1, 1, 2)
     point = bench.Point("forward", "one", 2, 3, 1)
     flops, traffic = bench.work(point, "ours")
     assert flops == 2 * (3 + 1) * 2 * (2 * 2)  # rows, keys, products, multiply and add over dim 2

@@ -8,6 +8,7 @@ header. How a query's text is kept free of control tokens is told in `tokenizati
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -40,6 +41,16 @@ _SYSTEM_PROBES = (
 _CONTENT_PROBES = ("What is 2 + 2? Answer now.", "It is four.", "Why?\n\nExplain in two lines.")
 
 
+class _Split(NamedTuple):
+    """A layout with a system message, cut at its slot."""
+
+    layout: Layout
+    head: Pieces
+    """Before the slot."""
+    tail: tuple[str | Hole, ...]
+    """The parts after it."""
+
+
 class ChatSlot:
     """Splits the tokens of every conversation into `head | slot | tail`.
 
@@ -70,7 +81,7 @@ class ChatSlot:
         self._none_head: Pieces | None = None
         self._head: Pieces | None = None
         self._none_head = self._none_split(1)[1]
-        self._head = self._split(1)[1]
+        self._head = self._split(1).head
         self.none_head_ids = encoder.encode_pieces(self._none_head)
         turn_break = self._turn_break()
         end_of_turn = next(iter(encoder.split(turn_break.lstrip())), None)
@@ -160,7 +171,7 @@ class ChatSlot:
                 "Neither the chat template nor the tokenizer has a token that ends an answer, so "
                 "given answers cannot be learned from; choose a base with one."
             )
-        header = self._encoder.pieces(self._split(1)[2], {0: ""})
+        header = self._encoder.pieces(self._split(1).tail, {0: ""})
         before = last_control(header)
         last = header[-1] if header else ""
         lead = strip_beside(last, before, None) if isinstance(last, str) else ""
@@ -192,8 +203,8 @@ class ChatSlot:
             self._layouts[key] = self._template.layout(num_messages, with_system=with_system)
         return self._layouts[key]
 
-    def _split(self, num_messages: int) -> tuple[Layout, Pieces, tuple[str | Hole, ...]]:
-        """Layout with a system message, the pieces before its slot, and the parts after it."""
+    def _split(self, num_messages: int) -> _Split:
+        """The layout of a conversation of so many messages, cut at its slot."""
         layout = self._layout(num_messages, with_system=True)
         at = hole_position(layout, SYSTEM)
         before, tail = layout.parts[:at], layout.parts[at + 1 :]
@@ -210,7 +221,7 @@ class ChatSlot:
             )
         head = self._encoder.pieces(before, {})
         self._check_constant("system text", self._head, head, num_messages)
-        return layout, head, tail
+        return _Split(layout, head, tail)
 
     def _none_split(self, num_messages: int) -> tuple[Layout, Pieces]:
         """Layout without a system message, and its pieces that no content can be joined with.

@@ -20,6 +20,7 @@ from torch import Tensor
 from rlprompt.kernels.cpu.ops import tree_attention
 from rlprompt.kernels.dispatch import fused_attention, uses_triton
 from rlprompt.kernels.gather import fold, repeat_rows, unfold
+from rlprompt.kernels.operands import KeyValue, Packed, Scoring
 from rlprompt.kernels.reference import mask_bias
 from rlprompt.kernels.triton.attention_rows import AttentionRows, attention_rows
 from rlprompt.model.cpu.rollout_products import ProductRows
@@ -288,10 +289,10 @@ class TreeContext:
         if self._keep_queries:
             self.query_keys.append(self._tree.queries.unfold(self._split(call.key)[0]))
             self.query_values.append(self._tree.queries.unfold(self._split(call.value)[0]))
-        query, key, value = (t[0].transpose(0, 1) for t in (call.query, call.key, call.value))
-        prefix = (self._prefix.keys[call.layer], self._prefix.values[call.layer])
-        scoring = (call.scaling, call.softcap, call.window)
-        out = fused_attention((query, key, value), prefix, self._rows, scoring)
+        packed = Packed(*(t[0].transpose(0, 1) for t in (call.query, call.key, call.value)))
+        prefix = KeyValue(self._prefix.keys[call.layer], self._prefix.values[call.layer])
+        scoring = Scoring(call.scaling, call.softcap, call.window)
+        out = fused_attention(packed, prefix, self._rows, scoring)
         return out.transpose(0, 1)[None]
 
     def _attend_cpp(self, call: LayerCall) -> Tensor:

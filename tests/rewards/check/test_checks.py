@@ -9,7 +9,7 @@ import pytest
 
 from rlprompt.errors import InputError
 from rlprompt.rewards import BUILTIN, RewardSettings
-from rlprompt.rewards.check.checks import CheckRow, Probe, check_reward
+from rlprompt.rewards.check.checks import CheckRow, Trial, check_reward
 from rlprompt.rewards.check.inputs import Pair, read_pairs
 from tests.cli.runs import rlprompt
 
@@ -34,7 +34,7 @@ def check(path: str, folder: Path = ROOT, **fields: object) -> dict[str, CheckRo
     columns = fields.pop("columns", {})
     pairs = fields.pop("pairs", ())
     settings = RewardSettings(path=path, name="r", **fields)  # type: ignore[arg-type]
-    rows = check_reward(Probe(settings, folder, columns, pairs))  # type: ignore[arg-type]
+    rows = check_reward(Trial(settings, folder, columns, pairs))  # type: ignore[arg-type]
     return {row.name: row for row in rows}
 
 
