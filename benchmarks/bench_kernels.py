@@ -17,6 +17,7 @@ counts in `work`. It is calculated, and no kernel reaches it.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -27,11 +28,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from kernel_peers import PEERS, Rows
-
+from benchmarks.kernel_peers import PEERS, Rows
 from rlprompt.kernels.oracle import rms_ratio
 from rlprompt.kernels.reference import masked_attention
 from rlprompt.kernels.triton.attention_rows import AttentionRows, attention_rows
@@ -354,6 +353,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="the smallest batch and length only")
     given = parser.parse_args(arguments)
     has_gpu = torch.cuda.is_available()
+    if has_gpu and importlib.util.find_spec("triton") is None:
+        raise SystemExit("error: Triton is not installed; run `pip install 'rlprompt[triton]'`")
     name = given.device or (known_device(torch.cuda.get_device_name()) if has_gpu else "H100")
     cells = calculate(list(grid(given.model, given.quick)), DEVICES[name])
     title = (

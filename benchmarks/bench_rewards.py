@@ -20,10 +20,12 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from rlprompt.rewards import RewardRunner, RewardSettings, build_rewards
 from rlprompt.types import Completion, Group, Query
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parent.parent
 GOAL = 0.02
 ISOLATED = "isolated"
 """The set that runs in a worker process; what its reward itself takes is measured by set "one"."""

@@ -25,7 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from results import ROOT, evaluations, kept, put_row, read_run
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from experiments.results import ROOT, evaluations, kept, put_row, read_run
 
 TEXTS = ROOT / "recipes" / "data" / "handwritten.json"
 PICKED = ROOT / "docs" / "results" / "handwritten.json"

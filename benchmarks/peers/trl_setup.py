@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+if importlib.util.find_spec("trl") is None:
+    sys.exit("error: TRL is not installed; run `pip install 'rlprompt[trl]'`")
 
 import torch
 import trl.trainer.utils
