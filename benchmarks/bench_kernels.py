@@ -132,10 +132,10 @@ def make_rows(point: Point, device: str, dtype: torch.dtype) -> Rows:
     heads, kv_heads, dim = point.heads
     made: list[Tensor] = []
     for tokens, count in [(point.queries, heads), *[(point.tokens, kv_heads)] * 2]:
-        shape = (point.batch, tokens, count, dim)
-        made.append(torch.randn(shape, device=device, dtype=dtype).transpose(1, 2))
-    shape = (kv_heads, point.prefix, dim)
-    made += [torch.randn(shape, device=device, dtype=dtype) for _ in range(2)]
+        own = torch.randn(point.batch, tokens, count, dim, device=device, dtype=dtype)
+        made.append(own.transpose(1, 2))
+    for _ in range(2):
+        made.append(torch.randn(kv_heads, point.prefix, dim, device=device, dtype=dtype))
     return Rows(*(t.requires_grad_(point.kind == "training") for t in made))
 
 
@@ -169,7 +169,8 @@ def ours(rows: Rows, point: Point) -> Callable[[], Tensor]:
     def attend() -> Tensor:
         query, key, value = (t.transpose(1, 2).flatten(0, 1) for t in rows[:3])
         out = prefix_attention((query, key, value), prefix, layout, scaling)
-        return out.unflatten(0, (point.batch, point.tokens)).transpose(1, 2)
+        split: Tensor = out.unflatten(0, (point.batch, point.tokens))
+        return split.transpose(1, 2)
 
     return attend
 

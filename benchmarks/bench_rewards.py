@@ -36,7 +36,7 @@ WORDS = "A volcano is an opening where molten rock leaves the Earth , and many o
 
 def recipes() -> dict[str, list[RewardSettings]]:
     """Sets of rewards, from one that does nothing to as many as a careful recipe has."""
-    many = [
+    many: list[dict[str, Any]] = [
         {"path": "reward_models/concise.py:reward", "name": "concise", "normalise": "running"},
         {"path": "builtin:diversity", "weight": 0.1},
         {"path": "reward_models/safety/private_data.py:reward", "name": "private", "role": "gate"},
