@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -84,7 +85,7 @@ def test_a_reward_that_names_group_index_gets_it_and_no_other_does() -> None:
         seen["others"] = set(kwargs)
         return [0.0] * 4
 
-    rewards = [
+    rewards: list[tuple[RewardSettings, Callable[..., Any]]] = [
         (RewardSettings(path="x:y", name="a"), named),
         (RewardSettings(path="x:y", name="b"), any_keywords),
     ]
