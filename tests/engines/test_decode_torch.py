@@ -61,9 +61,9 @@ def test_a_step_that_disagrees_is_not_used(caplog: pytest.LogCaptureFixture) -> 
     policy = policy_of("llama", torch.bfloat16)
     own = generate(policy, False, queries(2))
     # What a family might add to Llama's layer without another module: the parts look the same.
-    layer = policy.forward.body.layers[0]
-    original = layer.mlp.forward
-    layer.mlp.forward = lambda x: 3.0 * original(x)
+    mlp = policy.forward.body.get_submodule("layers.0.mlp")
+    original = mlp.forward
+    mlp.forward = lambda x: 3.0 * original(x)
     changed = generate(policy, False, queries(2))
     assert [c.token_ids for g in changed for c in g.completions] != [
         c.token_ids for g in own for c in g.completions
