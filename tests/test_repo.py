@@ -171,6 +171,13 @@ def test_pre_commit_and_constraints_have_the_same_ruff() -> None:
     assert versions and set(versions) == {pins()["ruff"]}
 
 
+def test_types_are_checked_wherever_there_is_python() -> None:
+    tool = tomllib.loads(read("pyproject.toml"))["tool"]
+    shipped = tool["hatch"]["build"]["targets"]["sdist"]["include"]
+    folders = {name for name in shipped if any((ROOT / name).rglob("*.py"))}
+    assert folders == {path.name for files in tool["mypy"]["files"] for path in ROOT.glob(files)}
+
+
 def test_only_the_package_is_installed() -> None:
     wheel = tomllib.loads(read("pyproject.toml"))["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert wheel["packages"] == ["rlprompt"]
