@@ -11,6 +11,7 @@ about results: tests in the interpreter do.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -20,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["TRITON_INTERPRET"] = "0"
 os.environ["TRITON_ALWAYS_COMPILE"] = "1"
 os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
+if importlib.util.find_spec("triton") is None:
+    sys.exit("error: Triton is not installed; run `pip install 'rlprompt[triton]'`")
 
 import argparse
 import contextlib

@@ -17,6 +17,7 @@ counts in `work`. It is calculated, and no kernel reaches it.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -27,11 +28,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from kernel_peers import PEERS, Rows
-
+from benchmarks.kernel_peers import PEERS, Rows
 from rlprompt.kernels.operands import Heads, KeyValue, Packed, Scoring, Spans
 from rlprompt.kernels.oracle import rms_ratio
 from rlprompt.kernels.reference import masked_attention
@@ -146,10 +145,10 @@ def make_rows(point: Point, device: str, dtype: torch.dtype) -> Rows:
     heads, kv_heads, dim = point.heads
     made: list[Tensor] = []
     for tokens, count in [(point.queries, heads), *[(point.tokens, kv_heads)] * 2]:
-        shape = (point.batch, tokens, count, dim)
-        made.append(torch.randn(shape, device=device, dtype=dtype).transpose(1, 2))
-    shape = (kv_heads, point.prefix, dim)
-    made += [torch.randn(shape, device=device, dtype=dtype) for _ in range(2)]
+        own = torch.randn(point.batch, tokens, count, dim, device=device, dtype=dtype)
+        made.append(own.transpose(1, 2))
+    for _ in range(2):
+        made.append(torch.randn(kv_heads, point.prefix, dim, device=device, dtype=dtype))
     return Rows(*(t.requires_grad_(point.kind == "training") for t in made))
 
 
@@ -181,7 +180,8 @@ def ours(rows: Rows, point: Point) -> Callable[[], Tensor]:
     def attend() -> Tensor:
         packed = Packed(*(t.transpose(1, 2).flatten(0, 1) for t in rows[:3]))
         out = prefix_attention(packed, prefix, layout, scoring)
-        return out.unflatten(0, (point.batch, point.tokens)).transpose(1, 2)
+        split: Tensor = out.unflatten(0, (point.batch, point.tokens))
+        return split.transpose(1, 2)
 
     return attend
 
@@ -365,6 +365,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="the smallest batch and length only")
     given = parser.parse_args(arguments)
     has_gpu = torch.cuda.is_available()
+    if has_gpu and importlib.util.find_spec("triton") is None:
+        raise SystemExit("error: Triton is not installed; run `pip install 'rlprompt[triton]'`")
     name = given.device or (known_device(torch.cuda.get_device_name()) if has_gpu else "H100")
     cells = calculate(list(grid(given.model, given.quick)), DEVICES[name])
     title = (

@@ -20,10 +20,12 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from rlprompt.rewards import RewardRunner, RewardSettings, build_rewards
 from rlprompt.types import Completion, Group, Query
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parent.parent
 GOAL = 0.02
 ISOLATED = "isolated"
 """The set that runs in a worker process; what its reward itself takes is measured by set "one"."""
@@ -34,7 +36,7 @@ WORDS = "A volcano is an opening where molten rock leaves the Earth , and many o
 
 def recipes() -> dict[str, list[RewardSettings]]:
     """Sets of rewards, from one that does nothing to as many as a careful recipe has."""
-    many = [
+    many: list[dict[str, Any]] = [
         {"path": "reward_models/concise.py:reward", "name": "concise", "normalise": "running"},
         {"path": "builtin:diversity", "weight": 0.1},
         {"path": "reward_models/safety/private_data.py:reward", "name": "private", "role": "gate"},

@@ -17,11 +17,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
-# ruff: noqa: E402
 from rlprompt.files import read_jsonl
 from rlprompt.model.chat.slot import ChatSlot
 from rlprompt.model.files.fetch import model_dir
@@ -30,6 +28,7 @@ from rlprompt.planning.tables import DEVICES, SHAPES
 from rlprompt.recipe.schema import Recipe, load_recipe
 from tests.fixtures.ranks import run_ranks
 
+ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "distributed" / "planned.yaml"
 RUNS = {
     "1 rank, whole": (1, []),

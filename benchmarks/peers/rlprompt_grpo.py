@@ -83,13 +83,19 @@ def fresh_prompt(settings: StepSettings, policy: Policy) -> Prompt:
     """
     if settings.method not in METHODS:
         raise ValueError(f"--method {settings.method} is none of {', '.join(METHODS)}.")
-    start = {"num_virtual_tokens": settings.num_virtual_tokens, "init_text": settings.init_text}
     if settings.method == "prefix":
-        return PrefixPrompt.create(PrefixSettings(**start), policy, settings.seed)
+        prefix = PrefixSettings(
+            num_virtual_tokens=settings.num_virtual_tokens, init_text=settings.init_text
+        )
+        return PrefixPrompt.create(prefix, policy, settings.seed)
     if settings.method == "lora":
         lora = AdapterSettings(text=settings.init_text, method=LoRASettings(rank=LORA_RANK))
         return AdapterPrompt.create(lora, policy, settings.seed)
-    soft = SoftSettings(**start, max_norm_ratio=settings.max_norm_ratio or None)
+    soft = SoftSettings(
+        num_virtual_tokens=settings.num_virtual_tokens,
+        init_text=settings.init_text,
+        max_norm_ratio=settings.max_norm_ratio or None,
+    )
     return SoftPrompt.create(soft, policy, settings.seed)
 
 

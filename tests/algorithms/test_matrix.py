@@ -27,8 +27,8 @@ from rlprompt.files import read_jsonl
 from rlprompt.kernels.lm_head import head_logits
 from rlprompt.model.base import verify_unchanged
 from rlprompt.policy import Policy
-from rlprompt.prompts.adapter import METHODS
 from rlprompt.prompts.base import Prompt
+from rlprompt.prompts.layer_adapters import METHODS
 from rlprompt.prompts.make import PROMPTS
 from rlprompt.prompts.sequence import SequencePrompt
 from rlprompt.prompts.text import TextPrompt

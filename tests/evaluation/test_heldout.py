@@ -117,7 +117,7 @@ def test_base_kl_is_that_of_two_whole_conversations(token_budget: int) -> None:
         )
         asked = tokenizer(rendered, add_special_tokens=False)["input_ids"]
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([[*asked, *completion]])).logits[0]
+            logits: torch.Tensor = model(input_ids=torch.tensor([[*asked, *completion]])).logits[0]
         return logits[len(asked) - 1 : -1].log_softmax(-1)
 
     system = {"role": "system", "content": text}

@@ -88,7 +88,8 @@ def test_log_probabilities_and_the_prompts_gradient_are_alike(
 def test_decoding_over_a_cache_is_alike() -> None:
     torch.manual_seed(0)
     tree = _tree([[], [], []])
-    prefix = PrefixKV(*[[torch.randn(KV_HEADS, PREFIX, DIM, device=DEVICE)] for _ in range(2)])
+    keys, values = ([torch.randn(KV_HEADS, PREFIX, DIM, device=DEVICE)] for _ in range(2))
+    prefix = PrefixKV(keys, values)
     heads = KV_HEADS * SHARE
 
     def call(tokens: int) -> LayerCall:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlprompt.errors import InputError
 from rlprompt.rewards import LoadedReward, RewardRunner, RewardSettings
+from rlprompt.rewards.base import Normalise
 from rlprompt.rewards.check.inputs import make_group
 from rlprompt.rewards.normalise import RunningStatistics
 
@@ -26,7 +27,7 @@ def test_running_statistics_are_those_of_all_numbers_at_once() -> None:
     assert stats.std == pytest.approx(float(everything.std()), rel=1e-6)
 
 
-def runner(mode: str, tables: list[Tensor], weights: list[float]) -> RewardRunner:
+def runner(mode: Normalise, tables: list[Tensor], weights: list[float]) -> RewardRunner:
     """Rewards that return rows of tables, one table [steps, B] per reward."""
     rewards = []
     for index, (table, weight) in enumerate(zip(tables, weights, strict=True)):

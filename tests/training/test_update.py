@@ -297,7 +297,7 @@ def test_a_loss_that_is_not_finite_is_caught_before_the_optimizer() -> None:
 class Exploding(torch.optim.SGD):
     """An optimizer whose update overflows."""
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter.data[0, 0] = math.inf

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,11 +31,11 @@ EXAMPLES = [
 """
 
 
-def check(path: str, folder: Path = ROOT, **fields: object) -> dict[str, CheckRow]:
+def check(path: str, folder: Path = ROOT, **fields: Any) -> dict[str, CheckRow]:
     columns = fields.pop("columns", {})
     pairs = fields.pop("pairs", ())
-    settings = RewardSettings(path=path, name="r", **fields)  # type: ignore[arg-type]
-    rows = check_reward(Trial(settings, folder, columns, pairs))  # type: ignore[arg-type]
+    settings = RewardSettings(path=path, name="r", **fields)
+    rows = check_reward(Trial(settings, folder, columns, pairs))
     return {row.name: row for row in rows}
 
 
