@@ -273,12 +273,18 @@ def test_runs_without_a_name_never_overwrite_each_other(loaded: dict[str, Any]) 
     assert folders == [Path("runs/run"), Path("runs/run-2"), Path("runs/run-3")]
 
 
+def generators() -> list[Any]:
+    """The states of the process-wide random generators."""
+    numpy: Any = np.random.get_state(legacy=True)
+    return [random.getstate(), numpy[1].tolist(), torch.get_rng_state().tolist()]
+
+
 def test_a_second_run_finds_nothing_of_the_first(loaded: dict[str, Any]) -> None:
     """Twice in one process: the same numbers, and generators and threads as they were before."""
     random.seed(1)
     np.random.seed(2)
     torch.manual_seed(3)
-    states = [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()]
+    before = generators()
     threads = torch.get_num_threads()
     running = set(threading.enumerate())
     learn(**loaded, output="one")
@@ -286,9 +292,7 @@ def test_a_second_run_finds_nothing_of_the_first(loaded: dict[str, Any]) -> None
     learn(**loaded, output="two")
     for kind in ("metrics", "completions", "evaluation"):
         assert comparable_rows(Path("one"), kind) == comparable_rows(Path("two"), kind)
-    assert random.getstate() == states[0]
-    assert np.random.get_state()[1].tolist() == states[1]
-    assert torch.equal(torch.get_rng_state(), states[2])
+    assert generators() == before
     assert torch.get_num_threads() == threads
     assert set(threading.enumerate()) == running
 
