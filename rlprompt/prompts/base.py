@@ -164,7 +164,7 @@ class Prompt(ABC):
         """The prompt as it is now, which later updates leave alone."""
         return copy.deepcopy(self)
 
-    # What an artifact keeps. `rlprompt.prompts.PROMPTS` names what reads it.
+    # What an artifact keeps. `rlprompt.prompts.make.PROMPTS` names what reads it.
 
     def check(self, conditioner: Conditioner) -> None:  # noqa: B027 (a text fits every base)
         """Refuse a base that the prompt's tensors do not fit.
