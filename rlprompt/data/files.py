@@ -26,7 +26,7 @@ def read_file(path: str, base_dir: Path, query_column: str) -> Table:
     Args:
         path: The file, relative to `base_dir` unless absolute; `~` is the home folder.
         base_dir: The recipe's folder.
-        query_column: Column under which a bare JSON string is stored.
+        query_column: The column under which a bare JSON string is stored.
 
     Returns:
         Its rows, at least one.

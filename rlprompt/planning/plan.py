@@ -64,11 +64,11 @@ def plan(
     """Plan a recipe on a number of equal devices, one rank each.
 
     Args:
-        recipe: its batch sizes, lengths, budget, dtype and `distributed` count.
-        shape: of the base, in place of the recipe's.
-        ranks: W.
-        device: of each rank.
-        query_tokens: mean length of a query with its template.
+        recipe: the recipe, of which batch sizes, lengths, budget, dtype and `distributed` count.
+        shape: the shape of the base, in place of the recipe's.
+        ranks: the number of ranks, W.
+        device: the device of each rank.
+        query_tokens: the mean length of a query with its template.
 
     Raises:
         InputError: the recipe divides less than one query per rank, or overlaps on several.

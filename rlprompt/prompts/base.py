@@ -185,7 +185,7 @@ class Prompt(ABC):
         """The files of its artifact, by path relative to the artifact.
 
         Args:
-            base: id of the base, for formats that name it.
+            base: the id of the base, for formats that name it.
         """
         del base
         return {"prompt.safetensors": save(self.artifact_tensors(), {"format": "pt"})}

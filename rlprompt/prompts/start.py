@@ -14,10 +14,10 @@ def start_ids(
     """The tokens of a text, repeated or cut to a length (as PEFT does), or drawn ones.
 
     Args:
-        text: None draws `length` tokens of the vocabulary by `seed`.
-        length: None = as many as the text has.
-        conditioner: has tokenizer and vocabulary.
-        seed: of the draw.
+        text: the text; None draws `length` tokens of the vocabulary by `seed`.
+        length: the number of tokens; None = as many as the text has.
+        conditioner: the base, which has tokenizer and vocabulary.
+        seed: the seed of the draw.
 
     Raises:
         InputError: the text has no tokens.

@@ -103,11 +103,11 @@ def examine(
     """Everything measured on the held-out side.
 
     Args:
-        scorer: of the trained model, read back from where it was saved.
-        sides: of the data.
-        calibration: fitted on the calibration side.
-        recipe: names the rules to compare with.
-        base_dir: folder of the recipe.
+        scorer: the scorer of the trained model, read back from where it was saved.
+        sides: the sides of the data.
+        calibration: the calibration, fitted on the calibration side.
+        recipe: the recipe, which names the rules to compare with.
+        base_dir: the folder of the recipe.
 
     Raises:
         InputError: a rule cannot be loaded, or failed.

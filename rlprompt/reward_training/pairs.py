@@ -67,10 +67,10 @@ def divide(
     """Training, calibration and held-out rows, by query.
 
     Args:
-        rows: any number.
-        calibration: share of the queries for calibration.
-        heldout: share of the queries for testing.
-        seed: decides which.
+        rows: any number of rows.
+        calibration: the share of the queries for calibration.
+        heldout: the share of the queries for testing.
+        seed: the seed that decides which query goes where.
     """
     sides: tuple[list[Row], list[Row], list[Row]] = ([], [], [])
     for row in rows:

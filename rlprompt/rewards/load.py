@@ -44,9 +44,9 @@ def load_reward(
     and the options are bound to it.
 
     Args:
-        settings: path and options of one reward.
-        base_dir: folder that file paths are relative to; the working directory comes second.
-        builtin: built-in name -> `package.module:object`.
+        settings: the path and options of one reward.
+        base_dir: the folder that file paths are relative to; the working directory comes second.
+        builtin: the built-in rewards, name -> `package.module:object`.
 
     Raises:
         InputError: the file, module or object is missing, importing it raised, it is not callable,

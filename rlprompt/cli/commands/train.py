@@ -55,7 +55,7 @@ def run(recipe_path: Path, overrides: Sequence[str], options: TrainOptions) -> i
     Args:
         recipe_path: a YAML file.
         overrides: `key.path=value` strings.
-        options: see there.
+        options: what the command line asks for beside the recipe.
 
     Raises:
         InputError: something the recipe names is wrong, the folder holds another run, or there is
