@@ -174,9 +174,8 @@ def prose(source: str) -> str:
     """Docstrings and comments of a module; a comment of several lines stays one text."""
     pieces = []
     for node in ast.walk(ast.parse(source)):
-        is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        if is_text and isinstance(node.value.value, str):
-            pieces.append(node.value.value)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            pieces.append(str(node.value.value))
     comments = [
         token.string.lstrip("# ")
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
