@@ -27,9 +27,10 @@ from pathlib import Path
 import yaml
 from results import ROOT, evaluations, kept, put_row, read_run
 
+from rlprompt.runs.stop_reason import StopReason
+
 TEXTS = ROOT / "recipes" / "data" / "handwritten.json"
 PICKED = ROOT / "docs" / "results" / "handwritten.json"
-ENDED = ("finished", "max_seconds", "early_stopping")
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,10 @@ def command_of(recipe: str, method: Method, seed: int, seconds: float) -> tuple[
 def is_finished(folder: Path) -> bool:
     """Whether a run needs no more steps."""
     path = folder / "summary.json"
-    return path.is_file() and json.loads(path.read_bytes())["stopped_because"] in ENDED
+    if not path.is_file():
+        return False
+    reason = StopReason.parse(json.loads(path.read_bytes())["stopped_because"])
+    return reason is not None and reason.is_complete
 
 
 def compare(recipe: str, name: str, seed: int, seconds: float) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from rlprompt.data import load_queries
 from rlprompt.evaluation.heldout import HeldoutEvaluator
 from rlprompt.prompts.text import TextPrompt
-from rlprompt.recipe.build import build_ground
+from rlprompt.recipe.build import build_shared
 from rlprompt.recipe.schema import load_recipe
 from rlprompt.rewards import build_rewards
 
@@ -28,13 +28,13 @@ PICKED = ROOT / "docs" / "results" / "handwritten.json"
 def rewards_of(recipe_path: Path, texts: list[str], overrides: list[str]) -> list[dict[str, Any]]:
     """The texts with their mean reward on training queries, best first."""
     recipe = load_recipe(recipe_path, overrides)
-    ground = build_ground(recipe, recipe_path.parent)
+    shared = build_shared(recipe, recipe_path.parent)
     rewards = build_rewards(recipe.rewards, recipe_path.parent, needs_score=False)
-    rewards.bind_policy(ground.policy)
+    rewards.bind_policy(shared.policy)
     count = recipe.evaluation.max_queries
     queries = load_queries(recipe.data, recipe_path.parent).train[:count]
     evaluator = HeldoutEvaluator(
-        ground.engine,
+        shared.engine,
         rewards,
         queries,
         recipe.sampling,

@@ -196,9 +196,9 @@ def render() -> None:
         "Made by `python experiments/results.py render` from `docs/results/results.jsonl`; "
         "do not edit. Base = the frozen model as its template renders a conversation without a "
         "system message. All three prompts meet the same queries, sampling and seed. The learned "
-        "prompt is the one that did best on these held-out queries in training, which flatters it a "
-        "little. The ten answers are the first ten held-out queries of the first seed, not chosen; their reward is "
-        "in brackets.",
+        "prompt is the one that did best on these held-out queries in training, which flatters it "
+        "a little. The ten answers are the first ten held-out queries of the first seed, not "
+        "chosen; their reward is in brackets.",
         "",
     ]
     compared = [row for row in rows if row.get("comparison") is not None]

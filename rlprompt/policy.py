@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from rlprompt.errors import InputError
 from rlprompt.kernels.lm_head import head_scores
-from rlprompt.model.base import FrozenBase
+from rlprompt.model.base import FrozenBase, ModelSettings, load_base
 from rlprompt.model.chat.slot import ChatSlot
 from rlprompt.model.cpu.rollout_products import Recording
 from rlprompt.model.forward.adapter_hooks import linear_shapes
 from rlprompt.model.forward.prefix_forward import PrefixForward
 from rlprompt.model.forward.tree import TokenTree, TreeContext, build_tree
+from rlprompt.model.sharded.shards import ShardSettings
 from rlprompt.prompts.base import Prompt
 from rlprompt.types import Adapter, Completion, Message, PrefixKV, Query
 
@@ -354,3 +355,17 @@ class Policy:
     def parameters(self) -> list[nn.Parameter]:
         """Everything that trains: the prompt's parameters, never the base's."""
         return self.prompt.parameters()
+
+
+def open_policy(settings: ModelSettings, sharding: ShardSettings | None = None) -> Policy:
+    """A base with its chat slot, and no prompt yet.
+
+    Args:
+        settings: the base; a template's path in them is relative to the working directory.
+        sharding: how the base is cut up among ranks; None when each holds it whole.
+
+    Raises:
+        InputError: see `load_base`, `ChatSlot.from_tokenizer` and `Policy`.
+    """
+    base = load_base(settings, sharding)
+    return Policy(base, ChatSlot.from_tokenizer(base.tokenizer, settings.template))

@@ -116,3 +116,15 @@ class PrefixKV:
     def snapshot(self) -> PrefixKV:
         """The same prefix, whose adapter no longer follows the prompt's updates."""
         return self if self.adapter is None else replace(self, adapter=self.adapter.snapshot())
+
+
+class Stateful(Protocol):
+    """Something beside the prompt that learns or adapts; its state is tensors."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What `load_state_dict` takes."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` gave; ValueError when names or shapes differ."""
+        ...

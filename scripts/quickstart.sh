@@ -34,8 +34,10 @@ is_finished() { # a run that a signal stopped has a summary too
 import json
 import sys
 
-reason = json.load(open(sys.argv[1], encoding="utf-8")).get("stopped_because")
-sys.exit(reason not in ("finished", "early_stopping"))
+from rlprompt.runs.stop_reason import StopReason
+
+reason = StopReason.parse(json.load(open(sys.argv[1], encoding="utf-8")).get("stopped_because"))
+sys.exit(reason is None or not reason.is_complete)
 PY
 }
 

@@ -1,7 +1,7 @@
 """Who may import whom (docs/design/README.md), read from the imports of every module.
 
-A module imports from lower layers, from its own package, or from the vocabulary that everything
-shares. Imports under `TYPE_CHECKING` do not run and do not count.
+The package is a house: rooms on floors, and imports go down the stairs or stay inside a room.
+Imports under `TYPE_CHECKING` do not run and do not count.
 """
 
 from __future__ import annotations
@@ -18,85 +18,38 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "rlprompt"
 
-# A name that ends with a dot stands for everything in that package, its __init__ included; the
-# longest entry that fits decides. Any other name stands for that one module.
-LAYERS = {
-    "": 0,
-    "types": 0,
-    "errors": 0,
-    "leaving": 0,
-    "settings": 0,
-    "kernels.": 0,
-    "certify.bounds": 0,
-    "prompts.": 1,
-    "rewards.": 1,
-    "rewards.preference.": 3,  # its judge may be the policy's base
-    "rewards.preference.training.": 4,  # draws completions with an engine
-    "model.": 1,
-    "model.adapted": 0,  # knows modules and tensors only; adapters among the prompts use it
-    "data": 1,
-    "data.": 1,
-    "training.": 1,  # the lowest of the package: a new module may import little until it says more
-    "algorithms.advantages": 1,
-    "algorithms.constraints": 1,
-    "algorithms.gae": 1,
-    "algorithms.kl": 1,
-    "algorithms.losses": 1,
-    "algorithms.preference": 1,
-    "algorithms.robust": 1,
-    "algorithms.shaping": 1,
-    "algorithms.value_head": 1,
-    "policy": 2,
-    "training.checkpoint": 2,
-    "training.startup": 3,
-    "training.state": 3,
-    "training.summary": 3,
-    "artifacts.": 3,
-    "engines.": 3,
-    "algorithms.": 3,
-    "search.": 3,
-    "rollout": 4,
-    "training.objective": 4,
-    "training.accounts": 5,
-    "training.rows": 5,
-    "training.update": 5,
-    "training.sources": 5,
-    "training.overlap": 5,
-    "search.loop": 5,
-    "evaluation.": 5,
-    "interpret.": 5,
-    "certify.": 5,
-    "training.parts": 6,
-    "training.loop": 6,
-    "training.population": 6,
-    "recipe": 7,
-    "recipe_build": 8,
-    "recipe_file": 1,
-    "serving.": 9,
-    "slurm.": 9,
-    "planning": 9,
-    "planning_tables": 0,
-    "chat": 9,
-    "commands.": 10,
-    "cli_reward": 11,
-    "cli": 12,
-    "__main__": 13,
-}
-VOCABULARY = ("types", "errors", "settings")
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("ground",),
+    ("kernels", "data", "tracking"),
+    ("model",),
+    ("prompts",),
+    ("policy",),
+    ("algorithms", "artifacts", "engines", "rewards"),
+    ("distributed", "rollout"),
+    ("evaluation", "serving"),
+    ("runs",),
+    ("training", "reports"),
+    ("recipe",),
+    ("planning", "reward_training", "slurm"),
+    ("cli",),
+    ("__main__",),
+)
+"""Rooms by floor: a folder of the package, or a module beside the folders. A module imports from its
+own room and from rooms on lower floors, nothing else."""
+GROUND = ("errors", "files", "process_exit", "random_state", "settings", "types")
+"""The modules beside the folders that everybody stands on, in one room."""
 
-# Packages that are heavy or optional, and the only modules that may import them (at any depth).
+# Packages that are heavy or optional, and the only modules or folders that may import them.
 OWNERS = {
-    "deepspeed": ("model.sharding_load",),
-    "wandb": ("training.tracking_wandb",),
-    "tensorboard": ("training.tracking", "training.tracking."),
-    "vllm": ("engines.vllm",),
-    "triton": ("kernels.",),
-    "cma": ("search.cmaes",),
-    "datasets": ("data", "data."),
-    "matplotlib": ("training.report", "training.plots", "rewards.preference.training.plot"),
-    "peft": ("prompts.adapter", "artifacts.export"),
-    "trl": ("rewards.",),
-    "httpx": ("rewards.remote.client",),
+    "deepspeed": ("model.sharded.load",),
+    "wandb": ("tracking.wandb_tracker",),
+    "tensorboard": ("tracking.trackers",),
+    "triton": ("kernels",),
+    "datasets": ("data",),
+    "matplotlib": ("reports.report", "reports.plots", "reward_training.plot"),
+    "peft": ("prompts.adapter",),
+    "trl": ("rewards", "reward_training.learning"),
+    "httpx": ("rewards.models.http_client",),
 }
 
 ImportMap = dict[str, set[tuple[str, bool]]]
@@ -167,15 +120,19 @@ def is_ours(dotted: str) -> bool:
     return dotted == PACKAGE or dotted.startswith(f"{PACKAGE}.")
 
 
-def matches(module: str, entry: str) -> bool:
-    if entry.endswith("."):
-        return f"{module}.".startswith(entry)
-    return module == entry
+def inside(module: str, entry: str) -> bool:
+    """Whether a module is the entry, or in the folder that the entry names."""
+    return f"{module}.".startswith(f"{entry}.")
 
 
-def layer_of(module: str) -> int | None:
-    entry = max((e for e in LAYERS if matches(module, e)), key=len, default=None)
-    return None if entry is None else LAYERS[entry]
+def room_of(module: str) -> str:
+    """The folder that a module is in, or the module itself where it lies beside the folders."""
+    top = module.split(".")[0]
+    return "ground" if top in GROUND else top
+
+
+def floor_of(module: str) -> int | None:
+    return next((n for n, rooms in enumerate(FLOORS, 1) if room_of(module) in rooms), None)
 
 
 def our_imports(imports: ImportMap, module: str, module_level: bool = False) -> Iterator[str]:
@@ -188,20 +145,18 @@ def our_imports(imports: ImportMap, module: str, module_level: bool = False) -> 
             yield target
 
 
-def layer_errors(imports: ImportMap) -> list[str]:
+def floor_errors(imports: ImportMap) -> list[str]:
     errors = []
     for module in imports:
-        layer = layer_of(module)
-        if layer is None:
-            errors.append(f"{module} has no layer: add it to LAYERS and to the design page")
+        floor = floor_of(module)
+        if floor is None:
+            if module:
+                errors.append(f"{module} has no floor: add its room to FLOORS and the design page")
             continue
         for target in our_imports(imports, module):
-            target_layer = layer_of(target)
-            if target_layer is None or target in VOCABULARY:
-                continue
-            same_package = module.split(".")[0] == target.split(".")[0]
-            if target_layer > layer or (target_layer == layer and not same_package):
-                errors.append(f"{module} (L{layer}) imports {target} (L{target_layer})")
+            target_floor = floor_of(target)
+            if room_of(module) != room_of(target) and (target_floor or 0) >= floor:
+                errors.append(f"{module} (floor {floor}) imports {target} (floor {target_floor})")
     return errors
 
 
@@ -215,7 +170,7 @@ def owner_errors(imports: ImportMap) -> list[str]:
     errors = []
     for module, found in imports.items():
         for package in sorted({p for name, _ in found if (p := owned_package(name))}):
-            if not any(matches(module, entry) for entry in OWNERS[package]):
+            if not any(inside(module, entry) for entry in OWNERS[package]):
                 errors.append(f"{module} imports {package}, which belongs to {OWNERS[package]}")
     return errors
 
@@ -241,8 +196,15 @@ def cycle(imports: ImportMap) -> list[str]:
     return []
 
 
-def test_modules_import_only_from_lower_layers_or_their_own_package() -> None:
-    assert layer_errors(read_imports(ROOT)) == []
+def test_modules_import_only_from_lower_floors_or_their_own_room() -> None:
+    assert floor_errors(read_imports(ROOT)) == []
+
+
+def test_every_room_exists() -> None:
+    imports = read_imports(ROOT)
+    assert {room for floor in FLOORS for room in floor} == {room_of(m) for m in imports if m}
+    owners = {module for modules in OWNERS.values() for module in modules}
+    assert {*GROUND, *owners} <= imports.keys()
 
 
 def test_no_import_cycles() -> None:
@@ -269,23 +231,23 @@ def test_an_upward_import_is_found_even_inside_a_function(tmp_path: Path) -> Non
         policy="def f():\n    from rlprompt import rollout",
         cli="import rlprompt.rollout.collect",
     )
-    assert layer_errors(imports) == ["policy (L2) imports rollout (L4)"]
+    assert floor_errors(imports) == ["policy (floor 5) imports rollout (floor 7)"]
 
 
 def test_a_sideways_import_is_found_and_one_inside_the_package_is_not(tmp_path: Path) -> None:
     imports = write_package(
         tmp_path,
-        prompts__soft="from .base import x\nfrom rlprompt.errors import InputError",
-        prompts__base="",
-        rewards__length="from rlprompt.prompts import soft",
+        engines__native="from .base import x\nfrom rlprompt.rewards import length",
+        engines__base="",
+        rewards__length="from rlprompt.errors import InputError",
         errors="",
     )
-    assert layer_errors(imports) == ["rewards.length (L1) imports prompts.soft (L1)"]
+    assert floor_errors(imports) == ["engines.native (floor 6) imports rewards.length (floor 6)"]
 
 
-def test_a_module_without_a_layer_is_named(tmp_path: Path) -> None:
-    (error,) = layer_errors(write_package(tmp_path, helpers=""))
-    assert error.startswith("helpers has no layer")
+def test_a_module_without_a_floor_is_named(tmp_path: Path) -> None:
+    (error,) = floor_errors(write_package(tmp_path, helpers=""))
+    assert error.startswith("helpers has no floor")
 
 
 def test_a_cycle_through_a_package_init_is_found(tmp_path: Path) -> None:
@@ -302,15 +264,15 @@ def test_a_cycle_through_a_package_init_is_found(tmp_path: Path) -> None:
 
 def test_type_checking_imports_do_not_count(tmp_path: Path) -> None:
     source = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from rlprompt import cli"
-    assert layer_errors(write_package(tmp_path, policy=source, cli="")) == []
+    assert floor_errors(write_package(tmp_path, policy=source, cli="")) == []
 
 
 def test_a_heavy_import_outside_its_owner_is_found(tmp_path: Path) -> None:
     imports = write_package(
         tmp_path,
         rollout="import importlib\n\ndef f():\n    importlib.import_module('wandb')",
-        training__tracking_wandb="import wandb\n",
-        training__tracking="from torch.utils.tensorboard import SummaryWriter",
+        tracking__wandb_tracker="import wandb\n",
+        tracking__trackers="from torch.utils.tensorboard import SummaryWriter",
     )
     (error,) = owner_errors(imports)
     assert error.startswith("rollout imports wandb")

@@ -41,14 +41,13 @@ from rlprompt.evaluation.heldout import HeldoutEvaluator
 from rlprompt.evaluation.probes import BaseLogprob
 from rlprompt.model.base import ModelSettings
 from rlprompt.model.cpu.rollout_products import to_be_learned_from
-from rlprompt.policy import Policy
+from rlprompt.policy import Policy, open_policy
 from rlprompt.prompts.adapter import AdapterPrompt, AdapterSettings
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.layer_adapters import LoRASettings
 from rlprompt.prompts.prefix import PrefixPrompt, PrefixSettings
 from rlprompt.prompts.soft import SoftPrompt, SoftSettings
 from rlprompt.prompts.text import NonePrompt
-from rlprompt.recipe.build import build_policy
 from rlprompt.rewards import RewardSettings, build_rewards
 from rlprompt.rollout.collect import collect
 from rlprompt.training.optimizer import build_optimizer
@@ -102,7 +101,7 @@ class Stepper:
         """Load the base and join the parts."""
         self.settings = settings
         threads = settings.threads or None
-        self.policy = build_policy(ModelSettings(path=settings.model, threads=threads))
+        self.policy = open_policy(ModelSettings(path=settings.model, threads=threads))
         self.policy.prompt = fresh_prompt(settings, self.policy)
         self.engine = NativeEngine(self.policy, NativeSettings(reuse_mib=settings.reuse_mib))
         self.sampling = SamplingSettings(

@@ -135,6 +135,10 @@ class HeldoutEvaluator:
             self._fixed[key] = self._evaluate(prompt, step, progress)
         return self._fixed[key]
 
+    def close(self) -> None:
+        """End threads and processes of the rewards; the evaluator stays usable."""
+        self._rewards.close()
+
     def _evaluate(
         self, prompt: Prompt, step: int, progress: Callable[[int, int], None] | None
     ) -> HeldoutResult:

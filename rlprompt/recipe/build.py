@@ -23,10 +23,8 @@ from rlprompt.engines.native import NativeEngine
 from rlprompt.errors import InputError
 from rlprompt.evaluation.heldout import HeldoutEvaluator, Objective
 from rlprompt.evaluation.probes import BaseKL, BaseLogprob, Probe, TargetLogprob, TeacherKL
-from rlprompt.model.base import ModelSettings, load_base
-from rlprompt.model.chat.slot import ChatSlot
 from rlprompt.model.sharded.shards import ShardSettings
-from rlprompt.policy import Policy
+from rlprompt.policy import Policy, open_policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.make import make_prompt
 from rlprompt.prompts.text import NonePrompt, TextPrompt, TextSettings
@@ -37,15 +35,17 @@ from rlprompt.recipe.schema import (
     TextReference,
     with_template_text,
 )
+from rlprompt.reports.report import write_report
 from rlprompt.rewards import RewardBatch, RewardRunner, build_rewards
 from rlprompt.rollout.prefetch import OverlappedSource
 from rlprompt.rollout.sources import ColumnSource, RolloutSource, Source, given_completion
 from rlprompt.runs.guards import GuardWatch
 from rlprompt.runs.parts import RunParts
 from rlprompt.runs.population import Population
-from rlprompt.runs.run import Trainer
+from rlprompt.runs.run import Run
 from rlprompt.tracking.tracker import TrackerGroup
 from rlprompt.tracking.trackers import build_trackers
+from rlprompt.training.step import GradientStep, StepParts
 from rlprompt.types import Group
 
 _HELDOUT_SEED = 1_000_003
@@ -53,7 +53,7 @@ _HELDOUT_SEED = 1_000_003
 
 
 @dataclass(frozen=True)
-class Ground:
+class Shared:
     """What several runs on one base can share: nothing in it learns."""
 
     data: QuerySplit
@@ -71,13 +71,13 @@ def build_run(
     output: Path,
     console: Console | None = None,
     ranks: Ranks | None = None,
-) -> Trainer | Population:
+) -> Run | Population:
     """The run of a recipe: one prompt, or a population on one loaded base.
 
-    Arguments and errors as for `build_trainer`.
+    Arguments and errors as for `build_single_run`.
     """
     if not recipe.population:
-        return build_trainer(recipe, base_dir, output, console, ranks)
+        return build_single_run(recipe, base_dir, output, console, ranks)
     ranks = ranks or Ranks()
     if ranks.size > 1:
         raise InputError(
@@ -89,29 +89,28 @@ def build_run(
     for member in members.values():
         _refuse_text(member)
     rewards = _rewards(recipe, base_dir, ranks)
-    ground = _ground(recipe, load_queries(recipe.data, base_dir), rewards, ranks)
-    if not ground.data.heldout:
+    shared = _shared(recipe, load_queries(recipe.data, base_dir), rewards, ranks)
+    if not shared.data.heldout:
         raise InputError(
             "population needs held-out queries to choose the best prompt by (data.heldout is 0); "
             "set data.heldout"
         )
-    trainers = {}
+    runs = {}
     for name, member in members.items():
-        own = replace(ground, policy=ground.policy.sibling())
-        folder = output / "members" / name
+        own = replace(shared, policy=shared.policy.sibling())
         trackers = _trackers(member, console, ranks)
         parts = _parts(member, base_dir, own, _rewards(member, base_dir, ranks), trackers)
-        trainers[name] = Trainer(parts, folder)
-    return Population(trainers, output)
+        runs[name] = Run(parts, output / "members" / name)
+    return Population(runs, output)
 
 
-def build_trainer(
+def build_single_run(
     recipe: Recipe,
     base_dir: Path,
     output: Path,
     console: Console | None = None,
     ranks: Ranks | None = None,
-) -> Trainer:
+) -> Run:
     """Build every object that a recipe names.
 
     Cheap things come first, so that a wrong recipe fails before the model is loaded.
@@ -133,20 +132,20 @@ def build_trainer(
     data = load_queries(recipe.data, base_dir)
     rewards = _rewards(recipe, base_dir, ranks)
     trackers = _trackers(recipe, console, ranks)
-    ground = _ground(recipe, data, rewards, ranks)
-    return Trainer(_parts(recipe, base_dir, ground, rewards, trackers), output)
+    shared = _shared(recipe, data, rewards, ranks)
+    return Run(_parts(recipe, base_dir, shared, rewards, trackers), output)
 
 
-def build_ground(recipe: Recipe, base_dir: Path) -> Ground:
+def build_shared(recipe: Recipe, base_dir: Path) -> Shared:
     """Data, base and held-out evaluation of a recipe, without a prompt.
 
     Raises:
-        InputError: see `build_trainer`.
+        InputError: see `build_single_run`.
     """
     recipe = with_template_text(recipe, base_dir)
     data = load_queries(recipe.data, base_dir)
     ranks = Ranks()
-    return _ground(recipe, data, _rewards(recipe, base_dir, ranks), ranks)
+    return _shared(recipe, data, _rewards(recipe, base_dir, ranks), ranks)
 
 
 def _refuse_text(recipe: Recipe) -> None:
@@ -181,8 +180,8 @@ def _trackers(recipe: Recipe, console: Console | None, ranks: Ranks) -> TrackerG
     return build_trackers(recipe.tracking, console) if ranks.is_first else TrackerGroup({})
 
 
-def _ground(recipe: Recipe, data: QuerySplit, rewards: RewardRunner, ranks: Ranks) -> Ground:
-    policy = build_policy(recipe.model, _sharding(recipe.distributed))
+def _shared(recipe: Recipe, data: QuerySplit, rewards: RewardRunner, ranks: Ranks) -> Shared:
+    policy = open_policy(recipe.model, _sharding(recipe.distributed))
     judged = rewards.bind_policy(policy)
     if policy.base.shards is not None and judged:
         # A judge runs the base, which all ranks can only do together.
@@ -198,7 +197,7 @@ def _ground(recipe: Recipe, data: QuerySplit, rewards: RewardRunner, ranks: Rank
     elif ranks.size > 1:
         engine = SharedEngine(engine, ranks)
     evaluator = _evaluator(recipe, data, policy, engine, rewards, teacher)
-    return Ground(data, policy, engine, teacher, evaluator, ranks)
+    return Shared(data, policy, engine, teacher, evaluator, ranks)
 
 
 def _sharding(settings: DistributedSettings) -> ShardSettings | None:
@@ -213,35 +212,46 @@ def _sharding(settings: DistributedSettings) -> ShardSettings | None:
 def _parts(
     recipe: Recipe,
     base_dir: Path,
-    ground: Ground,
+    shared: Shared,
     rewards: RewardRunner,
     trackers: TrackerGroup,
 ) -> RunParts:
-    """What one run has of its own, on a ground that it may share."""
-    policy, data = ground.policy, ground.data
+    """What one run has of its own, on what it may share."""
+    policy, data = shared.policy, shared.data
     rewards.bind_policy(policy)
     policy.prompt = build_prompt(recipe, policy, base_dir)
     given = Surroundings(policy, recipe.sampling.max_tokens, recipe.seed)
     algorithm = make_algorithm(recipe.algorithm, given)
     needs_reference = recipe.algorithm.needs_reference
+    learner = GradientStep(
+        StepParts(
+            policy=policy,
+            algorithm=algorithm,
+            source=_source(recipe, shared, rewards, algorithm),
+            rewards=rewards,
+            settings=recipe.training,
+            probe=data.train[0],
+            reference=_reference(recipe.reference, policy.prompt) if needs_reference else None,
+            teacher=shared.teacher,
+            constraints=_constraints(recipe, rewards),
+            query_weights=_query_weights(recipe, data),
+            ranks=shared.ranks,
+        )
+    )
     return RunParts(
         name=recipe.name,
         policy=policy,
-        algorithm=algorithm,
-        source=_source(recipe, ground, rewards, algorithm),
-        reference=_reference(recipe.reference, policy.prompt) if needs_reference else None,
-        teacher=ground.teacher,
-        constraints=_constraints(recipe, rewards),
-        query_weights=_query_weights(recipe, data),
-        evaluator=ground.evaluator,
-        rewards=rewards,
+        learner=learner,
+        evaluator=shared.evaluator,
         data=data,
-        training=recipe.training,
+        settings=recipe.training,
         evaluation=recipe.evaluation,
+        sampling=recipe.sampling,
         trackers=trackers,
         seed=recipe.seed,
         recipe=recipe.plain(),
-        ranks=ground.ranks,
+        write_report=write_report,
+        ranks=shared.ranks,
         guards=GuardWatch(recipe.guards),
     )
 
@@ -259,25 +269,13 @@ def build_prompt(recipe: Recipe, policy: Policy, base_dir: Path) -> Prompt:
     return make_prompt(recipe.prompt, policy, recipe.seed, load)
 
 
-def build_policy(settings: ModelSettings, sharding: ShardSettings | None = None) -> Policy:
-    """A base with its chat slot, and no prompt yet.
-
-    A template's path in these settings is relative to the working directory.
-
-    Raises:
-        InputError: see `load_base`, `ChatSlot.from_tokenizer` and `Policy`.
-    """
-    base = load_base(settings, sharding)
-    return Policy(base, ChatSlot.from_tokenizer(base.tokenizer, settings.template))
-
-
-def _source(recipe: Recipe, ground: Ground, rewards: RewardRunner, algorithm: Algorithm) -> Source:
+def _source(recipe: Recipe, shared: Shared, rewards: RewardRunner, algorithm: Algorithm) -> Source:
     """The source that the algorithm's settings name.
 
     Raises:
         InputError: the dataset is too small, or lacks the answers.
     """
-    data, policy = ground.data, ground.policy
+    data, policy = shared.data, shared.policy
     count, size = len(data.train), recipe.training.queries_per_step
     if size > count:
         raise InputError(
@@ -291,12 +289,12 @@ def _source(recipe: Recipe, ground: Ground, rewards: RewardRunner, algorithm: Al
         return ColumnSource(data.train, sampler, policy, columns, augment)
     prompt = policy.prompt
     if recipe.algorithm.draws_from_teacher:
-        assert ground.teacher is not None
-        prompt = ground.teacher
+        assert shared.teacher is not None
+        prompt = shared.teacher
     overlaps = recipe.training.overlap_rollouts
     under = prompt.copy() if overlaps else prompt
     source = RolloutSource(
-        data.train, sampler, ground.engine, under, rewards, algorithm, recipe.sampling, augment
+        data.train, sampler, shared.engine, under, rewards, algorithm, recipe.sampling, augment
     )
     return OverlappedSource(source, prompt, under) if overlaps else source
 

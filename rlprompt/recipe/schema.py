@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from rlprompt.algorithms.grpo import GRPOSettings
@@ -29,9 +30,10 @@ from rlprompt.prompts.soft import SoftSettings
 from rlprompt.recipe.yaml_file import apply_override, explain, read_tree, set_value
 from rlprompt.rewards.base import RewardSettings
 from rlprompt.runs.guards import Guard, require_known_rewards
+from rlprompt.runs.settings import MemberSettings
 from rlprompt.settings import Settings
 from rlprompt.tracking.tracker import TrackingSettings
-from rlprompt.training.settings import MemberSettings, TrainingSettings
+from rlprompt.training.settings import TrainingSettings
 
 
 class NoneReference(Settings):
@@ -271,3 +273,15 @@ def with_template_text(recipe: Recipe, base_dir: Path) -> Recipe:
     text = read_template(recipe.model.template, base_dir)
     model = recipe.model.model_copy(update={"template": text})
     return recipe.model_copy(update={"model": model})
+
+
+def with_new_settings(stored: Any) -> Any:
+    """A stored recipe with the settings that a newer rlprompt has, at their defaults.
+
+    Args:
+        stored: plain values, as `recipe.resolved.yaml` has them; what is no recipe stays as it is.
+    """
+    try:
+        return yaml.safe_load(yaml.safe_dump(Recipe.model_validate(stored).plain()))
+    except (ValidationError, InputError):
+        return stored

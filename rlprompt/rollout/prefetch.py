@@ -24,11 +24,11 @@ from typing import Any
 from torch import Tensor
 
 from rlprompt.prompts.base import Prompt
+from rlprompt.random_state import global_random_state, restore_global_random_state
 from rlprompt.rewards.processes.execution import JobThread
 from rlprompt.rollout.collect import RolloutBatch
 from rlprompt.rollout.sources import RolloutSource
-from rlprompt.runs.checkpoint import global_random_state, restore_global_random_state
-from rlprompt.runs.state import Stateful
+from rlprompt.types import Stateful
 
 WAITED = "overlap/waited/seconds"
 """Metric: how long an update, when done, waited for the batch that was drawn meanwhile."""

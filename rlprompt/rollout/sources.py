@@ -27,8 +27,7 @@ from rlprompt.prompts.base import Prompt
 from rlprompt.rewards.base import RewardBatch
 from rlprompt.rewards.runner import RewardRunner
 from rlprompt.rollout.collect import RolloutBatch, collect
-from rlprompt.runs.state import Stateful
-from rlprompt.types import Completion, Group, Query
+from rlprompt.types import Completion, Group, Query, Stateful
 
 logger = logging.getLogger(__name__)
 

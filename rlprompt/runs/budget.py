@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import time
 
-from rlprompt.training.settings import TrainingSettings
+from rlprompt.runs.settings import RunSettings
 
 
 class Budget:
     """The limit of a run; where the run stands is in its progress, not here."""
 
-    def __init__(self, settings: TrainingSettings) -> None:
+    def __init__(self, settings: RunSettings) -> None:
         """Keep limit and clock."""
         self._limit = settings.max_seconds
         self._clock = time.process_time if settings.clock == "cpu" else time.perf_counter

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import shutil
 import uuid
@@ -19,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -29,7 +27,7 @@ from rlprompt.files import to_json, write_atomic
 
 _NAME = re.compile(r"step_(\d+)")
 _LEFTOVERS = ".step_*"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -107,68 +105,6 @@ def load_checkpoint(folder: Path, step: int | None = None) -> Checkpoint:
     if written != FORMAT:
         raise InputError(f"checkpoint '{path}' was written by another version; start a new run")
     return Checkpoint(number, tensors, state)
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
-    """The optimizer's state as flat tensors `prefix/<parameter>/<name>`."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{prefix}/{index}/{name}": value if isinstance(value, Tensor) else torch.tensor(value)
-        for index, values in state.items()
-        for name, value in values.items()
-    }
-
-
-def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], prefix: str
-) -> None:
-    """Take over what `optimizer_tensors` gave; param groups keep their settings."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith(f"{prefix}/"):
-            _, index, name = key.rsplit("/", 2)
-            state.setdefault(int(index), {})[name] = value.clone()
-    whole = optimizer.state_dict()
-    optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
-
-
-def seed_global_random(seed: int) -> None:
-    """Seed the process-wide generators, so that rewards that draw from them can be repeated."""
-    import numpy
-
-    random.seed(seed)
-    numpy.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def global_random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """State of the process-wide generators, which user rewards may draw from."""
-    version, internal, gauss = random.getstate()
-    tensors = {"random/torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["random/cuda"] = torch.cuda.get_rng_state()
-    return tensors, {"python": [version, list(internal), gauss], "numpy": _numpy_state()}
-
-
-def restore_global_random_state(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Put the generators back where `global_random_state` found them."""
-    import numpy
-
-    torch.set_rng_state(tensors["random/torch"])
-    if "random/cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random/cuda"])
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, place, has_gauss, cached = state["numpy"]
-    numpy.random.set_state((name, numpy.array(keys, dtype="uint32"), place, has_gauss, cached))
-
-
-def _numpy_state() -> list[Any]:
-    import numpy
-
-    state: Any = numpy.random.get_state(legacy=True)
-    name, keys, place, has_gauss, cached = state
-    return [name, keys.tolist(), place, has_gauss, cached]
 
 
 def _sync(path: Path) -> None:

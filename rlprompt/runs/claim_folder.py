@@ -9,18 +9,16 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from rlprompt import __version__
 from rlprompt.errors import InputError
 from rlprompt.files import write_atomic
-from rlprompt.recipe.schema import Recipe
 from rlprompt.runs.checkpoint import checkpoint_steps
 
 logger = logging.getLogger(__name__)
@@ -32,28 +30,35 @@ _SHOWN_DIFFERENCES = 3
 _MAY_CHANGE = ("tracking.", "distributed.", "training.token_budget")
 _ABSENT = object()
 
+Updated = Callable[[Any], Any]
 
-def default_output(recipe: Recipe) -> Path:
+
+def default_output(name: str) -> Path:
     """The run folder of a recipe when none is named: `runs/<name>`.
+
+    Args:
+        name: name of the recipe.
 
     Raises:
         InputError: the name cannot be that of a folder.
     """
-    if Path(recipe.name).name != recipe.name:
+    if Path(name).name != name:
         raise InputError(
-            f"the name {recipe.name!r} cannot be a folder under runs/; change it, or name the run "
+            f"the name {name!r} cannot be a folder under runs/; change it, or name the run "
             "folder with --output"
         )
-    return Path("runs") / recipe.name
+    return Path("runs") / name
 
 
-def check_output(folder: Path, recipe: Mapping[str, Any], resume: bool) -> None:
+def check_output(folder: Path, recipe: Mapping[str, Any], resume: bool, updated: Updated) -> None:
     """Refuse a folder that this run may not write to; reads only.
 
     Args:
         folder: need not exist.
         recipe: resolved, as plain values.
         resume: whether the run in the folder is to go on.
+        updated: function from a stored recipe to the same with the settings that a newer rlprompt
+            has, at their defaults.
 
     Raises:
         InputError: it is a file, it holds another run, or (with `resume`) it holds no run or the
@@ -70,17 +75,18 @@ def check_output(folder: Path, recipe: Mapping[str, Any], resume: bool) -> None:
         return
     if not (folder / RECIPE_FILE).is_file():
         raise InputError(f"the output folder '{folder}' holds no run to resume; drop --resume")
-    _check_same(folder / RECIPE_FILE, recipe)
+    _check_same(folder / RECIPE_FILE, recipe, updated)
 
 
 @contextmanager
 def claim_output(
-    folder: Path, recipe: Mapping[str, Any], base_dir: Path, resume: bool
+    folder: Path, recipe: Mapping[str, Any], base_dir: Path, resume: bool, updated: Updated
 ) -> Iterator[bool]:
     """Make the folder, hold it against other processes, and write the resolved recipe.
 
-    Yields whether rows may be there that belong to this run or to nothing: what `Trainer.run` takes
-    as `resume`.
+    Yields whether rows may be there that belong to this run or to nothing: what `Run.run` takes as
+    `resume`. Arguments are those of `check_output`, and `base_dir`, which the recipe's paths are
+    relative to.
 
     Raises:
         InputError: the folder cannot be written, another process trains in it, or `check_output`
@@ -103,7 +109,7 @@ def claim_output(
             ) from error
         except OSError as error:  # some network file systems have no locks
             logger.warning("'%s' cannot be locked (%s): start no second run there", folder, error)
-        check_output(folder, recipe, resume)
+        check_output(folder, recipe, resume, updated)
         begun = resume or (folder / RECIPE_FILE).exists()
         if not resume:
             (folder / "wandb_id").unlink(missing_ok=True)  # curves of a run that never had a step
@@ -127,22 +133,14 @@ def _has_steps(folder: Path) -> bool:
     )
 
 
-def _with_new_settings(stored: Any) -> Any:
-    """A stored recipe with the settings that a newer rlprompt has, at their defaults."""
-    try:
-        return yaml.safe_load(yaml.safe_dump(Recipe.model_validate(stored).plain()))
-    except (ValidationError, InputError):
-        return stored
-
-
-def _check_same(path: Path, recipe: Mapping[str, Any]) -> None:
+def _check_same(path: Path, recipe: Mapping[str, Any], updated: Updated) -> None:
     try:
         stored = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"'{path}' cannot be read ({reason}); start a new run") from error
     # Through YAML and back, as the stored one went.
-    before = _flat(_with_new_settings(stored))
+    before = _flat(updated(stored))
     now = _flat(yaml.safe_load(yaml.safe_dump(dict(recipe), sort_keys=False)))
     changed = [
         key

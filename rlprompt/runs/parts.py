@@ -2,60 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from rlprompt.algorithms.base import Algorithm
-from rlprompt.algorithms.objective import Constraints, QueryWeights
 from rlprompt.data.base import QuerySplit
 from rlprompt.distributed.ranks import Ranks
+from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.evaluation.heldout import EvaluationSettings, HeldoutEvaluator
 from rlprompt.policy import Policy
-from rlprompt.prompts.base import Prompt
-from rlprompt.rewards.runner import RewardRunner
-from rlprompt.rollout.sources import Source
 from rlprompt.runs.guards import GuardWatch
+from rlprompt.runs.learner import Learner
+from rlprompt.runs.settings import RunSettings
 from rlprompt.tracking.tracker import TrackerGroup
-from rlprompt.training.settings import TrainingSettings
 
 
 @dataclass(frozen=True)
 class RunParts:
-    """Everything a run is made of; `rlprompt.recipe.schema` builds it."""
+    """Everything that the life of a run needs; `rlprompt.recipe.build` makes it."""
 
     name: str
     """What the run is called in reports and artifacts."""
     policy: Policy
-    """With the prompt that is trained."""
-    algorithm: Algorithm
-    """How the prompt learns."""
-    source: Source
-    """Where its batches come from."""
-    reference: Prompt | None
-    """Prompt of the reference policy; None when the algorithm needs none."""
-    teacher: Prompt | None
-    """Prompt of the teacher; None when the algorithm needs none."""
-    constraints: Constraints | None
-    """Multipliers of constraint rewards; None without any."""
-    query_weights: QueryWeights | None
-    """A robust objective; None when all queries count alike."""
+    """The frozen base under the learner's prompt."""
+    learner: Learner
+    """What makes the prompt better."""
     evaluator: HeldoutEvaluator
     """Scores prompts on held-out queries."""
-    rewards: RewardRunner
-    """What is rewarded."""
     data: QuerySplit
     """Training and held-out queries."""
-    training: TrainingSettings
-    """Steps, optimizer, checkpoints."""
+    settings: RunSettings
+    """Steps, time limit, checkpoints."""
     evaluation: EvaluationSettings
     """Held-out evaluation."""
+    sampling: SamplingSettings
+    """How answers are drawn under the prompt when the run has ended."""
     trackers: TrackerGroup
     """Where the run reports to."""
     seed: int
     """Of everything drawn at random."""
     recipe: Mapping[str, Any]
     """The resolved recipe as plain values."""
+    write_report: Callable[[Path], object]
+    """Draws the report of a run folder."""
     ranks: Ranks = field(default_factory=Ranks)
     """Among whom the work is divided; alone by default."""
     guards: GuardWatch = field(default_factory=lambda: GuardWatch([]))

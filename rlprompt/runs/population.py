@@ -4,11 +4,14 @@ Members are trained one after the other, each as it would be alone: its own fold
 rollouts and rewards. They share what does not learn (base, packed weights, engine, held-out
 evaluation), so that a sweep over starts, learning rates or seeds loads and packs the base once and
 evaluates the baselines once. The best member by held-out reward is the run's result.
+
+A member ends for reasons of its own: a guard, a time limit, a loss that is not finite. The others
+are trained all the same. Only a signal ends the population, and `--resume` goes on with the members
+that are not complete.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shutil
@@ -18,107 +21,138 @@ from typing import Any
 
 import yaml
 
-from rlprompt.errors import InputError
 from rlprompt.files import to_json, write_atomic
-from rlprompt.runs.run import Trainer
-from rlprompt.training.update import NotFiniteError
+from rlprompt.runs.learner import NotFiniteError
+from rlprompt.runs.outcome import Outcome, read_summary
+from rlprompt.runs.run import Run
+from rlprompt.runs.stop_reason import FAILED, FINISHED, StopReason
+from rlprompt.runs.summary import Summary
+from rlprompt.serving.loaded import LoadedPrompt
 
 logger = logging.getLogger(__name__)
 
-_ENDED = ("finished", "early_stopping", "max_seconds")
 
+class Population(Outcome):
+    """Runs by name; each writes to its own folder inside the population's."""
 
-class Population:
-    """Trainers by name; each writes to its own folder inside the run's."""
-
-    def __init__(self, trainers: Mapping[str, Trainer], output: Path) -> None:
-        """Keep the trainers; nothing is written yet."""
-        self.trainers = dict(trainers)
-        self.output = output
-
-    def run(self, *, resume: bool = False) -> dict[str, Any]:
-        """Train every member, or until a stop signal; returns the content of summary.json.
-
-        A member whose loss is not finite is left out; its folder keeps what led to it.
+    def __init__(self, members: Mapping[str, Run], folder: Path) -> None:
+        """Keep the members' runs; nothing is written yet.
 
         Args:
-            resume: go on: members that have ended are not run again.
+            members: at least one run by the member's name.
+            folder: the run folder of the population.
+        """
+        super().__init__(folder)
+        self.members = dict(members)
+
+    @property
+    def prompt(self) -> LoadedPrompt:
+        """The best member's prompt; see `Outcome.prompt`."""
+        return self.members[self.summary["best_member"]].prompt
+
+    def run(self, *, resume: bool = False) -> Summary:
+        """Train every member, or until a stop signal; returns the content of summary.json.
+
+        A member whose loss is not finite is no candidate for the result; its folder keeps what led
+        to it.
+
+        Args:
+            resume: whether to go on: members that are complete are not run again.
 
         Raises:
-            InputError: see `Trainer.run`.
+            InputError: see `Run.run`.
             NotFiniteError: no member came to an end.
         """
-        summaries: dict[str, dict[str, Any]] = {}
+        summaries: dict[str, Summary] = {}
         failures: dict[str, str] = {}
-        for name, trainer in self.trainers.items():
-            ended = _ended_summary(trainer.output) if resume else None
-            if ended is not None:
-                summaries[name] = ended
-                continue
-            logger.info("member %s of %d", name, len(self.trainers))
-            _write_recipe(trainer)
-            try:
-                summaries[name] = trainer.run(resume=resume)
-            except NotFiniteError as error:
-                logger.warning("member %s failed: %s", name, error)
-                failures[name] = str(error)
-                continue
-            if summaries[name]["stopped_because"] not in _ENDED:
-                break
+        try:
+            for name, run in self.members.items():
+                known = _complete_summary(run.folder) if resume else None
+                if known is not None:
+                    summaries[name] = known
+                    continue
+                logger.info("member %s of %d", name, len(self.members))
+                _write_recipe(run)
+                try:
+                    summaries[name] = run.run(resume=resume)
+                except NotFiniteError as error:
+                    logger.warning("member %s failed: %s", name, error)
+                    failures[name] = str(error)
+                    continue
+                reason = StopReason.parse(summaries[name]["stopped_because"])
+                if reason is not None and reason.kind == "signal":
+                    break
+                if reason is not None and reason.kind != "finished":
+                    logger.warning("member %s ended early (%s); the others go on", name, reason)
+        finally:
+            next(iter(self.members.values())).parts.evaluator.close()
         if not summaries:
             raise NotFiniteError(f"no member came to an end ({'; '.join(failures.values())})")
         return self._finish(summaries, failures)
 
-    def _finish(
-        self, summaries: Mapping[str, dict[str, Any]], failures: Mapping[str, str]
-    ) -> dict[str, Any]:
+    def _finish(self, summaries: Mapping[str, Summary], failures: Mapping[str, str]) -> Summary:
         """Copy the best member's artifact and report, and write the table."""
         best = max(summaries, key=lambda name: _reward(summaries[name]))
-        last = list(summaries.values())[-1]
-        folder = self.trainers[best].output
-        artifact = self.output / "artifact"
+        folder = self.members[best].folder
+        artifact = self.folder / "artifact"
         _replace_tree(folder / "artifact", artifact)
-        shutil.copyfile(folder / "report.html", self.output / "report.html")
-        members = {name: _row(summary) for name, summary in summaries.items()}
-        summary = {
+        shutil.copyfile(folder / "report.html", self.folder / "report.html")
+        summary: Summary = {
             **summaries[best],
             "steps": sum(s["steps"] for s in summaries.values()),
             "seconds": sum(s["seconds"] for s in summaries.values()),
-            "stopped_because": last["stopped_because"],
+            "stopped_because": str(self._reason(summaries)),
+            "alarms": [
+                {"member": name, **alarm} for name, s in summaries.items() for alarm in s["alarms"]
+            ],
             "artifact": str(artifact),
             "best_member": best,
-            "members": members,
-            "failed_members": dict(failures),
+            "members": {
+                name: _row(summaries.get(name), failures.get(name)) for name in self.members
+            },
         }
-        write_atomic(self.output / "summary.json", to_json(summary, indent=2))
+        write_atomic(self.folder / "summary.json", to_json(summary, indent=2))
         return summary
 
+    def _reason(self, summaries: Mapping[str, Summary]) -> StopReason:
+        """Why the whole ended: a signal, or each member has ended for reasons of its own."""
+        reasons = [StopReason.parse(s["stopped_because"]) for s in summaries.values()]
+        signals = [reason for reason in reasons if reason is not None and reason.kind == "signal"]
+        return signals[0] if signals else FINISHED
 
-def _ended_summary(folder: Path) -> dict[str, Any] | None:
+
+def _complete_summary(folder: Path) -> Summary | None:
     """The summary of a member that needs no more steps."""
-    path = folder / "summary.json"
-    if not path.is_file():
+    if not (folder / "summary.json").is_file():
         return None
-    try:
-        summary = dict(json.loads(path.read_bytes()))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"'{path}' is damaged ({error}); delete that folder") from error
-    return summary if summary.get("stopped_because") in _ENDED else None
+    summary = read_summary(folder)
+    reason = StopReason.parse(summary.get("stopped_because"))
+    return summary if reason is not None and reason.is_complete else None
 
 
-def _write_recipe(trainer: Trainer) -> None:
-    text = yaml.safe_dump(dict(trainer.parts.recipe), sort_keys=False, allow_unicode=True)
-    trainer.output.mkdir(parents=True, exist_ok=True)
-    write_atomic(trainer.output / "recipe.resolved.yaml", text)
+def _write_recipe(run: Run) -> None:
+    text = yaml.safe_dump(dict(run.parts.recipe), sort_keys=False, allow_unicode=True)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(run.folder / "recipe.resolved.yaml", text)
 
 
-def _reward(summary: Mapping[str, Any]) -> float:
+def _reward(summary: Summary) -> float:
     reward = summary["heldout_reward_after"]
     return -math.inf if reward is None or math.isnan(reward) else float(reward)
 
 
-def _row(summary: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: summary[key] for key in ("heldout_reward_after", "best_step", "steps", "seconds")}
+def _row(summary: Summary | None, failure: str | None) -> dict[str, Any]:
+    """How one member did; `stopped_because` is None of one that has not begun."""
+    if summary is None:
+        reason = None if failure is None else str(FAILED)
+        return {"stopped_because": reason, "error": failure}
+    return {
+        "stopped_because": summary["stopped_because"],
+        "heldout_reward_after": summary["heldout_reward_after"],
+        "best_step": summary["best_step"],
+        "steps": summary["steps"],
+        "seconds": summary["seconds"],
+    }
 
 
 def _replace_tree(source: Path, target: Path) -> None:

@@ -1,86 +1,52 @@
-"""The training loop: rollouts, updates, evaluation, checkpoints; blind to the algorithm."""
+"""The life of a run: resume, evaluate, save, finish; it knows no gradient."""
 
 from __future__ import annotations
 
-import logging
 import time
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-from rlprompt.algorithms.base import Signal
 from rlprompt.artifacts.format import save_artifact
 from rlprompt.errors import InputError
 from rlprompt.evaluation.heldout import HeldoutResult
 from rlprompt.files import to_json, write_atomic
 from rlprompt.model.base import verify_unchanged
-from rlprompt.model.cpu.rollout_products import to_be_learned_from
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.text import NonePrompt, TextPrompt
-from rlprompt.reports.report import write_report
-from rlprompt.rollout.collect import RolloutBatch, completion_metrics, completion_rows
-from rlprompt.rollout.prefetch import WAITED
+from rlprompt.random_state import seed_global_random
+from rlprompt.rollout.collect import completion_rows
 from rlprompt.runs.budget import Budget
-from rlprompt.runs.checkpoint import (
-    checkpoint_steps,
-    load_checkpoint,
-    save_checkpoint,
-    seed_global_random,
-)
+from rlprompt.runs.checkpoint import checkpoint_steps, load_checkpoint, save_checkpoint
 from rlprompt.runs.guards import stopped_by
 from rlprompt.runs.interrupt import StopRequest
+from rlprompt.runs.learner import NotFiniteError, StepResult
+from rlprompt.runs.outcome import Outcome
 from rlprompt.runs.parts import RunParts
-from rlprompt.runs.state import RunState, Stateful
-from rlprompt.runs.summary import build_summary, rank_memory
+from rlprompt.runs.state import RunState
+from rlprompt.runs.stop_reason import EARLY_STOPPING, FINISHED, MAX_SECONDS, StopReason
+from rlprompt.runs.summary import Summary, build_summary, rank_memory
+from rlprompt.serving.loaded import LoadedPrompt
 from rlprompt.tracking.tracker import RunInfo
-from rlprompt.training.optimizer import build_optimizer, learning_rate, lr_factor
-from rlprompt.training.startup import check_trainable
-from rlprompt.training.update import NotFiniteError, PhaseClock, Updater
-
-logger = logging.getLogger(__name__)
 
 
-class Trainer:
-    """Runs one recipe into one output folder."""
+class Run(Outcome):
+    """Runs one recipe in one folder."""
 
-    def __init__(self, parts: RunParts, output: Path) -> None:
-        """Join the parts and prove that the prompt can be learned; nothing is written yet.
+    def __init__(self, parts: RunParts, folder: Path) -> None:
+        """Join the parts; nothing is written yet.
 
-        Raises:
-            InputError: it cannot (see `check_trainable`).
+        Args:
+            parts: everything the run needs.
+            folder: the run folder; it need not exist.
         """
+        super().__init__(folder)
         self.parts = parts
-        self.output = output
-        settings = parts.training
-        self._budget = Budget(settings)
-        scale = parts.policy.prompt.scale(parts.policy)
-        peak_lr = learning_rate(settings.optimizer, scale)
-        own = [(part.parameters, part.lr) for part in parts.algorithm.own_parameters()]
-        parameters = parts.policy.parameters()
-        optimizer = build_optimizer(parameters, settings.optimizer, peak_lr, own)
-        check_trainable(parts.policy, optimizer, parts.data.train[0], [p for p, _ in own])
-        others: dict[str, Stateful] = {"algorithm": parts.algorithm, "rewards": parts.rewards}
-        if parts.constraints is not None:
-            others["constraints"] = parts.constraints
-        if parts.query_weights is not None:
-            others["robust"] = parts.query_weights
-        others |= parts.source.others
-        self.state = RunState(parts.policy.prompt, optimizer, parts.source, others)
-        self._updater = Updater(
-            parts.policy,
-            parts.algorithm,
-            parts.reference,
-            temperature=parts.source.temperature,
-            token_budget=settings.token_budget,
-            teacher=parts.teacher,
-            query_weights=parts.query_weights,
-            ranks=parts.ranks,
-        )
-        parts.ranks.copy_first(self._updater.trained)
+        self.state = RunState(parts.learner)
+        self._budget = Budget(parts.settings)
 
-    def run(self, *, resume: bool = False) -> dict[str, Any]:
-        """Train to the end, or until a stop signal; returns the content of summary.json.
+    def run(self, *, resume: bool = False) -> Summary:
+        """Go on to the end, or until a stop signal; returns the content of summary.json.
 
         Args:
             resume: go on from the newest checkpoint in the output folder, or from the start when
@@ -94,36 +60,35 @@ class Trainer:
         """
         seed_global_random(self.parts.seed)
         resume_step = self._resume() if resume else None
-        folder = self.output / "checkpoints"
+        folder = self.folder / "checkpoints"
         if not resume and self.parts.ranks.first(lambda: checkpoint_steps(folder)):
             raise InputError(
                 f"'{folder}' holds checkpoints of another run; resume that run, or choose another "
                 "output folder"
             )
-        summary: dict[str, Any] = {}
         parts = self.parts
         info = RunInfo(
             name=parts.name,
-            output_dir=self.output,
-            steps=parts.training.steps,
+            output_dir=self.folder,
+            steps=parts.settings.steps,
             base=parts.policy.base.id,
             recipe=parts.recipe,
             identity=self._identity,
             resume_step=resume_step,
         )
         parts.trackers.start(info)
+        summary: Summary | None = None
         try:
             with StopRequest() as stop:
                 summary = self._finish(self._steps(stop))
         finally:
-            parts.trackers.finish(summary)
-            parts.source.close()
-            parts.rewards.close()
+            parts.trackers.finish(summary or {})
+            parts.learner.close()
         return summary
 
     def _resume(self) -> int:
         """Restore the newest checkpoint; gives its step, or -1 when there is none."""
-        folder = self.output / "checkpoints"
+        folder = self.folder / "checkpoints"
         ranks = self.parts.ranks
         if not ranks.first(lambda: checkpoint_steps(folder)):
             return -1
@@ -131,14 +96,14 @@ class Trainer:
         self.state.restore(checkpoint, self._identity)
         return checkpoint.step
 
-    def _steps(self, stop: StopRequest) -> str:
+    def _steps(self, stop: StopRequest) -> StopReason:
         """The loop; returns why it ended, with everything saved."""
-        progress, settings = self.state.progress, self.parts.training
+        progress, settings = self.state.progress, self.parts.settings
         if self.parts.data.heldout and "base" not in progress.heldout:
             self._baselines()
         agree = self.parts.ranks.agree
-        reason = agree(stop.reason)
-        while progress.step < settings.steps and reason is None and not self._is_over():
+        signal = agree(stop.reason)
+        while signal is None and self._reason_to_end() is None:
             start = time.perf_counter()
             self._step()
             if self._evaluation_is_due():
@@ -146,92 +111,69 @@ class Trainer:
             progress.seconds += time.perf_counter() - start
             if progress.step % settings.save_every == 0:
                 self._save()
-            reason = agree(stop.reason)
-        if checkpoint_steps(self.output / "checkpoints")[-1:] != [progress.step]:
+            signal = agree(stop.reason)
+        if checkpoint_steps(self.folder / "checkpoints")[-1:] != [progress.step]:
             self._save()
+        if signal is not None and progress.step < settings.steps:
+            return StopReason("signal", signal)
+        reason = self._reason_to_end()
+        assert reason is not None  # the loop went on until there was one, or a signal
+        return reason
+
+    def _reason_to_end(self) -> StopReason | None:
+        """Why no further step is made, or None: there are more."""
+        progress, settings = self.state.progress, self.parts.settings
         if progress.step >= settings.steps:
-            return "finished"
+            return FINISHED
         guard = stopped_by(progress.guards)
-        if reason is None and guard is None and self._budget.is_spent(progress.budget_seconds):
-            return "max_seconds"
-        return reason or (f"guard:{guard}" if guard else "early_stopping")
+        if guard is not None:
+            return StopReason("guard", guard)
+        if self._budget.is_spent(progress.budget_seconds):
+            return MAX_SECONDS
+        patience = settings.early_stopping
+        stale = patience is not None and progress.stale_evaluations >= patience
+        return EARLY_STOPPING if stale else None
 
     def _step(self) -> None:
-        """One rollout batch and its updates."""
+        """One step of the learner, counted and logged."""
         parts, progress = self.parts, self.state.progress
         start, budget_start = time.perf_counter(), self._budget.now()
-        clock = PhaseClock()
         before = self.state.checkpoint(self._identity)
-        seed = _step_seed(parts.seed, progress.step)
-        with to_be_learned_from():
-            batch = parts.source.collect(progress.step, seed)
-        objective = parts.rewards.objective(batch.rewards)
-        if parts.constraints is not None:
-            objective = parts.constraints.penalised(objective, batch.rewards.costs)
+        following = progress.step + 1
+        is_last = following == parts.settings.steps
         try:
-            with self._ahead() as meanwhile:
-                signal, learned = self._updater.learn(
-                    batch,
-                    self.state.optimizer,
-                    self._next_lr,
-                    parts.training.optimizer.max_grad_norm,
-                    clock,
-                    seed=seed,
-                    rewards=objective,
-                )
+            result = parts.learner.step(
+                progress.step,
+                _step_seed(parts.seed, progress.step),
+                next_seed=None if is_last else _step_seed(parts.seed, following),
+                time_share=self._budget.share(progress.budget_seconds),
+            )
         except NotFiniteError as error:
             self.state.restore(before, self._identity)
-            self._save_failure(batch, error)
+            self._save_failure(error)
             raise
-        progress.step += 1
         seconds = time.perf_counter() - start
-        progress.num_tokens += int(batch.lengths.sum())
-        progress.rollout_seconds += batch.rollout_seconds
+        progress.step = following
+        progress.num_tokens += result.num_tokens
+        progress.rollout_seconds += result.rollout_seconds
         progress.step_seconds.append(seconds)
         progress.budget_seconds += self._budget.now() - budget_start
         if self._budget.is_limited:
             # All ranks stop together, and their learning rates agree.
             progress.budget_seconds = parts.ranks.first(lambda: progress.budget_seconds)
-        times = {**_times(batch, clock, seconds, meanwhile.get(WAITED, 0.0)), **meanwhile}
-        self._log_step(batch, signal, {**completion_metrics(batch), **learned, **times})
+        self._log_step(result, seconds)
 
-    def _ahead(self) -> AbstractContextManager[dict[str, float]]:
-        """A block in which the source may draw the next batch, if there is a next step."""
-        following = self.state.progress.step + 1
-        if following == self.parts.training.steps:
-            return nullcontext({})
-        return self.parts.source.ahead(following, _step_seed(self.parts.seed, following))
-
-    def _log_step(self, batch: RolloutBatch, signal: Signal, metrics: dict[str, float]) -> None:
-        """Let everything that adapts look at a learned batch, and tell the trackers."""
+    def _log_step(self, result: StepResult, seconds: float) -> None:
+        """Let the guards look at a step, and tell the trackers."""
         parts, progress = self.parts, self.state.progress
-        metrics |= {f"prompt/{k}": v for k, v in parts.policy.prompt.metrics().items()}
-        if parts.constraints is not None:
-            metrics |= parts.constraints.update(batch.rewards.costs)
-        if parts.query_weights is not None:
-            metrics |= parts.query_weights.metrics()
+        metrics = {**result.metrics, **_times(result, seconds)}
         metrics |= parts.guards.observe(progress.step, metrics, progress.guards)
-        metrics |= {"num_tokens": float(progress.num_tokens), "epoch": parts.source.epoch}
-        parts.trackers.log_completions(
-            progress.step, completion_rows(batch, "train", "learned", signal.row_advantages)
-        )
+        metrics["num_tokens"] = float(progress.num_tokens)
+        parts.trackers.log_completions(progress.step, result.rows)
         parts.trackers.log_metrics(progress.step, metrics)
-        tensors = parts.policy.prompt.state_dict().items()
+        tensors = parts.learner.prompt.state_dict().items()
         norms = {f"prompt/norms/{k}": v.float().norm(dim=-1) for k, v in tensors if v.dim() > 1}
         parts.trackers.log_histograms(progress.step, norms)
-
-    def _next_lr(self) -> float:
-        """Set the rate of the coming update."""
-        settings, progress = self.parts.training, self.state.progress
-        algorithm = self.parts.algorithm
-        total = settings.steps * algorithm.num_epochs * algorithm.num_minibatches
-        time_share = self._budget.share(progress.budget_seconds)
-        factor = lr_factor(settings.optimizer, progress.updates, total, time_share)
-        groups = self.state.optimizer.param_groups
-        for group in groups:
-            group["lr"] = factor * group["peak_lr"]
-        progress.updates += 1
-        return float(groups[0]["lr"])
 
     def _baselines(self) -> None:
         """Evaluate base, hand-written text and the initial prompt."""
@@ -248,12 +190,12 @@ class Trainer:
 
     def _evaluation_is_due(self) -> bool:
         step = self.state.progress.step
-        due = step % self.parts.evaluation.every == 0 or step == self.parts.training.steps
+        due = step % self.parts.evaluation.every == 0 or step == self.parts.settings.steps
         due = due or self._budget.is_spent(self.state.progress.budget_seconds)
         return due and bool(self.parts.data.heldout)
 
     def _evaluate_learned(self) -> None:
-        result = self.parts.evaluator.evaluate(self.parts.policy.prompt, self.state.progress.step)
+        result = self.parts.evaluator.evaluate(self.parts.learner.prompt, self.state.progress.step)
         self._log_evaluation("learned", result)
         progress, chosen_by = self.state.progress, self.parts.evaluation.select_by
         self.parts.guards.observe(progress.step, result.flat, progress.guards, split="heldout")
@@ -264,18 +206,11 @@ class Trainer:
         self.parts.trackers.log_completions(step, completion_rows(result.batch, "heldout", who))
         self.parts.trackers.log_evaluation(step, who, result.metrics)
 
-    def _is_over(self) -> bool:
-        """Whether held-out reward has stopped rising, time is up, or a guard has ended the run."""
-        progress, patience = self.state.progress, self.parts.training.early_stopping
-        stale = patience is not None and progress.stale_evaluations >= patience
-        spent = self._budget.is_spent(progress.budget_seconds)
-        return stale or spent or stopped_by(progress.guards) is not None
-
     def _save(self) -> None:
         checkpoint = self.state.checkpoint(self._identity)
         if self.parts.ranks.is_first:
-            folder = self.output / "checkpoints"
-            save_checkpoint(folder, checkpoint, self.parts.training.keep_checkpoints)
+            folder = self.folder / "checkpoints"
+            save_checkpoint(folder, checkpoint, self.parts.settings.keep_checkpoints)
 
     @property
     def _identity(self) -> dict[str, str]:
@@ -287,56 +222,69 @@ class Trainer:
             "chat template": policy.slot.template_hash,
         }
 
-    def _save_failure(self, batch: RolloutBatch, error: NotFiniteError) -> None:
+    def _save_failure(self, error: NotFiniteError) -> None:
         """Keep what led to a loss that is not finite; the state is that before the step again."""
         if not self.parts.ranks.is_first:
             return
         step = self.state.progress.step + 1
-        folder = self.output / f"failed_step_{step}"
+        folder = self.folder / f"failed_step_{step}"
         folder.mkdir(parents=True, exist_ok=True)
-        rows = completion_rows(batch, "train", "learned")
-        lines = "".join(to_json(row) + "\n" for row in rows)
+        lines = "".join(to_json(row) + "\n" for row in error.rows)
         write_atomic(folder / "completions.jsonl", lines)
         write_atomic(folder / "error.json", to_json({"step": step, "error": str(error)}, indent=1))
         self._save()
 
-    def _finish(self, reason: str) -> dict[str, Any]:
+    def _finish(self, reason: StopReason) -> Summary:
         """Write artifact, summary and report with the best prompt."""
-        parts = self.parts
-        last = {k: v.clone() for k, v in parts.policy.prompt.state_dict().items()}
-        if self.state.progress.best_reward is not None:
-            parts.policy.prompt.load_state_dict(self.state.best)
+        parts, prompt = self.parts, self._best_prompt()
         summary = build_summary(
             self.state.progress,
             parts.policy,
-            artifact=self.output / "artifact",
+            artifact=self.folder / "artifact",
             fingerprint_after=verify_unchanged(parts.policy.base),
             reason=reason,
         )
         summary["ranks"] = parts.ranks.each(lambda: rank_memory(parts.policy.base), "the summary")
         with ExitStack() as scratch:
-            folder = self.output / "artifact"
+            folder = self.folder / "artifact"
             if not parts.ranks.is_first:
                 folder = Path(scratch.enter_context(TemporaryDirectory())) / "artifact"
             # Every rank: describing a prompt runs the base, and a sharded one needs them all.
-            self._save_artifact(folder, summary)
+            self._save_artifact(folder, prompt, summary)
         if parts.ranks.is_first:
-            write_atomic(self.output / "summary.json", to_json(summary, indent=2))
-            write_report(self.output)
-        parts.policy.prompt.load_state_dict(last)
+            write_atomic(self.folder / "summary.json", to_json(summary, indent=2))
+            parts.write_report(self.folder)
         return summary
 
-    def _save_artifact(self, folder: Path, summary: dict[str, Any]) -> None:
+    def _save_artifact(self, folder: Path, prompt: Prompt, summary: Summary) -> None:
         parts = self.parts
-        shown = ("heldout_reward_before", "heldout_reward_handwritten", "heldout_reward_after")
         save_artifact(
             folder,
             parts.policy,
-            parts.policy.prompt,
+            prompt,
             name=parts.name,
             recipe=parts.recipe,
-            metrics={k: summary[k] for k in (*shown, "best_step", "steps")},
+            metrics={
+                "heldout_reward_before": summary["heldout_reward_before"],
+                "heldout_reward_handwritten": summary["heldout_reward_handwritten"],
+                "heldout_reward_after": summary["heldout_reward_after"],
+                "best_step": summary["best_step"],
+                "steps": summary["steps"],
+            },
         )
+
+    def _best_prompt(self) -> Prompt:
+        """A copy of the learned prompt: the best by held-out reward, or else the last."""
+        prompt = self.parts.learner.prompt.copy()
+        if self.state.progress.best_reward is not None:
+            prompt.load_state_dict(self.state.best)
+        return prompt
+
+    @property
+    def prompt(self) -> LoadedPrompt:
+        """The learned prompt, ready to answer: the best by held-out reward, or else the last."""
+        parts = self.parts
+        return LoadedPrompt(parts.policy.sibling(), self._best_prompt(), parts.sampling)
 
 
 def _step_seed(seed: int, step: int) -> int:
@@ -344,20 +292,9 @@ def _step_seed(seed: int, step: int) -> int:
     return (seed * 1_000_033 + step * 7919 + 1) % 2**63
 
 
-def _times(
-    batch: RolloutBatch, clock: PhaseClock, seconds: float, waited: float
-) -> dict[str, float]:
-    """Seconds of a step by phase; `time/other` is what no phase claims.
-
-    A batch that was drawn ahead took none of this step; to wait for the next one counts as rollout.
-    """
-    drew = 0.0 if batch.drawn_ahead else 1.0
-    phases = {
-        "rollout": drew * batch.rollout_seconds + waited,
-        "reward": drew * batch.reward_seconds,
-        **clock.seconds,
-    }
-    times = {f"time/{name}": value for name, value in phases.items()}
-    times["time/other"] = seconds - sum(phases.values())
+def _times(result: StepResult, seconds: float) -> dict[str, float]:
+    """Seconds of a step by phase; `time/other` is what no phase claims."""
+    times = {f"time/{name}": value for name, value in result.phases.items()}
+    times["time/other"] = seconds - sum(result.phases.values())
     times["step_time"] = seconds
     return times

@@ -6,20 +6,14 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from rlprompt.errors import InputError
-from rlprompt.prompts.base import Prompt
-from rlprompt.runs.checkpoint import (
-    Checkpoint,
-    global_random_state,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    restore_global_random_state,
-)
+from rlprompt.random_state import global_random_state, restore_global_random_state
+from rlprompt.runs.checkpoint import Checkpoint
+from rlprompt.runs.learner import Learner, LearnerState
 
 
 @dataclass
@@ -28,8 +22,6 @@ class Progress:
 
     step: int = 0
     """Finished steps."""
-    updates: int = 0
-    """Optimizer updates made."""
     best_step: int = 0
     """Step whose prompt did best on held-out queries."""
     best_reward: float | None = None
@@ -52,54 +44,14 @@ class Progress:
     """What the guards have seen and the alarms they raised; see `GuardWatch`."""
 
 
-class Position(Protocol):
-    """A place in the data; its state is plain JSON values."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` takes."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken."""
-        ...
-
-
-class Stateful(Protocol):
-    """Something beside the prompt that learns or adapts; its state is tensors."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """What `load_state_dict` takes."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` gave; ValueError when names or shapes differ."""
-        ...
-
-
 class RunState:
-    """Prompt, optimizer, data position, whatever else adapts, and counters of a run."""
+    """Prompt, best prompt, counters of a run, and the state of what learns."""
 
-    def __init__(
-        self,
-        prompt: Prompt,
-        optimizer: torch.optim.Optimizer,
-        source: Position,
-        others: Mapping[str, Stateful] | None = None,
-    ) -> None:
-        """The state of a run that has not begun.
-
-        Args:
-            prompt: what is trained.
-            optimizer: over its parameters, and the algorithm's own.
-            source: of the batches.
-            others: by name: the algorithm, multipliers and the like.
-        """
-        self.prompt = prompt
-        self.optimizer = optimizer
-        self.source = source
-        self.others = dict(others or {})
+    def __init__(self, learner: Learner) -> None:
+        """The state of a run that has not begun."""
+        self.learner = learner
         self.progress = Progress()
-        self.best = _copy(prompt.state_dict())
+        self.best = _copy(learner.prompt.state_dict())
 
     def remember_best(self, reward: float, metrics: Mapping[str, Any]) -> bool:
         """Keep the present prompt if its held-out reward is the best; says whether it is.
@@ -114,7 +66,7 @@ class RunState:
         self.progress.best_step = self.progress.step
         self.progress.stale_evaluations = 0
         self.progress.heldout["learned"] = dict(metrics)
-        self.best = _copy(self.prompt.state_dict())
+        self.best = _copy(self.learner.prompt.state_dict())
         return True
 
     def checkpoint(self, identity: Mapping[str, str]) -> Checkpoint:
@@ -124,24 +76,20 @@ class RunState:
             identity: what the run must find again to go on, such as the dataset's fingerprint.
         """
         random_tensors, random_state = global_random_state()
+        learner = self.learner.state()
         tensors = {
-            **{f"prompt/{k}": v for k, v in self.prompt.state_dict().items()},
-            **{f"best/{k}": v for k, v in self.best.items()},
-            **{
-                f"{name}/{k}": v
-                for name, other in self.others.items()
-                for k, v in other.state_dict().items()
-            },
-            **optimizer_tensors(self.optimizer, "optimizer"),
+            **{f"prompt/{k}": v.clone() for k, v in self.learner.prompt.state_dict().items()},
+            **{f"best/{k}": v.clone() for k, v in self.best.items()},
+            **learner.tensors,
             **random_tensors,
         }
         state = {
             "progress": asdict(self.progress),
-            "source": self.source.state_dict(),
+            "learner": dict(learner.plain),
             "random": random_state,
             "identity": dict(identity),
         }
-        return Checkpoint(self.progress.step, _copy(tensors), state)
+        return Checkpoint(self.progress.step, tensors, copy.deepcopy(state))
 
     def restore(self, checkpoint: Checkpoint, identity: Mapping[str, str]) -> None:
         """Take over a checkpoint made by `checkpoint`.
@@ -155,20 +103,18 @@ class RunState:
                     f"the {name} has changed since the checkpoint was written; restore it, or "
                     "start a new run in another output folder"
                 )
+        tensors = checkpoint.tensors
         try:
-            self.prompt.load_state_dict(_under(checkpoint.tensors, "prompt"))
-            for name, other in self.others.items():
-                other.load_state_dict(_under(checkpoint.tensors, name))
+            self.learner.prompt.load_state_dict(_under(tensors, "prompt"))
+            self.learner.restore(LearnerState(tensors, checkpoint.state["learner"]))
         except ValueError as error:
             raise InputError(
                 f"the checkpoint holds another prompt or algorithm ({error}); start a new run in "
                 "another output folder"
             ) from error
-        self.best = _copy(_under(checkpoint.tensors, "best"))
-        load_optimizer_tensors(self.optimizer, checkpoint.tensors, "optimizer")
-        self.source.load_state_dict(checkpoint.state["source"])
+        self.best = _copy(_under(tensors, "best"))
         self.progress = Progress(**copy.deepcopy(checkpoint.state["progress"]))
-        restore_global_random_state(checkpoint.tensors, checkpoint.state["random"])
+        restore_global_random_state(tensors, checkpoint.state["random"])
 
 
 def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

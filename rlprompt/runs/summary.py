@@ -9,7 +9,7 @@ import resource
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 
@@ -18,19 +18,72 @@ from rlprompt.model.base import FrozenBase
 from rlprompt.policy import Policy
 from rlprompt.runs.guards import alarms_of
 from rlprompt.runs.state import Progress
+from rlprompt.runs.stop_reason import StopReason
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "pydantic")
 
 
+class Summary(TypedDict):
+    """The content of summary.json. Rewards are held-out means of the total."""
+
+    steps: int
+    """Finished steps; of a population, the sum over its members."""
+    seconds: float
+    """Wall-clock time of the loop in seconds."""
+    stopped_because: str
+    """A `StopReason` as text."""
+    alarms: list[dict[str, Any]]
+    """Alarms of the guards, as `Alarm` has them."""
+    heldout_reward_before: float | None
+    """Of the base; None without held-out queries."""
+    heldout_reward_after: float | None
+    """Of the learned prompt."""
+    heldout_reward_handwritten: float | None
+    """Of the hand-written text; None without one."""
+    best_step: int
+    """Step whose prompt the artifact holds (the last one where nothing was held out)."""
+    heldout: dict[str, Any]
+    """Held-out metrics by who was evaluated."""
+    completion_tokens_per_second: float | None
+    """Of rollouts."""
+    step_seconds_median: float | None
+    """Median time of a step in seconds."""
+    peak_rss_mb: float
+    """Peak resident memory of the process in MiB, model loading included."""
+    base_fingerprint_before: str
+    """Hash of the base's weights when it was loaded."""
+    base_fingerprint_after: str
+    """The same when the run ended."""
+    artifact: str
+    """Folder of the learned prompt."""
+    versions: dict[str, str]
+    """Versions of Python and of the packages that matter."""
+    machine: dict[str, Any]
+    """System, cores, threads, device, dtype."""
+    ranks: NotRequired[list[dict[str, float | int]]]
+    """What each rank held; see `rank_memory`."""
+    best_member: NotRequired[str]
+    """Member of a population whose artifact is the run's."""
+    members: NotRequired[dict[str, dict[str, Any]]]
+    """How each member of a population did and why it ended."""
+
+
 def build_summary(
-    progress: Progress, policy: Policy, *, artifact: Path, fingerprint_after: str, reason: str
-) -> dict[str, Any]:
+    progress: Progress,
+    policy: Policy,
+    *,
+    artifact: Path,
+    fingerprint_after: str,
+    reason: StopReason,
+) -> Summary:
     """The content of summary.json.
 
-    Seconds are wall-clock of the loop; rewards are held-out means of the total, null without
-    held-out queries; `best_step` is the step whose prompt the artifact holds (the last one where
-    nothing was held out); `peak_rss_mb` is the process's peak resident memory in MiB, model loading
-    included.
+    Args:
+        progress: the run's counters.
+        policy: the policy, for its base.
+        artifact: folder of the learned prompt.
+        fingerprint_after: hash of the base's weights now.
+        reason: why the run ended.
     """
     heldout = progress.heldout
     rewards = {who: metrics.get("reward") for who, metrics in heldout.items()}
@@ -38,7 +91,7 @@ def build_summary(
     return {
         "steps": progress.step,
         "seconds": progress.seconds,
-        "stopped_because": reason,
+        "stopped_because": str(reason),
         "alarms": [alarm._asdict() for alarm in alarms_of(progress.guards)],
         "heldout_reward_before": rewards.get("base"),
         "heldout_reward_after": rewards.get("learned"),

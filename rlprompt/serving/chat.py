@@ -19,10 +19,9 @@ from rlprompt.engines.native import NativeEngine
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.errors import InputError
 from rlprompt.model.base import ModelSettings
-from rlprompt.policy import Policy
+from rlprompt.policy import Policy, open_policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.text import NonePrompt, TextPrompt
-from rlprompt.recipe.build import build_policy
 from rlprompt.settings import Settings
 from rlprompt.types import Message, Query
 
@@ -136,7 +135,7 @@ def open_chat(artifact: Path, options: ChatOptions) -> Chat:
     """
     info = read_artifact_info(artifact)
     sampling = _sampling(info, artifact, options)
-    policy = build_policy(_model_settings(info, artifact, options))
+    policy = open_policy(_model_settings(info, artifact, options))
     learned = load_artifact(artifact, policy, force=options.force)
     prompts: dict[str, Prompt] = {}
     if options.compare:

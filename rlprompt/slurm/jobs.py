@@ -14,11 +14,10 @@ from typing import Any
 
 from rlprompt.errors import InputError
 from rlprompt.files import iter_jsonl, to_json, write_atomic
+from rlprompt.runs.stop_reason import StopReason
 from rlprompt.slurm.queue import QueuedJob
 
 JOBS_FILE = "jobs.json"
-FINISHED = ("finished", "early_stopping", "max_seconds", "guard:")
-"""What a summary gives as the end of a run that needs no more steps."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,8 @@ def _status(
     code = _exit_code(attempt / "exit_code", folder / f"job_{raw}.exit_code")
     last, summary = _progress(Path(output)) if output else ({}, {})
     state = known.state if known is not None else "ENDED"
-    finished = str(summary.get("stopped_because")).startswith(FINISHED)
+    ended_for = StopReason.parse(summary.get("stopped_because"))
+    finished = ended_for is not None and ended_for.is_complete
     reason = "" if known is None or known.reason == "None" else known.reason
     if state == "ENDED" or (known is not None and known.ended):
         reason = _failure(job, state, code, finished, attempt)

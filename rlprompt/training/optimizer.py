@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rlprompt.errors import InputError
 from rlprompt.training.settings import OptimizerSettings
@@ -91,3 +91,26 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -
         for grad in grads:
             grad.mul_(max_norm / (norm + 1e-6))
     return norm
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
+    """The optimizer's state as flat tensors `prefix/<parameter>/<name>`."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{prefix}/{index}/{name}": value if isinstance(value, Tensor) else torch.tensor(value)
+        for index, values in state.items()
+        for name, value in values.items()
+    }
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], prefix: str
+) -> None:
+    """Take over what `optimizer_tensors` gave; param groups keep their settings."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith(f"{prefix}/"):
+            _, index, name = key.rsplit("/", 2)
+            state.setdefault(int(index), {})[name] = value.clone()
+    whole = optimizer.state_dict()
+    optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})

@@ -1,11 +1,12 @@
-"""How a prompt is trained: steps, optimizer, schedule, checkpoints."""
+"""How a prompt is trained by gradients: optimizer, schedule, memory."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
+from rlprompt.runs.settings import RunSettings
 from rlprompt.settings import Settings
 
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -45,13 +46,9 @@ class OptimizerSettings(Settings):
         return self
 
 
-class TrainingSettings(Settings):
-    """The course of a run."""
+class TrainingSettings(RunSettings):
+    """The course of a run that learns by gradients."""
 
-    steps: int = Field(default=30, ge=1)
-    """Rollout batches."""
-    queries_per_step: int = Field(default=6, ge=1)
-    """Queries per rollout batch; each gets `algorithm.group_size` completions."""
     optimizer: OptimizerSettings = OptimizerSettings()
     """Optimizer and learning rate."""
     token_budget: int = Field(default=1024, ge=64)
@@ -62,46 +59,9 @@ class TrainingSettings(Settings):
     of the policy gradient is taken against the prompt that drew them."""
     gradient_checkpointing: bool = False
     """Recompute activations layer by layer in the backward: less memory, a third more compute."""
-    save_every: int = Field(default=10, ge=1)
-    """Steps between checkpoints."""
-    keep_checkpoints: int = Field(default=2, ge=1)
-    """Newest checkpoints that stay on disk."""
-    early_stopping: int | None = Field(default=None, ge=1)
-    """Stop after this many held-out evaluations without a better one; null = never."""
-    max_seconds: float | None = Field(default=None, gt=0.0)
-    """Stop after the step that brings the time of all steps to this; evaluations do not count. A
-    linear or cosine schedule then follows steps or time, whichever is further; null = no limit."""
-    clock: Literal["wall", "cpu"] = "wall"
-    """What `max_seconds` counts: the time that passes, or the CPU time of this process, which other
-    programs on the machine do not change."""
 
     @model_validator(mode="after")
-    def _settings_have_effect(self) -> TrainingSettings:
-        if self.max_seconds is None and self.clock != "wall":
-            raise ValueError("clock has no effect without max_seconds; set it or remove clock")
+    def _overlap_has_effect(self) -> TrainingSettings:
         if self.overlap_rollouts and self.steps == 1:
             raise ValueError("overlap_rollouts has no effect with steps: 1; remove it")
         return self
-
-
-class MemberSettings(Settings):
-    """One prompt of a population: the recipe with some keys changed."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    """Its folder under `members/`."""
-    changes: dict[str, Any] = Field(default_factory=dict)
-    """Dotted keys of the recipe and their values in this member: `seed`, `prompt` or keys below it,
-    and keys below `training.optimizer`."""
-
-    @field_validator("changes")
-    @classmethod
-    def _may_change(cls, changes: dict[str, Any]) -> dict[str, Any]:
-        for key in changes:
-            if key not in ("seed", "prompt") and not key.startswith(
-                ("prompt.", "training.optimizer.")
-            ):
-                raise ValueError(
-                    f"members of a population may change seed, prompt and training.optimizer, not "
-                    f"{key}; make it a recipe of its own"
-                )
-        return changes

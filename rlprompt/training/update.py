@@ -28,6 +28,7 @@ from rlprompt.policy import Policy, TokenScores
 from rlprompt.prompts.base import Prompt
 from rlprompt.rollout.collect import RolloutBatch
 from rlprompt.rollout.packing import MicroBatch, pack
+from rlprompt.runs.learner import NotFiniteError
 from rlprompt.training.optimizer import clip_gradients
 from rlprompt.training.rows import (
     Row,
@@ -46,10 +47,6 @@ T = TypeVar("T")
 
 _LEAST_TOKENS = 64
 """No micro-batch budget is made smaller than this when memory runs out."""
-
-
-class NotFiniteError(RuntimeError):
-    """Loss, gradient or updated prompt is NaN or infinite; the caller goes back to a good state."""
 
 
 class PhaseClock:

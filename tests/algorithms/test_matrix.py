@@ -35,7 +35,7 @@ from rlprompt.prompts.text import TextPrompt
 from rlprompt.recipe.build import build_run
 from rlprompt.recipe.schema import Recipe
 from rlprompt.rollout.sources import given_completion
-from rlprompt.runs.run import Trainer
+from rlprompt.runs.run import Run
 from rlprompt.types import Group, Query
 from tests.fixtures.algorithms import CASES
 from tests.fixtures.prompts import KINDS
@@ -93,7 +93,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run_of(folder: Path, output: Path, algorithm: str, prompt: str) -> Trainer:
+def run_of(folder: Path, output: Path, algorithm: str, prompt: str) -> Run:
     """Two steps over four queries, each with enough completions for a clear gradient."""
     plain = tiny_recipe(
         folder,
@@ -107,7 +107,7 @@ def run_of(folder: Path, output: Path, algorithm: str, prompt: str) -> Trainer:
         settings["group_size"] = 24
     recipe = Recipe(**{**plain, "algorithm": settings, "prompt": KINDS[prompt]})
     built = build_run(recipe, folder, output)
-    assert isinstance(built, Trainer)
+    assert isinstance(built, Run)
     return built
 
 
@@ -133,7 +133,7 @@ def test_two_steps_come_closer_to_the_optimum(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str, prompt: str
 ) -> None:
     # Drawing the report's charts takes longer than everything else together.
-    monkeypatch.setattr("rlprompt.runs.run.write_report", lambda *_: None)
+    monkeypatch.setattr("rlprompt.recipe.build.write_report", lambda *_: None)
     run = run_of(folder, tmp_path, algorithm, prompt)
     policy, asked = run.parts.policy, list(run.parts.data.train)
     objective = OBJECTIVES[CASES[algorithm]["type"]]

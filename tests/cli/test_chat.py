@@ -13,8 +13,8 @@ from rlprompt.engines.native import NativeEngine
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.errors import InputError
 from rlprompt.model.base import ModelSettings
+from rlprompt.policy import open_policy
 from rlprompt.prompts.text import NonePrompt, TextPrompt
-from rlprompt.recipe.build import build_policy
 from rlprompt.serving.chat import Chat, ChatOptions, open_chat, printable
 from rlprompt.types import Query
 from tests.cli.runs import rlprompt, write_recipe
@@ -63,7 +63,7 @@ def test_every_query_is_a_conversation_of_its_own(artifact: Path) -> None:
 def test_compare_answers_as_base_handwritten_and_learned(artifact: Path, model_dir: Path) -> None:
     shown = rlprompt("chat", artifact, "--compare", "-q", "what is rain", "--temperature", "0")
     assert shown.code == 0, shown.err
-    policy = build_policy(ModelSettings(path=str(model_dir), **SETTINGS))
+    policy = open_policy(ModelSettings(path=str(model_dir), **SETTINGS))
     prompts = {
         "base": NonePrompt(),
         "hand-written": TextPrompt("Answer in one line."),
@@ -79,7 +79,7 @@ def test_compare_answers_as_base_handwritten_and_learned(artifact: Path, model_d
 
 
 def test_each_prompt_goes_on_from_its_own_answers(model_dir: Path) -> None:
-    policy = build_policy(ModelSettings(path=str(model_dir), **SETTINGS))
+    policy = open_policy(ModelSettings(path=str(model_dir), **SETTINGS))
     prompts = {"a": NonePrompt(), "b": TextPrompt("Be rude.")}
     chat = Chat(policy, prompts, SAMPLING, seed=5)
     first, second = chat.ask("what is rain"), chat.ask("and the sun")
@@ -213,7 +213,7 @@ def test_an_artifact_carries_the_template_that_its_recipe_named(
 
 
 def test_a_text_prompt_can_be_an_artifact_to_chat_with(model_dir: Path, tmp_path: Path) -> None:
-    policy = build_policy(ModelSettings(path=str(model_dir), **SETTINGS))
+    policy = open_policy(ModelSettings(path=str(model_dir), **SETTINGS))
     recipe = {"model": {"path": str(model_dir), **SETTINGS}, "sampling": {"max_tokens": 8}}
     save_artifact(
         tmp_path / "text", policy, TextPrompt("Be rude."), name="text", recipe=recipe, metrics={}

@@ -20,9 +20,9 @@ from rich.console import Console
 from rlprompt.algorithms.make import ALGORITHMS, AnyAlgorithmSettings
 from rlprompt.files import read_jsonl
 from rlprompt.prompts.soft import SoftSettings
-from rlprompt.recipe.build import build_trainer
+from rlprompt.recipe.build import build_single_run
 from rlprompt.recipe.schema import Recipe
-from rlprompt.runs.run import Trainer
+from rlprompt.runs.run import Run
 from tests.fixtures.algorithms import (
     CASES,
     algorithm_of,
@@ -32,7 +32,7 @@ from tests.fixtures.algorithms import (
     settings_of,
 )
 from tests.fixtures.prompts import make
-from tests.fixtures.runs import QUERIES, tiny_policy, tiny_recipe
+from tests.fixtures.runs import QUERIES, gradient_step, tiny_policy, tiny_recipe
 
 FREE = SoftSettings(num_virtual_tokens=6, max_norm_ratio=None)
 ANSWERS = {"completion": "the sun", "chosen": "the rain and the sun", "rejected": "one line"}
@@ -102,7 +102,7 @@ def test_every_representation_learns_by_every_algorithm(name: str, kind: str) ->
     assert moved < start - 0.2e-3 * square**0.5
 
 
-def trainer(folder: Path, output: Path, name: str) -> Trainer:
+def trainer(folder: Path, output: Path, name: str) -> Run:
     """A run of two steps with a checkpoint after each."""
     plain = tiny_recipe(
         folder,
@@ -112,7 +112,7 @@ def trainer(folder: Path, output: Path, name: str) -> Trainer:
         evaluation={"every": 2, "completions_per_query": 1},
     ).plain()
     recipe = Recipe(**{**plain, "algorithm": CASES[name]})
-    return build_trainer(recipe, folder, output, Console(file=StringIO()))
+    return build_single_run(recipe, folder, output, Console(file=StringIO()))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -120,7 +120,7 @@ def test_a_run_trains_and_resumes_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     # Drawing the report's charts takes longer than everything else together.
-    monkeypatch.setattr("rlprompt.runs.run.write_report", lambda *_: None)
+    monkeypatch.setattr("rlprompt.recipe.build.write_report", lambda *_: None)
     whole = trainer(tmp_path, tmp_path / "whole", name)
     before = [p.detach().clone() for p in whole.parts.policy.parameters()]
     whole.run()
@@ -136,6 +136,6 @@ def test_a_run_trains_and_resumes_bit_for_bit(
     assert again.state.progress.step == 2
     for one, other in zip(after, again.parts.policy.parameters(), strict=True):
         assert torch.equal(one, other)
-    mine, theirs = (t.parts.algorithm.state_dict() for t in (whole, again))
+    mine, theirs = (gradient_step(t).parts.algorithm.state_dict() for t in (whole, again))
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[key], theirs[key]) for key in mine)

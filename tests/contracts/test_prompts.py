@@ -21,7 +21,7 @@ from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.make import PROMPTS
 from rlprompt.prompts.soft import SoftPrompt
 from rlprompt.prompts.text import TextPrompt
-from rlprompt.recipe.build import build_trainer
+from rlprompt.recipe.build import build_single_run
 from rlprompt.recipe.schema import Recipe
 from rlprompt.runs.checkpoint import load_checkpoint, save_checkpoint
 from rlprompt.runs.state import RunState
@@ -275,5 +275,5 @@ def test_a_recipe_builds_it(kind: str, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path).model_copy(update={"prompt": settings_of(kind)})
     again = Recipe.model_validate(recipe.plain())
     assert again == recipe
-    trainer = build_trainer(again, tmp_path, tmp_path / "run")
+    trainer = build_single_run(again, tmp_path, tmp_path / "run")
     assert trainer.parts.policy.prompt.kind == KINDS[kind]["type"]

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from rlprompt.artifacts.format import load_artifact
 from rlprompt.errors import InputError
 from rlprompt.files import read_jsonl
-from rlprompt.recipe.build import build_policy, build_trainer
+from rlprompt.policy import open_policy
+from rlprompt.recipe.build import build_single_run
 from rlprompt.recipe.schema import Recipe
 from tests.fixtures.runs import REWARDS, comparable_rows
 
@@ -48,7 +49,7 @@ def test_two_and_two_steps_are_four(tmp_path: Path, smollm2_dir: Path) -> None:
     assert smollm2_dir.is_dir()
     (tmp_path / "rewards.py").write_text(REWARDS, encoding="utf-8")
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    summary = build_trainer(recipe(99), tmp_path, straight).run()
+    summary = build_single_run(recipe(99), tmp_path, straight).run()
     assert summary["steps"] == 4
     assert summary["base_fingerprint_before"] == summary["base_fingerprint_after"]
     rows = read_jsonl(straight / "metrics.jsonl")
@@ -57,13 +58,13 @@ def test_two_and_two_steps_are_four(tmp_path: Path, smollm2_dir: Path) -> None:
     assert all(row["sampling/sampling_logp_difference/mean"] < 0.05 for row in rows)
 
     with pytest.raises(InputError, match="fell over"):
-        build_trainer(recipe(2), tmp_path, resumed).run()
-    build_trainer(recipe(99), tmp_path, resumed).run(resume=True)
+        build_single_run(recipe(2), tmp_path, resumed).run()
+    build_single_run(recipe(99), tmp_path, resumed).run(resume=True)
     for kind in ("metrics", "completions", "evaluation"):
         assert comparable_rows(straight, kind) == comparable_rows(resumed, kind), kind
     saved = load_file(straight / "artifact" / "prompt.safetensors")["embeddings"]
     assert torch.equal(saved, load_file(resumed / "artifact" / "prompt.safetensors")["embeddings"])
 
-    policy = build_policy(recipe(99).model)
+    policy = open_policy(recipe(99).model)
     loaded = load_artifact(straight / "artifact", policy)
     assert torch.equal(loaded.state_dict()["embeddings"], saved)

@@ -21,9 +21,10 @@ from rlprompt.artifacts.format import load_artifact
 from rlprompt.engines.native import NativeEngine
 from rlprompt.evaluation.heldout import HeldoutEvaluator
 from rlprompt.files import read_jsonl
-from rlprompt.recipe.build import _HELDOUT_SEED, build_policy, build_trainer
+from rlprompt.policy import open_policy
+from rlprompt.recipe.build import _HELDOUT_SEED, build_single_run
 from rlprompt.recipe.schema import load_recipe
-from tests.fixtures.runs import comparable_rows, merged, tiny_recipe
+from tests.fixtures.runs import comparable_rows, gradient_step, merged, tiny_recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,7 +54,7 @@ def test_a_reward_rises_and_the_artifact_reproduces_it(tmp_path: Path) -> None:
     recipe = load_recipe(path, ["name=e2e", "training.save_every=7"])
     output = tmp_path / "runs" / "e2e"
     shown = StringIO()
-    trainer = build_trainer(recipe, tmp_path, output, Console(file=shown, width=100))
+    trainer = build_single_run(recipe, tmp_path, output, Console(file=shown, width=100))
     summary = trainer.run()
     assert summary["heldout_reward_before"] < 0.3 > summary["heldout_reward_handwritten"]
     assert summary["heldout_reward_after"] > 0.6
@@ -65,11 +66,11 @@ def test_a_reward_rises_and_the_artifact_reproduces_it(tmp_path: Path) -> None:
         "step_000040",
     ]
 
-    policy = build_policy(recipe.model)
+    policy = open_policy(recipe.model)
     policy.prompt = load_artifact(output / "artifact", policy)
     judge = HeldoutEvaluator(
         NativeEngine(policy),
-        trainer.parts.rewards,
+        gradient_step(trainer).parts.rewards,
         trainer.parts.data.heldout,
         recipe.sampling,
         completions_per_query=16,
@@ -89,7 +90,7 @@ def test_a_reward_rises_and_the_artifact_reproduces_it(tmp_path: Path) -> None:
 PROGRAM = """
 import json, sys, torch
 from pathlib import Path
-from tests.fixtures.runs import tiny_trainer
+from tests.fixtures.runs import gradient_step, tiny_trainer
 torch.set_num_threads(1)
 folder, output, at, resume = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
 trainer = tiny_trainer(

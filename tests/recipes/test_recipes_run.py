@@ -19,7 +19,7 @@ from rlprompt.prompts.adapter import METHODS
 from rlprompt.prompts.make import PROMPTS
 from rlprompt.recipe.build import build_run
 from rlprompt.recipe.schema import Recipe, load_recipe
-from rlprompt.runs.run import Trainer
+from rlprompt.runs.run import Run
 from tests.fixtures.tiny import tiny_model, tiny_tokenizer
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -73,18 +73,18 @@ def replaced(recipe: Recipe) -> list[str]:
     return changes
 
 
-def step_twice(path: Path, output: Path, *overrides: str) -> list[Trainer]:
+def step_twice(path: Path, output: Path, *overrides: str) -> list[Run]:
     """Gives the trainer, or those of a population's members."""
     recipe = load_recipe(path)
     recipe = load_recipe(path, [*SHORT, *replaced(recipe), *overrides])
     run = build_run(recipe, path.parent, output)
     summary = run.run()
     assert math.isfinite(summary["heldout_reward_after"])
-    trainers = [run] if isinstance(run, Trainer) else list(run.trainers.values())
+    trainers = [run] if isinstance(run, Run) else list(run.members.values())
     assert summary["steps"] == 2 * len(trainers)
     for trainer in trainers:
         assert verify_unchanged(trainer.parts.policy.base) == summary["base_fingerprint_before"]
-        rows = read_jsonl(trainer.output / "metrics.jsonl")
+        rows = read_jsonl(trainer.folder / "metrics.jsonl")
         assert all(math.isfinite(row["loss"]) for row in rows) and len(rows) == 2
     return trainers
 
@@ -104,7 +104,7 @@ def test_a_recipe_is_built_and_stepped_twice(
     path: Path, tmp_path: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Drawing the report's charts takes longer than everything else together.
-    monkeypatch.setattr("rlprompt.runs.run.write_report", write_empty_report)
+    monkeypatch.setattr("rlprompt.recipe.build.write_report", write_empty_report)
     step_twice(path, tmp_path, f"model.path={tiny_dir}", "model.dtype=float32")
 
 

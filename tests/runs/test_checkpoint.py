@@ -14,17 +14,15 @@ import torch
 from torch import nn
 
 from rlprompt.errors import InputError
+from rlprompt.random_state import global_random_state, restore_global_random_state
 from rlprompt.runs import checkpoint as module
 from rlprompt.runs.checkpoint import (
     Checkpoint,
     checkpoint_steps,
-    global_random_state,
     load_checkpoint,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    restore_global_random_state,
     save_checkpoint,
 )
+from rlprompt.training.optimizer import load_optimizer_tensors, optimizer_tensors
 
 
 def some(step: int, value: float = 1.0) -> Checkpoint:

@@ -10,7 +10,6 @@ import pytest
 
 from rlprompt.files import read_jsonl
 from rlprompt.reports.report import write_report
-from rlprompt.runs import run as loop
 from tests.fixtures.runs import comparable_rows, tiny_trainer
 
 # The proxy rises for ever; gold turns at step 4. Both are scripted: this tests the guard's part.
@@ -46,7 +45,7 @@ GUARDED: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def _rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "guarded.py").write_text(REWARDS)
-    monkeypatch.setattr(loop, "write_report", lambda folder: None)
+    monkeypatch.setattr("rlprompt.recipe.build.write_report", lambda folder: None)
 
 
 def test_the_guard_ends_the_run_and_says_why(tmp_path: Path) -> None:

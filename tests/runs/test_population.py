@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,11 @@ from safetensors.torch import load_file
 from rlprompt.artifacts.format import read_artifact_info
 from rlprompt.errors import InputError
 from rlprompt.files import read_jsonl
-from rlprompt.recipe.build import build_run, build_trainer
+from rlprompt.recipe.build import build_run, build_single_run
 from rlprompt.recipe.schema import Recipe
+from rlprompt.runs.learner import NotFiniteError
 from rlprompt.runs.population import Population
-from rlprompt.training.update import NotFiniteError
-from tests.fixtures.runs import comparable_rows, tiny_recipe
+from tests.fixtures.runs import comparable_rows, gradient_step, stops, tiny_recipe
 
 MEMBERS: list[dict[str, Any]] = [
     {"name": "soft", "changes": {"training.optimizer.lr_relative": 0.2}},
@@ -44,12 +46,12 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
 
 
 def test_members_share_one_base_and_nothing_that_learns(tmp_path: Path) -> None:
-    first, second = population(tmp_path, tmp_path / "run").trainers.values()
+    first, second = population(tmp_path, tmp_path / "run").members.values()
     assert first.parts.policy is not second.parts.policy
     assert first.parts.policy.base is second.parts.policy.base
     assert first.parts.policy.forward is second.parts.policy.forward
     assert first.parts.evaluator is second.parts.evaluator
-    assert first.parts.rewards is not second.parts.rewards
+    assert gradient_step(first).parts.rewards is not gradient_step(second).parts.rewards
     assert not {id(p) for p in first.parts.policy.parameters()} & {
         id(p) for p in second.parts.policy.parameters()
     }
@@ -64,7 +66,7 @@ def test_a_member_is_the_run_that_it_would_be_alone(
         folder, population=MEMBERS, training={"steps": 4}, evaluation={"every": 1}
     ).members()[member]
     assert recipe.training.steps == 2
-    build_trainer(recipe, folder, tmp_path).run()
+    build_single_run(recipe, folder, tmp_path).run()
     for kind in ("metrics", "evaluation", "completions"):
         ours = comparable_rows(folder / "run" / "members" / member, kind)
         assert ours == comparable_rows(tmp_path, kind)
@@ -106,10 +108,10 @@ def test_a_resumed_population_runs_what_is_left(
 ) -> None:
     folder, whole = done
     cut = population(folder, tmp_path)
-    next(iter(cut.trainers.values())).run()  # the process dies after the first member
+    next(iter(cut.members.values())).run()  # the process dies after the first member
     again = population(folder, tmp_path)
     resumed = again.run(resume=True)
-    assert next(iter(again.trainers.values())).state.progress.step == 0  # it was not run again
+    assert next(iter(again.members.values())).state.progress.step == 0  # it was not run again
     rewards = [row["heldout_reward_after"] for row in resumed["members"].values()]
     assert rewards == [row["heldout_reward_after"] for row in whole["members"].values()]
     for kind in ("metrics", "completions"):
@@ -123,17 +125,68 @@ def test_a_member_that_fails_is_left_out(tmp_path: Path, monkeypatch: pytest.Mon
     def explode(*args: object, **kwargs: object) -> None:
         raise NotFiniteError("the loss is not finite")
 
-    soft, lora = built.trainers.values()
-    monkeypatch.setattr(soft._updater, "learn", explode)
+    soft, lora = built.members.values()
+    monkeypatch.setattr(gradient_step(soft).updater, "learn", explode)
     summary = built.run()
     assert summary["best_member"] == "lora"
-    assert summary["failed_members"] == {"soft": "the loss is not finite"}
-    monkeypatch.setattr(lora._updater, "learn", explode)
+    assert summary["members"]["soft"] == {
+        "stopped_because": "failed",
+        "error": "the loss is not finite",
+    }
+    monkeypatch.setattr(gradient_step(lora).updater, "learn", explode)
     other = population(tmp_path, tmp_path / "other")
-    for trainer in other.trainers.values():
-        monkeypatch.setattr(trainer._updater, "learn", explode)
+    for trainer in other.members.values():
+        monkeypatch.setattr(gradient_step(trainer).updater, "learn", explode)
     with pytest.raises(NotFiniteError, match="no member came to an end"):
         other.run()
+
+
+def ends_member(name: str, **limit: Any) -> dict[str, Any]:
+    """Changes of a recipe by which a guard ends the members whose completions are long enough."""
+    guard = {"type": "limit", "name": name, "metric": "completions/mean_length", **limit}
+    return {"guards": [guard | {"window": 2, "patience": 1, "action": "stop"}]}
+
+
+LONG: dict[str, Any] = {"training": {"steps": 8}, "evaluation": {"every": 1}}
+
+
+def test_a_guard_ends_its_member_and_the_others_are_trained(tmp_path: Path) -> None:
+    guard = ends_member("any_length", above=0.0)
+    summary = population(tmp_path, tmp_path / "run", **LONG, **guard).run()
+    ended = {
+        name: (row["stopped_because"], row["steps"]) for name, row in summary["members"].items()
+    }
+    assert ended == {"soft": ("guard:any_length", 2), "lora": ("guard:any_length", 2)}
+    assert summary["stopped_because"] == "finished"
+    assert [alarm["member"] for alarm in summary["alarms"]] == ["soft", "lora"]
+    again = population(tmp_path, tmp_path / "run", **LONG, **guard)
+    assert again.run(resume=True)["members"] == summary["members"]
+    assert [run.state.progress.step for run in again.members.values()] == [0, 0]  # none ran again
+
+
+def test_resuming_goes_on_with_the_member_that_a_signal_stopped(tmp_path: Path) -> None:
+    """One member was ended by a guard, the next one by a signal: only that one has steps left."""
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    whole = population(tmp_path, straight, **LONG, **stops(99, "SIGTERM")).run()
+    first = population(tmp_path, cut, **LONG, **stops(99, "SIGTERM"))
+    soft, lora = first.members.values()
+    soft.run()
+    step = gradient_step(lora).step
+
+    def stopped(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args, **kwargs)
+
+    gradient_step(lora).step = stopped  # type: ignore[method-assign]
+    summary = first.run(resume=True)
+    assert summary["stopped_because"] == "SIGTERM"
+    assert summary["members"]["soft"]["stopped_because"] == "finished"
+    assert summary["members"]["lora"]["stopped_because"] == "SIGTERM"
+    resumed = population(tmp_path, cut, **LONG, **stops(99, "SIGTERM")).run(resume=True)
+    assert resumed["stopped_because"] == "finished"
+    for key in ("heldout_reward_after", "best_step", "steps", "stopped_because"):
+        for name, row in whole["members"].items():
+            assert resumed["members"][name][key] == row[key]
 
 
 @pytest.mark.parametrize(

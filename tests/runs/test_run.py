@@ -18,11 +18,12 @@ from rlprompt.model.base import verify_unchanged
 from rlprompt.rollout.collect import RolloutBatch
 from rlprompt.runs import run as loop
 from rlprompt.runs.checkpoint import checkpoint_steps, load_checkpoint
-from rlprompt.training.update import NotFiniteError
+from rlprompt.runs.learner import NotFiniteError
 from tests.fixtures.runs import (
     artifact_embeddings,
     assert_same_run,
     comparable_rows,
+    gradient_step,
     stops,
     tiny_trainer,
 )
@@ -38,7 +39,7 @@ PROMISED = {
 def _report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing costs more than a tiny run; two tests check that it happens."""
     if "report" not in request.node.name:
-        monkeypatch.setattr(loop, "write_report", lambda folder: None)
+        monkeypatch.setattr("rlprompt.recipe.build.write_report", lambda folder: None)
 
 
 def scripted(*heldout: float) -> dict[str, Any]:
@@ -262,7 +263,7 @@ def test_a_prompt_that_becomes_nan_stops_the_run_and_the_step_before_it_is_saved
     }
     trainer = tiny_trainer(tmp_path, output, **plain)
     calls = 0
-    gradient = trainer._updater.gradient
+    gradient = gradient_step(trainer).updater.gradient
 
     def poisoned(batch: RolloutBatch, *rest: Any) -> Any:
         nonlocal calls
@@ -272,7 +273,7 @@ def test_a_prompt_that_becomes_nan_stops_the_run_and_the_step_before_it_is_saved
                 trainer.parts.policy.parameters()[0][0, 0] = torch.nan
         return gradient(batch, *rest)
 
-    monkeypatch.setattr(trainer._updater, "gradient", poisoned)
+    monkeypatch.setattr(gradient_step(trainer).updater, "gradient", poisoned)
     with pytest.raises(NotFiniteError, match="is not finite"):
         trainer.run()
     failed = output / "failed_step_3"
@@ -280,7 +281,7 @@ def test_a_prompt_that_becomes_nan_stops_the_run_and_the_step_before_it_is_saved
     assert len(read_jsonl(failed / "completions.jsonl")) == 4
     kept = load_checkpoint(output / "checkpoints")
     assert kept.step == 2 and bool(kept.tensors["prompt/embeddings"].isfinite().all())
-    assert kept.state["progress"]["updates"] == 2 * num_epochs
+    assert kept.state["learner"]["updates"] == 2 * num_epochs
 
     # What was saved is the state before step 3: a resumed run repeats it as if nothing had been.
     tiny_trainer(tmp_path, output, **plain).run(resume=True)

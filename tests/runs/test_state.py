@@ -13,37 +13,67 @@ import torch
 from rlprompt.data.sampler import QuerySampler
 from rlprompt.errors import InputError
 from rlprompt.prompts.soft import SoftPrompt
-from rlprompt.runs.checkpoint import load_checkpoint, optimizer_tensors, save_checkpoint
+from rlprompt.runs.checkpoint import load_checkpoint, save_checkpoint
+from rlprompt.runs.learner import LearnerState, StepResult
 from rlprompt.runs.state import RunState
-from rlprompt.training.optimizer import build_optimizer
+from rlprompt.training.optimizer import (
+    build_optimizer,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
 from rlprompt.training.settings import OptimizerSettings
 
 IDENTITY = {"dataset": "d1", "base": "b1"}
 
 
+class Drifting:
+    """A learner that follows random gradients, over queries that it draws and leaves unanswered."""
+
+    def __init__(self, tokens: int) -> None:
+        self.prompt = SoftPrompt(torch.ones(tokens, 3))
+        self.optimizer = build_optimizer(self.prompt.parameters(), OptimizerSettings(), 0.1)
+        self.sampler = QuerySampler(5, 2, seed=0)
+
+    def step(
+        self, step: int, seed: int, *, next_seed: int | None = None, time_share: float = 0.0
+    ) -> StepResult:
+        (parameter,) = self.prompt.parameters()
+        parameter.grad = torch.rand_like(parameter)
+        self.optimizer.step()
+        self.sampler.next()
+        return StepResult({}, [], 0, 0.0)
+
+    def state(self) -> LearnerState:
+        tensors = optimizer_tensors(self.optimizer, "optimizer")
+        own = {name: tensor.clone() for name, tensor in tensors.items()}
+        return LearnerState(own, {"source": self.sampler.state_dict()})
+
+    def restore(self, state: LearnerState) -> None:
+        load_optimizer_tensors(self.optimizer, state.tensors, "optimizer")
+        self.sampler.load_state_dict(state.plain["source"])
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+
 def fresh(tokens: int = 2) -> RunState:
-    prompt = SoftPrompt(torch.ones(tokens, 3))
-    optimizer = build_optimizer(prompt.parameters(), OptimizerSettings(), 0.1)
-    return RunState(prompt, optimizer, QuerySampler(5, 2, seed=0))
+    return RunState(Drifting(tokens))
 
 
 def advance(state: RunState) -> None:
-    (parameter,) = state.prompt.parameters()
-    parameter.grad = torch.rand_like(parameter)
-    state.optimizer.step()
-    state.source.next()
+    state.learner.step(state.progress.step, 0)
     state.progress.step += 1
     state.progress.step_seconds.append(0.5)
 
 
 def snapshot(state: RunState) -> dict[str, object]:
     return {
-        "prompt": state.prompt.state_dict()["embeddings"].tolist(),
+        "prompt": state.learner.prompt.state_dict()["embeddings"].tolist(),
         "best": state.best["embeddings"].tolist(),
         "progress": copy.deepcopy(state.progress),
-        "next": state.source.state_dict(),
+        "next": copy.deepcopy(state.learner.state().plain),
         "optimizer": {
-            name: value.tolist() for name, value in optimizer_tensors(state.optimizer, "o").items()
+            name: value.tolist() for name, value in state.learner.state().tensors.items()
         },
     }
 
@@ -95,7 +125,9 @@ def test_the_best_is_kept_and_what_follows_is_stale() -> None:
     assert kept == [True, True, False, False]
     assert (state.progress.best_reward, state.progress.best_step) == (0.3, 1)
     assert state.progress.stale_evaluations == 2
-    assert not torch.equal(state.best["embeddings"], state.prompt.state_dict()["embeddings"])
+    assert not torch.equal(
+        state.best["embeddings"], state.learner.prompt.state_dict()["embeddings"]
+    )
 
 
 def test_an_evaluation_without_scores_is_never_the_best() -> None:

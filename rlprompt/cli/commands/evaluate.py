@@ -18,7 +18,7 @@ from rlprompt.files import to_json, write_atomic
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.text import NonePrompt, TextPrompt
-from rlprompt.recipe.build import build_ground, build_prompt
+from rlprompt.recipe.build import build_prompt, build_shared
 from rlprompt.recipe.schema import Recipe, load_recipe
 
 
@@ -51,13 +51,13 @@ def run(
     setup_logging(notes, logging.WARNING, verbose)
     recipe = load_recipe(recipe_path, overrides)
     with notes.status("loading data, rewards and model"):
-        ground = build_ground(recipe, recipe_path.parent)
-        if not ground.data.heldout:
+        shared = build_shared(recipe, recipe_path.parent)
+        if not shared.data.heldout:
             raise InputError(
                 "the recipe holds no queries out (data.heldout is 0), so there is nothing to "
                 "evaluate on; set data.heldout as it was in training"
             )
-        policy, evaluator = ground.policy, ground.evaluator
+        policy, evaluator = shared.policy, shared.evaluator
         if artifact is None:
             prompt = build_prompt(recipe, policy, recipe_path.parent)
         else:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlprompt.runs.read_folder import Row, load_run
+from rlprompt.runs.summary import Summary
 from rlprompt.tracking.console import clean_text, format_number
 
 _WHO = {"base": "base", "handwritten": "hand-written", "learned": "learned"}
@@ -20,7 +21,7 @@ _NUM_SAMPLES = 2
 _MAX_ANSWER = 600
 
 
-def show_results(folder: Path, summary: Mapping[str, Any], console: Console) -> None:
+def show_results(folder: Path, summary: Summary, console: Console) -> None:
     """Print the comparison of base, hand-written and learned prompt, and what to do next.
 
     Args:
@@ -33,7 +34,7 @@ def show_results(folder: Path, summary: Mapping[str, Any], console: Console) -> 
     if "members" in summary:
         console.print()
         console.print(_members(summary))
-        run = folder / "members" / str(summary["best_member"])
+        run = folder / "members" / summary["best_member"]
     if heldout:
         console.print()
         best = summary["best_step"]
@@ -69,24 +70,31 @@ def _show_ranks(ranks: Sequence[Mapping[str, float]], console: Console) -> None:
         console.print(line, soft_wrap=True, highlight=False)
 
 
-def _members(summary: Mapping[str, Any]) -> Table:
+def _members(summary: Summary) -> Table:
     """One row per member of a population."""
     table = Table()
-    for column in ("member", "reward", "best step", "steps", "seconds"):
-        table.add_column(column, justify="left" if column == "member" else "right")
+    for column in ("member", "reward", "best step", "steps", "seconds", "ended"):
+        table.add_column(column, justify="left" if column in ("member", "ended") else "right")
     for name, row in summary["members"].items():
-        best = name == summary["best_member"]
+        best = name == summary.get("best_member")
         table.add_row(
             name,
-            format_number(row["heldout_reward_after"]),
-            str(row["best_step"]),
-            str(row["steps"]),
-            format_number(row["seconds"]),
+            format_number(row.get("heldout_reward_after")),
+            str(row.get("best_step", "-")),
+            str(row.get("steps", "-")),
+            format_number(row.get("seconds")),
+            Text(_ending(row)),
             style="bold" if best else "",
         )
-    for name in summary["failed_members"]:
-        table.add_row(name, "failed", "-", "-", "-")
     return table
+
+
+def _ending(row: Mapping[str, Any]) -> str:
+    """Why a member ended."""
+    reason, error = row["stopped_because"], row.get("error")
+    if reason is None:
+        return "not begun"
+    return f"{reason}: {error}" if error else str(reason)
 
 
 def _comparison(heldout: Mapping[str, Row]) -> Table:

@@ -19,8 +19,8 @@ from rich.table import Table
 from rlprompt.cli.commands.terminal import setup_logging
 from rlprompt.errors import InputError
 from rlprompt.files import write_atomic
-from rlprompt.recipe.schema import Recipe, load_recipe
-from rlprompt.runs.claim_folder import check_output, default_output
+from rlprompt.recipe.schema import Recipe, load_recipe, with_new_settings
+from rlprompt.runs.claim_folder import RECIPE_FILE, check_output, default_output
 from rlprompt.slurm.jobs import Submitted, TaskStatus, read_jobs, task_statuses, write_jobs
 from rlprompt.slurm.queue import queued_jobs, submit_script
 from rlprompt.slurm.script import SERVER, TrainJob, command_script, train_script
@@ -77,10 +77,13 @@ def submit(
     cluster = load_cluster(options.cluster_file, options.cluster)
     points = [[*overrides, *point] for point in _points(options.sweep)]
     recipes = [load_recipe(recipe_path, point) for point in points]
-    folder = (default_output(recipes[0]) if options.output is None else options.output).absolute()
+    folder = (
+        default_output(recipes[0].name) if options.output is None else options.output
+    ).absolute()
     outputs = [folder / f"{i:03d}" if options.sweep else folder for i in range(len(points))]
     for recipe, output in zip(recipes, outputs, strict=True):
-        check_output(output, recipe.plain(), (output / "recipe.resolved.yaml").exists())
+        resume = (output / RECIPE_FILE).exists()
+        check_output(output, recipe.plain(), resume, with_new_settings)
     job = _train_job(recipe_path, recipes[0], points, outputs, cluster, options)
     scripts = [train_script(job)]
     for number, command in enumerate(options.then):
@@ -121,7 +124,7 @@ def status_folder(recipe: Path | None, overrides: Sequence[str], output: Path | 
         return output
     if recipe is None:
         raise InputError("--status needs a recipe or --output, the run folder; name one")
-    return default_output(load_recipe(recipe, overrides))
+    return default_output(load_recipe(recipe, overrides).name)
 
 
 def show_status(output: Path, *, wait: bool = False) -> int:

@@ -9,7 +9,7 @@ import pytest
 from rlprompt.errors import InputError
 from rlprompt.recipe.build import build_run
 from rlprompt.recipe.schema import load_recipe
-from rlprompt.runs.run import Trainer
+from rlprompt.runs.run import Run
 from tests.fixtures.classifiers import save_encoder
 from tests.fixtures.tiny import save_tiny
 
@@ -29,7 +29,7 @@ def test_it_builds(name: str, algorithm: str, kind: str, tmp_path: Path) -> None
         overrides.append(f"rewards.0.options.path={judge}")
     recipe = load_recipe(FOLDER / name, overrides)
     run = build_run(recipe, FOLDER, tmp_path / "run")
-    assert isinstance(run, Trainer)
+    assert isinstance(run, Run)
     roles = [each.role for each in recipe.rewards]
     assert recipe.algorithm.type == algorithm
     assert roles.count("constraint") == (2 if kind == "constrained" else 0)

@@ -1,0 +1,100 @@
+"""What a run asks of what learns: a gradient step, or a searcher.
+
+A run knows steps, checkpoints, evaluations and endings; it knows no gradient, no optimizer and no
+candidate. What learns knows how one step changes the prompt, and nothing of the run's life.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from rlprompt.prompts.base import Prompt
+
+
+class NotFiniteError(RuntimeError):
+    """Loss, gradient or updated prompt is NaN or infinite; the run goes back to a good state."""
+
+    def __init__(self, message: str, rows: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Say what is not finite.
+
+        Args:
+            message: the beginning of a sentence, such as "kl is not finite".
+            rows: the completions that led to it, as rows of `completions.jsonl`.
+        """
+        super().__init__(message)
+        self.rows = list(rows)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step gives to the run's record."""
+
+    metrics: dict[str, float]
+    """By their logged names."""
+    rows: Sequence[Mapping[str, Any]]
+    """Rows of `completions.jsonl`, one per completion."""
+    num_tokens: int
+    """Completion tokens drawn."""
+    rollout_seconds: float
+    """Time spent drawing them, in seconds."""
+    phases: Mapping[str, float] = field(default_factory=dict)
+    """Seconds of this step by phase; what no phase claims is logged as `time/other`."""
+
+
+@dataclass(frozen=True)
+class LearnerState:
+    """What a checkpoint keeps of a learner beside its prompt."""
+
+    tensors: Mapping[str, Tensor]
+    """Flat names, such as `optimizer/0/exp_avg`."""
+    plain: Mapping[str, Any]
+    """JSON values, such as the position in the data."""
+
+
+class Learner(Protocol):
+    """Makes a prompt better, step by step."""
+
+    @property
+    def prompt(self) -> Prompt:
+        """The prompt as it is now: what is evaluated, and kept when it is the best so far."""
+        ...
+
+    def step(
+        self, step: int, seed: int, *, next_seed: int | None = None, time_share: float = 0.0
+    ) -> StepResult:
+        """Make one step; the prompt changes in place.
+
+        Args:
+            step: finished steps.
+            seed: seed of everything that is drawn in this step.
+            next_seed: seed of the step after this one, for what is drawn ahead; None when there is
+                none.
+            time_share: share of the run's time that has been spent, 0 without a limit.
+
+        Raises:
+            NotFiniteError: what was learned cannot be used. The run then restores the state before
+                the step.
+            InputError: a reward failed, or the data cannot be used.
+        """
+        ...
+
+    def state(self) -> LearnerState:
+        """The state that `restore` takes; later steps do not touch it."""
+        ...
+
+    def restore(self, state: LearnerState) -> None:
+        """Go on where `state` was taken.
+
+        Raises:
+            ValueError: names or shapes differ.
+            InputError: the data is another.
+        """
+        ...
+
+    def close(self) -> None:
+        """End threads and processes of rollouts and rewards; the learner stays usable."""
+        ...
