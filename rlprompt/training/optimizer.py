@@ -18,8 +18,8 @@ def learning_rate(settings: OptimizerSettings, scale: float) -> float:
     """The peak learning rate.
 
     Args:
-        settings: absolute or relative rate.
-        scale: of the prompt's parameters, see `Prompt.scale`.
+        settings: the settings with an absolute or a relative rate.
+        scale: the scale of the prompt's parameters, see `Prompt.scale`.
     """
     if settings.lr is not None:
         return settings.lr
@@ -33,10 +33,10 @@ def lr_factor(
     """The share of the peak rate at an update.
 
     Args:
-        settings: schedule, warm-up and floor.
-        update: updates made before this one, from 0.
-        total: updates of the whole run.
-        time_share: of the time that the run may take, when it is limited.
+        settings: the settings with schedule, warm-up and floor.
+        update: the number of updates made before this one, from 0.
+        total: the number of updates of the whole run.
+        time_share: the share of the run's time that has been spent, when it is limited.
     """
     if update < settings.warmup_steps:
         return (update + 1) / settings.warmup_steps
@@ -57,10 +57,10 @@ def build_optimizer(
     """AdamW with the prompt's parameters in its first group; each group keeps its `peak_lr`.
 
     Args:
-        parameters: the prompt's.
-        settings: of AdamW.
-        peak_lr: of the prompt.
-        others: parameters of the algorithm, each with its own peak rate.
+        parameters: the prompt's parameters.
+        settings: the settings of AdamW.
+        peak_lr: the peak rate of the prompt.
+        others: the parameters of the algorithm, each with its own peak rate.
 
     Raises:
         InputError: there is nothing to train.

@@ -57,9 +57,9 @@ def view_of(batch: RolloutBatch, rewards: Tensor, rows: Sequence[Sequence[Row]])
     """What the algorithm may look at.
 
     Args:
-        batch: its completions.
+        batch: the batch, of which lengths and endings.
         rewards: float32 [B], the batch's totals, or what constraints made of them.
-        rows: scored as far as the algorithm needs.
+        rows: the rows, scored as far as the algorithm needs.
     """
     flat = [row for group in rows for row in group]
     width = int(batch.lengths.max())
@@ -83,11 +83,11 @@ def micro_signal(
     """The part of a signal that belongs to the rows of a micro-batch.
 
     Args:
-        rows: in the order of `scores`.
-        signal: of the whole batch.
+        rows: the rows of the micro-batch, in the order of `scores`.
+        signal: the signal of the whole batch.
         row_weights: [B] what one token of each row counts for in this update, and [B] what a
             robust objective makes of the row (None: nothing).
-        scores: of the micro-batch.
+        scores: the scores of the micro-batch.
     """
     index = torch.tensor([row.index for row in rows])
     device, width = scores.logprobs.device, scores.mask.shape[1]
