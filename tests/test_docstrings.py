@@ -30,7 +30,12 @@ HOW_IT_IS = """
     absolute called dense dotted drawn entered finished fitted given held made measured plain raised
     renders resolved scored shared synced told trained unique wanted
 """
-NO_NOUNS = frozenset(f"{WITHOUT_NOUN} {WHAT_IT_DOES} {HOW_IT_IS}".split())
+NO_NOUNS = frozenset(f"{WITHOUT_NOUN} {WHAT_IT_DOES}".split())
+PREPOSITIONS = "|".join(WITHOUT_NOUN.split())
+ALONE = re.compile(
+    rf"(?:{'|'.join(HOW_IT_IS.split())})(?:[.,;]| (?:{PREPOSITIONS})\b)", re.IGNORECASE
+)
+"""An adjective whose noun does not follow: "resolved, as plain values"."""
 VERBS = "are|become|becomes|can|gets|gives|goes|has|have|is|may|must|needs|trusts"
 ANOTHER = re.compile(rf"(?!what |whether |how |where |who )\S+ (?:{VERBS})\b", re.IGNORECASE)
 """A sentence about something else: "temperature: logits are divided by it"."""
@@ -60,7 +65,8 @@ def is_named(text: str) -> bool:
         word = word.lower()
     is_number = text.startswith((">", "<", "=", "-")) or word.isdigit()
     is_letter = re.match(r"[A-Za-z][;.,]|[A-Z]_\w+[;.,]|[A-Za-z] (?:>|<|in )", text) is not None
-    return not (word in NO_NOUNS or is_number or is_letter or ANOTHER.match(text))
+    is_alone = ALONE.match(text) or ANOTHER.match(text)
+    return not (word in NO_NOUNS or is_number or is_letter or is_alone)
 
 
 def unnamed(path: Path) -> Iterator[str]:
@@ -95,10 +101,16 @@ def test_entries_are_read_with_their_further_lines() -> None:
 
 def test_a_noun_a_shape_and_a_clause_name_an_argument() -> None:
     texts = ("the policy.", "[B, T].", "int64 [B].", "`key=value` strings.", "whether it is on.")
-    assert all(map(is_named, (*texts, "what is kept.", "Log-probabilities.", "positions seen.")))
+    assert all(map(is_named, (*texts, "what is kept.", "plain values.", "positions seen.")))
 
 
 def test_what_has_lost_its_noun_is_found() -> None:
     texts = ("of AdamW.", "whose prompt.", "None = all.", "see `X`.", "G; B is a multiple of it.")
-    more = ("Called with a line.", "logits are divided by it.", "0 trusts the value.", ">= 0.")
+    more = (
+        "Called with a line.",
+        "resolved, as values.",
+        "logits are divided by it.",
+        "0 trusts the value.",
+        ">= 0.",
+    )
     assert not any(map(is_named, (*texts, *more)))

@@ -64,7 +64,7 @@ def read_rows(rows: list[Any], query_column: str, label: str = "data.rows") -> T
     """Take rows that are no file: strings or mappings.
 
     Args:
-        rows: as the recipe has them, or a Python program.
+        rows: the rows, as a recipe or a Python program has them.
         query_column: column that a string stands for.
         label: what error messages call the rows.
 
