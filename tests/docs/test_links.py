@@ -36,7 +36,7 @@ SHORT = (ROOT, ROOT / "rlprompt", ROOT / "benchmarks", ROOT / "tests")
 CODE = (".py", ".cpp", ".h", ".jinja")
 EXAMPLES = {"path/file.py", "file.py", "FILE.py", "my_reward.py", "waits.py"}
 """Files of a user."""
-PLACEHOLDER = re.compile(r"_[A-Z]+\b")
+PLACEHOLDER = re.compile(r"_[A-Z]+\b|\b(?!README|CONTRIBUTING|CHANGELOG)[A-Z]+\.\w+$")
 PACKAGES = [path.name for path in (ROOT / "rlprompt").iterdir() if (path / "__init__.py").exists()]
 REFERENCES = [ROOT / "docs" / name for name in ("recipe.md", "reward_options.md")]
 """Pages that list every setting; a test writes them."""
