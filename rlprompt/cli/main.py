@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: in place of those of the process, which then goes on.
 
     Raises:
-        SystemExit: always, with the exit code; see `leaving` for when the process just ends.
+        SystemExit: always, with the exit code; see `process_exit` for when the process just ends.
     """
     if arguments is not None:
         _run(list(arguments))

@@ -147,8 +147,8 @@ def _read_csv(file: Path, query_column: str) -> Table:
 
 def _read_parquet(file: Path, query_column: str) -> Table:
     del query_column  # the schema names every column
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow
+    import pyarrow.parquet
 
     try:
         rows = pyarrow.parquet.read_table(file).to_pylist()

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol, Self
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from rlprompt.types import Adapter, Message, PrefixKV
+from rlprompt.types import Adapter, KVShape, LinearShape, Message, PrefixKV
 
 
 class Conditioner(Protocol):
@@ -41,13 +41,13 @@ class Conditioner(Protocol):
         ...
 
     @property
-    def kv_shape(self) -> tuple[int, int, int]:
-        """(L, H_kv, D)."""
+    def kv_shape(self) -> KVShape:
+        """Layers, heads and head dim of its keys and values."""
         ...
 
     @property
-    def linear_shapes(self) -> Mapping[str, tuple[int, int]]:
-        """(out, in) of every linear layer inside the decoder's layers, by its full name."""
+    def linear_shapes(self) -> Mapping[str, LinearShape]:
+        """The shape of every linear layer inside the decoder's layers, by its full name."""
         ...
 
     def embedding_norm(self) -> float:

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from rlprompt.errors import InputError
 from rlprompt.prompts.base import Conditioner, Prompt, SavedPrompt, SlotPrompt, check_state
-from rlprompt.prompts.settings import StartSettings
-from rlprompt.prompts.start import start_ids
+from rlprompt.prompts.settings import StartSettings, start_ids
 from rlprompt.types import PrefixKV
 
 

@@ -104,8 +104,8 @@ class Chat:
             asked = (*self._histories[name], {"role": "user", "content": content})
             told = None if progress is None else _bound(progress, name)
             seed = self._seed + self._turn
-            (group,) = engine.generate([Query(messages=asked)], 1, self.sampling, seed, told)
-            completion = group.completions[0]
+            drawn = engine.generate([Query(messages=asked)], 1, self.sampling, seed, told)
+            completion = drawn.groups[0].completions[0]
             answers[name] = Answer(completion.text.strip(), completion.terminated)
             said = {"role": "assistant", "content": answers[name].text}
             histories[name] = (*asked, said)

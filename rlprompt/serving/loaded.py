@@ -129,7 +129,7 @@ class LoadedPrompt:
             return []
         if n < 1:
             raise InputError(f"n is {n}; ask for at least one answer")
-        groups = self._synced().generate(queries, n, self._sampling(sampling), seed)
+        groups = self._synced().generate(queries, n, self._sampling(sampling), seed).groups
         return [group.completions for group in groups]
 
     def save(self, folder: str | Path) -> Path:

@@ -131,7 +131,7 @@ def test_sampling_logprobs_are_those_of_the_training_forward(kind: str, family: 
     engine = NativeEngine(policy)
     assert engine.supports(prompt)
     engine.sync(prompt)
-    groups = engine.generate(QUERIES, 3, SAMPLING, seed=5)
+    groups = engine.generate(QUERIES, 3, SAMPLING, seed=5).groups
     got = scores(policy, prompt, QUERIES, [g.completions for g in groups], SAMPLING.temperature)
     sampled = [torch.tensor(c.sampling_logprobs) for g in groups for c in g.completions]
     for ours, row in zip(got.logprobs, sampled, strict=True):
@@ -241,8 +241,7 @@ def _run(kind: str, folder: Path, first: int, steps: int) -> tuple[Policy, dict[
     policy = tiny_policy("qwen3")
     policy.prompt = make(kind, policy)
     algorithm = GRPO(GRPOSettings(group_size=4, kl_coef=0.1), max_tokens=10)
-    budget = {"temperature": 1.0, "token_budget": 64}
-    updater = Updater(policy, algorithm, policy.prompt.copy(), **budget)
+    updater = Updater(policy, algorithm, policy.prompt.copy(), temperature=1.0, token_budget=64)
     lr = 0.05 * policy.prompt.scale(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr)
     state = RunState(policy.prompt, optimizer, QuerySampler(8, 2, 0))

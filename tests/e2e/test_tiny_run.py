@@ -75,7 +75,7 @@ def test_a_reward_rises_and_the_artifact_reproduces_it(tmp_path: Path) -> None:
         recipe.sampling,
         completions_per_query=16,
         seed=recipe.seed + _HELDOUT_SEED,
-        probes={},
+        measures={},
     )
     result = judge.evaluate(policy.prompt, summary["best_step"])
     logged = [

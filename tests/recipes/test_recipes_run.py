@@ -15,7 +15,7 @@ import pytest
 from rlprompt.algorithms.make import ALGORITHMS
 from rlprompt.files import read_jsonl
 from rlprompt.model.base import verify_unchanged
-from rlprompt.prompts.adapter import METHODS
+from rlprompt.prompts.layer_adapters import METHODS
 from rlprompt.prompts.make import PROMPTS
 from rlprompt.recipe.build import build_run
 from rlprompt.recipe.schema import Recipe, load_recipe

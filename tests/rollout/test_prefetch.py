@@ -247,13 +247,13 @@ def test_a_failing_reward_is_told_as_in_a_plain_run(tmp_path: Path) -> None:
 def poison(trainer: Run, step: int) -> None:
     gradient, calls = gradient_step(trainer).updater.gradient, 0
 
-    def poisoned(*args: Any) -> Any:
+    def poisoned(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == step:
             with torch.no_grad():
                 trainer.parts.policy.parameters()[0][0, 0] = torch.nan
-        return gradient(*args)
+        return gradient(*args, **kwargs)
 
     gradient_step(trainer).updater.gradient = poisoned  # type: ignore[method-assign]
 

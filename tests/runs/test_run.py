@@ -15,7 +15,6 @@ from rlprompt.artifacts.format import read_artifact_info
 from rlprompt.errors import InputError
 from rlprompt.files import read_jsonl
 from rlprompt.model.base import verify_unchanged
-from rlprompt.rollout.collect import RolloutBatch
 from rlprompt.runs import run as loop
 from rlprompt.runs.checkpoint import checkpoint_steps, load_checkpoint
 from rlprompt.runs.learner import NotFiniteError
@@ -265,13 +264,13 @@ def test_a_prompt_that_becomes_nan_stops_the_run_and_the_step_before_it_is_saved
     calls = 0
     gradient = gradient_step(trainer).updater.gradient
 
-    def poisoned(batch: RolloutBatch, *rest: Any) -> Any:
+    def poisoned(*args: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 3 * num_epochs:  # the last update of step 3
             with torch.no_grad():
                 trainer.parts.policy.parameters()[0][0, 0] = torch.nan
-        return gradient(batch, *rest)
+        return gradient(*args)
 
     monkeypatch.setattr(gradient_step(trainer).updater, "gradient", poisoned)
     with pytest.raises(NotFiniteError, match="is not finite"):
