@@ -4,7 +4,8 @@
 
 attention   forward + backward of [prefix | query | own] attention: `scaled_dot_product_attention`
             against the same written out in matrix products (`kernels.reference`)
-linear      one linear layer of SmolLM2 in bf16: `nn.Linear` against packed weights (`model.frozen`)
+linear      one linear layer of SmolLM2 in bf16: `nn.Linear` against packed weights
+            (`model.cpu.packed_linear`)
 decode      one decode step's attention of one layer: the cache sliced to its filled columns against
             the whole block with a mask (`engines.cache`)
 head        log-probabilities, entropy and gradient of 1536 tokens: log_softmax over [M, V] with

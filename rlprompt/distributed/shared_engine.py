@@ -30,11 +30,11 @@ class SharedEngine:
         """Divide `engine`'s work.
 
         Args:
-            engine: this rank's.
-            ranks: among whom.
-            together: every rank completes every query, in step with the others: where each token
-                gathers weights from all ranks, dividing would save no time and deadlock.
-            around: entered by every rank for the time of a rollout.
+            engine: this rank's engine.
+            ranks: the ranks that share the work.
+            together: whether every rank completes every query, in step with the others: where each
+                token gathers weights from all ranks, dividing would save no time and deadlock.
+            around: what makes a context that every rank enters for the time of a rollout.
         """
         self._engine = engine
         self._ranks = ranks

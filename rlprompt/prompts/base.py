@@ -164,7 +164,7 @@ class Prompt(ABC):
         """The prompt as it is now, which later updates leave alone."""
         return copy.deepcopy(self)
 
-    # What an artifact keeps. `rlprompt.prompts.PROMPTS` names what reads it.
+    # What an artifact keeps. `rlprompt.prompts.make.PROMPTS` names what reads it.
 
     def check(self, conditioner: Conditioner) -> None:  # noqa: B027 (a text fits every base)
         """Refuse a base that the prompt's tensors do not fit.
@@ -185,7 +185,7 @@ class Prompt(ABC):
         """The files of its artifact, by path relative to the artifact.
 
         Args:
-            base: id of the base, for formats that name it.
+            base: the id of the base, for formats that name it.
         """
         del base
         return {"prompt.safetensors": save(self.artifact_tensors(), {"format": "pt"})}

@@ -79,7 +79,7 @@ class LayerAdapter(ABC):
         """Keep weights and settings.
 
         Args:
-            weights: by `<full name of the layer>.<name of the part>`.
+            weights: the weights, by `<full name of the layer>.<name of the part>`.
             config: what PEFT's adapter_config.json says of the method.
 
         Raises:

@@ -297,7 +297,7 @@ def with_new_settings(stored: Any) -> Any:
     """A stored recipe with the settings that a newer rlprompt has, at their defaults.
 
     Args:
-        stored: plain values, as `recipe.resolved.yaml` has them; what is no recipe stays as it is.
+        stored: the plain values of `recipe.resolved.yaml`; what is no recipe stays as it is.
     """
     try:
         return yaml.safe_load(yaml.safe_dump(Recipe.model_validate(stored).plain()))

@@ -95,8 +95,9 @@ def draw_curves(curves: Sequence[Curve], name: str, *, x_label: str = "") -> str
     """Draw curves over steps; values that are None or not finite are passed over.
 
     Args:
-        curves: Drawn in this order, later ones on top.
-        name: Unique on the page, of letters, digits and `-`; becomes part of the ids.
+        curves: The curves, drawn in this order, later ones on top.
+        name: A name that is unique on the page, of letters, digits and `-`; it becomes part of the
+            ids.
         x_label: What `Curve.steps` are, when they are no steps and need not be whole.
 
     Returns:

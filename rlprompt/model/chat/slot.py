@@ -102,7 +102,7 @@ class ChatSlot:
         """Find the slot of a tokenizer's chat template, and check it.
 
         Args:
-            tokenizer: With a chat template, unless `template` is given.
+            tokenizer: The tokenizer, with a chat template unless `template` is given.
             template: `"plain"`, the path of a Jinja file, or Jinja source; it replaces the
                 tokenizer's own.
 
@@ -118,7 +118,7 @@ class ChatSlot:
         """Tokens after the slot, through the assistant header where the completion starts.
 
         Args:
-            messages: Turns user, assistant, ..., user.
+            messages: The turns user, assistant, ..., user.
 
         Raises:
             InputError: The messages are not such turns, or the template cannot take this many.
