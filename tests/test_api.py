@@ -380,6 +380,33 @@ def test_a_saved_prompt_is_the_prompt(loaded: dict[str, Any], tmp_path: Path) ->
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_the_pieces_of_a_stream_are_the_answer(seed: int, loaded: dict[str, Any]) -> None:
+    prompt = rlprompt.open_model(**loaded).prompt("the sun")
+    pieces = list(prompt.stream("the rain", seed=seed, max_tokens=30))
+    assert len(pieces) > 3
+    assert "".join(pieces) == prompt.generate("the rain", seed=seed, max_tokens=30)
+
+
+def test_a_stream_that_nobody_takes_ends_and_the_prompt_answers_again(
+    loaded: dict[str, Any],
+) -> None:
+    prompt = rlprompt.open_model(**loaded).prompt("the sun")
+    before = set(threading.enumerate())
+    stream = prompt.stream("the rain", max_tokens=200)
+    first = next(stream)
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    stream.close()  # type: ignore[attr-defined]  # a generator
+    assert set(threading.enumerate()) == before
+    assert prompt.generate("the rain", max_tokens=200).startswith(first)
+
+
+def test_what_goes_wrong_in_a_stream_is_raised_where_it_is_taken(loaded: dict[str, Any]) -> None:
+    prompt = rlprompt.open_model(**loaded).prompt("the sun")
+    with pytest.raises(InputError, match="positions"):
+        list(prompt.stream("the rain " * 500))
+
+
 def test_conversations_in_one_batch(loaded: dict[str, Any]) -> None:
     prompt = rlprompt.open_model(**loaded).prompt("the sun")
     turns = [
