@@ -277,9 +277,9 @@ class Policy:
         """Pack queries and their completions under a prompt; see `build_tree`.
 
         Args:
-            queries: one per group.
-            completions: per group; empty for a prefill.
-            prefix: of the prompt.
+            queries: the queries, one per group.
+            completions: the completions of each group; empty for a prefill.
+            prefix: the prefix of the prompt.
             prompt: the policy's own prompt when None.
             room: positions to leave for tokens that are decoded later.
 

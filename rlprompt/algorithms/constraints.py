@@ -47,12 +47,13 @@ class Multipliers:
         """Keep the rule.
 
         Args:
-            limits: by the name of the constraint, the mean that its values are held under.
+            limits: the mean that the values of each constraint are held under, by its name.
             lr: how far a multiplier moves per batch and unit of violation.
             initial: what the multipliers start from.
             maximum: what they never exceed; None = no bound.
-            rescale: divide the penalised reward by 1 + sum of multipliers, so that its scale stays
-                when multipliers grow (Stooke et al., 2020, arXiv 2007.03964, section 5).
+            rescale: whether the penalised reward is divided by 1 + sum of multipliers, so that its
+                scale stays when multipliers grow (Stooke et al., 2020, arXiv 2007.03964, section
+                5).
         """
         self._limits = dict(limits)
         self._lr = lr
@@ -73,7 +74,7 @@ class Multipliers:
 
         Args:
             rewards: [B]; NaN = not scored, and stays so.
-            costs: by name, [B].
+            costs: the cost [B] of each completion, by the name of the constraint.
         """
         total = rewards.clone()
         for name, multiplier in self._values.items():
@@ -85,7 +86,8 @@ class Multipliers:
         """Move every multiplier by its violation; returns metrics under their logged names.
 
         Args:
-            costs: by name, [B] of the batch; one that no completion has leaves its multiplier.
+            costs: the cost [B] of each completion of the batch, by the name of the constraint; one
+                that no completion has leaves its multiplier.
         """
         metrics: dict[str, float] = {}
         for name, limit in self._limits.items():
@@ -121,7 +123,7 @@ class Constraints:
 
         Args:
             settings: the rule by which they are learned.
-            limits: by the name of the constraint, what its mean cost is held under
+            limits: the mean cost that each constraint is held under, by its name
                 (`RewardRunner.cost_limits`).
         """
         self._multipliers = Multipliers(

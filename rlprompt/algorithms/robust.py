@@ -55,7 +55,7 @@ def cvar_weights(losses: Tensor, share: float) -> Tensor:
 
     Args:
         losses: [N]; NaN = unknown, which gets weight 0 and is not counted in N.
-        share: in (0, 1].
+        share: the share of the queries that are the worst, in (0, 1].
     """
     known = ~losses.isnan()
     count = int(known.sum())
@@ -83,7 +83,7 @@ class WorstGroup:
 
         Args:
             shares: the share of queries in each group; sums to 1.
-            step_size: of the exponentiated gradient, per unit of loss.
+            step_size: the step size of the exponentiated gradient, per unit of loss.
         """
         self._names = sorted(shares)
         self._shares = torch.tensor([shares[name] for name in self._names], dtype=torch.float64)
@@ -185,8 +185,8 @@ class QueryWeights:
         """float32 [B], what the rows of each query count for; moves a worst group's weights.
 
         Args:
-            view: of the batch.
-            queries: N, one per group of the view.
+            view: what is known of the batch.
+            queries: the N queries of the batch, one per group of the view.
         """
         losses = self._losses(view)
         if self._worst is None:

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit.
 
     Args:
-        arguments: in place of those of the process, which then goes on.
+        arguments: the arguments; None = those of the process, which ends after them.
 
     Raises:
         SystemExit: always, with the exit code; see `process_exit` for when the process just ends.

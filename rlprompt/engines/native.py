@@ -317,11 +317,11 @@ class _TokenLoop:
         """Decode the rows of a cache.
 
         Args:
-            decoder: makes the steps.
+            decoder: the decoder that makes the steps.
             cache: B rows, the same number for each of G groups.
             states: [G, d], what the first tokens are drawn from.
             uniform: [max_tokens, B] in [0, 1).
-            writer: says where products are kept; None = nowhere.
+            writer: what says where products are kept; None = nowhere.
 
         Returns:
             What was drawn, in the first order of the rows.

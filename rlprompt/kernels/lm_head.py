@@ -222,8 +222,8 @@ def head_scores(
         hidden: [M, d] hidden states after the final norm, M >= 1.
         targets: int64 [M].
         head: the frozen head; its weight gets no gradient.
-        temperature: sampling temperature tau > 0; logits are divided by it, so that these are the
-            log-probabilities of the distribution that was sampled from.
+        temperature: the sampling temperature, tau > 0; logits are divided by it, so that these are
+            the log-probabilities of the distribution that was sampled from.
         entropy_grad: whether the entropy is part of the loss; without it the entropy is a metric
             only and costs no matrix product.
 

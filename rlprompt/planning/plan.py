@@ -67,7 +67,7 @@ def plan(
     Args:
         recipe: recipe, of which batch sizes, lengths, budget, dtype and `distributed` count.
         shape: shape of the base, in place of the recipe's.
-        ranks: W.
+        ranks: the number of ranks, W.
         device: data sheet of each rank's device.
         query_tokens: mean length of a query with its template.
 

@@ -127,7 +127,7 @@ def build_single_run(
         base_dir: the recipe's folder; its paths are relative to it.
         output: the run folder.
         console: where the live display goes.
-        ranks: among whom the work is divided; None when this process is alone.
+        ranks: the ranks among whom the work is divided; None when this process is alone.
         objects: what `memory:` paths of the recipe stand for.
 
     Raises:

@@ -192,9 +192,9 @@ class ReportedError(Exception):
     """A failure whose message goes on a sentence that begins with the reward's name.
 
     Args:
-        message: such as `raised ValueError: no number at reward.py:3`.
+        message: the rest of the sentence, such as `raised ValueError: no number at reward.py:3`.
         advice: what to do about it; empty when the message says so itself.
-        kind: see `RewardFailure.kind`.
+        kind: the kind, see `RewardFailure.kind`.
     """
 
     def __init__(self, message: str, advice: str = "", kind: FailureKind = "exception") -> None:

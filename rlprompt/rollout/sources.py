@@ -52,8 +52,8 @@ class Source(Protocol):
         """The batch of a step.
 
         Args:
-            step: finished steps.
-            seed: of everything that is drawn for it, but for the choice of queries.
+            step: the number of finished steps.
+            seed: the seed of everything that is drawn for it, but for the choice of queries.
         """
         ...
 
@@ -152,14 +152,15 @@ class RolloutSource(_QuerySource):
         """Join the parts.
 
         Args:
-            queries: to draw from.
-            sampler: over their numbers.
-            engine: draws completions.
-            prompt: to draw under; the one that is trained, or a teacher.
-            rewards: score what was drawn.
-            algorithm: says how many completions a query gets and which groups count.
+            queries: the queries to draw from.
+            sampler: the sampler over their numbers.
+            engine: the engine that draws completions.
+            prompt: the prompt to draw under; the one that is trained, or a teacher.
+            rewards: the rewards that score what was drawn.
+            algorithm: the algorithm, which says how many completions a query gets and which groups
+                count.
             sampling: how tokens are drawn.
-            augment: changes a query before it is asked.
+            augment: what changes a query before it is asked; None = nothing.
         """
         super().__init__(queries, sampler, augment)
         self._engine = engine
@@ -179,8 +180,8 @@ class RolloutSource(_QuerySource):
         """Draw and score; see `Source.collect`.
 
         Args:
-            step: finished steps.
-            seed: of everything that is drawn, but for the choice of queries.
+            step: the number of finished steps.
+            seed: the seed of everything that is drawn, but for the choice of queries.
             keep_products: whether the batch is learned from under the prompt that it is drawn
                 under; see `Engine.generate`.
         """
@@ -241,11 +242,11 @@ class ColumnSource(_QuerySource):
         """Check and tokenise every answer.
 
         Args:
-            queries: whose columns hold the answers.
-            sampler: over their numbers.
-            policy: turns text into tokens.
-            columns: `["completion"]`, or `["chosen", "rejected"]`.
-            augment: changes a query before it is asked.
+            queries: the queries, whose columns hold the answers.
+            sampler: the sampler over their numbers.
+            policy: the policy, which turns text into tokens.
+            columns: the names of the columns: `["completion"]`, or `["chosen", "rejected"]`.
+            augment: what changes a query before it is asked; None = nothing.
 
         Raises:
             InputError: a column is missing, or an answer is not a non-empty text.

@@ -49,8 +49,8 @@ class Run(Outcome):
         """Go on to the end, or until a stop signal; returns the content of summary.json.
 
         Args:
-            resume: go on from the newest checkpoint in the output folder, or from the start when
-                there is none yet.
+            resume: whether to go on from the newest checkpoint in the output folder, or from the
+                start when there is none yet.
 
         Raises:
             InputError: the folder holds another run, or its newest checkpoint is damaged or belongs

@@ -20,7 +20,7 @@ def learning_rate(settings: OptimizerSettings, scale: float) -> float:
 
     Args:
         settings: absolute or relative rate.
-        scale: of the prompt's parameters, see `Prompt.scale`.
+        scale: the scale of the prompt's parameters, see `Prompt.scale`.
     """
     if settings.lr is not None:
         return settings.lr
@@ -37,7 +37,7 @@ def lr_factor(
         settings: schedule, warm-up and floor.
         update: updates made before this one, from 0.
         total: updates of the whole run.
-        time_share: of the time that the run may take, when it is limited.
+        time_share: the share of the run's time that has been spent, when it is limited.
     """
     if update < settings.warmup_steps:
         return (update + 1) / settings.warmup_steps

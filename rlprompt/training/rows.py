@@ -57,9 +57,9 @@ def view_of(batch: RolloutBatch, rewards: Tensor, rows: Sequence[Sequence[Row]])
     """What the algorithm may look at.
 
     Args:
-        batch: its completions.
+        batch: the batch, of which lengths and endings.
         rewards: float32 [B], the batch's totals, or what constraints made of them.
-        rows: scored as far as the algorithm needs.
+        rows: the rows, scored as far as the algorithm needs.
     """
     flat = [row for group in rows for row in group]
     width = int(batch.lengths.max())

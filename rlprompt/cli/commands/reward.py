@@ -30,10 +30,11 @@ def check(
     """Try a reward and print what was found; returns the exit code, 1 when a check failed.
 
     Args:
-        path: as in a recipe, relative to the working directory; `file.py` means `file.py:reward`.
+        path: the reward as in a recipe, relative to the working directory; `file.py` means
+            `file.py:reward`.
         options: `key=value` strings, values parsed as YAML.
-        columns: dataset columns in the same form.
-        pairs: JSONL file of compared answers.
+        columns: the dataset columns, in the same form.
+        pairs: a JSONL file of compared answers.
         timeout: seconds that one call may take.
 
     Raises:

@@ -68,9 +68,9 @@ def choose(choice: Choice, folder: Path, dtype: torch.dtype, device: torch.devic
 
     Args:
         choice: `model.cpu_kernels` of a recipe.
-        folder: where built kernels are kept.
-        dtype: of the model.
-        device: of the model.
+        folder: the folder where built kernels are kept.
+        dtype: the dtype of the model.
+        device: the device of the model.
 
     Raises:
         InputError: they are asked for and cannot be used.
@@ -159,8 +159,8 @@ def branch_norm(
     Args:
         residual: [..., d].
         update: what a branch adds to it, [..., d]; None = nothing.
-        weight: of the norm, [d]; it gets no gradient.
-        eps: of the norm.
+        weight: the weight of the norm, [d]; it gets no gradient.
+        eps: the epsilon of the norm.
 
     Returns:
         The sum and its norm, [..., d] each.
@@ -208,7 +208,7 @@ def rotary(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor
             is overwritten, so nothing else may need its values.
         cos: [N, D], of the tensor's type.
         sin: [N, D].
-        kv_heads: H_kv.
+        kv_heads: the number of key/value heads, H_kv.
 
     Returns:
         q [N, H, D], k and v [N, H_kv, D]: views of one block.
@@ -301,7 +301,7 @@ def decode_attention(
         tensors: q [B, H, D], k and v [B, H_kv, D] of one new token per row.
         cache: [2 L, at least B, H_kv, S, D], dense, keys of all layers first; this layer's stand
             in the kernel's order (`rlprompt.kernels.cpu.cache_layout`).
-        layer: number of the layer.
+        layer: the number of the layer.
         table: int64 [2, B or more], dense: of each row, how much shorter its query is than the
             longest one, and the row whose shared columns are read in place of its own, which are
             equal.
@@ -325,7 +325,7 @@ def head_scores(
         logits: [M, V], dense. Where `grad`, they become the gradient of each target's
             log-probability in the scaled logits.
         targets: int64 [M].
-        temperature: logits are divided by it.
+        temperature: the temperature that logits are divided by.
         grad: whether gradients are wanted.
         spread: [M, V] of the type of `logits` that gets the gradient of the entropy; None = not
             wanted.
@@ -346,7 +346,7 @@ def draw(
     Args:
         logits: [B, V], dense.
         uniform: float64 [B] in [0, 1).
-        temperature: above 0; logits are divided by it.
+        temperature: the temperature, above 0, that logits are divided by.
         banned: int64 ids that are not drawn; None = none.
 
     Returns:

@@ -117,9 +117,9 @@ def build_tree(
     """Pack G queries with their completions.
 
     Args:
-        queries: per group, the tokens between the slot and the completion; at least one each.
-        completions: per group, its completions' tokens; may be empty lists (a prefill).
-        prefix_length: P.
+        queries: the tokens between the slot and the completion, of each group, at least one each.
+        completions: the completions' tokens, of each group; may be empty lists (a prefill).
+        prefix_length: the number of prefix tokens, P.
         device: where the tensors go.
 
     Raises:
@@ -222,7 +222,7 @@ class TreeContext:
         Args:
             tree: the packed tokens.
             prefix: keys and values of the P shared positions; gradients flow back into them.
-            keep_queries: whether each layer's padded query keys and values stay in
+            keep_queries: whether each layer's padded query keys and values are kept in
                 `query_keys/query_values` ([G, H_kv, Q, D], right padded), for decoding to go on
                 from.
             fused: whether attention goes through the Triton kernels; None = as the device suggests.
