@@ -140,15 +140,15 @@ def decode() -> None:
         mask = (torch.arange(block) < filled)[None, None].expand(32, 1, -1)
         bias = mask_bias(mask, torch.bfloat16)
         with torch.inference_mode():
-            sliced = best(partial(sliced_attention, query, (key, value), bias, filled))
+            sliced = best(partial(sliced_attention, query, key, value, bias, filled))
             whole = best(partial(masked_attention, query, key, value, bias, DIM**-0.5))
         row(f"decode, {filled} of {block} columns", {"sliced": sliced, "whole": whole})
 
 
-def sliced_attention(query: Tensor, kv: tuple[Tensor, Tensor], bias: Tensor, filled: int) -> None:
+def sliced_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, filled: int) -> None:
     """Attention to the first columns of a block; slicing belongs to the work."""
-    key, value = (tensor[:, :, :filled] for tensor in kv)
-    masked_attention(query, key, value, bias[:, :, :filled], DIM**-0.5)
+    key, value, bias = (tensor[:, :, :filled] for tensor in (key, value, bias))
+    masked_attention(query, key, value, bias, DIM**-0.5)
 
 
 def head() -> None:
@@ -226,7 +226,7 @@ def tree_row(rows: int, length: int, shared: int) -> None:
 
     def run(cpp: bool) -> None:
         context = TreeContext(tree, PrefixKV([prefix[0]], [prefix[1]]))
-        call = LayerCall(0, (tensors[0], tensors[1], tensors[2]), 0.125, None, None, cpp)
+        call = LayerCall(0, tensors[0], tensors[1], tensors[2], 0.125, None, None, cpp)
         context.attend(call).backward(upstream)
 
     label = f"tree attention {rows} x {length} after {shared} + 22"

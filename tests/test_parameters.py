@@ -25,19 +25,6 @@ ALLOWED = {
 }
 """`file function parameter` -> the interface of others that asks for it."""
 
-LATER = frozenset(
-    {
-        "rlprompt/engines/cache.py",
-        "rlprompt/engines/decode_torch.py",
-        "rlprompt/engines/native.py",
-        "rlprompt/kernels/cpu/low_rank.py",
-        "rlprompt/kernels/cpu/ops.py",
-        "rlprompt/model/forward/attention.py",
-        "rlprompt/model/forward/tree.py",
-    }
-)
-"""Files that this does not hold for yet."""
-
 Aliases = Mapping[str, Mapping[str, ast.expr]]
 """Module -> the names that it assigns types to."""
 
@@ -120,13 +107,12 @@ def bare_tuples(trees: Mapping[str, ast.Module]) -> Iterator[str]:
 
 def test_no_parameter_is_a_tuple_of_several_things() -> None:
     found = set(bare_tuples(modules())) - ALLOWED.keys()
-    assert sorted(each for each in found if each.partition(" ")[0] not in LATER) == []
+    assert sorted(found) == []
 
 
 def test_what_is_allowed_is_there() -> None:
     found = set(bare_tuples(modules()))
     assert found >= ALLOWED.keys()
-    assert {each.partition(" ")[0] for each in found} >= LATER
 
 
 @pytest.mark.parametrize(

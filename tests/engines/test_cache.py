@@ -12,6 +12,7 @@ from torch import Tensor
 from rlprompt.engines.cache import DecodeCache
 from rlprompt.kernels.cpu import ops
 from rlprompt.kernels.cpu.cache_layout import LANES, plain_keys, plain_values
+from rlprompt.kernels.operands import Packed
 from rlprompt.model.chat.slot import ChatSlot
 from rlprompt.model.files.fetch import cache_dir
 from rlprompt.model.forward.tree import TreeContext
@@ -165,7 +166,7 @@ def test_growing_keeps_columns_in_the_order_of_the_kernels() -> None:
         cache.reserve()
         new = [torch.randn(cache.num_rows, *shape).bfloat16() for _ in range(3)]
         for layer in range(layers):
-            cache.attend(layer, (new[0], new[1], new[2]), 0.1)
+            cache.attend(layer, Packed(new[0], new[1], new[2]), 0.1)
         written.append(new[1:])
         cache.advance()
     for layer in range(layers):

@@ -18,6 +18,7 @@ from torch.nn import functional
 from rlprompt.errors import InputError
 from rlprompt.kernels.cpu import build
 from rlprompt.kernels.cpu.cache_layout import LANES
+from rlprompt.kernels.operands import KeyValue, Packed
 from rlprompt.kernels.reference import masked_attention
 
 logger = logging.getLogger(__name__)
@@ -263,16 +264,11 @@ class _TreeAttention(torch.autograd.Function):
         return dq, dk, dv, d_prefix_keys.to(wide), d_prefix_values.to(wide), None, None
 
 
-def tree_attention(
-    tensors: tuple[Tensor, Tensor, Tensor],
-    prefix: tuple[Tensor, Tensor],
-    spans: Tensor,
-    scaling: float,
-) -> Tensor:
+def tree_attention(packed: Packed, prefix: KeyValue, spans: Tensor, scaling: float) -> Tensor:
     """Attention of packed tokens over [prefix | their query | their own causal keys].
 
     Args:
-        tensors: q [N, H, D], k and v [N, H_kv, D], bfloat16, dense in D; D a multiple of `LANES`.
+        packed: queries, keys and values, bfloat16, dense in D; D a multiple of `LANES`.
         prefix: keys and values [H_kv, P, D] of any float type; their gradient is summed in float32.
         spans: int64 [R, 4], for each query and each completion its first packed token, its number
             of tokens, and the same two of the query that a completion follows (0, 0 for a query).
@@ -282,12 +278,12 @@ def tree_attention(
     Returns:
         [N, H, D].
     """
-    out: Tensor = _TreeAttention.apply(*tensors, *prefix, spans, scaling)  # type: ignore[no-untyped-call]
+    out: Tensor = _TreeAttention.apply(*packed, *prefix, spans, scaling)  # type: ignore[no-untyped-call]
     return out
 
 
 def decode_attention(
-    tensors: tuple[Tensor, Tensor, Tensor],
+    new: Packed,
     cache: Tensor,
     layer: int,
     table: Tensor,
@@ -298,7 +294,7 @@ def decode_attention(
     """Write one column of a layer's cache and attend to what each row sees of it.
 
     Args:
-        tensors: q [B, H, D], k and v [B, H_kv, D] of one new token per row.
+        new: queries, keys and values of one new token per row, N = B.
         cache: [2 L, at least B, H_kv, S, D], dense, keys of all layers first; this layer's stand
             in the kernel's order (`rlprompt.kernels.cpu.cache_layout`).
         layer: the number of the layer.
@@ -312,7 +308,7 @@ def decode_attention(
     Returns:
         [B, H, D].
     """
-    out: Tensor = _ops().decode_attention(*tensors, cache, layer, table, [shared, column], scaling)
+    out: Tensor = _ops().decode_attention(*new, cache, layer, table, [shared, column], scaling)
     return out
 
 
@@ -374,7 +370,7 @@ def _check() -> None:
         q, k, v = (torch.randn(4, h, 16).bfloat16().requires_grad_() for h in (4, 2, 2))
         prefix = torch.randn(2, 2, 3, 16).bfloat16().requires_grad_()
         spans = torch.tensor([[0, 4, 0, 0]])
-        ours = tree_attention((q, k, v), (prefix[0], prefix[1]), spans, 0.25)
+        ours = tree_attention(Packed(q, k, v), KeyValue(prefix[0], prefix[1]), spans, 0.25)
         own = (k.transpose(0, 1), v.transpose(0, 1))
         both = [torch.cat([prefix[i], own[i]], 1)[None] for i in range(2)]
         mask = torch.arange(7)[None] <= torch.arange(4)[:, None] + 3

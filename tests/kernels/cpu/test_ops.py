@@ -17,6 +17,7 @@ from rlprompt.kernels.cpu.cache_layout import (
     plain_values,
 )
 from rlprompt.kernels.lm_head import Head, head_scores
+from rlprompt.kernels.operands import KeyValue, Packed
 from rlprompt.kernels.reference import masked_attention
 from rlprompt.model.files.fetch import cache_dir
 from rlprompt.model.forward.attention import CausalContext, LayerCall
@@ -133,7 +134,7 @@ def test_tree_attention_is_that_of_the_written_out_tree(prefix_tokens: int) -> N
         shared = [p.detach().bfloat16().to(p.dtype).requires_grad_() for p in prefix]
         context = TreeContext(tree, PrefixKV([shared[0]], [shared[1]]), keep_queries=True)
         out = context.attend(
-            LayerCall(0, (inputs[0], inputs[1], inputs[2]), 32**-0.5, None, None, cpp)
+            LayerCall(0, inputs[0], inputs[1], inputs[2], 32**-0.5, None, None, cpp)
         )
         out.backward(upstream.to(dtype))
         gradients = [t.grad for t in (*inputs, *shared)]
@@ -154,7 +155,7 @@ def test_a_prefill_is_that_of_the_written_out_one(before: int) -> None:
     for cpp, dtype in ((True, torch.bfloat16), (False, torch.float64)):
         q, k, v, *shared = (t.detach().to(dtype).requires_grad_() for t in (*tensors, *after))
         context = CausalContext(PrefixKV([shared[0]], [shared[1]]) if before else None)
-        out = context.attend(LayerCall(0, (q, k, v), 32**-0.5, None, None, cpp))
+        out = context.attend(LayerCall(0, q, k, v, 32**-0.5, None, None, cpp))
         made = context.prefix()
         loss = (out * upstream).sum() + made.keys[0].square().sum() + made.values[0].square().sum()
         inputs = (q, k, v, *shared) if before else (q, k, v)
@@ -173,7 +174,7 @@ def test_gradients_of_the_shared_keys_do_not_depend_on_threads() -> None:
         torch.set_num_threads(threads)
         spans = tree.spans
         q, k, v = (t[0].transpose(0, 1) for t in tensors)
-        out = ops.tree_attention((q, k, v), (prefix[0], prefix[1]), spans, 0.2)
+        out = ops.tree_attention(Packed(q, k, v), KeyValue(prefix[0], prefix[1]), spans, 0.2)
         found.append(torch.autograd.grad(out.float().square().sum(), [*tensors, *prefix]))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -190,7 +191,7 @@ def test_decode_attention(share: int) -> None:
     cache = torch.cat([lay_out_keys(plain[:2]), lay_out_values(plain[2:])])
     q, k, v = (randn(rows, h, dim) for h in (kv_heads * share, kv_heads, kv_heads))
     table = torch.stack([padding, leaders])
-    ours = ops.decode_attention((q, k, v), cache, 1, table, shared, column, dim**-0.5)
+    ours = ops.decode_attention(Packed(q, k, v), cache, 1, table, shared, column, dim**-0.5)
     for row in range(rows):
         last = int(column - padding[row])
         keys[row, :, last], values[row, :, last] = k[row], v[row]
