@@ -140,9 +140,9 @@ class LoadedPrompt:
         ends the draw.
 
         Args:
-            messages: as for `generate`.
-            seed: as for `generate`.
-            sampling: as for `generate`.
+            messages: the user's text, or turns of user and assistant, the user's last.
+            seed: seed of the draw.
+            sampling: fields of `SamplingSettings`, as for `generate`.
 
         Raises:
             InputError: see `generate`.
