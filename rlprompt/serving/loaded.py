@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from rlprompt.model.base import ModelSettings
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.text import NonePrompt, TextPrompt
+from rlprompt.serving.stream import streamed
 from rlprompt.settings import Settings
 from rlprompt.types import Completion, Message, Query
 
@@ -131,6 +132,23 @@ class LoadedPrompt:
             raise InputError(f"n is {n}; ask for at least one answer")
         groups = self._synced().generate(queries, n, self._sampling(sampling), seed).groups
         return [group.completions for group in groups]
+
+    def stream(self, messages: Conversation, *, seed: int = 0, **sampling: Any) -> Iterator[str]:
+        """Answer one conversation piece by piece, while it is drawn.
+
+        The pieces joined are the answer of `generate`. An iterator that is closed before its end
+        ends the draw.
+
+        Args:
+            messages: as for `generate`.
+            seed: as for `generate`.
+            sampling: as for `generate`.
+
+        Raises:
+            InputError: see `generate`.
+        """
+        engine, settings = self._synced(), self._sampling(sampling)
+        return streamed(engine, self.policy.slot.decode, _query(messages, 0), settings, seed)
 
     def save(self, folder: str | Path) -> Path:
         """Write the prompt as an artifact: a folder with safetensors, JSON and a card.
