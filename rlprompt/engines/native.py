@@ -129,7 +129,8 @@ class NativeEngine:
             query: the conversation to answer.
             sampling: how tokens are drawn.
             seed: seed of the draw; the completion is that of `generate`.
-            heard: called with each token id, the stop token included; may raise to end the draw.
+            heard: what is called with each token id, the stop token included; may raise to end the
+                draw.
 
         Raises:
             InputError: see `generate`.

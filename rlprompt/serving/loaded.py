@@ -140,9 +140,9 @@ class LoadedPrompt:
         ends the draw.
 
         Args:
-            messages: as for `generate`.
-            seed: as for `generate`.
-            sampling: as for `generate`.
+            messages: the messages, as for `generate`.
+            seed: the seed, as for `generate`.
+            sampling: the fields in place of the prompt's own, as for `generate`.
 
         Raises:
             InputError: see `generate`.
