@@ -30,12 +30,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("runs",),
     ("training", "search", "reports"),
     ("recipe",),
-    ("planning", "reward_training", "slurm"),
+    ("api", "planning", "reward_training", "slurm"),
     ("cli",),
     ("__main__",),
 )
-"""Rooms by floor: a folder of the package, or a module beside the folders. A module imports from its
-own room and from rooms on lower floors, nothing else."""
+"""Rooms by floor: a folder of the package, or a module beside the folders. A module imports from
+its own room and from rooms on lower floors, nothing else."""
 GROUND = ("errors", "files", "process_exit", "random_state", "settings", "types")
 """The modules beside the folders that everybody stands on, in one room."""
 
