@@ -44,9 +44,14 @@ _PUBLIC: dict[str, str] = {
     "SamplingSettings": "rlprompt.engines.sampling",
     "GradientStep": "rlprompt.training.step",
     "StepParts": "rlprompt.training.step",
+    "GRPOSettings": "rlprompt.algorithms.grpo",
+    "SoftSettings": "rlprompt.prompts.soft",
     "SoftPrompt": "rlprompt.prompts.soft",
     "TextPrompt": "rlprompt.prompts.text",
     "NonePrompt": "rlprompt.prompts.text",
+    "QuerySampler": "rlprompt.data",
+    "load_queries": "rlprompt.data",
+    "build_rewards": "rlprompt.rewards",
     "Query": "rlprompt.types",
     "Completion": "rlprompt.types",
 }
@@ -55,10 +60,13 @@ _PUBLIC: dict[str, str] = {
 __all__ = ["__version__", *_PUBLIC]  # names of a literal dict
 
 if TYPE_CHECKING:
+    from rlprompt.algorithms.grpo import GRPOSettings as GRPOSettings
     from rlprompt.api import evaluate as evaluate
     from rlprompt.api import load_prompt as load_prompt
     from rlprompt.api import open_model as open_model
     from rlprompt.api import train as train
+    from rlprompt.data import QuerySampler as QuerySampler
+    from rlprompt.data import load_queries as load_queries
     from rlprompt.engines.native import NativeEngine as NativeEngine
     from rlprompt.engines.sampling import SamplingSettings as SamplingSettings
     from rlprompt.errors import InputError as InputError
@@ -66,10 +74,12 @@ if TYPE_CHECKING:
     from rlprompt.evaluation.compare import PromptScores as PromptScores
     from rlprompt.policy import Policy as Policy
     from rlprompt.prompts.soft import SoftPrompt as SoftPrompt
+    from rlprompt.prompts.soft import SoftSettings as SoftSettings
     from rlprompt.prompts.text import NonePrompt as NonePrompt
     from rlprompt.prompts.text import TextPrompt as TextPrompt
     from rlprompt.recipe.schema import Recipe as Recipe
     from rlprompt.recipe.schema import load_recipe as load_recipe
+    from rlprompt.rewards import build_rewards as build_rewards
     from rlprompt.runs.learner import NotFiniteError as NotFiniteError
     from rlprompt.runs.outcome import Report as Report
     from rlprompt.runs.outcome import RunMetrics as RunMetrics
