@@ -25,7 +25,7 @@ def learn(path: Path, overrides: list[str]) -> rlprompt.LoadedPrompt:
     for step in range(training.steps):
         engine.sync(prompt)  # a rollout: rewards count relative to those of the same query
         asked = [queries[i] for i in sampler.next()]
-        groups = engine.generate(asked, size, sampling, seed=7919 * step + 1)
+        groups = engine.generate(asked, size, sampling, seed=7919 * step + 1).groups
         drawn = [group.completions for group in groups]
         reward = rewards.score(groups, step=step).total.double().view(len(asked), size)
         gap = reward - reward.mean(1, keepdim=True)

@@ -85,12 +85,12 @@ def save_artifact(
     """Write a prompt as an artifact; each file atomically, prompt.json last.
 
     Args:
-        folder: made if absent.
-        policy: says which base and template the prompt belongs to.
-        prompt: of any representation in `PROMPTS`.
-        name: of the recipe.
-        recipe: resolved, as plain values.
-        metrics: held-out results for the card.
+        folder: the folder, which is made if absent.
+        policy: the policy, whose base and template the prompt belongs to.
+        prompt: the prompt, of any representation in `PROMPTS`.
+        name: the name of the recipe.
+        recipe: the resolved recipe, as plain values.
+        metrics: the held-out results for the card.
 
     Raises:
         InputError: the representation has no artifact form.
@@ -155,8 +155,8 @@ def load_artifact(folder: Path, policy: Policy, *, force: bool = False) -> Promp
 
     Args:
         folder: the artifact.
-        policy: over the base it is to be used on.
-        force: load although base or template differ; a warning is logged.
+        policy: a policy over the base that the prompt is to be used on.
+        force: whether to load although base or template differ; a warning is logged then.
 
     Raises:
         InputError: the artifact is damaged, or belongs to another base or template.

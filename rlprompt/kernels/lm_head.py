@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlprompt.kernels.cpu.ops import head_scores as compiled_scores
+from rlprompt.kernels.cpu.ops import head_scores as cpp_scores
 from rlprompt.kernels.dispatch import fused_head_rows, uses_triton_head
 
 CHUNK_TOKENS = 128
@@ -52,7 +52,7 @@ class Head(NamedTuple):
     """V."""
     softcap: float | None = None
     """Logits become softcap * tanh(logits / softcap) when given (Gemma 2)."""
-    compiled: bool = False
+    cpp: bool = False
     """Whether the C++ kernels score rows of logits; without a soft cap only."""
 
 
@@ -88,9 +88,9 @@ class _Workspace:
         dtype = torch.promote_types(like.dtype, torch.float32)
         self._buffers = torch.empty(2, rows, vocab, dtype=dtype, device=like.device)
 
-    def take(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Both buffers, [rows, V] each, holding anything."""
-        return self._buffers[0, :rows], self._buffers[1, :rows]
+    def take(self, rows: int) -> Tensor:
+        """Both buffers, [2, rows, V], holding anything."""
+        return self._buffers[:, :rows]
 
 
 class _Call(NamedTuple):
@@ -102,10 +102,17 @@ class _Call(NamedTuple):
     wants_entropy_grad: bool
 
 
-def _chunk(
-    hidden: Tensor, targets: Tensor, call: _Call, buffers: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Log-probs [C], entropy [C], and the two directions [C, d] of the module docstring."""
+class _Scored(NamedTuple):
+    """A chunk's results, and the two directions [C, d] of the module docstring where wanted."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    logprob_direction: Tensor | None
+    entropy_direction: Tensor | None
+
+
+def _chunk(hidden: Tensor, targets: Tensor, call: _Call, buffers: Tensor) -> _Scored:
+    """Score a chunk in PyTorch, with [2, C, V] of working space."""
     head, wants_grad = call.head, call.wants_logprob_grad
     logits = head_logits(hidden, head, buffers[0])
     slope = 1 - (logits / head.softcap) ** 2 if head.softcap is not None and wants_grad else None
@@ -130,7 +137,7 @@ def _chunk(
         place = targets[:, None]
         pull = probs.neg_().scatter_add_(1, place, torch.ones_like(place, dtype=probs.dtype))
         logprob_direction = _through(pull, head, slope).div_(call.temperature)
-    return logprobs, entropy, logprob_direction, entropy_direction
+    return _Scored(logprobs, entropy, logprob_direction, entropy_direction)
 
 
 def _through(grad_logits: Tensor, head: Head, slope: Tensor | None) -> Tensor:
@@ -143,22 +150,21 @@ RowScores = Callable[[Tensor, Tensor, float, bool, Tensor | None], tuple[Tensor,
 """A kernel that scores rows of logits in place; see `kernels.cpu.ops.head_scores`."""
 
 
-def _kernel_chunk(
-    hidden: Tensor, targets: Tensor, call: _Call, scores: RowScores
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def _kernel_chunk(hidden: Tensor, targets: Tensor, call: _Call, scores: RowScores) -> _Scored:
     """What `_chunk` gives; the logits stay in the head's dtype and become their gradient."""
     head, tau, grad = call.head, call.temperature, call.wants_logprob_grad
     logits = head.project(hidden.contiguous())
     spread = torch.empty_like(logits) if grad and call.wants_entropy_grad else None
     logprobs, entropy = scores(logits, targets, tau, grad, spread)
     pull = head.pull_back(logits).div_(tau) if grad else None
-    return logprobs, entropy, pull, None if spread is None else head.pull_back(spread).div_(tau)
+    spread_pull = None if spread is None else head.pull_back(spread).div_(tau)
+    return _Scored(logprobs, entropy, pull, spread_pull)
 
 
 def _row_kernel(head: Head, device: torch.device) -> RowScores | None:
     """The kernel of this device, or None: then the rows are scored in PyTorch."""
-    if head.compiled:
-        return compiled_scores
+    if head.cpp:
+        return cpp_scores
     if uses_triton_head(device, head.dtype):
         return partial(fused_head_rows, head.softcap)
     return None

@@ -93,7 +93,7 @@ class AdapterPrompt(Prompt):
         Args:
             settings: what to make.
             conditioner: the base.
-            seed: of LoRA's A.
+            seed: the seed of LoRA's A.
             warm: what `settings.from_artifact` holds.
 
         Raises:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol, Self
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from rlprompt.types import Adapter, Message, PrefixKV
+from rlprompt.types import Adapter, KVShape, LinearShape, Message, PrefixKV
 
 
 class Conditioner(Protocol):
@@ -41,13 +41,13 @@ class Conditioner(Protocol):
         ...
 
     @property
-    def kv_shape(self) -> tuple[int, int, int]:
-        """(L, H_kv, D)."""
+    def kv_shape(self) -> KVShape:
+        """Layers, heads and head dim of its keys and values."""
         ...
 
     @property
-    def linear_shapes(self) -> Mapping[str, tuple[int, int]]:
-        """(out, in) of every linear layer inside the decoder's layers, by its full name."""
+    def linear_shapes(self) -> Mapping[str, LinearShape]:
+        """The shape of every linear layer inside the decoder's layers, by its full name."""
         ...
 
     def embedding_norm(self) -> float:
@@ -164,7 +164,7 @@ class Prompt(ABC):
         """The prompt as it is now, which later updates leave alone."""
         return copy.deepcopy(self)
 
-    # What an artifact keeps. `rlprompt.prompts.PROMPTS` names what reads it.
+    # What an artifact keeps. `rlprompt.prompts.make.PROMPTS` names what reads it.
 
     def check(self, conditioner: Conditioner) -> None:  # noqa: B027 (a text fits every base)
         """Refuse a base that the prompt's tensors do not fit.
@@ -185,7 +185,7 @@ class Prompt(ABC):
         """The files of its artifact, by path relative to the artifact.
 
         Args:
-            base: id of the base, for formats that name it.
+            base: the id of the base, for formats that name it.
         """
         del base
         return {"prompt.safetensors": save(self.artifact_tensors(), {"format": "pt"})}

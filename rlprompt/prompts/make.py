@@ -41,10 +41,10 @@ def make_prompt(
     """A prompt as a recipe describes it, before training.
 
     Args:
-        settings: of any representation.
+        settings: the settings of any representation.
         conditioner: the base.
-        seed: of what is drawn.
-        load: reads what `from_artifact` names.
+        seed: the seed of what is drawn.
+        load: what reads the prompt that `from_artifact` names.
 
     Raises:
         InputError: it cannot be made on this base, or not from that artifact.

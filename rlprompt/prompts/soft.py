@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from rlprompt.errors import InputError
 from rlprompt.prompts.base import Conditioner, Prompt, SavedPrompt, SlotPrompt, check_state
-from rlprompt.prompts.settings import StartSettings
-from rlprompt.prompts.start import start_ids
+from rlprompt.prompts.settings import StartSettings, start_ids
 from rlprompt.prompts.text import TextPrompt
 from rlprompt.types import PrefixKV
 
@@ -48,8 +47,8 @@ class SoftPrompt(SlotPrompt):
         Args:
             embeddings: the start.
             init_text: where they come from, for the record.
-            max_norm: longest token that `constrain` leaves alone. Tokens that start longer may stay
-                as long as they are.
+            max_norm: the norm of the longest token that `constrain` leaves alone. Tokens that start
+                longer may stay as long as they are.
         """
         wide = torch.promote_types(embeddings.dtype, torch.float32)
         self.embeddings = nn.Parameter(embeddings.detach().to(wide, copy=True))
@@ -82,7 +81,7 @@ class SoftPrompt(SlotPrompt):
         Args:
             settings: what to make.
             conditioner: the base.
-            seed: of what is drawn.
+            seed: the seed of what is drawn.
             warm: what `settings.from_artifact` holds.
 
         Raises:

@@ -10,8 +10,9 @@ from pathlib import Path
 from rich.console import Console
 
 from rlprompt.algorithms.base import Algorithm
+from rlprompt.algorithms.constraints import Constraints
 from rlprompt.algorithms.make import Surroundings, make_algorithm
-from rlprompt.algorithms.objective import Constraints, QueryWeights
+from rlprompt.algorithms.robust import QueryWeights
 from rlprompt.artifacts.format import load_artifact
 from rlprompt.data import QuerySampler, load_queries
 from rlprompt.data.augment import Augmenter
@@ -21,8 +22,8 @@ from rlprompt.distributed.shared_engine import SharedEngine
 from rlprompt.engines.base import Engine
 from rlprompt.engines.native import NativeEngine
 from rlprompt.errors import InputError
-from rlprompt.evaluation.heldout import HeldoutEvaluator, Objective
-from rlprompt.evaluation.probes import BaseKL, BaseLogprob, Probe, TargetLogprob, TeacherKL
+from rlprompt.evaluation.heldout import Criterion, HeldoutEvaluator
+from rlprompt.evaluation.measures import BaseKL, BaseLogprob, Measure, TargetLogprob, TeacherKL
 from rlprompt.model.sharded.shards import ShardSettings
 from rlprompt.policy import Policy, open_policy
 from rlprompt.prompts.base import Prompt
@@ -407,24 +408,24 @@ def _evaluator(
     settings, budget = recipe.evaluation, recipe.training.token_budget
     queries = data.heldout[: settings.max_queries]
     seed = recipe.seed + _HELDOUT_SEED
-    probes: dict[str, Probe] = {
+    measures: dict[str, Measure] = {
         "base_logprob": BaseLogprob(policy, budget),
         "base_kl": BaseKL(policy, budget),
     }
-    objective: Objective | None = None
+    criterion: Criterion | None = None
     columns = recipe.algorithm.answer_columns[:1]
     if columns and queries:
         answers = [Group(q, (given_completion(policy, q, columns[0]),)) for q in queries]
-        probes["target_logprob"] = TargetLogprob(policy, answers, budget)
-        objective = Objective("target_logprob")
+        measures["target_logprob"] = TargetLogprob(policy, answers, budget)
+        criterion = Criterion("target_logprob")
     if teacher is not None and queries:
 
         def write(prompt: Prompt) -> Sequence[Group]:
             engine.sync(prompt)
-            return engine.generate(queries, 1, recipe.sampling, seed + 1)
+            return engine.generate(queries, 1, recipe.sampling, seed + 1).groups
 
-        probes["teacher_kl"] = TeacherKL(policy, teacher, write, budget)
-        objective = Objective("teacher_kl", -1.0)
+        measures["teacher_kl"] = TeacherKL(policy, teacher, write, budget)
+        criterion = Criterion("teacher_kl", -1.0)
     scored = any(reward.role == "score" for reward in recipe.rewards)
     return HeldoutEvaluator(
         engine,
@@ -433,8 +434,8 @@ def _evaluator(
         recipe.sampling,
         completions_per_query=settings.completions_per_query,
         seed=seed,
-        probes=probes,
-        objective=None if scored else objective,
+        measures=measures,
+        criterion=None if scored else criterion,
     )
 
 

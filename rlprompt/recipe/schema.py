@@ -13,9 +13,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from rlprompt.algorithms.constraints import ConstraintSettings
 from rlprompt.algorithms.grpo import GRPOSettings
 from rlprompt.algorithms.make import AnyAlgorithmSettings
-from rlprompt.algorithms.objective import ConstraintSettings, RobustSettings
+from rlprompt.algorithms.robust import RobustSettings
 from rlprompt.data.augment import AugmentSettings
 from rlprompt.data.base import DataSettings
 from rlprompt.distributed.ranks import DistributedSettings
@@ -342,7 +343,7 @@ def with_new_settings(stored: Any) -> Any:
     """A stored recipe with the settings that a newer rlprompt has, at their defaults.
 
     Args:
-        stored: plain values, as `recipe.resolved.yaml` has them; what is no recipe stays as it is.
+        stored: the plain values of `recipe.resolved.yaml`; what is no recipe stays as it is.
     """
     try:
         return yaml.safe_load(yaml.safe_dump(Recipe.model_validate(stored).plain()))

@@ -108,11 +108,12 @@ def _notices(run: RunFiles) -> list[str]:
 def _cards(run: RunFiles, best: Mapping[str, Row]) -> list[dict[str, str]]:
     keys = {"base": "before", "handwritten": "handwritten", "learned": "after"}
     cards = []
-    for who, (label, color) in WHO.items():
+    for who, shown in WHO.items():
         row = best.get(who, {})
         value = row.get("reward", run.summary.get(f"heldout_reward_{keys[who]}"))
         if value is not None:
-            card = {"label": f"Held-out reward, {label.lower()}", "color": color, "mood": ""}
+            card = {"label": f"Held-out reward, {shown.label.lower()}", "mood": ""}
+            card["color"] = shown.color
             error = row.get("reward_sem")
             card |= {"value": _number(value), "error": "" if error is None else _number(error)}
             cards.append(card | {"note": _spread(row, who)})
@@ -185,7 +186,7 @@ def _table(run: RunFiles, best: Mapping[str, Row]) -> dict[str, Any] | None:
         values = {who: row["of"][who].get(row["key"]) for who in best}
         if any(value is not None for value in values.values()):
             lines.append(row | {"cells": _cells(values)})
-    columns = [WHO[who][0] for who in best]
+    columns = [WHO[who].label for who in best]
     if {"base", "learned"} <= best.keys():
         columns.append("Learned minus base")
     return {"columns": columns, "rows": lines, "note": _table_note(run, best)}

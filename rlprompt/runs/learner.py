@@ -88,11 +88,11 @@ class Learner(Protocol):
         """Make one step; `prompt` may be another one afterwards, or the same with other values.
 
         Args:
-            step: finished steps.
-            seed: seed of everything that is drawn in this step.
-            next_seed: seed of the step after this one, for what is drawn ahead; None when there is
-                none.
-            time_share: share of the run's time that has been spent, 0 without a limit.
+            step: the number of finished steps.
+            seed: the seed of everything that is drawn in this step.
+            next_seed: the seed of the step after this one, for what is drawn ahead; None when there
+                is none.
+            time_share: the share of the run's time that has been spent, 0 without a limit.
 
         Raises:
             NotFiniteError: what was learned cannot be used. The run then restores the state before

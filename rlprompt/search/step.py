@@ -21,12 +21,12 @@ from typing import Any
 from torch import Tensor
 
 from rlprompt.artifacts.memory import PackedPrompt
-from rlprompt.engines.base import Engine
+from rlprompt.engines.base import Engine, Generation
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.errors import InputError
 from rlprompt.prompts.base import Prompt
 from rlprompt.rewards.runner import RewardRunner
-from rlprompt.rollout.collect import RolloutBatch, completion_metrics, completion_rows
+from rlprompt.rollout.collect import RolloutBatch, collect, completion_metrics, completion_rows
 from rlprompt.rollout.sources import QuerySource
 from rlprompt.runs.learner import LearnerState, StepResult, named_under
 from rlprompt.search.base import Candidate, Searcher, Trial
@@ -153,16 +153,17 @@ class SearchStep:
     ) -> RolloutBatch:
         """Completions of every candidate, candidate by candidate, with their scores."""
         parts = self.parts
-        start = time.perf_counter()
-        groups: list[Group] = []
-        for candidate in asked:
-            parts.engine.sync(candidate.prompt)
-            groups += parts.engine.generate(
-                queries, parts.completions_per_query, parts.sampling, seed
-            )
-        drawn = time.perf_counter()
-        scored = parts.rewards.score(groups, step=step)
-        return RolloutBatch(tuple(groups), scored, drawn - start, time.perf_counter() - drawn)
+
+        def draw() -> Generation:
+            groups: list[Group] = []
+            for candidate in asked:
+                parts.engine.sync(candidate.prompt)
+                groups += parts.engine.generate(
+                    queries, parts.completions_per_query, parts.sampling, seed
+                ).groups
+            return Generation(tuple(groups))
+
+        return collect(draw, parts.rewards, step=step)
 
     def _metrics(self, batch: RolloutBatch, trials: Sequence[Trial]) -> dict[str, float]:
         """Means over all candidates of the step, and where the search stands."""

@@ -60,10 +60,10 @@ class Chat:
         """Prefill every prompt once.
 
         Args:
-            policy: over the base; its own prompt is not used.
-            prompts: by the name under which their answers are shown.
+            policy: a policy over the base; its own prompt is not used.
+            prompts: the prompts, by the name under which their answers are shown.
             sampling: how answers are drawn.
-            seed: of the first turn; every further turn counts one up.
+            seed: the seed of the first turn; every further turn counts one up.
         """
         self.sampling = sampling
         self._seed = seed
@@ -90,7 +90,7 @@ class Chat:
 
         Args:
             text: the user's turn.
-            progress: called with (name of the prompt, tokens so far, most tokens).
+            progress: what is called with (name of the prompt, tokens so far, most tokens).
 
         Raises:
             InputError: a conversation has become longer than the base's positions; the histories
@@ -104,8 +104,8 @@ class Chat:
             asked = (*self._histories[name], {"role": "user", "content": content})
             told = None if progress is None else _bound(progress, name)
             seed = self._seed + self._turn
-            (group,) = engine.generate([Query(messages=asked)], 1, self.sampling, seed, told)
-            completion = group.completions[0]
+            drawn = engine.generate([Query(messages=asked)], 1, self.sampling, seed, told)
+            completion = drawn.groups[0].completions[0]
             answers[name] = Answer(completion.text.strip(), completion.terminated)
             said = {"role": "assistant", "content": answers[name].text}
             histories[name] = (*asked, said)

@@ -99,10 +99,10 @@ class LoadedPrompt:
         """Answer several conversations in one batch.
 
         Args:
-            conversations: at least one; each as for `generate`.
+            conversations: the conversations, at least one; each as for `generate`.
             n: answers of each.
             seed: seed of all draws.
-            sampling: as for `generate`.
+            sampling: the fields in place of the prompt's own, as for `generate`.
 
         Returns:
             The n answers of each conversation.
@@ -129,14 +129,14 @@ class LoadedPrompt:
             return []
         if n < 1:
             raise InputError(f"n is {n}; ask for at least one answer")
-        groups = self._synced().generate(queries, n, self._sampling(sampling), seed)
+        groups = self._synced().generate(queries, n, self._sampling(sampling), seed).groups
         return [group.completions for group in groups]
 
     def save(self, folder: str | Path) -> Path:
         """Write the prompt as an artifact: a folder with safetensors, JSON and a card.
 
         Args:
-            folder: made if absent; files of an artifact in it are replaced.
+            folder: the folder, which is made if absent; files of an artifact in it are replaced.
 
         Returns:
             The folder.

@@ -163,8 +163,8 @@ def build_trackers(settings: TrackingSettings, console: Console | None = None) -
 
     Args:
         settings: The recipe's part.
-        console: Shared with the log handler of the command line, so that a log line does not tear
-            the live display; None makes one of its own.
+        console: The console, shared with the log handler of the command line, so that a log line
+            does not tear the live display; None makes one of its own.
     """
     makers: dict[str, Callable[[], Tracker]] = {
         "jsonl": JsonlTracker,

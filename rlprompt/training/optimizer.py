@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from rlprompt.algorithms.base import OwnParameters
 from rlprompt.errors import InputError
 from rlprompt.training.settings import OptimizerSettings
 
@@ -52,24 +53,24 @@ def build_optimizer(
     parameters: Sequence[nn.Parameter],
     settings: OptimizerSettings,
     peak_lr: float,
-    others: Sequence[tuple[Sequence[nn.Parameter], float]] = (),
+    others: Sequence[OwnParameters] = (),
 ) -> torch.optim.AdamW:
     """AdamW with the prompt's parameters in its first group; each group keeps its `peak_lr`.
 
     Args:
-        parameters: the prompt's.
-        settings: of AdamW.
-        peak_lr: of the prompt.
-        others: parameters of the algorithm, each with its own peak rate.
+        parameters: parameters of the prompt.
+        settings: settings of AdamW.
+        peak_lr: peak learning rate of the prompt.
+        others: parameters of the algorithm, with peak rates of their own.
 
     Raises:
         InputError: there is nothing to train.
     """
     if not parameters:
         raise InputError("the prompt has nothing to train; set prompt.type: soft")
-    groups = [(parameters, peak_lr), *others]
+    groups = [OwnParameters(tuple(parameters), peak_lr), *others]
     return torch.optim.AdamW(
-        [{"params": list(p), "lr": lr, "peak_lr": lr} for p, lr in groups],
+        [{"params": list(g.parameters), "lr": g.lr, "peak_lr": g.lr} for g in groups],
         lr=peak_lr,
         betas=settings.betas,
         eps=settings.eps,

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlprompt.algorithms.base import Algorithm
-from rlprompt.algorithms.objective import Constraints, QueryWeights
+from rlprompt.algorithms.constraints import Constraints
+from rlprompt.algorithms.robust import QueryWeights
 from rlprompt.distributed.ranks import Ranks
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
@@ -79,11 +80,11 @@ class GradientStep:
         self.parts = parts
         policy, algorithm = parts.policy, parts.algorithm
         peak_lr = learning_rate(parts.settings.optimizer, policy.prompt.scale(policy))
-        own = [(part.parameters, part.lr) for part in algorithm.own_parameters()]
+        own = algorithm.own_parameters()
         self.optimizer = build_optimizer(
             policy.parameters(), parts.settings.optimizer, peak_lr, own
         )
-        check_trainable(policy, self.optimizer, parts.probe, [p for p, _ in own])
+        check_trainable(policy, self.optimizer, parts.probe, [part.parameters for part in own])
         self.updater = Updater(
             policy,
             algorithm,
@@ -118,7 +119,7 @@ class GradientStep:
         """Collect a batch and learn from it; see `Learner.step`."""
         parts, clock = self.parts, PhaseClock()
         batch = parts.source.collect(step, seed)
-        rewards = parts.rewards.objective(batch.rewards)
+        rewards = parts.rewards.training_rewards(batch.rewards)
         if parts.constraints is not None:
             rewards = parts.constraints.penalised(rewards, batch.rewards.costs)
         try:

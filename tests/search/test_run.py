@@ -183,6 +183,20 @@ def test_the_artifact_holds_the_best_text_although_another_is_believed_in_later(
     assert load_artifact(output / "artifact", policy).init_text == texts[believed[0]]
 
 
+def listen(run: Run) -> list[Prompt]:
+    """What the run believes best after each of its steps, as it goes on."""
+    believed: list[Prompt] = []
+    searcher = search_step(run).parts.searcher
+    tell = searcher.tell
+
+    def listened(trials: Sequence[Trial]) -> None:
+        tell(trials)
+        believed.append(searcher.incumbent.prompt)
+
+    searcher.tell = listened  # type: ignore[method-assign]
+    return believed
+
+
 def test_the_best_of_several_kinds_is_kept_with_its_tensors(tmp_path: Path) -> None:
     """Whichever step is best, the artifact is what was believed in then, text or soft prompt."""
     found = set()
@@ -190,14 +204,7 @@ def test_the_best_of_several_kinds_is_kept_with_its_tensors(tmp_path: Path) -> N
         output = tmp_path / str(best)
         values = [0.9 if step == best else 0.1 for step in range(7)]
         run = wandering_run(tmp_path, output, **SIX, **heldout(*values), evaluation={"every": 1})
-        believed: list[Prompt] = []
-        tell = search_step(run).parts.searcher.tell
-
-        def listened(trials: Sequence[Trial], tell: Any = tell, run: Run = run, to: Any = believed):
-            tell(trials)
-            to.append(run.parts.learner.prompt)
-
-        search_step(run).parts.searcher.tell = listened  # type: ignore[method-assign]
+        believed = listen(run)
         assert run.run()["best_step"] == best
         expected = believed[best - 1]
         kept = load_artifact(output / "artifact", run.parts.policy)

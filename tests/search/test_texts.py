@@ -69,17 +69,21 @@ def test_rounds_cost_the_same() -> None:
     assert calls == {8: 96, 4: 96, 2: 96}
 
 
+def bandit(seed: int) -> tuple[int, Score]:
+    """The good one of ten Bernoulli arms, and what a text's completion scores."""
+    draw = random.Random(seed)
+    good = draw.randrange(10)
+    return good, lambda number: float(draw.random() < 0.4 + 0.3 * (number == good))
+
+
 def test_the_best_of_noisy_texts_is_found() -> None:
-    """A Bernoulli bandit with one good arm; chance alone would find it in one of ten searches."""
+    """Chance alone would find it in one of ten searches."""
     found = 0
     for seed in range(20):
-        draw = random.Random(seed)
-        good = draw.randrange(10)
+        good, score = bandit(seed)
         race = Texts(texts(10), 0.5, 24)
         while not race.is_over:
-            step(
-                race, lambda n, draw=draw, good=good: float(draw.random() < 0.4 + 0.3 * (n == good))
-            )
+            step(race, score)
         found += race.incumbent.id == good
     assert found >= 18
 

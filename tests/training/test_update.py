@@ -24,8 +24,9 @@ from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.soft import SoftSettings
 from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.rollout.collect import RolloutBatch
+from rlprompt.runs.learner import NotFiniteError
 from rlprompt.training.rows import rows_of, view_of
-from rlprompt.training.update import NotFiniteError, PhaseClock, Updater
+from rlprompt.training.update import PhaseClock, Updater
 from tests.fixtures.runs import completion, queries, sampled_batch, scored, tiny_policy
 
 ONE, MANY = 100_000, 64
@@ -297,7 +298,7 @@ def test_a_loss_that_is_not_finite_is_caught_before_the_optimizer() -> None:
 class Exploding(torch.optim.SGD):
     """An optimizer whose update overflows."""
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter.data[0, 0] = math.inf
@@ -332,7 +333,7 @@ def test_grpo_finds_a_known_optimum() -> None:
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.05)
     for step in range(40):
         engine.sync(policy.prompt)
-        groups = engine.generate(queries(3), 16, SamplingSettings(max_tokens=1), step)
+        groups = engine.generate(queries(3), 16, SamplingSettings(max_tokens=1), step).groups
         hits = [float(c.token_ids[0] == token) for g in groups for c in g.completions]
         updater.learn(scored(groups, hits), optimizer, lambda: 0.05, 1.0, PhaseClock())
     assert before < 0.1

@@ -30,7 +30,7 @@ def show_results(folder: Path, summary: Summary, console: Console) -> None:
     Args:
         folder: the run folder; sample answers come from its completions.
         summary: the content of its summary.json.
-        console: where to.
+        console: the console to print to.
     """
     heldout: Mapping[str, Row] = summary["heldout"]
     run = folder

@@ -14,7 +14,7 @@ from rich.text import Text
 from rlprompt.cli.commands.terminal import setup_logging
 from rlprompt.recipe.yaml_file import apply_override
 from rlprompt.rewards.base import RewardSettings
-from rlprompt.rewards.check.checks import CheckRow, Probe, check_reward
+from rlprompt.rewards.check.checks import CheckRow, Trial, check_reward
 from rlprompt.rewards.check.inputs import read_pairs
 
 _STYLES = {"passed": "green", "failed": "bold red", "skipped": "dim"}
@@ -47,9 +47,9 @@ def check(
         options=_pairs_of(options),
     )
     known = [] if pairs is None else read_pairs(pairs)
-    probe = Probe(settings, Path.cwd(), _pairs_of(columns), known)
+    trial = Trial(settings, Path.cwd(), _pairs_of(columns), known)
     with console.status(f"checking {settings.path}"):
-        rows = check_reward(probe)
+        rows = check_reward(trial)
     console.print(_table(rows))
     failed = sum(row.outcome == "failed" for row in rows)
     verdict = f"{failed} of {len(rows)} checks failed" if failed else "ready to train on"

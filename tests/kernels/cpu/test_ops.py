@@ -11,8 +11,8 @@ from rlprompt.engines.sampling import SamplingSettings, next_tokens
 from rlprompt.errors import InputError
 from rlprompt.kernels.cpu import build, ops
 from rlprompt.kernels.cpu.cache_layout import (
-    arranged_keys,
-    arranged_values,
+    lay_out_keys,
+    lay_out_values,
     plain_keys,
     plain_values,
 )
@@ -20,7 +20,7 @@ from rlprompt.kernels.lm_head import Head, head_scores
 from rlprompt.kernels.reference import masked_attention
 from rlprompt.model.files.fetch import cache_dir
 from rlprompt.model.forward.attention import CausalContext, LayerCall
-from rlprompt.model.forward.tree import TreeContext, build_tree
+from rlprompt.model.forward.tree import TokenTree, TreeContext, build_tree
 from rlprompt.types import PrefixKV
 
 FOLDER = cache_dir() / "kernels"
@@ -109,10 +109,11 @@ def test_rotary_has_the_bits_of_the_written_out_one() -> None:
         assert torch.equal(a, b)
     torch.autograd.backward(ours, upstream)
     torch.autograd.backward(theirs, upstream)
-    assert torch.equal(inputs[0].grad, inputs[1].grad)  # type: ignore[arg-type]
+    first, second = (each.grad for each in inputs)
+    assert first is not None and second is not None and torch.equal(first, second)
 
 
-def tree_case(prefix_tokens: int) -> tuple[list[Tensor], list[Tensor], object]:
+def tree_case(prefix_tokens: int) -> tuple[list[Tensor], list[Tensor], TokenTree]:
     queries = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
     completions = [[[1] * n for n in (4, 1, 20)], [[2] * 2], [[3] * n for n in (6, 30, 2, 9, 3)]]
     tree = build_tree(queries, completions, prefix_tokens, CPU)
@@ -127,21 +128,21 @@ def test_tree_attention_is_that_of_the_written_out_tree(prefix_tokens: int) -> N
     tensors, prefix, tree = tree_case(prefix_tokens)
     upstream = randn(*tensors[0].shape)
     results = []
-    for compiled, dtype in ((True, torch.bfloat16), (False, torch.float64)):
+    for cpp, dtype in ((True, torch.bfloat16), (False, torch.float64)):
         inputs = [t.detach().to(dtype).requires_grad_() for t in tensors]
         shared = [p.detach().bfloat16().to(p.dtype).requires_grad_() for p in prefix]
-        context = TreeContext(tree, PrefixKV([shared[0]], [shared[1]]), record=True)  # type: ignore[arg-type]
+        context = TreeContext(tree, PrefixKV([shared[0]], [shared[1]]), keep_queries=True)
         out = context.attend(
-            LayerCall(0, (inputs[0], inputs[1], inputs[2]), 32**-0.5, None, None, compiled)
+            LayerCall(0, (inputs[0], inputs[1], inputs[2]), 32**-0.5, None, None, cpp)
         )
         out.backward(upstream.to(dtype))
         gradients = [t.grad for t in (*inputs, *shared)]
         results.append([out.detach(), *gradients, context.query_keys[0], context.query_values[0]])
     names = ["o", "dq", "dk", "dv", "dkp", "dvp", "query keys", "query values"]
     for name, ours, exact in zip(names, *results, strict=True):
-        assert ours.shape == exact.shape, name  # type: ignore[union-attr]
-        if exact.numel():  # type: ignore[union-attr]
-            assert_near(ours, exact, 0.02)  # type: ignore[arg-type]
+        assert ours.shape == exact.shape, name
+        if exact.numel():
+            assert_near(ours, exact, 0.02)
 
 
 @needs_kernels
@@ -150,10 +151,10 @@ def test_a_prefill_is_that_of_the_written_out_one(before: int) -> None:
     tensors = [randn(1, h, 21, 32, grad=True) for h in (6, 2, 2)]
     after = [randn(2, before, 32, grad=True) for _ in range(2)]
     upstream, results = randn(*tensors[0].shape), []
-    for compiled, dtype in ((True, torch.bfloat16), (False, torch.float64)):
+    for cpp, dtype in ((True, torch.bfloat16), (False, torch.float64)):
         q, k, v, *shared = (t.detach().to(dtype).requires_grad_() for t in (*tensors, *after))
         context = CausalContext(PrefixKV([shared[0]], [shared[1]]) if before else None)
-        out = context.attend(LayerCall(0, (q, k, v), 32**-0.5, None, None, compiled))
+        out = context.attend(LayerCall(0, (q, k, v), 32**-0.5, None, None, cpp))
         made = context.prefix()
         loss = (out * upstream).sum() + made.keys[0].square().sum() + made.values[0].square().sum()
         inputs = (q, k, v, *shared) if before else (q, k, v)
@@ -170,7 +171,7 @@ def test_gradients_of_the_shared_keys_do_not_depend_on_threads() -> None:
     found = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        spans = tree.spans  # type: ignore[attr-defined]
+        spans = tree.spans
         q, k, v = (t[0].transpose(0, 1) for t in tensors)
         out = ops.tree_attention((q, k, v), (prefix[0], prefix[1]), spans, 0.2)
         found.append(torch.autograd.grad(out.float().square().sum(), [*tensors, *prefix]))
@@ -186,19 +187,18 @@ def test_decode_attention(share: int) -> None:
     plain[:, 2, :, : shared - 2] = plain[:, 1, :, : shared - 2]  # one group: row 1 leads row 2
     keys, values = plain[1].clone(), plain[3].clone()
     plain[:, 2, :, :32] = float("nan")  # whole blocks that row 2 shares are read from row 1
-    cache = torch.cat([arranged_keys(plain[:2]), arranged_values(plain[2:])])
+    cache = torch.cat([lay_out_keys(plain[:2]), lay_out_values(plain[2:])])
     q, k, v = (randn(rows, h, dim) for h in (kv_heads * share, kv_heads, kv_heads))
     table = torch.stack([padding, leaders])
-    ours = ops.decode_attention((q, k, v), cache, 1, table, (shared, column), dim**-0.5)
+    ours = ops.decode_attention((q, k, v), cache, 1, table, shared, column, dim**-0.5)
     for row in range(rows):
         last = int(column - padding[row])
         keys[row, :, last], values[row, :, last] = k[row], v[row]
-        own = (keys[row, :, : last + 1], values[row, :, : last + 1])
+        own_keys, own_values = (t[row, None, :, : last + 1].double() for t in (keys, values))
         assert torch.equal(plain_keys(cache[1, row])[:, last], k[row])
         assert torch.equal(plain_values(cache[3, row])[:, last], v[row])
-        exact = masked_attention(
-            q[row, :, None].double()[None], *(t.double()[None] for t in own), None, dim**-0.5
-        )
+        query = q[row, None, :, None].double()
+        exact = masked_attention(query, own_keys, own_values, None, dim**-0.5)
         assert_near(ours[row], exact[0, :, 0])
 
 
@@ -209,16 +209,16 @@ def test_the_head_scores_as_the_plain_path(temperature: float, entropy_grad: boo
     weight = randn(700, 24)
     hidden, targets = randn(150, 24), torch.randint(0, 700, (150,))
     results = []
-    for compiled in (True, False):
+    for cpp in (True, False):
         head = Head(lambda h: h @ weight.t(), lambda g: g @ weight, weight.dtype, 700)
         states = hidden.clone().requires_grad_()
-        compiled_head = head._replace(compiled=compiled)
-        out = head_scores(states, targets, compiled_head, temperature, entropy_grad)
+        head = head._replace(cpp=cpp)
+        out = head_scores(states, targets, head, temperature, entropy_grad)
         loss = out.logprobs.sum() + (3.0 * out.entropy.sum() if entropy_grad else 0.0)
         loss.backward()
         results.append((out.logprobs.detach(), out.entropy.detach(), states.grad))
     for ours, theirs in zip(*results, strict=True):
-        assert_near(ours, theirs, 2e-3)  # type: ignore[arg-type]
+        assert_near(ours, theirs, 2e-3)
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
 
 
