@@ -126,10 +126,13 @@ class HeldoutEvaluator:
     ) -> HeldoutResult:
         """Complete every query under a prompt and score it.
 
-        A prompt that has nothing to train does the same every time: it is evaluated once.
+        Before the first step a prompt that has nothing to train is evaluated once, so that the
+        members of a population share base and hand-written text. What a search has found later is
+        evaluated anew: a reward may draw at random or see the step, and a resumed run must meet
+        what the uninterrupted one met.
         """
         key = (prompt.kind, prompt.init_text)
-        if prompt.parameters():
+        if prompt.parameters() or step > 0:
             return self._evaluate(prompt, step, progress)
         if key not in self._fixed:
             self._fixed[key] = self._evaluate(prompt, step, progress)

@@ -72,8 +72,14 @@ def plan(
         query_tokens: mean length of a query with its template.
 
     Raises:
-        InputError: the recipe divides less than one query per rank, or overlaps on several.
+        InputError: the recipe divides less than one query per rank, overlaps on several, or
+            searches.
     """
+    if recipe.search is not None:
+        raise InputError(
+            "a plan is about updates by gradients, and a search makes none; plan the recipe "
+            "without search"
+        )
     overlaps = recipe.training.overlap_rollouts
     if overlaps and ranks > 1:
         raise InputError(

@@ -40,11 +40,21 @@ from rlprompt.recipe.schema import (
 from rlprompt.reports.report import write_report
 from rlprompt.rewards import RewardBatch, RewardRunner, build_rewards
 from rlprompt.rollout.prefetch import OverlappedSource
-from rlprompt.rollout.sources import ColumnSource, RolloutSource, Source, given_completion
+from rlprompt.rollout.sources import (
+    ColumnSource,
+    QuerySource,
+    RolloutSource,
+    Source,
+    given_completion,
+)
 from rlprompt.runs.guards import GuardWatch
+from rlprompt.runs.learner import Learner
 from rlprompt.runs.parts import RunParts
 from rlprompt.runs.population import Population
 from rlprompt.runs.run import Run
+from rlprompt.search.base import SearchSettings, SearchStart
+from rlprompt.search.make import make_searcher
+from rlprompt.search.step import SearchParts, SearchStep
 from rlprompt.tracking.tracker import TrackerGroup
 from rlprompt.tracking.trackers import build_trackers
 from rlprompt.training.step import GradientStep, StepParts
@@ -157,7 +167,7 @@ def build_shared(recipe: Recipe, base_dir: Path, objects: Objects | None = None)
 
 
 def _refuse_text(recipe: Recipe) -> None:
-    if isinstance(recipe.prompt, TextSettings):
+    if recipe.search is None and isinstance(recipe.prompt, TextSettings):
         raise InputError(
             "prompt.type is text, which has nothing to train; evaluate it with `rlprompt eval`, or "
             "set prompt.type: soft and give the text as prompt.init_text"
@@ -249,24 +259,11 @@ def _parts(
     policy, data = shared.policy, shared.data
     rewards.bind_policy(policy)
     policy.prompt = build_prompt(recipe, policy, base_dir, shared.objects)
-    given = Surroundings(policy, recipe.sampling.max_tokens, recipe.seed)
-    algorithm = make_algorithm(recipe.algorithm, given)
-    needs_reference = recipe.algorithm.needs_reference
-    learner = GradientStep(
-        StepParts(
-            policy=policy,
-            algorithm=algorithm,
-            source=_source(recipe, shared, rewards, algorithm),
-            rewards=rewards,
-            settings=recipe.training,
-            probe=data.train[0],
-            reference=_reference(recipe.reference, policy.prompt) if needs_reference else None,
-            teacher=shared.teacher,
-            constraints=_constraints(recipe, rewards),
-            query_weights=_query_weights(recipe, data),
-            ranks=shared.ranks,
-        )
-    )
+    learner: Learner
+    if recipe.search is None:
+        learner = _gradient_step(recipe, shared, rewards)
+    else:
+        learner = _search_step(recipe, recipe.search, shared, rewards)
     return RunParts(
         name=recipe.name,
         policy=policy,
@@ -282,6 +279,46 @@ def _parts(
         write_report=write_report,
         ranks=shared.ranks,
         guards=GuardWatch(recipe.guards),
+    )
+
+
+def _gradient_step(recipe: Recipe, shared: Shared, rewards: RewardRunner) -> GradientStep:
+    policy = shared.policy
+    given = Surroundings(policy, recipe.sampling.max_tokens, recipe.seed)
+    algorithm = make_algorithm(recipe.algorithm, given)
+    needs_reference = recipe.algorithm.needs_reference
+    return GradientStep(
+        StepParts(
+            policy=policy,
+            algorithm=algorithm,
+            source=_source(recipe, shared, rewards, algorithm),
+            rewards=rewards,
+            settings=recipe.training,
+            probe=shared.data.train[0],
+            reference=_reference(recipe.reference, policy.prompt) if needs_reference else None,
+            teacher=shared.teacher,
+            constraints=_constraints(recipe, rewards),
+            query_weights=_query_weights(recipe, shared.data),
+            ranks=shared.ranks,
+        )
+    )
+
+
+def _search_step(
+    recipe: Recipe, settings: SearchSettings, shared: Shared, rewards: RewardRunner
+) -> SearchStep:
+    data = shared.data
+    augment = Augmenter(recipe.augment, data.train) if recipe.augment else None
+    return SearchStep(
+        SearchParts(
+            searcher=make_searcher(settings, SearchStart(shared.policy.prompt, recipe.seed)),
+            engine=shared.engine,
+            rewards=rewards,
+            queries=QuerySource(data.train, _sampler(recipe, data), augment),
+            sampling=recipe.sampling,
+            completions_per_query=settings.completions_per_query,
+            base=shared.policy.base.id,
+        )
     )
 
 
@@ -310,13 +347,7 @@ def _source(recipe: Recipe, shared: Shared, rewards: RewardRunner, algorithm: Al
         InputError: the dataset is too small, or lacks the answers.
     """
     data, policy = shared.data, shared.policy
-    count, size = len(data.train), recipe.training.queries_per_step
-    if size > count:
-        raise InputError(
-            f"training.queries_per_step is {size}, the dataset has {count} training queries; "
-            "lower it or add queries"
-        )
-    sampler = QuerySampler(count, size, recipe.seed)
+    sampler = _sampler(recipe, data)
     augment = Augmenter(recipe.augment, data.train) if recipe.augment else None
     columns = recipe.algorithm.answer_columns
     if columns:
@@ -331,6 +362,21 @@ def _source(recipe: Recipe, shared: Shared, rewards: RewardRunner, algorithm: Al
         data.train, sampler, shared.engine, under, rewards, algorithm, recipe.sampling, augment
     )
     return OverlappedSource(source, prompt, under) if overlaps else source
+
+
+def _sampler(recipe: Recipe, data: QuerySplit) -> QuerySampler:
+    """Which training queries are next.
+
+    Raises:
+        InputError: there are fewer than a step needs.
+    """
+    count, size = len(data.train), recipe.training.queries_per_step
+    if size > count:
+        raise InputError(
+            f"training.queries_per_step is {size}, the dataset has {count} training queries; "
+            "lower it or add queries"
+        )
+    return QuerySampler(count, size, recipe.seed)
 
 
 def _teacher(recipe: Recipe) -> Prompt | None:

@@ -31,7 +31,8 @@ from rlprompt.prompts.soft import SoftSettings
 from rlprompt.recipe.yaml_file import apply_override, explain, read_tree, set_value
 from rlprompt.rewards.base import RewardSettings
 from rlprompt.runs.guards import Guard, require_known_rewards
-from rlprompt.runs.settings import MemberSettings
+from rlprompt.runs.settings import MemberSettings, RunSettings
+from rlprompt.search.make import SEARCHERS, AnySearchSettings
 from rlprompt.settings import Settings
 from rlprompt.tracking.tracker import TrackingSettings
 from rlprompt.training.settings import TrainingSettings
@@ -74,6 +75,8 @@ class Recipe(Settings):
     """The prompt that is trained; soft when it has no type."""
     algorithm: AnyAlgorithmSettings = GRPOSettings()
     """How it learns; by GRPO when it has no type."""
+    search: AnySearchSettings | None = None
+    """Find the prompt by trial, without gradients and so without `algorithm`; null = no search."""
     reference: Reference = NoneReference()
     """The policy that the KL is measured to."""
     engine: NativeSettings = NativeSettings()
@@ -120,6 +123,48 @@ class Recipe(Settings):
         return {"type": "soft", **value} if isinstance(value, dict) else value
 
     @model_validator(mode="after")
+    def _can_be_searched(self) -> Recipe:
+        if self.search is None:
+            return self
+        name = self.search.type
+        kinds = SEARCHERS[name].starts_from
+        if self.prompt.type not in kinds:
+            raise ValueError(
+                f"search.type: {name} starts from a prompt of type {' or '.join(kinds)}, "
+                f"prompt.type is {self.prompt.type}; set prompt.type: {kinds[0]}"
+            )
+        without_effect = self._of_gradients()
+        if without_effect:
+            raise ValueError(f"{without_effect[0]} has no effect with search; remove it")
+        for reward in self.rewards:
+            if reward.role == "constraint":
+                raise ValueError(
+                    f"reward '{reward.name}' has role: constraint, which a search cannot hold; "
+                    "choose role: score, gate or metric"
+                )
+            if reward.normalise != "none":
+                raise ValueError(
+                    f"reward '{reward.name}' has normalise: {reward.normalise}, but a search "
+                    "compares candidates by rewards as they are; remove it and set weight"
+                )
+        if self.sampling.temperature == 0.0 and self.search.completions_per_query > 1:
+            raise ValueError(
+                "sampling.temperature is 0, so all completions of a query would be the same; set "
+                "it above 0, or search.completions_per_query: 1"
+            )
+        return self
+
+    def _of_gradients(self) -> list[str]:
+        """Keys that only gradients read and that are not at their defaults."""
+        own = {name: getattr(self, name) for name in ("algorithm", "reference", "robust")}
+        default = {name: type(self).model_fields[name].default for name in own}
+        only = TrainingSettings.model_fields.keys() - RunSettings.model_fields.keys()
+        for name in sorted(only - {"token_budget"}):  # held-out evaluation reads the budget too
+            own[f"training.{name}"] = getattr(self.training, name)
+            default[f"training.{name}"] = TrainingSettings.model_fields[name].default
+        return [name for name, value in own.items() if value != default[name]]
+
+    @model_validator(mode="after")
     def _settings_have_effect(self) -> Recipe:
         if not self.algorithm.needs_reference and not isinstance(self.reference, NoneReference):
             if "kl_coef" in type(self.algorithm).model_fields:
@@ -155,7 +200,8 @@ class Recipe(Settings):
                 f"sampling.min_tokens is {self.sampling.min_tokens}, max_tokens is "
                 f"{self.sampling.max_tokens}; lower min_tokens"
             )
-        if self.sampling.temperature == 0.0 and self.algorithm.needs_rewards:
+        groups = self.algorithm.needs_rewards and self.search is None
+        if self.sampling.temperature == 0.0 and groups:
             raise ValueError(
                 "sampling.temperature is 0, so all completions of a group would be the same; set "
                 "it above 0"

@@ -28,7 +28,15 @@ WHO: dict[str, Who] = {
 """Whose completions are compared, by their name in the files."""
 
 _PALETTE: tuple[Color, ...] = ("p1", "p2", "p3", "p4", "p5", "p6")
-_PHASES = ("rollout", "reward", "forward", "backward", "optimizer", "other")
+_PHASES: dict[str, Color] = {
+    "rollout": "p1",
+    "reward": "p2",
+    "search": "p3",  # no run has both this and the next one
+    "forward": "p3",
+    "backward": "p4",
+    "optimizer": "p5",
+    "other": "p6",
+}
 _HEALTH: dict[str, tuple[str, ...]] = {
     "KL to the reference": ("kl",),
     "Entropy": ("entropy",),
@@ -42,6 +50,8 @@ _HEALTH: dict[str, tuple[str, ...]] = {
     "Share of groups without reward spread": ("frac_reward_zero_std",),
     "Loss": ("loss",),
     "Learning rate": ("lr",),
+    "Reward of the step's best candidate": ("search/best_reward",),
+    "Candidates of the step": ("search/candidates",),
 }
 _MAX_REWARDS = 24
 
@@ -167,7 +177,7 @@ def _time_chart(run: RunFiles) -> list[dict[str, Any]]:
     steps = [row["step"] for row in run.metrics]
     parts = {
         phase: Part(color, [row.get(f"time/{phase}") for row in run.metrics])
-        for phase, color in zip(_PHASES, _PALETTE, strict=True)
+        for phase, color in _PHASES.items()
         if phase in phases
     }
     medians = {

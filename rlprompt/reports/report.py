@@ -18,6 +18,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from rlprompt.files import write_atomic
+from rlprompt.reports.candidates import candidate_rows, made_by
 from rlprompt.reports.charts import WHO, report_sections
 from rlprompt.reports.guards import alarm_sentences
 from rlprompt.runs.read_folder import Row, RunFiles, load_run
@@ -64,6 +65,7 @@ def _context(run: RunFiles) -> dict[str, Any]:
         "cards": _cards(run, best),
         "facts": _facts(run),
         "table": _table(run, best),
+        "candidates": _candidates(run),
         "sections": report_sections(run),
         "last_step": last.get("step"),
         "last_metrics": [
@@ -212,6 +214,20 @@ def _cells(values: Mapping[str, float | None]) -> list[str]:
         else:
             cells.append(_signed(learned - base))
     return cells
+
+
+def _candidates(run: RunFiles) -> list[list[str]]:
+    """Return the cells of each candidate of a search: id, text, origin, completions, reward."""
+    return [
+        [
+            _value(row.get("id")),
+            _clean(str(row.get("text") or row.get("kind")), _MAX_TEXT),
+            _clean(made_by(row), 200),
+            _number(row.get("completions")),
+            _number(row.get("reward")),
+        ]
+        for row in candidate_rows(run)
+    ]
 
 
 def _pairs(run: RunFiles, best: Mapping[str, Row]) -> dict[str, Any]:

@@ -87,12 +87,19 @@ class Source(Protocol):
         ...
 
 
-class _QuerySource:
-    """What all sources share: which queries are next."""
+class QuerySource:
+    """The training queries and the position in them: which are next."""
 
     def __init__(
-        self, queries: Sequence[Query], sampler: QuerySampler, augment: Augment | None
+        self, queries: Sequence[Query], sampler: QuerySampler, augment: Augment | None = None
     ) -> None:
+        """Join the parts.
+
+        Args:
+            queries: queries to draw from.
+            sampler: draws their numbers.
+            augment: changes a query before it is asked.
+        """
         self._queries = queries
         self._sampler = sampler
         self._augment = augment
@@ -123,14 +130,19 @@ class _QuerySource:
         """Give the sampler its state back."""
         self._sampler.load_state_dict(state)
 
-    def _next(self, seed: int) -> list[Query]:
+    def next(self, seed: int) -> list[Query]:
+        """The queries of the next batch, as they are asked; the position moves on.
+
+        Args:
+            seed: seed of what is drawn for augmentation.
+        """
         queries = [self._queries[i] for i in self._sampler.next()]
         if self._augment is None:
             return queries
         return [self._augment(query, seed + i) for i, query in enumerate(queries)]
 
 
-class RolloutSource(_QuerySource):
+class RolloutSource(QuerySource):
     """Completions drawn by an engine under a prompt, scored by the rewards.
 
     Groups that the algorithm finds not worth learning from are replaced by new ones, up to its
@@ -209,7 +221,7 @@ class RolloutSource(_QuerySource):
     def _draw(self, step: int, seed: int, keep_products: bool) -> RolloutBatch:
         return collect(
             lambda: self._engine.generate(
-                self._next(seed),
+                self.next(seed),
                 self._algorithm.group_size,
                 self._sampling,
                 seed,
@@ -228,7 +240,7 @@ class RolloutSource(_QuerySource):
         return [g for g in numbers if kept[g]], [g for g in numbers if not kept[g]]
 
 
-class ColumnSource(_QuerySource):
+class ColumnSource(QuerySource):
     """Completions that the dataset gives: one per column, in the columns' order."""
 
     def __init__(

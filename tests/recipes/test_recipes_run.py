@@ -20,6 +20,7 @@ from rlprompt.prompts.make import PROMPTS
 from rlprompt.recipe.build import build_run
 from rlprompt.recipe.schema import Recipe, load_recipe
 from rlprompt.runs.run import Run
+from rlprompt.search.make import SEARCHERS
 from tests.fixtures.tiny import tiny_model, tiny_tokenizer
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -85,14 +86,16 @@ def step_twice(path: Path, output: Path, *overrides: str) -> list[Run]:
     for trainer in trainers:
         assert verify_unchanged(trainer.parts.policy.base) == summary["base_fingerprint_before"]
         rows = read_jsonl(trainer.folder / "metrics.jsonl")
-        assert all(math.isfinite(row["loss"]) for row in rows) and len(rows) == 2
+        learned = "loss" if recipe.search is None else "search/best_reward"
+        assert all(math.isfinite(row[learned]) for row in rows) and len(rows) == 2
     return trainers
 
 
-def test_every_algorithm_and_representation_has_a_recipe() -> None:
+def test_every_algorithm_representation_and_searcher_has_a_recipe() -> None:
     recipes = [load_recipe(path) for path in RECIPES]
     assert {recipe.algorithm.type for recipe in recipes} == set(ALGORITHMS)
-    trained = {recipe.prompt.type for recipe in recipes}
+    assert {recipe.search.type for recipe in recipes if recipe.search} == set(SEARCHERS)
+    trained = {recipe.prompt.type for recipe in recipes if recipe.search is None}
     assert trained == set(PROMPTS) - {"text"}  # it has nothing to train
     methods = {r.prompt.method.type for r in recipes if r.prompt.type == "adapter"}
     assert methods == {name.lower() for name in METHODS}
