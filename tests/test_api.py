@@ -343,6 +343,19 @@ def test_a_population_has_what_a_run_has(loaded: dict[str, Any]) -> None:
     assert run.report.path == run.folder / "report.html"
 
 
+def test_a_population_that_had_ended_has_its_prompt_again(loaded: dict[str, Any]) -> None:
+    members = [{"name": "a", "changes": {"seed": 1}}, {"name": "b", "changes": {"seed": 2}}]
+    keywords: dict[str, Any] = {
+        **loaded, "rewards": vowels, "data": list(QUERIES), "heldout": 2, "output": "run",
+        "prompt": "the sun and the rain", "population": members,
+        **{**SHORT, "training": {"steps": 4, "queries_per_step": 2}},
+    }  # fmt: skip
+    first, again = rlprompt.train(**keywords), rlprompt.train(**keywords, resume=True)
+    assert again.metrics.learned == first.metrics.learned
+    answers = [run.prompt.generate("the rain", max_tokens=6, seed=2) for run in (first, again)]
+    assert answers[0] == answers[1]
+
+
 def test_prompts_are_compared_under_the_same_draws(loaded: dict[str, Any]) -> None:
     run = learn(**loaded)
     model = rlprompt.open_model(**loaded)

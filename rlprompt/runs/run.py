@@ -44,6 +44,7 @@ class Run(Outcome):
         self.parts = parts
         self.state = RunState(parts.learner)
         self._budget = Budget(parts.settings)
+        self._begun = False
 
     def run(self, *, resume: bool = False) -> Summary:
         """Go on to the end, or until a stop signal; returns the content of summary.json.
@@ -58,6 +59,7 @@ class Run(Outcome):
             NotFiniteError: loss, gradient or prompt was not finite; the step's data is in
                 `failed_step_N/` and the state before that step in the newest checkpoint.
         """
+        self._begun = True
         seed_global_random(self.parts.seed)
         resume_step = self._resume() if resume else None
         folder = self.folder / "checkpoints"
@@ -284,7 +286,15 @@ class Run(Outcome):
     def prompt(self) -> LoadedPrompt:
         """The learned prompt, ready to answer: the best by held-out reward, or else the last."""
         parts = self.parts
-        return LoadedPrompt(parts.policy.sibling(), self.state.best_prompt(), parts.sampling)
+        if not self._begun and self._resume() < 0:  # a member of a population that had ended before
+            raise InputError(f"'{self.folder}' has no prompt yet; run it")
+        return LoadedPrompt(
+            parts.policy.sibling(),
+            self.state.best_prompt(),
+            parts.sampling,
+            name=parts.name,
+            recipe=parts.recipe,
+        )
 
 
 def _step_seed(seed: int, step: int) -> int:
