@@ -15,7 +15,7 @@ from rlprompt.data.sampler import QuerySampler
 from rlprompt.errors import InputError
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.soft import SoftPrompt
-from rlprompt.runs.checkpoint import load_checkpoint, save_checkpoint
+from rlprompt.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from rlprompt.runs.learner import LearnerState, StepResult, named_under
 from rlprompt.runs.state import RunState
 from rlprompt.training.optimizer import (
@@ -127,6 +127,21 @@ def test_a_checkpoint_in_memory_does_not_follow_the_run() -> None:
     state.restore(kept, IDENTITY)  # not even after it was restored once
     assert snapshot(state) | {"progress": None} == expected
     assert state.progress.step == 1 and state.progress.step_seconds == [0.5]
+
+
+def test_a_checkpoint_from_before_searches_goes_on() -> None:
+    """Its best prompt is tensors alone, which is all that a gradient step needs."""
+    state = fresh()
+    advance(state)
+    state.remember_best(0.5, {"reward": 0.5})
+    advance(state)
+    kept = state.checkpoint(IDENTITY)
+    older = {name: value for name, value in kept.state.items() if name != "best"}
+    resumed = fresh()
+    resumed.restore(Checkpoint(kept.step, kept.tensors, older), IDENTITY)
+    assert snapshot(resumed) == snapshot(state)
+    best = resumed.best_prompt().state_dict()["embeddings"]
+    assert torch.equal(best, kept.tensors["best/embeddings"])
 
 
 def test_the_best_is_kept_and_what_follows_is_stale() -> None:
