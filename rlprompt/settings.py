@@ -72,16 +72,14 @@ class ChosenSettings(Settings):
     """The class of the user's own that `type` is the path of; None for what is built in."""
 
 
-def chosen_as(
-    path: str, user_class: UserClass, settings: type[ChosenSettings]
-) -> type[ChosenSettings]:
+def chosen_as(path: str, user_class: UserClass) -> type[ChosenSettings]:
     """The settings of a class of the user's own, as a recipe gives them under its path.
 
     Args:
         path: what `type` says in the recipe.
-        user_class: the class that the path names.
-        settings: the class's own settings.
+        user_class: the class that the path names, with its `Settings`.
     """
+    settings: type[ChosenSettings] = user_class.Settings
     kind: Any = Literal[path]
     made = create_model(settings.__name__, __base__=settings, type=(kind, path))
     made.__doc__ = settings.__doc__

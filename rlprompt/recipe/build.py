@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from rlprompt.algorithms.base import Algorithm
-from rlprompt.algorithms.make import Surroundings, make_algorithm
+from rlprompt.algorithms.make import make_algorithm
 from rlprompt.algorithms.objective import Constraints, QueryWeights
 from rlprompt.artifacts.format import load_artifact
 from rlprompt.data import QuerySampler, load_queries
@@ -220,8 +220,8 @@ def _parts(
     policy, data = shared.policy, shared.data
     rewards.bind_policy(policy)
     policy.prompt = build_prompt(recipe, policy, base_dir)
-    given = Surroundings(policy, recipe.sampling.max_tokens, recipe.seed)
-    algorithm = make_algorithm(recipe.algorithm, given)
+    max_tokens = recipe.sampling.max_tokens
+    algorithm = make_algorithm(recipe.algorithm, policy, max_tokens, recipe.seed)
     needs_reference = recipe.algorithm.needs_reference
     learner = GradientStep(
         StepParts(
