@@ -6,12 +6,12 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from rlprompt.settings import Settings
+from rlprompt.prompts.base import PromptSettings
 
 DEFAULT_TEXT = "You are a helpful assistant."
 
 
-class StartSettings(Settings):
+class StartSettings(PromptSettings):
     """A start from a text, from drawn tokens, or from an artifact."""
 
     num_virtual_tokens: int | None = Field(default=None, ge=1, le=4096)

@@ -27,7 +27,7 @@ from rlprompt.model.sharded.shards import ShardSettings
 from rlprompt.policy import Policy, open_policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.make import make_prompt
-from rlprompt.prompts.text import NonePrompt, TextPrompt, TextSettings
+from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.recipe.schema import (
     InitialReference,
     Recipe,
@@ -87,7 +87,7 @@ def build_run(
     recipe = with_template_text(recipe, base_dir)
     members = recipe.members()
     for member in members.values():
-        _refuse_text(member)
+        _refuse_fixed(member)
     rewards = _rewards(recipe, base_dir, ranks)
     shared = _shared(recipe, load_queries(recipe.data, base_dir), rewards, ranks)
     if not shared.data.heldout:
@@ -125,7 +125,7 @@ def build_single_run(
     Raises:
         InputError: anything named by the recipe cannot be had.
     """
-    _refuse_text(recipe)
+    _refuse_fixed(recipe)
     ranks = ranks or Ranks()
     _refuse_overlap(recipe, ranks)
     recipe = with_template_text(recipe, base_dir)
@@ -148,11 +148,11 @@ def build_shared(recipe: Recipe, base_dir: Path) -> Shared:
     return _shared(recipe, data, _rewards(recipe, base_dir, ranks), ranks)
 
 
-def _refuse_text(recipe: Recipe) -> None:
-    if isinstance(recipe.prompt, TextSettings):
+def _refuse_fixed(recipe: Recipe) -> None:
+    if not recipe.prompt.trains:
         raise InputError(
-            "prompt.type is text, which has nothing to train; evaluate it with `rlprompt eval`, or "
-            "set prompt.type: soft and give the text as prompt.init_text"
+            f"prompt.type is {recipe.prompt.type}, which has nothing to train; evaluate it with "
+            "`rlprompt eval`, or set prompt.type: soft and give the text as prompt.init_text"
         )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from rlprompt.algorithms.grpo import GRPOSettings
 from rlprompt.algorithms.make import AnyAlgorithmSettings
@@ -25,7 +25,7 @@ from rlprompt.errors import InputError
 from rlprompt.evaluation.heldout import EvaluationSettings
 from rlprompt.model.base import ModelSettings
 from rlprompt.model.chat.template import read_template
-from rlprompt.prompts.make import PromptSettings
+from rlprompt.prompts.make import AnyPromptSettings
 from rlprompt.prompts.soft import SoftSettings
 from rlprompt.recipe.yaml_file import apply_override, explain, read_tree, set_value
 from rlprompt.rewards.base import RewardSettings
@@ -69,7 +69,7 @@ class Recipe(Settings):
     """What this run is called in reports, artifacts and trackers."""
     model: ModelSettings = ModelSettings()
     """The frozen base."""
-    prompt: PromptSettings = SoftSettings()
+    prompt: AnyPromptSettings = SoftSettings()
     """The prompt that is trained; soft when it has no type."""
     algorithm: AnyAlgorithmSettings = GRPOSettings()
     """How it learns; by GRPO when it has no type."""
@@ -107,16 +107,6 @@ class Recipe(Settings):
     """Prompts that are trained one after the other on one loaded base, for a sweep over starts,
     learning rates or seeds. They share `training.steps` and `training.max_seconds` evenly and meet
     the same held-out draws; the best one's artifact is the run's."""
-
-    @field_validator("algorithm", mode="before")
-    @classmethod
-    def _grpo_by_default(cls, value: Any) -> Any:
-        return {"type": "grpo", **value} if isinstance(value, dict) else value
-
-    @field_validator("prompt", mode="before")
-    @classmethod
-    def _soft_by_default(cls, value: Any) -> Any:
-        return {"type": "soft", **value} if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _settings_have_effect(self) -> Recipe:
@@ -173,10 +163,10 @@ class Recipe(Settings):
                 f"{self.algorithm.type} has no probability ratio to correct for that; remove it, "
                 "or choose grpo, rloo, reinforce or ppo"
             )
-        if self.prompt.type == "adapter":
+        if self.prompt.adapts_layers:
             raise ValueError(
                 "training.overlap_rollouts needs a prompt that leaves the base's layers alone, "
-                "prompt.type is adapter; remove it, or choose soft, prefix or sequence"
+                f"prompt.type is {self.prompt.type}; remove it, or choose soft, prefix or sequence"
             )
         if self.distributed.base == "sharded":
             raise ValueError(
