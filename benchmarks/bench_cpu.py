@@ -12,9 +12,8 @@ head        log-probabilities, entropy and gradient of 1536 tokens: log_softmax 
 kernels     the other C++ kernels (`kernels.cpu`) at a training micro-batch of 800 tokens, forward
             and backward, against plain torch
 rows        all linear layers of SmolLM2 for 8 to 1024 rows: oneDNN's product against the kernel's
-step        one decode step of SmolLM2 for 32 rows: the base's own modules, the lean
-            step, the compiled one, and the floor, max(weights / bandwidth, FLOPs / peak), with both
-            measured here
+step        one decode step of SmolLM2 for 32 rows: the base's own modules, the one call of the C++
+            kernels, and the floor, max(weights / bandwidth, FLOPs / peak), with both measured here
 agreement   how far sampling log-probabilities are from those of the training forward, in nats, with
             and without the kernels
 
@@ -38,7 +37,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from rlprompt.engines.native import NativeEngine, NativeSettings
+from rlprompt.engines.native import NativeEngine
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.kernels.cpu import ops
 from rlprompt.kernels.cpu.product import packed_product, product_chunk
@@ -155,7 +154,7 @@ def head() -> None:
     plain = best(ours, 3)
     row("head, 1536 tokens", ("log_softmax", best(naive, 3)), ("chunked", plain))
     if kernels_usable():
-        chunked = chunked._replace(compiled=True)
+        chunked = chunked._replace(cpp=True)
         row("head, 1536 tokens", ("chunked", plain), ("kernel", best(ours, 3)))
 
 
@@ -209,9 +208,9 @@ def tree_row(rows: int, length: int, shared: int) -> None:
     prefix = [torch.randn(KV_HEADS, shared, DIM, requires_grad=True) for _ in range(2)]
     upstream = torch.randn(1, HEADS, tree.num_tokens, DIM).bfloat16()
 
-    def run(compiled: bool) -> None:
+    def run(cpp: bool) -> None:
         context = TreeContext(tree, PrefixKV([prefix[0]], [prefix[1]]))
-        call = LayerCall(0, (tensors[0], tensors[1], tensors[2]), 0.125, None, None, compiled)
+        call = LayerCall(0, (tensors[0], tensors[1], tensors[2]), 0.125, None, None, cpp)
         context.attend(call).backward(upstream)
 
     label = f"tree attention {rows} x {length} after {shared} + 22"
@@ -255,9 +254,9 @@ QUERIES = [
 ]
 
 
-def decode_step_ms(of: Policy, lean: bool) -> float:
+def decode_step_ms(of: Policy) -> float:
     """Milliseconds of one decode step and its LM head with 32 rows, whole rollout / tokens."""
-    engine = NativeEngine(of, NativeSettings(lean_decode=lean))
+    engine = NativeEngine(of)
     engine.sync(of.prompt)
     times = []
     for tokens in (8, 40):
@@ -269,11 +268,10 @@ def decode_step_ms(of: Policy, lean: bool) -> float:
 def step() -> None:
     """A decode step against its floor."""
     of = policy("off")
-    print(f"step, 32 rows, own modules {decode_step_ms(of, False):8.2f}")
-    print(f"step, 32 rows, lean        {decode_step_ms(of, True):8.2f}")
+    print(f"step, 32 rows, own modules {decode_step_ms(of):8.2f}")
     of = policy("auto")
-    ours = decode_step_ms(of, True)
-    print(f"step, 32 rows, compiled    {ours:8.2f}   ({of.forward.compiled = })")
+    ours = decode_step_ms(of)
+    print(f"step, 32 rows, C++         {ours:8.2f}   ({of.forward.cpp = })")
     parameters = sum(p.numel() for p in of.base.model.parameters())
     big = torch.ones(2**28)
     square = torch.randn(2048, 2048).bfloat16()
@@ -291,7 +289,8 @@ def agreement() -> None:
         of = policy(choice)
         engine = NativeEngine(of)
         engine.sync(of.prompt)
-        groups = engine.generate(QUERIES, 8, SamplingSettings(max_tokens=48, min_tokens=48), 0)
+        sampling = SamplingSettings(max_tokens=48, min_tokens=48)
+        groups = engine.generate(QUERIES, 8, sampling, 0).groups
         with torch.no_grad():
             prefix = of.prefix()
             tree = of.tree(QUERIES, [g.completions for g in groups], prefix)

@@ -21,7 +21,7 @@ from rlprompt.errors import InputError
 from rlprompt.kernels.lm_head import head_scores
 from rlprompt.model.base import FrozenBase, ModelSettings, load_base
 from rlprompt.model.chat.slot import ChatSlot
-from rlprompt.model.cpu.rollout_products import Recording
+from rlprompt.model.cpu.rollout_products import ProductRows
 from rlprompt.model.forward.adapter_hooks import linear_shapes
 from rlprompt.model.forward.prefix_forward import PrefixForward
 from rlprompt.model.forward.tree import TokenTree, TreeContext, build_tree
@@ -104,8 +104,6 @@ class Policy:
         self.forward = PrefixForward(base)
         self._prompt = prompt
         self._head_prefix: PrefixKV | None = None
-        self.recording: Recording | None = None
-        """Products of the last rollout, where an engine keeps them."""
 
     @property
     def prompt(self) -> Prompt:
@@ -292,21 +290,11 @@ class Policy:
                 )
         return build_tree(ids, rows, prefix.num_tokens, self.device)
 
-    def replayed(
-        self, tree: TokenTree, completions: Sequence[Sequence[Completion]], prefix: PrefixKV
-    ) -> AbstractContextManager[bool]:
-        """A block in which the forward of a tree takes its products from the last rollout.
-
-        Where these completions were not drawn in it, or not under this prefix, it does nothing.
-        """
-        if self.recording is None:
-            return nullcontext(False)
-        rows = [completion for group in completions for completion in group]
-        return self.recording.replayed(rows, prefix, tree.queries.num_tokens)
-
-    def hidden(self, tree: TokenTree, prefix: PrefixKV) -> Tensor:
-        """Final hidden states [N, d] of a tree's packed tokens."""
-        context = TreeContext(tree, prefix)
+    def hidden(
+        self, tree: TokenTree, prefix: PrefixKV, products: ProductRows | None = None
+    ) -> Tensor:
+        """Final hidden states [N, d] of a tree's packed tokens; see `logprobs`."""
+        context = TreeContext(tree, prefix, products=products)
         with self.forward.adapted(prefix.adapter):
             return self.forward.hidden(self.embed_ids(tree.token_ids), tree.positions, context)
 
@@ -320,6 +308,7 @@ class Policy:
         prefix: PrefixKV,
         temperature: float = 1.0,
         entropy_grad: bool = False,
+        products: ProductRows | None = None,
     ) -> TokenScores:
         """Log-probabilities and entropies of all completion tokens of a tree.
 
@@ -331,8 +320,10 @@ class Policy:
             temperature: the sampling temperature; log-probabilities are those of the tempered,
                 untruncated distribution.
             entropy_grad: whether the entropy takes part in the loss.
+            products: what the rollout has multiplied of the tree's tokens, which is not computed
+                again; the results are the same bits. None = all is computed.
         """
-        states = self.hidden(tree, prefix)
+        states = self.hidden(tree, prefix, products)
         scored = states.index_select(0, tree.predictors)
         out = head_scores(scored, tree.targets, self.forward.head, temperature, entropy_grad)
         mask = tree.target_mask

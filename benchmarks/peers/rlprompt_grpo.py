@@ -40,7 +40,6 @@ from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.evaluation.heldout import HeldoutEvaluator
 from rlprompt.evaluation.probes import BaseLogprob
 from rlprompt.model.base import ModelSettings
-from rlprompt.model.cpu.rollout_products import to_be_learned_from
 from rlprompt.policy import Policy, open_policy
 from rlprompt.prompts.adapter import AdapterPrompt, AdapterSettings
 from rlprompt.prompts.base import Prompt
@@ -142,16 +141,17 @@ class Stepper:
         clock = PhaseClock()
         self.engine.sync(self.policy.prompt)
         sync = time.perf_counter() - wall
-        with to_be_learned_from():
-            batch = collect(
-                self.engine,
+        batch = collect(
+            lambda: self.engine.generate(
                 [self.queries[i] for i in self.sampler.next()],
                 settings.group_size,
                 self.sampling,
-                self.rewards,
-                step=self.step_number,
-                seed=settings.seed * 100_003 + self.step_number,
-            )
+                settings.seed * 100_003 + self.step_number,
+                keep_products=True,
+            ),
+            self.rewards,
+            step=self.step_number,
+        )
         _, metrics = self.updater.learn(
             batch, self.optimizer, self._set_lr, settings.max_grad_norm or None, clock
         )

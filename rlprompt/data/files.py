@@ -60,15 +60,19 @@ def read_file(path: str, base_dir: Path, query_column: str) -> Table:
     return table
 
 
-def read_rows(rows: list[Any], query_column: str) -> Table:
-    """Take the rows written in the recipe: strings or mappings.
+def read_rows(rows: list[Any], query_column: str, label: str = "data.rows") -> Table:
+    """Take rows that are no file: strings or mappings.
+
+    Args:
+        rows: as the recipe has them, or a Python program.
+        query_column: column that a string stands for.
+        label: what error messages call the rows.
 
     Raises:
         InputError: There are none, or one is neither a string nor a mapping.
     """
-    label = "data.rows"
     if not rows:
-        raise InputError("data.rows is empty; write at least one query or give a path")
+        raise InputError(f"{label} is empty; write at least one query or give a path")
     checked = [_as_row(row, query_column, f"{label} row {i + 1}") for i, row in enumerate(rows)]
     return Table(label=label, rows=checked)
 

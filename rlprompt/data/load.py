@@ -11,9 +11,10 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlprompt.data.base import DEFAULT_SPLIT, DataSettings, QuerySplit, Table
 from rlprompt.data.conversation import build_queries, match_key
@@ -27,8 +28,11 @@ logger = logging.getLogger(__name__)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SIDES = ("train", "heldout")
 
+Rows = Mapping[str, Sequence[Any]]
+"""Rows in memory, by the path of a recipe that stands for them."""
 
-def load_queries(settings: DataSettings, base_dir: Path) -> QuerySplit:
+
+def load_queries(settings: DataSettings, base_dir: Path, given: Rows | None = None) -> QuerySplit:
     """Read, check, deduplicate and divide the queries that a recipe names.
 
     Two queries are the same when they differ only in case, white space or the punctuation of a
@@ -37,6 +41,7 @@ def load_queries(settings: DataSettings, base_dir: Path) -> QuerySplit:
     Args:
         settings: The data section of the recipe.
         base_dir: The recipe's folder, to which local paths are relative.
+        given: Rows in memory, by the path that stands for them.
 
     Returns:
         Both sides, in an order drawn with `shuffle_seed`.
@@ -45,10 +50,10 @@ def load_queries(settings: DataSettings, base_dir: Path) -> QuerySplit:
         InputError: The data cannot be found or read, a row is wrong, a given division overlaps,
             or there are too few queries for it.
     """
-    table = read_table(settings, base_dir)
+    table = read_table(settings, base_dir, given)
     queries = build_queries(table, settings.query_column, settings.split_column)
     if settings.heldout_path is not None:
-        train, heldout = _divide_by_file(settings, base_dir, table, queries)
+        train, heldout = _divide_by_file(settings, base_dir, table, queries, given or {})
     elif settings.split_column is not None:
         train, heldout = _divide_by_column(settings, table, queries)
     else:
@@ -66,8 +71,8 @@ class _Side:
     places: dict[str, str]
 
 
-def read_table(settings: DataSettings, base_dir: Path) -> Table:
-    """The rows of a recipe's dataset as they stand.
+def read_table(settings: DataSettings, base_dir: Path, given: Rows | None = None) -> Table:
+    """The rows of a recipe's dataset as they stand; arguments as for `load_queries`.
 
     Raises:
         InputError: it cannot be found or read, or a setting has no effect on it.
@@ -76,6 +81,9 @@ def read_table(settings: DataSettings, base_dir: Path) -> Table:
         _refuse_hub_settings(settings, "rows")
         return read_rows(settings.rows or [], settings.query_column)
     path = settings.path
+    if given is not None and path in given:
+        _refuse_hub_settings(settings, "rows in memory")
+        return read_rows(list(given[path]), settings.query_column, "data")
     names_file = path.lower().endswith(SUFFIXES) or (base_dir / Path(path).expanduser()).exists()
     if not names_file and HUB_ID.fullmatch(path):
         return read_hub(path, settings.name, settings.split)
@@ -97,10 +105,13 @@ def _refuse_hub_settings(settings: DataSettings, source: str) -> None:
 
 
 def _divide_by_file(
-    settings: DataSettings, base_dir: Path, table: Table, queries: list[Query]
+    settings: DataSettings, base_dir: Path, table: Table, queries: list[Query], given: Rows
 ) -> tuple[list[Query], list[Query]]:
     path = settings.heldout_path or ""
-    other = read_file(path, base_dir, settings.query_column)
+    if path in given:
+        other = read_rows(list(given[path]), settings.query_column, "heldout")
+    else:
+        other = read_file(path, base_dir, settings.query_column)
     held = build_queries(other, settings.query_column, first_index=len(queries))
     if held[0].conversational != queries[0].conversational:
         raise InputError(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from rlprompt.distributed.ranks import Ranks
-from rlprompt.engines.base import Engine
+from rlprompt.engines.base import Engine, Generation
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.prompts.base import Prompt
 from rlprompt.types import Completion, Group, Query
@@ -57,8 +57,12 @@ class SharedEngine:
         seed: int,
         progress: Callable[[int, int], None] | None = None,
         first: int = 0,
-    ) -> list[Group]:
+        keep_products: bool = False,
+    ) -> Generation:
         """Draw completions; see `Engine.generate`.
+
+        The products are those of this rank's queries: a rank takes them for what it learns from of
+        these.
 
         Raises:
             InputError: raised by any rank's engine.
@@ -66,15 +70,24 @@ class SharedEngine:
         """
         mine = slice(0, len(queries)) if self._together else self._ranks.share(len(queries))
 
+        own = Generation(())
+
         def draw() -> list[tuple[Completion, ...]]:
-            if not queries[mine]:
-                return []
-            groups = self._engine.generate(
-                queries[mine], num_completions, sampling, seed, progress, first + mine.start
-            )
-            return [group.completions for group in groups]
+            nonlocal own
+            if queries[mine]:
+                place = first + mine.start
+                own = self._engine.generate(
+                    queries[mine], num_completions, sampling, seed, progress, place, keep_products
+                )
+            return [group.completions for group in own.groups]
 
         with self._around():
             parts = self._ranks.each(draw, "the rollout")
-        drawn = parts[0] if self._together else [each for part in parts for each in part]
-        return [Group(query, each) for query, each in zip(queries, drawn, strict=True)]
+        if self._together:
+            drawn = parts[0]
+        else:
+            # Not the copies that came back: products are known of the completions themselves.
+            parts[self._ranks.rank] = [group.completions for group in own.groups]
+            drawn = [each for part in parts for each in part]
+        groups = (Group(query, each) for query, each in zip(queries, drawn, strict=True))
+        return Generation(tuple(groups), own.products)

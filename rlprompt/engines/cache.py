@@ -7,7 +7,7 @@ grows in small blocks.
 
 Layers that attend in the C++ kernels use memory of the same size in another way: a row's columns
 are [prefix | query | completion] with nothing between, in the order in which the kernels multiply
-them (`rlprompt.kernels.cpu.cache_layout`), so that a step rearranges nothing. Where all layers do,
+them (`rlprompt.kernels.cpu.cache_layout`), so that a step moves nothing. Where all layers do,
 whole blocks of columns that the rows of a group share stand in one row of the group only, its
 leader: the memory of the others is never touched there.
 
@@ -21,16 +21,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rlprompt.kernels.cpu.cache_layout import LANES, arranged_keys, arranged_values
+from rlprompt.kernels.cpu.cache_layout import LANES, lay_out_keys, lay_out_values
 from rlprompt.kernels.cpu.ops import decode_attention
 from rlprompt.kernels.dispatch import fused_decode, uses_triton
 from rlprompt.kernels.reference import mask_bias
-from rlprompt.model.cpu.rollout_products import Recording
 from rlprompt.model.forward.attention import LayerCall
 from rlprompt.model.forward.tree import TokenTree, TreeContext
 from rlprompt.types import PrefixKV
 
-_BLOCK, _ARRANGED_BLOCK = 32, 128
+_BLOCK, _CPP_BLOCK = 32, 128
 """Columns by which memory grows; all of it is copied then, once in so many tokens. The C++ kernels
 neither read nor clear columns before they are written, so that larger blocks cost them nothing."""
 
@@ -45,10 +44,10 @@ class DecodeCache:
 
         Args:
             tree: the prefilled queries.
-            context: the prefill's context, with recorded query keys and values.
+            context: the prefill's context, which has kept query keys and values.
             prefix: the shared prefix.
             copies: completions per group.
-            max_tokens: longest completion.
+            max_tokens: tokens of the longest completion.
         """
         mask = tree.queries.mask
         groups, width = mask.shape
@@ -64,27 +63,25 @@ class DecodeCache:
         like = context.query_keys[0]
         kv_heads, _, dim = prefix.keys[0].shape
         layers = len(prefix.keys)
-        self._arranged = frozenset(context.compiled)
-        self._all_arranged = len(self._arranged) == layers
-        self.recording: Recording | None = None
-        """Where decode steps leave their products; None = nowhere."""
-        if self._arranged:
+        self._cpp_layers = frozenset(context.cpp_layers)
+        self._all_cpp = len(self._cpp_layers) == layers
+        if self._cpp_layers:
             self._most_columns = _whole(self._most_columns)
         self._led = 0
         """Columns that stand in leaders only."""
-        if self._all_arranged:
+        if self._all_cpp:
             self._led = int(self.column - padding.max()) // LANES * LANES
-        self._data = self._room(like, (2 * layers, self._rows, kv_heads, dim))
+        self._data = self._room(like, 2 * layers, self._rows, kv_heads, dim)
         fronts = [*prefix.keys, *prefix.values]
         backs = [*context.query_keys, *context.query_values]
         to_the_right = _right_aligned(mask)[:, None, :, None].expand(-1, kv_heads, -1, dim)
         for part, (front, back) in enumerate(zip(fronts, backs, strict=True)):
-            arranged = part % layers in self._arranged
-            query = back if arranged else back.gather(2, to_the_right)
+            for_cpp = part % layers in self._cpp_layers
+            query = back if for_cpp else back.gather(2, to_the_right)
             columns = torch.cat([front.to(like.dtype).expand(groups, -1, -1, -1), query], 2)
-            if arranged:
+            if for_cpp:
                 columns = functional.pad(columns, (0, 0, 0, _whole(self.column) - self.column))
-                columns = (arranged_keys if part < layers else arranged_values)(columns)
+                columns = (lay_out_keys if part < layers else lay_out_values)(columns)
             led = self._led
             self._data[part, ::copies, :, :led] = columns[:, :, :led]
             own = columns[:, :, led:].repeat_interleave(copies, 0)
@@ -107,25 +104,28 @@ class DecodeCache:
 
     def _capacity(self) -> int:
         """Columns to hold from now on: whole blocks, at most what the longest row needs."""
-        block = _ARRANGED_BLOCK if self._all_arranged else _BLOCK
+        block = _CPP_BLOCK if self._all_cpp else _BLOCK
         return min(self._most_columns, (self.column // block + 1) * block)
 
-    def _room(self, like: Tensor, sizes: tuple[int, int, int, int]) -> Tensor:
-        """Memory for (2 L, B, H_kv, D) and the present capacity, [2 L, B, H_kv, S, D]."""
-        *front, dim = sizes
-        make = like.new_empty if self._all_arranged else like.new_zeros
-        return make(*front, self._capacity(), dim)
+    def _room(self, like: Tensor, parts: int, rows: int, kv_heads: int, dim: int) -> Tensor:
+        """Memory for the present capacity, [2 L = parts, B, H_kv, S, D]."""
+        make = like.new_empty if self._all_cpp else like.new_zeros
+        return make(parts, rows, kv_heads, self._capacity(), dim)
 
     def reserve(self) -> None:
         """Make room for the column about to be written."""
         if self.column < self._data.shape[3]:
             return
         parts, rows, kv_heads, columns, dim = self._data[:, : self._rows].shape
-        grown = self._room(self._data, (parts, rows, kv_heads, dim))
+        grown = self._room(self._data, parts, rows, kv_heads, dim)
         led, leaders = self._led, torch.unique(self._table[1, :rows])
         grown[:, :, :, led:columns] = self._data[:, :rows, :, led:]
         grown[:, leaders, :, :led] = self._data[:, leaders, :, :led]
         self._data = grown
+
+    def advance(self) -> None:
+        """Go on to the next column, after one has been written."""
+        self.column += 1
 
     def positions(self) -> Tensor:
         """Absolute position [B] of the column about to be written."""
@@ -134,17 +134,17 @@ class DecodeCache:
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, [B, H_kv, S, D], contiguous views.
 
-        See `is_arranged` for their order, and for columns that stand in leaders only.
+        See `has_cpp_layout` for their order, and for columns that stand in leaders only.
         """
         layers = self._data.shape[0] // 2
         return self._data[layer, : self._rows], self._data[layers + layer, : self._rows]
 
-    def is_arranged(self, layer: int) -> bool:
+    def has_cpp_layout(self, layer: int) -> bool:
         """Whether a layer's columns stand as the C++ kernels read them; `attend` writes them.
 
         Whole blocks of a group's shared columns may then stand in the row of its leader only.
         """
-        return layer in self._arranged
+        return layer in self._cpp_layers
 
     @property
     def data(self) -> Tensor:
@@ -153,7 +153,8 @@ class DecodeCache:
 
     def attend(self, layer: int, tensors: tuple[Tensor, Tensor, Tensor], scaling: float) -> Tensor:
         """Write the column and attend, by the C++ kernel; see `decode_attention`."""
-        return decode_attention(tensors, self._data, layer, self.table, self.place, scaling)
+        table, shared = self._table, self._shared
+        return decode_attention(tensors, self._data, layer, table, shared, self.column, scaling)
 
     @property
     def table(self) -> Tensor:
@@ -161,9 +162,9 @@ class DecodeCache:
         return self._table
 
     @property
-    def place(self) -> tuple[int, int]:
-        """Shared columns, and the column to write; see `decode_attention`."""
-        return (self._shared, self.column)
+    def shared(self) -> int:
+        """Columns of prefix and query in a row with the longest query; see `decode_attention`."""
+        return self._shared
 
     def seen(self, window: int | None) -> Tensor:
         """The columns that the token about to be written may see, bool [B, 1, S]."""
@@ -219,6 +220,8 @@ class DecodeCache:
 class DecodeContext:
     """Attention of one new token per row over its cache."""
 
+    products = None
+
     def __init__(self, cache: DecodeCache, fused: bool | None = None) -> None:
         """Attend over `cache`, whose `column` is written by this forward.
 
@@ -235,7 +238,7 @@ class DecodeContext:
     def attend(self, call: LayerCall) -> Tensor:
         """Write the column, then attend: packed [1, H, B, D] in and out."""
         cache = self._cache
-        if cache.is_arranged(call.layer):
+        if cache.has_cpp_layout(call.layer):
             tensors = [t[0].transpose(0, 1) for t in (call.query, call.key, call.value)]
             out = cache.attend(call.layer, (tensors[0], tensors[1], tensors[2]), call.scaling)
             return out.transpose(0, 1)[None]

@@ -1,8 +1,9 @@
 """Decode steps in one call each, by the C++ kernels.
 
-Taken where every layer of the base is made of the stand-ins of `rlprompt.model.cpu.fused_modules`
+Used where every layer of the base is made of the stand-ins of `rlprompt.model.cpu.fused_modules`
 and nothing is wrapped; it gives the bits that those modules give, which one step proves before it
-is used. What an adapter of low rank adds to products is part of the call.
+is used (`agrees`). What an adapter of low rank adds to products is part of the call, and so is
+keeping products for an update.
 
 Letters: B rows, d model width, D head dim.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from rlprompt.kernels.cpu.product import MOST_ROWS
 from rlprompt.model.cpu.fused_modules import FusedAttention, FusedMLP, FusedNorm
 from rlprompt.model.cpu.low_rank import side_by_side
 from rlprompt.model.cpu.packed_linear import FrozenLinear, PackedWeight
-from rlprompt.model.cpu.rollout_products import Recording
+from rlprompt.model.cpu.rollout_products import ProductStore, StepProducts
 from rlprompt.model.forward.prefix_forward import PrefixForward
 from rlprompt.types import LowRank
 
@@ -31,11 +32,20 @@ logger = logging.getLogger(__name__)
 _PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 
 
-class CompiledDecoder:
-    """Decode steps of one base; made by `compiled_decoder`."""
+class CppDecoder:
+    """Decode steps of one base; made by `cpp_decoder`."""
 
-    def __init__(self, forward: PrefixForward, layers: list[Any], final: FusedNorm) -> None:
-        """Collect the weights of all layers."""
+    def __init__(
+        self, forward: PrefixForward, layers: list[Any], final: FusedNorm, keep_bytes: int
+    ) -> None:
+        """Collect the weights of all layers.
+
+        Args:
+            forward: the base.
+            layers: its layers, all of them stand-ins.
+            final: the norm behind them.
+            keep_bytes: most memory for products of a rollout; 0 = none is kept.
+        """
         self._forward = forward
         self._layers = layers
         self._rotary: Any = forward.body.rotary_emb
@@ -50,10 +60,11 @@ class CompiledDecoder:
         products = zip(*map(_products, layers), strict=True)
         chunks = [_common([packed.chunk for packed in same]) for same in products]
         self._chunks = chunks if all(chunks) else [0] * len(chunks)  # a step multiplies in one way
+        self._store = self._make_store(keep_bytes)
         self._low_rank: list[Tensor | None] = []
         self._low_rank_scale = 0.0
 
-    def under(self, additions: Mapping[str, LowRank]) -> CompiledDecoder | None:
+    def under(self, additions: Mapping[str, LowRank]) -> CppDecoder | None:
         """The same steps under an adapter, whose weights are copied; None = it cannot be added.
 
         Args:
@@ -71,39 +82,43 @@ class CompiledDecoder:
                 made._low_rank += _joined_pairs(linears, each)
         return made
 
-    def hidden(self, tokens: Tensor, cache: DecodeCache) -> Tensor:
+    @property
+    def store(self) -> ProductStore | None:
+        """Where steps can keep their products, under every adapter; None = they cannot."""
+        return self._store
+
+    def hidden(
+        self, tokens: Tensor, cache: DecodeCache, kept: StepProducts | None = None
+    ) -> Tensor:
         """Final hidden states [B, d] of one new token per row; writes the cache's next column.
 
         Args:
             tokens: int64 [B].
-            cache: its `column` is written, and stays where it is.
+            cache: keys and values; its `column` is written, and stays where it is.
+            kept: memory of `store` for what the products give; None = nothing is kept.
         """
         cache.reserve()
         x = self._forward.embed(tokens)
         cos, sin = self._rotary(x[None], cache.positions()[None])
-        place = (cache.table, list(cache.place))
+        place = (cache.table, [cache.shared, cache.column])
         turn = (cos[0].contiguous(), sin[0].contiguous())
         few = len(tokens) <= MOST_ROWS
         numbers = (self._scaling, self._eps, self._chunks if few else [0] * len(self._chunks))
         added = (self._low_rank, self._low_rank_scale)
-        recording = cache.recording if few else None
-        stores = [] if recording is None else recording.stores()
-        kept = (stores, recording.take() if recording is not None and stores else 0)
+        stores = ([], 0) if kept is None else (list(kept.tensors), kept.first)
         step = torch.ops.rlprompt_cpu.decode_step
-        arguments = (*place, *turn, *numbers, *added, *kept)
+        arguments = (*place, *turn, *numbers, *added, *stores)
         out: Tensor = step(x.clone(), self._weights, cache.data, *arguments)
         return out
 
-    def recording(self, limit: int) -> Recording:
-        """For those products of these steps whose bits are a training forward's.
-
-        Args:
-            limit: bytes.
-        """
+    def _make_store(self, limit: int) -> ProductStore | None:
+        """Memory for those products of these steps whose bits are a training forward's."""
         products = [product for layer in self._layers for product in _products(layer)]
-        exact = self._chunks * len(self._layers)
-        kept = [product for product, chunk in zip(products, exact, strict=True) if chunk]
-        return Recording(products, kept, limit)
+        chunks = self._chunks * len(self._layers)
+        exact = [product for product, chunk in zip(products, chunks, strict=True) if chunk]
+        if limit:
+            logger.info("rollout products: %d of %d can be kept", len(exact), len(products))
+        return ProductStore(products, exact, limit) if limit and exact else None
 
     def is_current(self) -> bool:
         """Whether the base's layers are still those whose weights were collected."""
@@ -112,11 +127,18 @@ class CompiledDecoder:
         return same and all(_known(layer) for layer in layers)
 
 
-def compiled_decoder(forward: PrefixForward) -> CompiledDecoder | None:
-    """A decoder for a base that is all stand-ins; None for any other."""
+def cpp_decoder(forward: PrefixForward, keep_bytes: int = 0) -> CppDecoder | None:
+    """A decoder for a base that is all stand-ins; None for any other.
+
+    The caller compares one step before relying on it (`agrees`).
+
+    Args:
+        forward: the base.
+        keep_bytes: most memory for products of a rollout; 0 = none is kept.
+    """
     body: Any = forward.body
     layers, final = getattr(body, "layers", None), getattr(body, "norm", None)
-    if not forward.compiled or layers is None or not isinstance(final, FusedNorm):
+    if not forward.cpp or layers is None or not isinstance(final, FusedNorm):
         return None
     if not all(_known(layer) for layer in layers) or not hasattr(body, "rotary_emb"):
         return None
@@ -125,7 +147,28 @@ def compiled_decoder(forward: PrefixForward) -> CompiledDecoder | None:
         for part in layers
         for norm in (part.input_layernorm, part.post_attention_layernorm, final)
     }
-    return CompiledDecoder(forward, list(layers), final) if len(settings) == 1 else None
+    return CppDecoder(forward, list(layers), final, keep_bytes) if len(settings) == 1 else None
+
+
+def agrees(
+    decoder: CppDecoder,
+    forward: PrefixForward,
+    cache: DecodeCache,
+    step: Callable[[Tensor, DecodeCache], Tensor],
+) -> bool:
+    """Whether one step gives the bits that the base's own modules give.
+
+    Args:
+        decoder: the candidate.
+        forward: the same base.
+        cache: at least one row; its next column is overwritten by both.
+        step: a decode step through the base's own modules.
+    """
+    tokens = torch.arange(cache.num_rows, device=forward.device) * 7 % forward.base.vocab_size
+    same = torch.equal(step(tokens, cache), decoder.hidden(tokens, cache))
+    name = type(decoder).__name__
+    logger.info("%s: %s", name, "used" if same else "not used, its bits differ")
+    return same
 
 
 def _products(layer: Any) -> list[PackedWeight]:

@@ -7,28 +7,49 @@ dropped: the last rows move into their places and the batch narrows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from rlprompt.engines.base import Generation
 from rlprompt.engines.cache import DecodeCache, DecodeContext
-from rlprompt.engines.decode_cpp import CompiledDecoder, compiled_decoder
-from rlprompt.engines.decode_torch import agrees, lean_decoder
+from rlprompt.engines.decode_cpp import CppDecoder, agrees, cpp_decoder
 from rlprompt.engines.sampling import Drawer, SamplingSettings
 from rlprompt.errors import InputError
-from rlprompt.model.cpu.rollout_products import Recording, is_wanted
+from rlprompt.model.cpu.rollout_products import ProductStore, ProductWriter, StepProducts
+from rlprompt.model.forward.prefix_forward import PrefixForward
 from rlprompt.model.forward.tree import TreeContext
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.settings import Settings
 from rlprompt.types import Adapter, Completion, Group, PrefixKV, Query
 
-DecodeStep = Callable[[Tensor, DecodeCache], Tensor]
-"""One new token per row [B] -> final hidden states [B, d]; writes the cache's next column."""
+Progress = Callable[[int, int], None]
+"""Called with (tokens drawn in the longest row, max_tokens)."""
+
+
+class Decoder(Protocol):
+    """Decode steps of one base under one adapter, or none."""
+
+    @property
+    def store(self) -> ProductStore | None:
+        """Where steps can keep their products; None = they cannot."""
+        ...
+
+    def hidden(
+        self, tokens: Tensor, cache: DecodeCache, kept: StepProducts | None = None
+    ) -> Tensor:
+        """Final hidden states [B, d] of one new token per row; writes the cache's next column."""
+        ...
+
+    def is_current(self) -> bool:
+        """Whether the base is still the one that the steps were made for."""
+        ...
 
 
 class NativeSettings(Settings):
@@ -36,9 +57,10 @@ class NativeSettings(Settings):
 
     type: Literal["native"] = "native"
     """Engine."""
-    lean_decode: bool = True
-    """Decode with fewer operations, or in one call, and the same bits where the base allows it
-    (Llama-shaped, bf16 on a CPU)."""
+    cpp_decode: bool = True
+    """Decode each token by one call of the C++ kernels, where they serve every layer of the base
+    (Llama-shaped, bfloat16 on a CPU; `model.cpu_kernels`); false = by the base's own modules. The
+    results are the same bits."""
     max_rows: int = Field(default=256, ge=1)
     """Most completions decoded at once; more are decoded in turns. Bounds the cache's memory."""
     reuse_mib: int = Field(default=128, ge=0)
@@ -54,12 +76,11 @@ class NativeEngine:
         """Decode with `policy`'s base; `sync` a prompt before generating."""
         self._policy = policy
         self._settings = settings or NativeSettings()
-        self._step: DecodeStep | None = None
-        self._compiled: CompiledDecoder | None = None
-        self._is_current: Callable[[], bool] = _always
-        self._adapted: tuple[Adapter, DecodeStep] | None = None
+        self._modules = ModuleDecoder(policy.forward)
+        self._cpp: CppDecoder | None = None
+        self._plain: Decoder | None = None
+        self._adapted: _AdaptedDecoder | None = None
         self._proven = False
-        self._recording: Recording | None = None
         self._prompt: Prompt | None = None
         self._prefix: PrefixKV | None = None
 
@@ -84,9 +105,10 @@ class NativeEngine:
         num_completions: int,
         sampling: SamplingSettings,
         seed: int,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
         first: int = 0,
-    ) -> list[Group]:
+        keep_products: bool = False,
+    ) -> Generation:
         """Draw completions; see `Engine.generate`.
 
         Raises:
@@ -101,180 +123,219 @@ class NativeEngine:
                 f"sampling.stop_token_ids names tokens that {self._policy.base.id} does not have: "
                 f"{unknown}; take ids of its tokenizer"
             )
-        with self._without_graph():
-            return self._drawn(queries, num_completions, sampling, (seed, first), progress)
+        shape = (first + len(queries), num_completions, sampling.max_tokens)
+        generator = torch.Generator().manual_seed(seed)
+        # Row by row, so that a query's draws do not depend on how many queries follow it.
+        uniform = torch.rand(shape, generator=generator, dtype=torch.float64)[first:]
+        forward = self._policy.forward
+        with self._without_graph(), forward.adapted(self._prefix.adapter):
+            loop = _TokenLoop(
+                Drawer(forward.head, sampling),
+                self._policy.stop_ids | set(sampling.stop_token_ids),
+                progress,
+            )
+            return self._drawn(queries, uniform, loop, keep_products)
 
     def _drawn(
-        self,
-        queries: Sequence[Query],
-        num_completions: int,
-        sampling: SamplingSettings,
-        place: tuple[int, int],
-        progress: Callable[[int, int], None] | None,
-    ) -> list[Group]:
-        """Completions by (seed, queries whose draws are passed over)."""
+        self, queries: Sequence[Query], uniform: Tensor, loop: _TokenLoop, keep_products: bool
+    ) -> Generation:
+        """Completions by uniform numbers [queries, completions, max_tokens], turn by turn."""
         assert self._prefix is not None
-        seed, passed_over = place
-        generator = torch.Generator().manual_seed(seed)
-        shape = (passed_over + len(queries), num_completions, sampling.max_tokens)
-        # Row by row, so that a query's draws do not depend on how many queries follow it.
-        uniform = torch.rand(shape, generator=generator, dtype=torch.float64)[passed_over:]
-        copies = min(num_completions, self._settings.max_rows)
-        per_turn = self._settings.max_rows // copies
         completions: list[list[Completion]] = [[] for _ in queries]
-        recording = self._recording if is_wanted() else None
-        if recording is not None:
-            rows = len(queries) * num_completions
-            recording.start(self._prefix, rows * (sampling.max_tokens - 1))
-        for first in range(0, len(queries), per_turn):
-            turn = slice(first, first + per_turn)
-            for draws in uniform[turn].split(copies, dim=1):
-                with self._policy.forward.adapted(self._prefix.adapter):
-                    done = self._turn(queries[turn], sampling, draws, progress)
-                for row, more in zip(completions[turn], done, strict=True):
-                    row += more
-        return [Group(q, tuple(row)) for q, row in zip(queries, completions, strict=True)]
+        writer: ProductWriter | None = None
+        for place, (turn, numbers) in enumerate(_turns(uniform, self._settings.max_rows)):
+            cache, states = self._prefill(queries[turn], numbers.shape[1], loop.max_tokens)
+            decoder = self._decoder_under(self._prefix.adapter, cache)
+            if keep_products and place == 0 and decoder.store is not None:
+                most_tokens = uniform.shape[0] * uniform.shape[1] * (loop.max_tokens - 1)
+                writer = decoder.store.start(self._prefix, most_tokens)
+            rows = loop.run(decoder, cache, states, numbers.flatten(0, 1).t(), writer)
+            done = [self._completion(row, loop.stop) for row in rows]
+            if writer is not None:
+                writer.end_turn(done)
+            for i, own in enumerate(completions[turn]):
+                own += done[i * numbers.shape[1] : (i + 1) * numbers.shape[1]]
+        groups = (Group(q, tuple(own)) for q, own in zip(queries, completions, strict=True))
+        return Generation(tuple(groups), None if writer is None else writer.finish())
 
-    def _turn(
-        self,
-        queries: Sequence[Query],
-        sampling: SamplingSettings,
-        uniform: Tensor,
-        progress: Callable[[int, int], None] | None,
-    ) -> list[list[Completion]]:
-        """Completions of queries by uniform numbers [queries, copies, max_tokens]."""
-        copies = uniform.shape[1]
+    def _prefill(
+        self, queries: Sequence[Query], copies: int, max_tokens: int
+    ) -> tuple[DecodeCache, Tensor]:
+        """A cache of `copies` rows per query, and the states [B, d] that their first token has."""
         prefix = self._prefix
         assert prefix is not None
         policy = self._policy
-        tree = policy.tree(
-            queries, [[] for _ in queries], prefix, self._prompt, sampling.max_tokens
-        )
-        context = TreeContext(tree, prefix, record=True)
+        tree = policy.tree(queries, [[] for _ in queries], prefix, self._prompt, max_tokens)
+        context = TreeContext(tree, prefix, keep_queries=True)
         states = policy.forward.hidden(policy.embed_ids(tree.token_ids), tree.positions, context)
         last = torch.cumsum(tree.queries.mask.sum(1), 0) - 1
-        drawer = Drawer(policy.forward.head, sampling)
-        first_logits = drawer.logits(states[last]).repeat_interleave(copies, 0)
-        cache = DecodeCache(tree, context, prefix, copies, sampling.max_tokens)
-        stop = policy.stop_ids | set(sampling.stop_token_ids)
-        draw = (uniform.flatten(0, 1).t(), stop, progress)
-        step = self._step_for(cache, prefix)
-        recording = cache.recording = self._recording if is_wanted() else None
-        if recording is not None:
-            recording.begin_turn(len(first_logits), sampling.max_tokens)
-        rows = _decode(step, drawer, cache, first_logits, draw)
-        done = [self._completion(tokens, logprobs, stop) for tokens, logprobs in rows]
-        if recording is not None:
-            recording.end_turn(done)
-        return [done[i : i + copies] for i in range(0, len(done), copies)]
+        return DecodeCache(tree, context, prefix, copies, max_tokens), states[last]
 
-    def _step_for(self, cache: DecodeCache, prefix: PrefixKV) -> DecodeStep:
-        """The decode step under a prefix."""
-        if prefix.adapter is not None:
-            if self._adapted is None or self._adapted[0] is not prefix.adapter:
-                self._adapted = (prefix.adapter, self._choose_adapted(cache, prefix.adapter))
-            return self._adapted[1]
-        if self._step is None or not self._is_current():
-            self._step = self._choose_step(cache)
-        return self._step
+    def _decoder_under(self, adapter: Adapter | None, cache: DecodeCache) -> Decoder:
+        """The fastest decoder that gives the bits of the base's own modules."""
+        if not self._settings.cpp_decode:
+            return self._modules
+        if adapter is not None:
+            if self._adapted is None or self._adapted.adapter is not adapter:
+                self._adapted = _AdaptedDecoder(adapter, self._choose_adapted(adapter, cache))
+            return self._adapted.decoder
+        if self._plain is None or not self._plain.is_current():
+            self._plain = self._choose(cache)
+        return self._plain
 
-    def _choose_step(self, cache: DecodeCache) -> DecodeStep:
-        """The lean decode step where there is one that agrees, else the base's own modules."""
-        forward = self._policy.forward
-        self._is_current = _always
-        if not self._settings.lean_decode:
-            return self._own_modules
-        for decoder in (self._compiled_decoder(), lean_decoder(forward)):
-            if decoder is not None and agrees(decoder, forward, cache, self._own_modules):
-                self._is_current = decoder.is_current
-                if isinstance(decoder, CompiledDecoder):
-                    self._record(decoder)
-                return decoder.hidden
-        return self._own_modules
+    def _choose(self, cache: DecodeCache) -> Decoder:
+        decoder = self._cpp_decoder()
+        if decoder is None or not self._agrees(decoder, cache):
+            return self._modules
+        return decoder
 
-    def _compiled_decoder(self) -> CompiledDecoder | None:
-        """Steps in one call, without an adapter; made again where the base's layers are others."""
-        if self._compiled is None or not self._compiled.is_current():
-            self._compiled = compiled_decoder(self._policy.forward)
-            self._recording = None
-        return self._compiled
-
-    def _record(self, decoder: CompiledDecoder) -> None:
-        """Keep products from the next rollout on."""
-        if self._recording is None and self._settings.reuse_mib:
-            self._recording = decoder.recording(self._settings.reuse_mib * 2**20)
-            self._policy.recording = self._recording
-
-    def _choose_adapted(self, cache: DecodeCache, adapter: Adapter) -> DecodeStep:
+    def _choose_adapted(self, adapter: Adapter, cache: DecodeCache) -> Decoder:
         """One call per step under an adapter of low rank, where that gives the hooks' bits.
 
         Compared at every prefix until one has been whose adapter changes something.
         """
         additions = adapter.low_rank()
-        plain = self._compiled_decoder() if self._settings.lean_decode else None
+        plain = self._cpp_decoder()
         decoder = plain.under(additions) if additions and plain is not None else None
         if not additions or decoder is None:
-            return self._own_modules
+            return self._modules
         if not self._proven:
-            if not agrees(decoder, self._policy.forward, cache, self._own_modules):
-                return self._own_modules
+            if not self._agrees(decoder, cache):
+                return self._modules
             self._proven = any(bool(addition.up.any()) for addition in additions.values())
-        self._record(decoder)
-        return decoder.hidden
+        return decoder
 
-    def _own_modules(self, tokens: Tensor, cache: DecodeCache) -> Tensor:
-        forward = self._policy.forward
-        return forward.hidden(forward.embed(tokens), cache.positions(), DecodeContext(cache))
+    def _cpp_decoder(self) -> CppDecoder | None:
+        """Steps in one call, without an adapter; made again where the base's layers are others."""
+        if self._cpp is None or not self._cpp.is_current():
+            keep_bytes = self._settings.reuse_mib * 2**20
+            self._cpp = cpp_decoder(self._policy.forward, keep_bytes)
+        return self._cpp
 
-    def _completion(
-        self, tokens: list[int], logprobs: list[float], stop: frozenset[int]
-    ) -> Completion:
-        text = self._policy.slot.decode(tokens)
-        return Completion(tuple(tokens), tuple(logprobs), text, tokens[-1] in stop)
+    def _agrees(self, decoder: CppDecoder, cache: DecodeCache) -> bool:
+        return agrees(decoder, self._policy.forward, cache, self._modules.hidden)
+
+    def _completion(self, row: _Row, stop: frozenset[int]) -> Completion:
+        text = self._policy.slot.decode(row.token_ids)
+        ended = row.token_ids[-1] in stop
+        return Completion(tuple(row.token_ids), tuple(row.logprobs), text, ended)
 
 
-def _always() -> bool:
-    return True
+class ModuleDecoder:
+    """Decode steps through the base's own modules, which serve every base and keep nothing."""
+
+    store = None
+
+    def __init__(self, forward: PrefixForward) -> None:
+        """Decode with a base."""
+        self._forward = forward
+
+    def hidden(
+        self, tokens: Tensor, cache: DecodeCache, kept: StepProducts | None = None
+    ) -> Tensor:
+        """See `Decoder.hidden`.
+
+        Raises:
+            ValueError: products are to be kept.
+        """
+        if kept is not None:
+            raise ValueError("a base's own modules keep no products")
+        context = DecodeContext(cache)
+        return self._forward.hidden(self._forward.embed(tokens), cache.positions(), context)
+
+    def is_current(self) -> bool:
+        """True: modules are called as they are."""
+        return True
 
 
-def _decode(
-    decode_step: DecodeStep,
-    drawer: Drawer,
-    cache: DecodeCache,
-    logits: Tensor,
-    draw: tuple[Tensor, frozenset[int], Callable[[int, int], None] | None],
-) -> list[tuple[list[int], list[float]]]:
-    """The token loop. Returns (token ids, log-probs) of every row in its first order."""
-    sampling = drawer.sampling
-    uniform, stop, progress = draw
-    device = logits.device
-    uniform = uniform.to(device)
-    stop_ids = torch.tensor(sorted(stop), device=device, dtype=torch.int64)
-    total = logits.shape[0]
-    token_rows = torch.zeros(total, sampling.max_tokens, dtype=torch.int64, device=device)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    logprob_rows = logits.new_zeros(total, sampling.max_tokens, dtype=wide)
-    lengths = torch.zeros(total, dtype=torch.int64, device=device)
-    row_ids = torch.arange(total, device=device)
-    for step in range(sampling.max_tokens):
-        banned = stop_ids if step < sampling.min_tokens else None
-        tokens, logprobs = drawer.draw(logits, uniform[step, row_ids], banned)
-        token_rows[row_ids, step] = tokens
-        logprob_rows[row_ids, step] = logprobs
-        lengths[row_ids] = step + 1
-        if progress is not None:
-            progress(step + 1, sampling.max_tokens)
-        finished = torch.isin(tokens, stop_ids)
-        if bool(finished.any()):
-            kept = cache.drop(finished)
-            row_ids, tokens = row_ids[kept], tokens[kept]
-        if row_ids.numel() == 0 or step + 1 == sampling.max_tokens:
-            break
-        if cache.recording is not None:
-            cache.recording.begin_step(row_ids, step)
-        states = decode_step(tokens, cache)
-        cache.column += 1
-        logits = drawer.logits(states)
-    ends = lengths.tolist()
-    ids, scores = token_rows.tolist(), logprob_rows.tolist()
-    return [(ids[i][: ends[i]], scores[i][: ends[i]]) for i in range(total)]
+@dataclass(frozen=True)
+class _AdaptedDecoder:
+    """A decoder and the adapter that it is for."""
+
+    adapter: Adapter
+    decoder: Decoder
+
+
+class _Row(NamedTuple):
+    """What was drawn in one row."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+
+
+@dataclass(frozen=True)
+class _TokenLoop:
+    """Draws tokens until every row has ended."""
+
+    drawer: Drawer
+    stop: frozenset[int]
+    """Tokens that end a row."""
+    progress: Progress | None
+
+    @property
+    def max_tokens(self) -> int:
+        """The tokens of the longest row."""
+        return self.drawer.sampling.max_tokens
+
+    def run(
+        self,
+        decoder: Decoder,
+        cache: DecodeCache,
+        states: Tensor,
+        uniform: Tensor,
+        writer: ProductWriter | None,
+    ) -> list[_Row]:
+        """Decode the rows of a cache.
+
+        Args:
+            decoder: makes the steps.
+            cache: B rows, the same number for each of G groups.
+            states: [G, d], what the first tokens are drawn from.
+            uniform: [max_tokens, B] in [0, 1).
+            writer: says where products are kept; None = nowhere.
+
+        Returns:
+            What was drawn, in the first order of the rows.
+        """
+        sampling, device = self.drawer.sampling, states.device
+        total = cache.num_rows
+        logits = self.drawer.logits(states).repeat_interleave(total // len(states), 0)
+        uniform = uniform.to(device)
+        stop_ids = torch.tensor(sorted(self.stop), device=device, dtype=torch.int64)
+        token_rows = torch.zeros(total, sampling.max_tokens, dtype=torch.int64, device=device)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        logprob_rows = logits.new_zeros(total, sampling.max_tokens, dtype=wide)
+        lengths = torch.zeros(total, dtype=torch.int64, device=device)
+        row_ids = torch.arange(total, device=device)
+        if writer is not None:
+            writer.begin_turn(total, sampling.max_tokens)
+        for step in range(sampling.max_tokens):
+            banned = stop_ids if step < sampling.min_tokens else None
+            tokens, logprobs = self.drawer.draw(logits, uniform[step, row_ids], banned)
+            token_rows[row_ids, step] = tokens
+            logprob_rows[row_ids, step] = logprobs
+            lengths[row_ids] = step + 1
+            if self.progress is not None:
+                self.progress(step + 1, sampling.max_tokens)
+            finished = torch.isin(tokens, stop_ids)
+            if bool(finished.any()):
+                going_on = cache.drop(finished)
+                row_ids, tokens = row_ids[going_on], tokens[going_on]
+            if row_ids.numel() == 0 or step + 1 == sampling.max_tokens:
+                break
+            kept = None if writer is None else writer.begin_step(row_ids, step)
+            logits = self.drawer.logits(decoder.hidden(tokens, cache, kept))
+            cache.advance()
+        ends = lengths.tolist()
+        ids, scores = token_rows.tolist(), logprob_rows.tolist()
+        return [_Row(ids[i][: ends[i]], scores[i][: ends[i]]) for i in range(total)]
+
+
+def _turns(uniform: Tensor, max_rows: int) -> Iterator[tuple[slice, Tensor]]:
+    """Which queries are decoded at once, and the numbers [queries, copies, max_tokens] for them."""
+    copies = min(uniform.shape[1], max_rows)
+    per_turn = max_rows // copies
+    for first in range(0, len(uniform), per_turn):
+        turn = slice(first, first + per_turn)
+        for numbers in uniform[turn].split(copies, dim=1):
+            yield turn, numbers

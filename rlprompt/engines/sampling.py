@@ -42,17 +42,17 @@ class Drawer:
         """Draw from `head` as `sampling` says."""
         self.sampling = sampling
         self._head = head
-        self._compiled = head.compiled and sampling.temperature > 0.0 and not _truncates(sampling)
+        self._cpp = head.cpp and sampling.temperature > 0.0 and not _truncates(sampling)
 
     def logits(self, states: Tensor) -> Tensor:
         """What `draw` takes, [B, V], of final hidden states [B, d]."""
-        if self._compiled:
+        if self._cpp:
             return self._head.project(states.contiguous())
         return head_logits(states, self._head)
 
     def draw(self, logits: Tensor, uniform: Tensor, banned: Tensor | None) -> tuple[Tensor, Tensor]:
         """Tokens and log-probabilities; see `next_tokens`. Logits may change."""
-        if self._compiled:
+        if self._cpp:
             return draw(logits, uniform.double(), self.sampling.temperature, banned)
         return next_tokens(logits, uniform, self.sampling, banned)
 

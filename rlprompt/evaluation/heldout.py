@@ -144,14 +144,11 @@ class HeldoutEvaluator:
     ) -> HeldoutResult:
         self._engine.sync(prompt)
         batch = collect(
-            self._engine,
-            self._queries,
-            self._copies,
-            self._sampling,
+            lambda: self._engine.generate(
+                self._queries, self._copies, self._sampling, self._seed, progress
+            ),
             self._rewards,
             step=step,
-            seed=self._seed,
-            progress=progress,
         )
         total = batch.rewards.total
         known = total[~total.isnan()]

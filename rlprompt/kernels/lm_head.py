@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlprompt.kernels.cpu.ops import head_scores as compiled_scores
+from rlprompt.kernels.cpu.ops import head_scores as cpp_scores
 from rlprompt.kernels.dispatch import fused_head_rows, uses_triton_head
 
 CHUNK_TOKENS = 128
@@ -52,7 +52,7 @@ class Head(NamedTuple):
     """V."""
     softcap: float | None = None
     """Logits become softcap * tanh(logits / softcap) when given (Gemma 2)."""
-    compiled: bool = False
+    cpp: bool = False
     """Whether the C++ kernels score rows of logits; without a soft cap only."""
 
 
@@ -157,8 +157,8 @@ def _kernel_chunk(
 
 def _row_kernel(head: Head, device: torch.device) -> RowScores | None:
     """The kernel of this device, or None: then the rows are scored in PyTorch."""
-    if head.compiled:
-        return compiled_scores
+    if head.cpp:
+        return cpp_scores
     if uses_triton_head(device, head.dtype):
         return partial(fused_head_rows, head.softcap)
     return None

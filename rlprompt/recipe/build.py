@@ -28,6 +28,7 @@ from rlprompt.policy import Policy, open_policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.make import make_prompt
 from rlprompt.prompts.text import NonePrompt, TextPrompt
+from rlprompt.recipe.objects import Objects, in_memory
 from rlprompt.recipe.schema import (
     InitialReference,
     Recipe,
@@ -63,6 +64,7 @@ class Shared:
     teacher: Prompt | None
     evaluator: HeldoutEvaluator
     ranks: Ranks
+    objects: Objects
 
 
 def build_run(
@@ -71,14 +73,15 @@ def build_run(
     output: Path,
     console: Console | None = None,
     ranks: Ranks | None = None,
+    objects: Objects | None = None,
 ) -> Run | Population:
     """The run of a recipe: one prompt, or a population on one loaded base.
 
     Arguments and errors as for `build_single_run`.
     """
     if not recipe.population:
-        return build_single_run(recipe, base_dir, output, console, ranks)
-    ranks = ranks or Ranks()
+        return build_single_run(recipe, base_dir, output, console, ranks, objects)
+    ranks, objects = ranks or Ranks(), objects or Objects()
     if ranks.size > 1:
         raise InputError(
             f"population trains its members one after the other on one rank, this run has "
@@ -88,8 +91,10 @@ def build_run(
     members = recipe.members()
     for member in members.values():
         _refuse_fixed(member)
-    rewards = _rewards(recipe, base_dir, ranks)
-    shared = _shared(recipe, load_queries(recipe.data, base_dir), rewards, ranks)
+    rewards = _rewards(recipe, base_dir, ranks, objects)
+    shared = _shared(
+        recipe, load_queries(recipe.data, base_dir, objects.rows), rewards, ranks, objects
+    )
     if not shared.data.heldout:
         raise InputError(
             "population needs held-out queries to choose the best prompt by (data.heldout is 0); "
@@ -99,7 +104,7 @@ def build_run(
     for name, member in members.items():
         own = replace(shared, policy=shared.policy.sibling())
         trackers = _trackers(member, console, ranks)
-        parts = _parts(member, base_dir, own, _rewards(member, base_dir, ranks), trackers)
+        parts = _parts(member, base_dir, own, _rewards(member, base_dir, ranks, objects), trackers)
         runs[name] = Run(parts, output / "members" / name)
     return Population(runs, output)
 
@@ -110,6 +115,7 @@ def build_single_run(
     output: Path,
     console: Console | None = None,
     ranks: Ranks | None = None,
+    objects: Objects | None = None,
 ) -> Run:
     """Build every object that a recipe names.
 
@@ -121,31 +127,32 @@ def build_single_run(
         output: the run folder.
         console: where the live display goes.
         ranks: among whom the work is divided; None when this process is alone.
+        objects: what `memory:` paths of the recipe stand for.
 
     Raises:
         InputError: anything named by the recipe cannot be had.
     """
     _refuse_fixed(recipe)
-    ranks = ranks or Ranks()
+    ranks, objects = ranks or Ranks(), objects or Objects()
     _refuse_overlap(recipe, ranks)
     recipe = with_template_text(recipe, base_dir)
-    data = load_queries(recipe.data, base_dir)
-    rewards = _rewards(recipe, base_dir, ranks)
+    data = load_queries(recipe.data, base_dir, objects.rows)
+    rewards = _rewards(recipe, base_dir, ranks, objects)
     trackers = _trackers(recipe, console, ranks)
-    shared = _shared(recipe, data, rewards, ranks)
+    shared = _shared(recipe, data, rewards, ranks, objects)
     return Run(_parts(recipe, base_dir, shared, rewards, trackers), output)
 
 
-def build_shared(recipe: Recipe, base_dir: Path) -> Shared:
+def build_shared(recipe: Recipe, base_dir: Path, objects: Objects | None = None) -> Shared:
     """Data, base and held-out evaluation of a recipe, without a prompt.
 
     Raises:
         InputError: see `build_single_run`.
     """
+    ranks, objects = Ranks(), objects or Objects()
     recipe = with_template_text(recipe, base_dir)
-    data = load_queries(recipe.data, base_dir)
-    ranks = Ranks()
-    return _shared(recipe, data, _rewards(recipe, base_dir, ranks), ranks)
+    data = load_queries(recipe.data, base_dir, objects.rows)
+    return _shared(recipe, data, _rewards(recipe, base_dir, ranks, objects), ranks, objects)
 
 
 def _refuse_fixed(recipe: Recipe) -> None:
@@ -164,9 +171,11 @@ def _refuse_overlap(recipe: Recipe, ranks: Ranks) -> None:
         )
 
 
-def _rewards(recipe: Recipe, base_dir: Path, ranks: Ranks) -> RewardRunner:
+def _rewards(recipe: Recipe, base_dir: Path, ranks: Ranks, objects: Objects) -> RewardRunner:
     needs_score = recipe.algorithm.needs_rewards
-    rewards = build_rewards(recipe.rewards, base_dir, needs_score=needs_score)
+    rewards = build_rewards(
+        recipe.rewards, base_dir, needs_score=needs_score, given=objects.rewards
+    )
     rewards.once = partial(_together, ranks) if rewards.needs_all_ranks else ranks.first
     return rewards
 
@@ -180,8 +189,10 @@ def _trackers(recipe: Recipe, console: Console | None, ranks: Ranks) -> TrackerG
     return build_trackers(recipe.tracking, console) if ranks.is_first else TrackerGroup({})
 
 
-def _shared(recipe: Recipe, data: QuerySplit, rewards: RewardRunner, ranks: Ranks) -> Shared:
-    policy = open_policy(recipe.model, _sharding(recipe.distributed))
+def _shared(
+    recipe: Recipe, data: QuerySplit, rewards: RewardRunner, ranks: Ranks, objects: Objects
+) -> Shared:
+    policy = _policy(recipe, objects)
     judged = rewards.bind_policy(policy)
     if policy.base.shards is not None and judged:
         # A judge runs the base, which all ranks can only do together.
@@ -197,7 +208,24 @@ def _shared(recipe: Recipe, data: QuerySplit, rewards: RewardRunner, ranks: Rank
     elif ranks.size > 1:
         engine = SharedEngine(engine, ranks)
     evaluator = _evaluator(recipe, data, policy, engine, rewards, teacher)
-    return Shared(data, policy, engine, teacher, evaluator, ranks)
+    return Shared(data, policy, engine, teacher, evaluator, ranks, objects)
+
+
+def _policy(recipe: Recipe, objects: Objects) -> Policy:
+    """The base of a recipe: loaded, or in memory already."""
+    if not in_memory(recipe.model.path):
+        return open_policy(recipe.model, _sharding(recipe.distributed))
+    if objects.policy is None:
+        raise InputError(
+            f"model.path is '{recipe.model.path}', a model in memory of the program that began "
+            "this run; name a folder or a hub id, or call rlprompt.train with the model"
+        )
+    if recipe.distributed.base != "replicated":
+        raise InputError(
+            "distributed.base is sharded, which cuts a model up while it is loaded; give model "
+            "as a path, or remove distributed.base"
+        )
+    return objects.policy.sibling()
 
 
 def _sharding(settings: DistributedSettings) -> ShardSettings | None:
@@ -219,7 +247,7 @@ def _parts(
     """What one run has of its own, on what it may share."""
     policy, data = shared.policy, shared.data
     rewards.bind_policy(policy)
-    policy.prompt = build_prompt(recipe, policy, base_dir)
+    policy.prompt = build_prompt(recipe, policy, base_dir, shared.objects)
     max_tokens = recipe.sampling.max_tokens
     algorithm = make_algorithm(recipe.algorithm, policy, max_tokens, recipe.seed)
     needs_reference = recipe.algorithm.needs_reference
@@ -256,14 +284,19 @@ def _parts(
     )
 
 
-def build_prompt(recipe: Recipe, policy: Policy, base_dir: Path) -> Prompt:
+def build_prompt(
+    recipe: Recipe, policy: Policy, base_dir: Path, objects: Objects | None = None
+) -> Prompt:
     """The prompt of a recipe before training.
 
     Raises:
         InputError: see `make_prompt`, and `load_artifact` for the artifact that it starts from.
     """
+    known = {} if objects is None else objects.prompts
 
     def load(path: str) -> Prompt:
+        if path in known:
+            return known[path].copy()
         return load_artifact(base_dir / path, policy)
 
     return make_prompt(recipe.prompt, policy, recipe.seed, load)
@@ -342,7 +375,7 @@ def _evaluator(
 
         def write(prompt: Prompt) -> Sequence[Group]:
             engine.sync(prompt)
-            return engine.generate(queries, 1, recipe.sampling, seed + 1)
+            return engine.generate(queries, 1, recipe.sampling, seed + 1).groups
 
         probes["teacher_kl"] = TeacherKL(policy, teacher, write, budget)
         objective = Objective("teacher_kl", -1.0)

@@ -6,7 +6,7 @@ relative to the recipe's folder.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -230,12 +230,29 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     tree = read_tree(path)
     for override in overrides:
         apply_override(tree, override)
+    return recipe_of_tree(tree, path.parent, lambda place: _at_fault(path, overrides, place))
+
+
+def recipe_of_tree(
+    tree: Mapping[str, Any], base_dir: Path, at_fault: Callable[[str], str]
+) -> Recipe:
+    """A recipe of plain values.
+
+    Args:
+        tree: sections by key.
+        base_dir: the folder that paths in it are relative to.
+        at_fault: function from the YAML path of a wrong key or value to what wrote it, for the
+            error message.
+
+    Raises:
+        InputError: a key or value is wrong, or the template cannot be read.
+    """
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         place, sentence = explain(error, Recipe.model_json_schema())
-        raise InputError(f"{_at_fault(path, overrides, place)}: {sentence}") from error
-    return with_template_text(recipe, path.parent)
+        raise InputError(f"{at_fault(place)}: {sentence}") from error
+    return with_template_text(recipe, base_dir)
 
 
 def _at_fault(path: Path, overrides: Sequence[str], place: str) -> str:

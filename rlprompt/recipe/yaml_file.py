@@ -128,6 +128,22 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     set_value(tree, key.strip(), value, f"override '{override}'")
 
 
+def merge(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree with nested changes; neither is touched.
+
+    A mapping is merged into the mapping in its place, unless it says that its `type` is another:
+    then it takes the place. Anything else takes the place of what was there.
+    """
+    merged = dict(tree)
+    for key, value in changes.items():
+        before = merged.get(key)
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            same = value.get("type", before.get("type")) == before.get("type")
+            value = merge(before, value) if same else value
+        merged[key] = value
+    return merged
+
+
 def set_value(tree: dict[str, Any], key: str, value: Any, who: str) -> None:
     """Set a dotted key in a tree, in place; see `apply_override`.
 

@@ -149,7 +149,7 @@ def _sample(data: SampledData, base_dir: Path, seed: int) -> list[Judged]:
     engine = NativeEngine(policy)
     engine.sync(prompt)
     queries = [*split.train, *split.heldout]
-    groups = engine.generate(queries, data.completions_per_query, data.sampling, seed)
+    groups = engine.generate(queries, data.completions_per_query, data.sampling, seed).groups
     totals = rewards.score(groups, step=0).total.tolist()
     rewards.close()
     flat = [(group.query, each) for group in groups for each in group.completions]

@@ -6,11 +6,12 @@ their file (see `reward_models/` in the checkout).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlprompt.errors import InputError
 from rlprompt.rewards.base import (
     Example,
     RewardBatch,
@@ -61,7 +62,11 @@ def __getattr__(name: str) -> Any:
 
 
 def build_rewards(
-    settings: Sequence[RewardSettings], base_dir: Path, *, needs_score: bool = True
+    settings: Sequence[RewardSettings],
+    base_dir: Path,
+    *,
+    needs_score: bool = True,
+    given: Mapping[str, Any] | None = None,
 ) -> RewardRunner:
     """Load the rewards of a recipe.
 
@@ -69,6 +74,7 @@ def build_rewards(
         settings: the rewards, in the order in which they are called and logged.
         base_dir: the recipe's folder, to which file paths are relative.
         needs_score: whether one must have the role `score`.
+        given: reward functions in memory, by the path that stands for them.
 
     Raises:
         InputError: a reward cannot be loaded, two share a name, or none has the role `score` though
@@ -76,14 +82,19 @@ def build_rewards(
     """
     from rlprompt.rewards.runner import RewardRunner
 
-    loaded = [(each, _load(each, base_dir)) for each in settings]
+    loaded = [(each, _load(each, base_dir, given or {})) for each in settings]
     return RewardRunner(loaded, needs_score=needs_score)
 
 
-def _load(settings: RewardSettings, base_dir: Path) -> RewardFunction:
+def _load(settings: RewardSettings, base_dir: Path, given: Mapping[str, Any]) -> RewardFunction:
     if settings.isolation is not None:
+        if settings.path in given:
+            raise InputError(
+                f"reward '{settings.name}' is a Python object, which a worker process cannot load; "
+                "write it into a file and name it as path/file.py:object, or remove isolation"
+            )
         return IsolatedReward(settings, base_dir, NAMED)
-    return load_reward(settings, base_dir, NAMED)
+    return load_reward(settings, base_dir, NAMED, given)
 
 
 __all__ = [

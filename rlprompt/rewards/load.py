@@ -28,7 +28,10 @@ from rlprompt.user_code import load_object
 
 
 def load_reward(
-    settings: RewardSettings, base_dir: Path, builtin: Mapping[str, str]
+    settings: RewardSettings,
+    base_dir: Path,
+    builtin: Mapping[str, str],
+    given: Mapping[str, Any] | None = None,
 ) -> RewardFunction:
     """Resolve `settings.path` and give it `settings.options`.
 
@@ -41,13 +44,18 @@ def load_reward(
         settings: path and options of one reward.
         base_dir: folder that file paths are relative to; the working directory comes second.
         builtin: built-in name -> `package.module:object`.
+        given: reward functions in memory, by the path that stands for them.
 
     Raises:
         InputError: the file, module or object is missing, importing it raised, it is not callable,
             or an option is unknown or wrong.
     """
     try:
-        target = resolve_target(settings.path, base_dir, builtin)
+        known = given or {}
+        if settings.path in known:
+            target = known[settings.path]
+        else:
+            target = resolve_target(settings.path, base_dir, builtin)
         return _configure(target, settings, base_dir)
     except InputError as error:
         raise InputError(f"reward '{settings.name}': {error}") from error
@@ -60,6 +68,11 @@ def resolve_target(path: str, base_dir: Path, builtin: Mapping[str, str]) -> Any
         InputError: see `load_reward`.
     """
     location, _, name = path.rpartition(":")
+    if location == "memory":
+        raise InputError(
+            f"'{path}' was a Python object of the program that began this run; name a file as "
+            "path/file.py:object, or call rlprompt.train with the object"
+        )
     if location == "builtin":
         if name not in builtin:
             raise InputError(f"there is no built-in {name!r}; {choices(name, builtin)}")

@@ -6,17 +6,17 @@ Letters: B completions, G groups.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from rlprompt.engines.base import Engine
-from rlprompt.engines.sampling import SamplingSettings
+from rlprompt.engines.base import Generation
+from rlprompt.model.cpu.rollout_products import RolloutProducts
 from rlprompt.rewards.base import RewardBatch
 from rlprompt.rewards.runner import RewardRunner
-from rlprompt.types import Completion, Group, Query
+from rlprompt.types import Completion, Group
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,9 @@ class RolloutBatch:
     drawn_ahead: bool = False
     """Whether the prompt has been updated since: sampling log-probabilities are then those of an
     earlier prompt."""
+    products: RolloutProducts | None = field(default=None, compare=False, repr=False)
+    """What the engine has multiplied for these completions, or some of them, and kept for an
+    update under the same prompt; None = nothing."""
 
     @property
     def completions(self) -> list[Completion]:
@@ -47,37 +50,28 @@ class RolloutBatch:
         return torch.tensor([c.terminated for c in self.completions])
 
 
-def collect(
-    engine: Engine,
-    queries: Sequence[Query],
-    group_size: int,
-    sampling: SamplingSettings,
-    rewards: RewardRunner,
-    *,
-    step: int,
-    seed: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> RolloutBatch:
-    """Draw a group of completions per query under the engine's prompt, and score them.
+def collect(draw: Callable[[], Generation], rewards: RewardRunner, *, step: int) -> RolloutBatch:
+    """Draw completions and score them.
 
     Args:
-        engine: synced with the prompt to sample under.
-        queries: at least one.
-        group_size: completions per query.
-        sampling: how tokens are drawn.
-        rewards: scores the whole batch at once.
+        draw: lets an engine generate, under the prompt that it is synced with.
+        rewards: the rewards, which score the whole batch at once.
         step: updates made so far; rewards see it.
-        seed: of the sampling.
-        progress: see `Engine.generate`.
 
     Raises:
         InputError: a reward failed under `on_error: raise`.
     """
     start = time.perf_counter()
-    groups = engine.generate(queries, group_size, sampling, seed, progress)
+    drawn = draw()
     generated = time.perf_counter()
-    scored = rewards.score(groups, step=step)
-    return RolloutBatch(tuple(groups), scored, generated - start, time.perf_counter() - generated)
+    scored = rewards.score(drawn.groups, step=step)
+    return RolloutBatch(
+        drawn.groups,
+        scored,
+        generated - start,
+        time.perf_counter() - generated,
+        products=drawn.products,
+    )
 
 
 def completion_metrics(batch: RolloutBatch) -> dict[str, float]:

@@ -4,7 +4,8 @@ A thread draws and scores batch t + 1 under a copy of the prompt as it was befor
 update t runs in the main thread. Engine, rewards and the position in the data are the thread's own
 until its batch is there, and the update does not end before: no result depends on which of the two
 is faster, and rewards are called in one order. What both use, the base and its packed weights, is
-frozen.
+frozen. The engine keeps no products of such a rollout: when its batch has its turn, the prompt has
+been updated.
 
 A batch that waits for its turn is not written into checkpoints. They hold what it was drawn from,
 the copy, the position and the process-wide generators, and a resumed run draws it again.
@@ -99,7 +100,7 @@ class OverlappedSource:
         """The batch that was drawn ahead; without one, a batch under the prompt as it is."""
         if self._start is None:
             self._follow()
-            drawn = self._draw(step, seed)
+            drawn = self._draw(step, seed, keep_products=True)
         else:
             drawn = self._drawn or self._draw_again(step, seed)
         ahead, self._epoch = self._start is not None, drawn.epoch
@@ -169,9 +170,9 @@ class OverlappedSource:
     def _follow(self) -> None:
         self._behaviour.prompt.load_state_dict(self._prompt.state_dict())
 
-    def _draw(self, step: int, seed: int) -> _Drawn:
+    def _draw(self, step: int, seed: int, *, keep_products: bool = False) -> _Drawn:
         start = time.perf_counter()
-        batch = self._source.collect(step, seed)
+        batch = self._source.collect(step, seed, keep_products=keep_products)
         return _Drawn(batch, self._source.epoch, time.perf_counter() - start)
 
     def _attempt(self, step: int, seed: int) -> _Drawn | BaseException:

@@ -175,15 +175,22 @@ class RolloutSource(_QuerySource):
         """The sampling temperature."""
         return self._sampling.temperature
 
-    def collect(self, step: int, seed: int) -> RolloutBatch:
-        """Draw and score; see `Source.collect`."""
+    def collect(self, step: int, seed: int, *, keep_products: bool = True) -> RolloutBatch:
+        """Draw and score; see `Source.collect`.
+
+        Args:
+            step: finished steps.
+            seed: of everything that is drawn, but for the choice of queries.
+            keep_products: whether the batch is learned from under the prompt that it is drawn
+                under; see `Engine.generate`.
+        """
         self._engine.sync(self._prompt)
-        batch = self._draw(step, seed)
+        batch = self._draw(step, seed, keep_products)
         size = len(batch.groups)
         wanted, spare = self._split(batch)
         draws = 1
         while len(wanted) < size and draws < self._algorithm.max_draws:
-            more = self._draw(step, seed + draws * 7_368_787)
+            more = self._draw(step, seed + draws * 7_368_787, keep_products)
             batch = _joined(batch, more)
             wanted, spare = self._split(batch)
             draws += 1
@@ -198,16 +205,18 @@ class RolloutSource(_QuerySource):
         }
         return replace(kept, rewards=replace(kept.rewards, metrics=metrics))
 
-    def _draw(self, step: int, seed: int) -> RolloutBatch:
+    def _draw(self, step: int, seed: int, keep_products: bool) -> RolloutBatch:
         return collect(
-            self._engine,
-            self._next(seed),
-            self._algorithm.group_size,
-            self._sampling,
+            lambda: self._engine.generate(
+                self._next(seed),
+                self._algorithm.group_size,
+                self._sampling,
+                seed,
+                self.progress,
+                keep_products=keep_products,
+            ),
             self._rewards,
             step=step,
-            seed=seed,
-            progress=self.progress,
         )
 
     def _split(self, batch: RolloutBatch) -> tuple[list[int], list[int]]:
@@ -296,7 +305,10 @@ def unscored(count: int) -> RewardBatch:
 
 
 def _joined(first: RolloutBatch, second: RolloutBatch) -> RolloutBatch:
-    """Two batches as one; metrics are means weighted by their number of groups."""
+    """Two batches as one; metrics are means weighted by their number of groups.
+
+    An engine has given up the products of the first to keep those of the second.
+    """
     sizes = len(first.groups), len(second.groups)
     a, b = first.rewards, second.rewards
     metrics = {
@@ -325,6 +337,7 @@ def _joined(first: RolloutBatch, second: RolloutBatch) -> RolloutBatch:
         rewards,
         first.rollout_seconds + second.rollout_seconds,
         first.reward_seconds + second.reward_seconds,
+        products=second.products,
     )
 
 

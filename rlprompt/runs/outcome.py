@@ -6,7 +6,7 @@ import html
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class RunMetrics:
     """Held-out reward of the base without a system message."""
     handwritten: float | None
     """Held-out reward of the hand-written text; None without one."""
-    heldout: Mapping[str, Mapping[str, Any]]
+    heldout: Mapping[str, Mapping[str, Any]] = field(repr=False)
     """All held-out metrics by who was evaluated: `base`, `handwritten`, `learned`."""
 
     @classmethod

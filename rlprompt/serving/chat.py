@@ -10,22 +10,15 @@ import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-from pydantic import ValidationError
 
 from rlprompt.artifacts.format import ArtifactInfo, load_artifact, read_artifact_info
 from rlprompt.engines.native import NativeEngine
 from rlprompt.engines.sampling import SamplingSettings
-from rlprompt.errors import InputError
-from rlprompt.model.base import ModelSettings
 from rlprompt.policy import Policy, open_policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.text import NonePrompt, TextPrompt
-from rlprompt.settings import Settings
+from rlprompt.serving.loaded import base_of_artifact, parsed_section, recipe_section
 from rlprompt.types import Message, Query
-
-_Part = TypeVar("_Part", bound=Settings)
 
 
 @dataclass(frozen=True)
@@ -111,8 +104,8 @@ class Chat:
             asked = (*self._histories[name], {"role": "user", "content": content})
             told = None if progress is None else _bound(progress, name)
             seed = self._seed + self._turn
-            (group,) = engine.generate([Query(messages=asked)], 1, self.sampling, seed, told)
-            completion = group.completions[0]
+            drawn = engine.generate([Query(messages=asked)], 1, self.sampling, seed, told)
+            completion = drawn.groups[0].completions[0]
             answers[name] = Answer(completion.text.strip(), completion.terminated)
             said = {"role": "assistant", "content": answers[name].text}
             histories[name] = (*asked, said)
@@ -135,12 +128,12 @@ def open_chat(artifact: Path, options: ChatOptions) -> Chat:
     """
     info = read_artifact_info(artifact)
     sampling = _sampling(info, artifact, options)
-    policy = open_policy(_model_settings(info, artifact, options))
+    policy = open_policy(base_of_artifact(info, artifact, options.model, options.trust_remote_code))
     learned = load_artifact(artifact, policy, force=options.force)
     prompts: dict[str, Prompt] = {}
     if options.compare:
         prompts["base"] = NonePrompt()
-        text = _section(info, "evaluation").get("handwritten")
+        text = recipe_section(info, "evaluation").get("handwritten")
         if isinstance(text, str) and text.strip():
             prompts["hand-written"] = TextPrompt(text)
     prompts["learned"] = learned
@@ -159,43 +152,11 @@ def printable(text: str) -> str:
     )
 
 
-def _section(info: ArtifactInfo, name: str) -> dict[str, Any]:
-    section = info.recipe.get(name)
-    return section if isinstance(section, dict) else {}
-
-
-def _parsed(kind: type[_Part], values: Mapping[str, Any], section: str, artifact: Path) -> _Part:
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in (section, *first["loc"]))
-        raise InputError(
-            f"the recipe in '{artifact / 'prompt.json'}' cannot be used ({where}: {first['msg']}); "
-            "install the version of rlprompt that wrote it"
-        ) from error
-
-
 def _sampling(info: ArtifactInfo, artifact: Path, options: ChatOptions) -> SamplingSettings:
-    values = _section(info, "sampling")
+    values = recipe_section(info, "sampling")
     for key in ("max_tokens", "temperature"):
         if getattr(options, key) is not None:
             values = {**values, key: getattr(options, key)}
-    sampling = _parsed(SamplingSettings, values, "sampling", artifact)
+    sampling = parsed_section(SamplingSettings, values, "sampling", artifact)
     # Short answers are asked for: a lower bound from training must not contradict.
     return sampling.model_copy(update={"min_tokens": min(sampling.min_tokens, sampling.max_tokens)})
-
-
-def _model_settings(info: ArtifactInfo, artifact: Path, options: ChatOptions) -> ModelSettings:
-    settings = _parsed(ModelSettings, _section(info, "model"), "model", artifact)
-    changes: dict[str, Any] = {"device": "auto", "trust_remote_code": options.trust_remote_code}
-    if options.model is not None:
-        changes |= {"path": options.model, "revision": None}
-    elif Path(info.base).is_absolute() and Path(info.base).is_dir():
-        changes["path"] = info.base  # a relative path in the recipe was relative to another place
-    elif settings.trust_remote_code and not options.trust_remote_code:
-        raise InputError(
-            f"the base of '{artifact}', {settings.path}, comes with Python code of its own; read "
-            "that code and pass --trust-remote-code, or name another base with --model"
-        )
-    return settings.model_copy(update=changes)

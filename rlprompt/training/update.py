@@ -327,10 +327,13 @@ class Updater:
         queries = [batch.groups[g].query for g, _ in micro.rows]
         drawn = [[batch.groups[g].completions[i] for i in places] for g, places in micro.rows]
         tree = self._policy.tree(queries, drawn, prefix, prompt)
-        with self._policy.replayed(tree, drawn, prefix):
-            return self._policy.logprobs(
-                tree, prefix, self._temperature, self._algorithm.entropy_grad
-            )
+        products = None
+        if batch.products is not None:
+            completions = [completion for group in drawn for completion in group]
+            products = batch.products.rows(completions, prefix, tree.queries.num_tokens)
+        return self._policy.logprobs(
+            tree, prefix, self._temperature, self._algorithm.entropy_grad, products
+        )
 
     @torch.no_grad()
     def _score_before(self, batch: RolloutBatch, rows: list[list[Row]], clock: PhaseClock) -> None:

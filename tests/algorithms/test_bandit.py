@@ -82,7 +82,7 @@ class Training:
                 self.behaviour = self.policy.prompt.copy()
             groups = self.engine.generate(
                 queries(self.num_queries), self.algorithm.group_size, self.sampling, self.step
-            )
+            ).groups
             hits = [float(c.token_ids[0] == TARGET) for g in groups for c in g.completions]
             batch, clock = scored(groups, hits), PhaseClock()
             batch = replace(batch, drawn_ahead=ahead)

@@ -44,10 +44,10 @@ def save(folder: Path, policy: Policy, prompt: Prompt, **metrics: Any) -> Path:
     return folder
 
 
-def completions(policy: Policy, prompt: Prompt) -> list[Group]:
+def completions(policy: Policy, prompt: Prompt) -> tuple[Group, ...]:
     engine = NativeEngine(policy)
     engine.sync(prompt)
-    return engine.generate(queries(3), 3, SamplingSettings(max_tokens=12), seed=3)
+    return engine.generate(queries(3), 3, SamplingSettings(max_tokens=12), seed=3).groups
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

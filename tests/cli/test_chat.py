@@ -74,7 +74,7 @@ def test_compare_answers_as_base_handwritten_and_learned(artifact: Path, model_d
     for name, prompt in prompts.items():
         engine.sync(prompt)
         greedy = SamplingSettings(max_tokens=8, temperature=0.0)
-        ((completion,),) = [g.completions for g in engine.generate([query], 1, greedy, 0)]
+        (completion,) = engine.generate([query], 1, greedy, 0).groups[0].completions
         assert f"[{name}] {printable(completion.text.strip())}" in shown.out
 
 
@@ -91,7 +91,7 @@ def test_each_prompt_goes_on_from_its_own_answers(model_dir: Path) -> None:
             {"role": "assistant", "content": first[name].text},
             {"role": "user", "content": "and the sun"},
         )
-        (group,) = engine.generate([Query(messages=messages)], 1, SAMPLING, 6)
+        (group,) = engine.generate([Query(messages=messages)], 1, SAMPLING, 6).groups
         assert group.completions[0].text.strip() == second[name].text
     chat.reset()
     assert chat.ask("what is rain") == first

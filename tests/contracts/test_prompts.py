@@ -131,7 +131,7 @@ def test_sampling_logprobs_are_those_of_the_training_forward(kind: str, family: 
     engine = NativeEngine(policy)
     assert engine.supports(prompt)
     engine.sync(prompt)
-    groups = engine.generate(QUERIES, 3, SAMPLING, seed=5)
+    groups = engine.generate(QUERIES, 3, SAMPLING, seed=5).groups
     got = scores(policy, prompt, QUERIES, [g.completions for g in groups], SAMPLING.temperature)
     sampled = [torch.tensor(c.sampling_logprobs) for g in groups for c in g.completions]
     for ours, row in zip(got.logprobs, sampled, strict=True):

@@ -32,7 +32,7 @@ def _cache(policy: Policy, copies: int, max_tokens: int) -> DecodeCache:
     with torch.no_grad():
         prefix = policy.prefix(TextPrompt(TEXT))
         tree = policy.tree(QUERIES, [[], [], []], prefix, TextPrompt(TEXT))
-        context = TreeContext(tree, prefix, record=True)
+        context = TreeContext(tree, prefix, keep_queries=True)
         policy.forward.hidden(policy.embed_ids(tree.token_ids), tree.positions, context)
         return DecodeCache(tree, context, prefix, copies, max_tokens)
 
@@ -89,7 +89,7 @@ def test_growing_keeps_what_is_there() -> None:
         cache.reserve()
         for tensor in cache.layer(1):
             tensor[:, :, column] = column
-        cache.column += 1
+        cache.advance()
     for now, then in zip(cache.layer(1), before, strict=True):
         assert torch.equal(now[:, :, :start], then[rows])
         written = torch.arange(start, start + 100).to(now.dtype)
@@ -99,13 +99,12 @@ def test_growing_keeps_what_is_there() -> None:
 
 def _whole_rows(cache: DecodeCache, layer: int) -> tuple[Tensor, Tensor]:
     """Keys and values of a layer in plain order, with the columns that leaders hold for others."""
-    shared, _ = cache.place
     rows = []
     for part in cache.layer(layer):
         whole = part.clone()
         for row in range(cache.num_rows):
             padding, leader = cache.table[:, row].tolist()
-            end = (shared - padding) // LANES * LANES
+            end = (cache.shared - padding) // LANES * LANES
             whole[row, :, :end] = part[leader, :, :end]
         rows.append(whole)
     return plain_keys(rows[0]), plain_values(rows[1])
@@ -125,14 +124,16 @@ def _assert_same_rows(cache: DecodeCache, expected: DecodeCache, layers: int) ->
 
 
 @needs_kernels
-def test_arranged_rows_hold_the_same_in_the_order_of_the_kernels() -> None:
+def test_rows_for_the_kernels_hold_the_same_in_their_order() -> None:
     policy, plain = (_bf16_policy(choice) for choice in ("on", "off"))
     layers = policy.base.num_layers
     generator = torch.Generator().manual_seed(0)
     for _ in range(4):
         cache, expected = _cache(policy, copies=5, max_tokens=40), _cache(plain, 5, 40)
         while cache.num_rows:
-            assert all(cache.is_arranged(i) and not expected.is_arranged(i) for i in range(layers))
+            assert all(
+                cache.has_cpp_layout(i) and not expected.has_cpp_layout(i) for i in range(layers)
+            )
             _assert_same_rows(cache, expected, layers)
             finished = torch.rand(cache.num_rows, generator=generator) < 0.4
             finished[0] = True  # a leader, always
@@ -153,7 +154,7 @@ def test_what_rows_share_stands_in_their_leaders_only() -> None:
 
 
 @needs_kernels
-def test_growing_keeps_arranged_columns() -> None:
+def test_growing_keeps_columns_in_the_order_of_the_kernels() -> None:
     policy = _bf16_policy("on")
     cache = _cache(policy, copies=2, max_tokens=300)
     start, layers = cache.column, policy.base.num_layers
@@ -165,7 +166,7 @@ def test_growing_keeps_arranged_columns() -> None:
         for layer in range(layers):
             cache.attend(layer, (new[0], new[1], new[2]), 0.1)
         written.append(new[1:])
-        cache.column += 1
+        cache.advance()
     for layer in range(layers):
         keys, values = _whole_rows(cache, layer)
         for row in range(cache.num_rows):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlprompt.engines.decode_cpp import CompiledDecoder, _products, compiled_decoder
+from rlprompt.engines.decode_cpp import CppDecoder, _products, cpp_decoder
 from rlprompt.engines.native import NativeEngine, NativeSettings
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.kernels.cpu import ops
@@ -35,23 +35,25 @@ def policy_of(family: str) -> Policy:
     return Policy(base, ChatSlot.from_tokenizer(base.tokenizer), TEXT)
 
 
-def generate(policy: Policy, one_call: bool, sampling: SamplingSettings = SAMPLING) -> list[Group]:
+def generate(
+    policy: Policy, one_call: bool, sampling: SamplingSettings = SAMPLING
+) -> tuple[Group, ...]:
     return drawn(policy, TEXT, one_call, sampling)
 
 
 def drawn(
     policy: Policy, prompt: Prompt, one_call: bool, sampling: SamplingSettings = SAMPLING
-) -> list[Group]:
-    engine = NativeEngine(policy, NativeSettings(lean_decode=one_call))
+) -> tuple[Group, ...]:
+    engine = NativeEngine(policy, NativeSettings(cpp_decode=one_call))
     engine.sync(prompt)
-    return engine.generate(queries(3), 4, sampling, seed=3)
+    return engine.generate(queries(3), 4, sampling, seed=3).groups
 
 
 @needs_kernels
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_steps_give_the_bits_of_the_modules(family: str) -> None:
     policy = policy_of(family)
-    assert compiled_decoder(policy.forward) is not None
+    assert cpp_decoder(policy.forward) is not None
     assert generate(policy, True) == generate(policy, False)
 
 
@@ -81,11 +83,8 @@ def test_without_the_kernels_product_steps_are_made_by_onednn(
         packed = [p for layer in layers for p in _products(layer)]
     for product in packed:
         monkeypatch.setattr(product, "_chunk", 0)
-    decoder = compiled_decoder(policy.forward)
-    assert decoder is not None
-    recording = decoder.recording(2**20)
-    recording.start(policy.prefix(TEXT), 10)
-    assert recording.stores() == []
+    decoder = cpp_decoder(policy.forward, keep_bytes=2**20)
+    assert decoder is not None and decoder.store is None
     assert generate(policy, True) == expected
 
 
@@ -102,12 +101,12 @@ def test_under_lora_steps_give_the_bits_of_its_hooks(
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.manual_seed(1))
     steps = []
 
-    def counted(decoder: CompiledDecoder, *arguments: Any) -> torch.Tensor:
+    def counted(decoder: CppDecoder, *arguments: Any) -> torch.Tensor:
         steps.append(decoder)
         return hidden(decoder, *arguments)
 
-    hidden = CompiledDecoder.hidden
-    monkeypatch.setattr(CompiledDecoder, "hidden", counted)
+    hidden = CppDecoder.hidden
+    monkeypatch.setattr(CppDecoder, "hidden", counted)
     plain, under = (drawn(policy, policy.prompt, one_call) for one_call in (False, True))
     assert len(steps) > 10
     assert under == plain
@@ -117,7 +116,7 @@ def test_under_lora_steps_give_the_bits_of_its_hooks(
 @needs_kernels
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3", "phi3", "mistral"])
 def test_other_layers_are_left_to_the_modules(family: str) -> None:
-    assert compiled_decoder(policy_of(family).forward) is None
+    assert cpp_decoder(policy_of(family).forward) is None
 
 
 @needs_kernels
@@ -151,7 +150,7 @@ def test_a_layer_wrapped_later_is_noticed() -> None:
     attention.q_proj = _Doubled(attention.q_proj)
     engine.sync(TEXT)
     wrapped = engine.generate(queries(2), 2, SAMPLING, seed=0)
-    fresh = NativeEngine(policy, NativeSettings(lean_decode=False))
+    fresh = NativeEngine(policy, NativeSettings(cpp_decode=False))
     fresh.sync(TEXT)
     assert wrapped == fresh.generate(queries(2), 2, SAMPLING, seed=0)
     assert wrapped != before
@@ -171,18 +170,18 @@ class _Doubled(torch.nn.Module):
 @pytest.mark.model
 def test_the_real_model_decodes_in_one_call(smollm2: FrozenBase) -> None:
     policy = Policy(smollm2, ChatSlot.from_tokenizer(smollm2.tokenizer), TEXT)
-    assert compiled_decoder(policy.forward) is not None
+    assert cpp_decoder(policy.forward) is not None
     asked = [Query(({"role": "user", "content": text},)) for text in ("Why is the sky blue?", "Hi")]
     done = []
     for one_call in (True, False):
-        engine = NativeEngine(policy, NativeSettings(lean_decode=one_call))
+        engine = NativeEngine(policy, NativeSettings(cpp_decode=one_call))
         engine.sync(TEXT)
-        done.append(engine.generate(asked, 4, SAMPLING, seed=3))
+        done.append(engine.generate(asked, 4, SAMPLING, seed=3).groups)
     assert done[0] == done[1]
 
 
 def test_kernels_can_be_turned_off() -> None:
     base = replace(tiny_base("llama", torch.bfloat16), cpu_kernels="off")
     policy = Policy(base, ChatSlot.from_tokenizer(base.tokenizer), TEXT)
-    assert compiled_decoder(policy.forward) is None
-    assert not policy.forward.head.compiled
+    assert cpp_decoder(policy.forward) is None
+    assert not policy.forward.head.cpp

@@ -21,7 +21,7 @@ def _engine(family: str = "llama") -> NativeEngine:
 
 def test_one_token_completions() -> None:
     engine = _engine()
-    groups = engine.generate(QUERIES, 3, SamplingSettings(max_tokens=1), seed=0)
+    groups = engine.generate(QUERIES, 3, SamplingSettings(max_tokens=1), seed=0).groups
     assert [len(c.token_ids) for g in groups for c in g.completions] == [1] * 9
 
 
@@ -29,7 +29,7 @@ def test_all_rows_may_end_at_once() -> None:
     engine = _engine()
     stops = tuple(range(304))
     sampling = SamplingSettings(max_tokens=9, stop_token_ids=stops)
-    groups = engine.generate(QUERIES, 2, sampling, seed=0)
+    groups = engine.generate(QUERIES, 2, sampling, seed=0).groups
     assert all(len(c.token_ids) == 1 and c.terminated for g in groups for c in g.completions)
     assert all(c.text == "" or c.token_ids[0] != 2 for g in groups for c in g.completions)
 
@@ -38,7 +38,7 @@ def test_stop_tokens_wait_for_min_tokens() -> None:
     engine = _engine()
     stops = tuple(range(3, 300, 2))
     sampling = SamplingSettings(max_tokens=12, min_tokens=5, stop_token_ids=stops)
-    groups = engine.generate(QUERIES, 8, sampling, seed=0)
+    groups = engine.generate(QUERIES, 8, sampling, seed=0).groups
     rows = [c for g in groups for c in g.completions]
     assert all(len(c.token_ids) > 5 for c in rows)
     assert all(token not in (*stops, 2) for c in rows for token in c.token_ids[:5])
@@ -48,7 +48,7 @@ def test_stop_tokens_wait_for_min_tokens() -> None:
 def test_groups_keep_their_queries_and_say_how_they_ended() -> None:
     engine = _engine()
     sampling = SamplingSettings(max_tokens=16, stop_token_ids=tuple(range(3, 300, 10)))
-    groups = engine.generate(QUERIES, 6, sampling, seed=0)
+    groups = engine.generate(QUERIES, 6, sampling, seed=0).groups
     assert [g.query for g in groups] == list(QUERIES)
     for group in groups:
         for c in group.completions:

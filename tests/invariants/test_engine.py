@@ -43,10 +43,10 @@ def _generate(
     prompt: Prompt | None = None,
     max_rows: int = 256,
     seed: int = 0,
-) -> list[Group]:
+) -> tuple[Group, ...]:
     engine = NativeEngine(policy, NativeSettings(max_rows=max_rows))
     engine.sync(prompt or TextPrompt(TEXT))
-    return engine.generate(queries, count, sampling, seed)
+    return engine.generate(queries, count, sampling, seed).groups
 
 
 def _tokens(groups: Sequence[Group]) -> list[list[tuple[int, ...]]]:

@@ -49,7 +49,7 @@ def exact(smollm2_dir: Path) -> Policy:
 
 @pytest.fixture(scope="module")
 def fast(smollm2: FrozenBase) -> Policy:
-    """The model as a run gets it: bfloat16, packed and lean where the machine can."""
+    """The model as a run gets it: bfloat16, packed and by the C++ kernels where the machine can."""
     return Policy(smollm2, ChatSlot.from_tokenizer(smollm2.tokenizer))
 
 
@@ -77,7 +77,7 @@ def test_what_is_sampled_is_scored_and_a_run_could_start(fast: Policy, kind: str
     engine.sync(TextPrompt(TEXT))
     plain = engine.generate(ASKED, 2, sampling, seed=1)
     engine.sync(moved)
-    groups = engine.generate(ASKED, 2, sampling, seed=1)
+    groups = engine.generate(ASKED, 2, sampling, seed=1).groups
     got = scores(fast, moved, ASKED, [g.completions for g in groups])
     sampled = torch.cat([torch.tensor(c.sampling_logprobs) for g in groups for c in g.completions])
     gap = (flat(got) - sampled).abs()

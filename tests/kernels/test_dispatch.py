@@ -42,7 +42,7 @@ def _attend(
     heads = KV_HEADS * SHARE
     packed = [made(1, n, tokens, DIM) for n in (heads, KV_HEADS, KV_HEADS)]
     prefix = [made(KV_HEADS, PREFIX, DIM) for _ in range(2)]
-    context = TreeContext(tree, PrefixKV([prefix[0]], [prefix[1]]), record=True, fused=fused)
+    context = TreeContext(tree, PrefixKV([prefix[0]], [prefix[1]]), keep_queries=True, fused=fused)
     call = LayerCall(0, (packed[0], packed[1], packed[2]), DIM**-0.5, window, softcap)
     out = context.attend(call)
     grads = torch.autograd.grad(out, [*packed, *prefix], torch.randn_like(out))
@@ -97,7 +97,7 @@ def test_decoding_over_a_cache_is_alike() -> None:
         ]
         return LayerCall(0, (tensors[0], tensors[1], tensors[2]), DIM**-0.5, None, None)
 
-    context = TreeContext(tree, prefix, record=True, fused=False)
+    context = TreeContext(tree, prefix, keep_queries=True, fused=False)
     context.attend(call(tree.num_tokens))
     cache = DecodeCache(tree, context, prefix, copies=2, max_tokens=4)
     for step in range(3):

@@ -45,16 +45,18 @@ def test_completions_are_drawn_and_scored_group_by_group() -> None:
 
     runner = RewardRunner([(RewardSettings(path="here:reward"), reward)])
     sampling = SamplingSettings(max_tokens=5, stop_token_ids=tuple(range(10, 60)))
-    batch = collect(engine, queries(3), 4, sampling, runner, step=9, seed=1)
+
+    def drawn(seed: int) -> RolloutBatch:
+        return collect(lambda: engine.generate(queries(3), 4, sampling, seed), runner, step=9)
+
+    batch = drawn(seed=1)
     assert steps == [9]
     assert [len(group.completions) for group in batch.groups] == [4, 4, 4]
     assert batch.rewards.total.tolist() == batch.lengths.tolist()
     assert batch.terminated.tolist() == [c.terminated for c in batch.completions]
     assert 0 < int(batch.terminated.sum()) < 12
     assert batch.rollout_seconds > 0 and batch.reward_seconds > 0
-    again = collect(engine, queries(3), 4, sampling, runner, step=9, seed=1)
-    other = collect(engine, queries(3), 4, sampling, runner, step=9, seed=2)
-    assert again.groups == batch.groups != other.groups
+    assert drawn(seed=1).groups == batch.groups != drawn(seed=2).groups
 
 
 def test_metrics_have_trls_names_and_meanings() -> None:

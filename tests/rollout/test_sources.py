@@ -18,6 +18,7 @@ from rlprompt.rewards.base import RewardSettings
 from rlprompt.rewards.runner import RewardRunner
 from rlprompt.rollout.sources import ColumnSource, RolloutSource, given_completion
 from rlprompt.types import Query
+from tests.fixtures.products import needs_products
 from tests.fixtures.runs import queries, tiny_policy
 
 
@@ -64,6 +65,17 @@ def test_groups_that_teach_nothing_are_drawn_again() -> None:
     assert batch.rewards.metrics["dynamic_sampling/draws"] == 2.0
     assert batch.rewards.metrics["dynamic_sampling/kept_share"] == pytest.approx(4 / 6)
     assert source.epoch == 2.0
+
+
+@needs_products
+def test_a_joined_batch_has_the_products_of_its_last_draw() -> None:
+    policy = tiny_policy("llama", torch.bfloat16)
+    batch = rollouts(policy, Picky(GRPOSettings(group_size=2), 3), size=3).collect(0, seed=1)
+    assert batch.rewards.metrics["dynamic_sampling/draws"] == 2.0
+    assert batch.products is not None
+    prefix = policy.prefix()
+    known = [batch.products.rows(group.completions, prefix, 1) for group in batch.groups]
+    assert [rows is not None for rows in known] == [False, False, True]
 
 
 def test_after_the_last_draw_the_batch_is_filled_up_with_what_there_is() -> None:

@@ -332,7 +332,7 @@ def test_grpo_finds_a_known_optimum() -> None:
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.05)
     for step in range(40):
         engine.sync(policy.prompt)
-        groups = engine.generate(queries(3), 16, SamplingSettings(max_tokens=1), step)
+        groups = engine.generate(queries(3), 16, SamplingSettings(max_tokens=1), step).groups
         hits = [float(c.token_ids[0] == token) for g in groups for c in g.completions]
         updater.learn(scored(groups, hits), optimizer, lambda: 0.05, 1.0, PhaseClock())
     assert before < 0.1

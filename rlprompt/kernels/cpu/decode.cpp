@@ -236,8 +236,8 @@ Program program_of(const Call& call, Space& space) {
 //
 // residual: embeddings [B, d], overwritten. weights, ten per layer: norm, qkv and its bias, output
 // and its bias, norm, gate and up in one and their bias, down and its bias; then the final norm.
-// cache [2 L, rows >= B, H_kv, capacity, D], arranged, keys of all layers first. table int64 [2, at
-// least B]: padding and leader of each row. place: how many columns are shared, the one to write.
+// cache [2 L, rows >= B, H_kv, capacity, D], in the order of cache_layout.py, keys of all layers
+// first. table int64 [2, at least B]: padding and leader of each row. place: how many columns are shared, the one to write.
 // chunks: of the four products of a layer (see product.cpp), all zero where oneDNN is to multiply.
 // low_rank: none, or down, up and starts of each product of each layer, where an adapter has them
 // (see low_rank.h). stores: none, or for each product of each layer a tensor [n, out] whose rows

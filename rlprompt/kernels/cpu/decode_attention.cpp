@@ -9,7 +9,7 @@ namespace {
 
 constexpr int64_t kMostDims = 512;
 
-// Keys or values of one row and head, arranged (see put_key, put_value).
+// Keys or values of one row and head, as put_key and put_value lay them out.
 struct Own {
   uint32_t* own;
   const uint32_t* shared;  // its leader's

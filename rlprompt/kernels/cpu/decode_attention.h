@@ -1,4 +1,4 @@
-// Attention of one new token per row over a cache of arranged columns (see decode_attention.cpp).
+// Attention of one new token per row over a cache laid out for it (see cache_layout.py).
 #pragma once
 
 #include "pairs.h"
@@ -36,7 +36,7 @@ struct Attention {
   void run(int64_t begin, int64_t end) const;
 };
 
-// cache [2 L, rows >= B, H_kv, capacity, D], arranged, keys of all layers first.
+// cache [2 L, rows >= B, H_kv, capacity, D], laid out so, keys of all layers first.
 Attention attention_of(const Heads& of, const bf16* cos, const bf16* sin, const Columns& at,
                        at::Tensor& cache, int64_t layer, double scaling);
 

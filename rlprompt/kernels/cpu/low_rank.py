@@ -40,7 +40,7 @@ def low_rank_inner(x: Tensor, down: Tensor, scale: float) -> Tensor:
     Args:
         x: bfloat16 [N, K], dense.
         down: `input_pairs` of a weight [R, K]; R is a multiple of `LANES`.
-        scale: of the inner states.
+        scale: factor on the inner states.
     """
     inner: Tensor = _OPS.low_rank_inner(x, down, scale)
     return inner
@@ -51,7 +51,7 @@ def low_rank_add_(out: Tensor, inner: Tensor, up: Tensor, starts: Tensor) -> Non
 
     Args:
         out: bfloat16 [N, O], dense.
-        inner: from `low_rank_inner`.
+        inner: inner states, from `low_rank_inner`.
         up: `input_pairs` of a weight [O, r]; r is even.
         starts: int32 [O / LANES], the inner states that each vector of outputs takes begin at twice
             this number; -1 = nothing is added to them.
@@ -63,7 +63,8 @@ def low_rank_backward(
     grad: Tensor,
     x: Tensor,
     inner: Tensor,
-    weights: tuple[Tensor, Tensor],
+    down: Tensor,
+    up: Tensor,
     starts: Tensor,
     scale: float,
     d_x: Tensor,
@@ -71,16 +72,17 @@ def low_rank_backward(
     """Gradients of the weights, in one order of sums for any number of threads.
 
     Args:
-        grad: of the outputs, bfloat16 [N, O], dense.
+        grad: gradient of the outputs, bfloat16 [N, O], dense.
         x: [N, K], as in the forward.
         inner: [N, R], from `low_rank_inner`.
-        weights: down [R, K] and up [O, r], bfloat16, dense; down is zero behind all layers' states.
-        starts: as in the forward.
-        scale: as in the forward.
+        down: bfloat16 [R, K], dense; zero behind all layers' states.
+        up: bfloat16 [O, r], dense.
+        starts: places of inner states, as in the forward.
+        scale: factor on the inner states, as in the forward.
         d_x: [N, K], to which what reaches x is added; empty where nothing is asked for.
 
     Returns:
         Of down [R, K] and of up [O, r], float32.
     """
-    d_down, d_up = _OPS.low_rank_backward(grad, x, inner, *weights, starts, scale, d_x)
+    d_down, d_up = _OPS.low_rank_backward(grad, x, inner, down, up, starts, scale, d_x)
     return d_down, d_up

@@ -291,27 +291,28 @@ def decode_attention(
     cache: Tensor,
     layer: int,
     table: Tensor,
-    place: tuple[int, int],
+    shared: int,
+    column: int,
     scaling: float,
 ) -> Tensor:
     """Write one column of a layer's cache and attend to what each row sees of it.
 
     Args:
         tensors: q [B, H, D], k and v [B, H_kv, D] of one new token per row.
-        cache: [2 L, at least B, H_kv, S, D], dense, keys of all layers first; this layer's are
-            arranged (`rlprompt.kernels.cpu.cache_layout`).
-        layer: which one.
+        cache: [2 L, at least B, H_kv, S, D], dense, keys of all layers first; this layer's stand
+            in the kernel's order (`rlprompt.kernels.cpu.cache_layout`).
+        layer: number of the layer.
         table: int64 [2, B or more], dense: of each row, how much shorter its query is than the
             longest one, and the row whose shared columns are read in place of its own, which are
             equal.
-        place: of a row with the longest query, its shared columns (prefix and query), and the
-            column to write.
+        shared: columns of prefix and query in a row with the longest query.
+        column: the one to write, of such a row.
         scaling: factor on the scores.
 
     Returns:
         [B, H, D].
     """
-    out: Tensor = _ops().decode_attention(*tensors, cache, layer, table, list(place), scaling)
+    out: Tensor = _ops().decode_attention(*tensors, cache, layer, table, [shared, column], scaling)
     return out
 
 

@@ -158,14 +158,14 @@ inline void write_row_pairs(const F& row, int64_t count, int64_t dim, uint32_t* 
     interleave(s < count ? row(s) : nullptr, s + 1 < count ? row(s + 1) : nullptr, dim, out);
 }
 
-// One row of `dim` numbers becomes column j of keys that are kept arranged: blocks of kLanes
+// One row of `dim` numbers becomes column j of keys in the order of cache_layout.py: blocks of kLanes
 // columns, in each block pairs along dims, [D / 2, kLanes].
 inline void put_key(const bf16* row, int64_t j, int64_t dim, uint32_t* keys) {
   uint32_t* to = keys + j / kLanes * (dim / 2) * kLanes + j % kLanes;
   for (int64_t p = 0; p < dim / 2; ++p) std::memcpy(to + p * kLanes, row + 2 * p, 4);
 }
 
-// One row of `dim` numbers becomes column j of values that are kept arranged: pairs of columns,
+// One row of `dim` numbers becomes column j of values in that order: pairs of columns,
 // [D]. The columns behind it are zero up to the next multiple of kLanes, if columns come in their
 // order.
 inline void put_value(const bf16* row, int64_t j, int64_t dim, uint32_t* values) {

@@ -3,7 +3,8 @@
 A module is replaced only where it is of a known kind and its stand-in gives its results for random
 inputs; everything else stays. Stand-ins hold the same parameters and submodules under the same
 names, so `state_dict` does not change, and look at their linear layers at every call: where one has
-been wrapped (an adapter), they call it instead of the common product.
+been wrapped (an adapter), they call it instead of the common product. What a rollout has multiplied
+before (`rollout_products`) comes with the attention context of a forward.
 
 Letters: N packed tokens, d model width, H heads, H_kv key/value heads, D head dim, I inner width.
 """
@@ -11,6 +12,7 @@ Letters: N packed tokens, d model width, H heads, H_kv key/value heads, D head d
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from types import MethodType
 from typing import Any
 
@@ -20,7 +22,8 @@ from torch.nn import functional
 
 from rlprompt.kernels.cpu import ops
 from rlprompt.model.cpu.packed_linear import FrozenLinear, PackedWeight
-from rlprompt.model.forward.attention import LayerCall, attention_function
+from rlprompt.model.cpu.rollout_products import ProductRows
+from rlprompt.model.forward.attention import AttentionContext, LayerCall, attention_function
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +46,15 @@ class JoinedLinear:
             if isinstance(layer, FrozenLinear):
                 layer.packed.forget()
 
-    def __call__(self, x: Tensor, layers: list[nn.Module]) -> Tensor:
-        """Outputs of `layers` side by side, [..., sum of widths], in fresh memory."""
+    def __call__(
+        self, x: Tensor, layers: list[nn.Module], products: ProductRows | None = None
+    ) -> Tensor:
+        """Outputs of `layers` side by side, [..., sum of widths], in fresh memory.
+
+        `products` = what is known of them.
+        """
         if self.serves(layers):
-            return self._packed.apply(x)
+            return self._packed.apply(x, products)
         return torch.cat([layer(x) for layer in layers], dim=-1)
 
     def serves(self, layers: list[nn.Module]) -> bool:
@@ -90,10 +98,10 @@ class FusedMLP(nn.Module):
     def _inputs(self) -> list[nn.Module]:
         return [self.get_submodule("gate_proj"), self.get_submodule("up_proj")]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., d] -> [..., d]."""
-        out: Tensor = self.get_submodule("down_proj")(ops.silu_mul(self.joined(x, self._inputs())))
-        return out
+    def forward(self, x: Tensor, products: ProductRows | None = None) -> Tensor:
+        """[..., d] -> [..., d]; `products` = what is known of the layers' outputs."""
+        gates = self.joined(x, self._inputs(), products)
+        return _applied(self.get_submodule("down_proj"), ops.silu_mul(gates), products)
 
 
 class FusedAttention(nn.Module):
@@ -121,14 +129,28 @@ class FusedAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         """As transformers' attention modules, for one batch row: [1, N, d] -> [1, N, d]."""
         cos, sin = position_embeddings
-        qkv = self.joined(hidden_states, self._inputs())
+        products = _products_among(kwargs)
+        qkv = self.joined(hidden_states, self._inputs(), products)
         turned = ops.rotary(qkv, cos[0].contiguous(), sin[0].contiguous(), self.num_kv_heads)
         q, k, v = (t.transpose(0, 1)[None] for t in turned)
         kwargs |= {"scaling": self.scaling, "sliding_window": self.window, "softcap": self.softcap}
         kwargs.pop("past_key_values", None)
         out, _ = attention_function(self, q, k, v, attention_mask, **kwargs)
-        projected: Tensor = self.get_submodule("o_proj")(out.reshape(*hidden_states.shape[:-1], -1))
-        return projected, None
+        attended = out.reshape(*hidden_states.shape[:-1], -1)
+        return _applied(self.get_submodule("o_proj"), attended, products), None
+
+
+def _applied(module: nn.Module, x: Tensor, products: ProductRows | None) -> Tensor:
+    """The output of a linear layer or an MLP; one that has been wrapped knows of no products."""
+    takes = products is not None and isinstance(module, FrozenLinear | FusedMLP)
+    out: Tensor = module(x, products) if takes else module(x)
+    return out
+
+
+def _products_among(arguments: Mapping[str, Any]) -> ProductRows | None:
+    """What the attention context among the arguments of a module brings."""
+    context: AttentionContext | None = arguments.get("attention_context")
+    return None if context is None else context.products
 
 
 def _layer_forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -141,12 +163,14 @@ def _layer_forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any)
     residual, normed = ops.branch_norm(hidden_states, None, first, first_eps)
     attended, _ = layer.self_attn(normed, *args, **kwargs)
     residual, normed = ops.branch_norm(residual, attended, second, second_eps)
-    out: Tensor = residual + layer.mlp(normed)
+    out: Tensor = residual + _applied(layer.mlp, normed, _products_among(kwargs))
     return out
 
 
 class _Probe:
     """A context that keeps the call and attends to nothing: every token gets its own query."""
+
+    products = None
 
     def __init__(self) -> None:
         self.call: LayerCall | None = None

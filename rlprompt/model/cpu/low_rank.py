@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,26 +23,8 @@ from rlprompt.kernels.cpu.low_rank import (
     low_rank_backward,
     low_rank_inner,
 )
+from rlprompt.model.cpu.rollout_products import Product, ProductRows
 from rlprompt.types import LowRank
-
-
-class Product(Protocol):
-    """A frozen linear map."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The product without autograd, in fresh memory."""
-        ...
-
-    def recorded(self, x: Tensor) -> tuple[Tensor, int] | None:
-        """The outputs where they are replayed, and how many of the first rows are to be computed.
-
-        None = nothing is replayed.
-        """
-        ...
-
-    def input_gradient(self, grad: Tensor) -> Tensor:
-        """The gradient of the input, in fresh memory."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -70,8 +52,8 @@ def side_by_side(widths: Sequence[int], additions: Sequence[LowRank | None]) -> 
 
     Args:
         widths: outputs of each layer, multiples of `LANES`.
-        additions: of each layer, None = none, but not all; of one adapter, so with one rank and one
-            scale.
+        additions: low-rank parts of each layer, None = none, but not all; of one adapter, so with
+            one rank and one scale.
     """
     present = [addition for addition in additions if addition is not None]
     rank, inputs = present[0].down.shape
@@ -102,15 +84,20 @@ def _starts(widths: tuple[int, ...], absent: tuple[bool, ...], pairs: int) -> Te
 
 
 def low_rank_product(
-    x: Tensor, product: Product, widths: Sequence[int], additions: Sequence[LowRank | None]
+    x: Tensor,
+    product: Product,
+    widths: Sequence[int],
+    additions: Sequence[LowRank | None],
+    products: ProductRows | None = None,
 ) -> Tensor:
     """product(x) + up(scale * down(x)), with gradients of x and of the low-rank parts.
 
     Args:
         x: [..., K].
         product: the frozen map from K to O.
-        widths: of the layers that it joins.
-        additions: of these layers; see `side_by_side`.
+        widths: outputs of the layers that it joins.
+        additions: low-rank parts of these layers; see `side_by_side`.
+        products: what is known of the sum; None = all of it is computed.
 
     Returns:
         [..., O].
@@ -118,17 +105,18 @@ def low_rank_product(
     leaves = [t for part in additions if part is not None for t in (part.down, part.up)]
     joined = side_by_side(widths, additions)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *leaves)):
-        out: Tensor = _LowRankProduct.apply(x, product, joined, widths, *leaves)  # type: ignore[no-untyped-call]
+        out: Tensor = _LowRankProduct.apply(x, product, joined, widths, products, *leaves)  # type: ignore[no-untyped-call]
         return out
-    return _summed(x, product, joined)[0]
+    return _summed(x, product, joined, products)[0]
 
 
-def _summed(x: Tensor, product: Product, joined: SideBySide) -> tuple[Tensor, Tensor]:
-    """The sum and the inner states; what is replayed holds the sum already."""
+def _summed(
+    x: Tensor, product: Product, joined: SideBySide, products: ProductRows | None
+) -> tuple[Tensor, Tensor]:
+    """The sum and the inner states; what a rollout has kept is the sum already."""
     down, up = joined.pairs()
     inner = low_rank_inner(_rows(x), down, joined.scale)
-    replayed = product.recorded(x)
-    out, count = (product.forward(x), len(inner)) if replayed is None else replayed
+    out, count = product.forward_or_take(x, products)
     low_rank_add_(_rows(out)[:count], inner[:count], up, joined.starts)
     return out, inner
 
@@ -141,9 +129,10 @@ class _LowRankProduct(torch.autograd.Function):
         product: Product,
         joined: SideBySide,
         widths: Sequence[int],
+        products: ProductRows | None,
         *leaves: Tensor,
     ) -> Tensor:
-        out, inner = _summed(x, product, joined)
+        out, inner = _summed(x, product, joined, products)
         ctx.save_for_backward(x, inner)
         ctx.product, ctx.joined, ctx.widths, ctx.rank = product, joined, widths, len(leaves[0])
         return out
@@ -154,10 +143,11 @@ class _LowRankProduct(torch.autograd.Function):
         joined: SideBySide = ctx.joined
         d_x = ctx.product.input_gradient(grads[0]) if ctx.needs_input_grad[0] else None
         added = x.new_empty(0) if d_x is None else _rows(d_x)
-        weights = (joined.down, joined.up)
         rows = (_rows(grads[0]), _rows(x), inner)
-        d_down, d_up = low_rank_backward(*rows, weights, joined.starts, joined.scale, added)
-        return d_x, None, None, None, *_parted(d_down, d_up, joined, ctx.widths, ctx.rank)
+        d_down, d_up = low_rank_backward(
+            *rows, joined.down, joined.up, joined.starts, joined.scale, added
+        )
+        return d_x, None, None, None, None, *_parted(d_down, d_up, joined, ctx.widths, ctx.rank)
 
 
 def _parted(

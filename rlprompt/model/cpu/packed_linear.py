@@ -22,7 +22,7 @@ from rlprompt.kernels.cpu.product import MOST_ROWS, packed_product, product_chun
 from rlprompt.kernels.lm_head import Head
 from rlprompt.model.cpu.low_rank import low_rank_product
 from rlprompt.model.cpu.paging import page_out
-from rlprompt.model.cpu.rollout_products import current_replay
+from rlprompt.model.cpu.rollout_products import ProductRows
 from rlprompt.model.sharded.shards import gathered
 from rlprompt.types import LowRank
 
@@ -84,16 +84,24 @@ class PackedWeight:
             self._chunk = product_chunk(self.forward_weight, self.bias)
         return self._chunk
 
-    def apply(self, x: Tensor) -> Tensor:
-        """The product and what an adapter adds to it, with gradients of the input and of that."""
+    def apply(self, x: Tensor, products: ProductRows | None = None) -> Tensor:
+        """The product and what an adapter adds to it, with gradients of the input and of that.
+
+        Args:
+            x: [..., inputs].
+            products: what is known of the outputs; None = all are computed.
+
+        Returns:
+            [..., outputs].
+        """
         additions = [x.addition if isinstance(x, FrozenLinear) else None for x in self._layers]
         if any(addition is not None for addition in additions):
             widths = [layer.out_features for layer in self._layers]
-            return low_rank_product(x, self, widths, additions)
+            return low_rank_product(x, self, widths, additions, products)
         if torch.is_grad_enabled() and x.requires_grad:
-            out: Tensor = _PackedLinear.apply(x, self)  # type: ignore[no-untyped-call]
+            out: Tensor = _PackedLinear.apply(x, self, products)  # type: ignore[no-untyped-call]
             return out
-        return self.forward(x)
+        return self.forward_or_take(x, products)[0]
 
     @property
     def inputs(self) -> int:
@@ -105,27 +113,20 @@ class PackedWeight:
         """Numbers that come out."""
         return sum(layer.out_features for layer in self._layers)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The product without autograd, from a recording where one is replayed."""
-        replayed = self.recorded(x)
-        return self._product(x) if replayed is None else replayed[0]
+    def forward_or_take(self, x: Tensor, products: ProductRows | None) -> tuple[Tensor, int]:
+        """The outputs without autograd, and how many of the first rows were computed.
 
-    def recorded(self, x: Tensor) -> tuple[Tensor, int] | None:
-        """The outputs where a recording is replayed, and how many of the first rows are computed.
-
-        Under an adapter the rows behind them hold what it adds. None = nothing is replayed.
+        The rows behind these are those of `products`, with what an adapter adds to them.
         """
-        replay = current_replay()
-        store = None if replay is None else replay.rows(self, x.numel() // x.shape[-1])
-        if replay is None or store is None:
-            return None
+        taken = None if products is None else products.take(self)
+        if products is None or taken is None:
+            return self.forward(x), x.numel() // x.shape[-1]
         rows = x.reshape(-1, x.shape[-1])
-        out = x.new_empty(len(rows), self.outputs)
-        out[: replay.first] = self._product(rows[: replay.first])
-        torch.index_select(store, 0, replay.places, out=out[replay.first :])
-        return out.view(*x.shape[:-1], -1), replay.first
+        taken[: products.num_computed] = self.forward(rows[: products.num_computed])
+        return taken.view(*x.shape[:-1], -1), products.num_computed
 
-    def _product(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """The product without autograd, in fresh memory."""
         if x.numel() <= MOST_ROWS * x.shape[-1] and self.chunk:
             rows = x.reshape(-1, x.shape[-1]).contiguous()
             few = packed_product(rows, self.forward_weight, self.bias, self.chunk)
@@ -156,13 +157,13 @@ class _PackedLinear(torch.autograd.Function):
     """y = x W^T + b with packed W forward and packed W^T backward; nothing saved."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: PackedWeight) -> Tensor:
+    def forward(ctx: Any, x: Tensor, packed: PackedWeight, products: ProductRows | None) -> Tensor:
         ctx.packed = packed
-        return packed.forward(x)
+        return packed.forward_or_take(x, products)[0]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.packed.input_gradient(grads[0]), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.packed.input_gradient(grads[0]), None, None
 
 
 class FrozenLinear(nn.Module):
@@ -184,9 +185,12 @@ class FrozenLinear(nn.Module):
         """Whether a kernel adds what `addition` says."""
         return self.packed.has_kernel and serves_widths(self.in_features, self.out_features)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply to [..., in_features]; gradients reach the input and the addition only."""
-        return self.packed.apply(x)
+    def forward(self, x: Tensor, products: ProductRows | None = None) -> Tensor:
+        """Apply to [..., in_features]; gradients reach the input and the addition only.
+
+        `products` = what is known of the outputs.
+        """
+        return self.packed.apply(x, products)
 
     def packed_forward(self, x: Tensor) -> Tensor:
         """The product without autograd."""

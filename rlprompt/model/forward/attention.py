@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from rlprompt.errors import InputError
 from rlprompt.kernels.cpu.ops import serves_dim, tree_attention
 from rlprompt.kernels.reference import masked_attention
+from rlprompt.model.cpu.rollout_products import ProductRows
 from rlprompt.types import PrefixKV
 
 ATTENTION_NAME = "rlprompt"
@@ -32,7 +33,7 @@ the keys, and the context owns mask and cache."""
 class LayerCall:
     """One layer's request: tensors and the settings that its architecture asks for."""
 
-    __slots__ = ("compiled", "key", "layer", "query", "scaling", "softcap", "value", "window")
+    __slots__ = ("cpp", "key", "layer", "query", "scaling", "softcap", "value", "window")
 
     def __init__(
         self,
@@ -41,11 +42,11 @@ class LayerCall:
         scaling: float,
         window: int | None,
         softcap: float | None,
-        compiled: bool = False,
+        cpp: bool = False,
     ) -> None:
         """Store; query is [B, H, T, D], key and value are [B, H_kv, T, D].
 
-        `compiled` = contexts may use the C++ kernels (`rlprompt.kernels.cpu`).
+        `cpp` = contexts may use the C++ kernels (`rlprompt.kernels.cpu`).
         """
         self.layer = layer
         self.query, self.key, self.value = tensors
@@ -53,7 +54,7 @@ class LayerCall:
         self.window = window
         self.softcap = softcap
         plain = window is None and softcap is None and serves_dim(self.query.shape[-1])
-        self.compiled = compiled and plain and self.query.dtype == torch.bfloat16
+        self.cpp = cpp and plain and self.query.dtype == torch.bfloat16
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Masked attention with this layer's scaling and soft cap; see `masked_attention`."""
@@ -61,7 +62,12 @@ class LayerCall:
 
 
 class AttentionContext(Protocol):
-    """What the tokens of one forward may attend to."""
+    """What the tokens of one forward may attend to, and what is known of their products."""
+
+    @property
+    def products(self) -> ProductRows | None:
+        """What a rollout has multiplied of this forward; None = all is computed."""
+        ...
 
     def attend(self, call: LayerCall) -> Tensor:
         """The attention output of one layer, [B, H, T, D]."""
@@ -88,8 +94,10 @@ class CausalContext:
     Used to prefill a prompt: `keys[l]` and `values[l]` are [B, H_kv, P + T, D] and carry gradients.
     """
 
+    products = None
+
     def __init__(self, after: PrefixKV | None = None) -> None:
-        """Start with nothing recorded.
+        """Start with nothing kept.
 
         Args:
             after: P tokens that stand before this forward's own; the rows then are one.
@@ -103,8 +111,8 @@ class CausalContext:
     def attend(self, call: LayerCall) -> Tensor:
         """Causal attention to the tokens before and to the call's own."""
         self.layers.append((call.layer, call.window))
-        if call.compiled and call.query.shape[0] == 1:
-            return self._attend_compiled(call)
+        if call.cpp and call.query.shape[0] == 1:
+            return self._attend_cpp(call)
         key, value = call.key, call.value
         if self._after is not None:
             key = _joined(self._after.keys[call.layer], key)
@@ -117,7 +125,7 @@ class CausalContext:
         mask = windowed(mask, own, place, call.window)
         return call.attend(call.query, key, value, mask)
 
-    def _attend_compiled(self, call: LayerCall) -> Tensor:
+    def _attend_cpp(self, call: LayerCall) -> Tensor:
         """The same of one row by the C++ kernel: a tree of one span."""
         tokens = [t.squeeze(0).transpose(0, 1) for t in (call.query, call.key, call.value)]
         if self._after is None:
@@ -131,7 +139,7 @@ class CausalContext:
         return tree_attention(packed, before, span, call.scaling).transpose(0, 1)[None]
 
     def prefix(self) -> PrefixKV:
-        """What was recorded of the first row, and what stood before it, as a prefix."""
+        """What was kept of the first row, and what stood before it, as a prefix."""
         return PrefixKV([k[0] for k in self.keys], [v[0] for v in self.values])
 
 
@@ -151,7 +159,7 @@ def attention_function(
     sliding_window: int | None = None,
     softcap: float | None = None,
     attention_context: AttentionContext | None = None,
-    compiled_attention: bool = False,
+    cpp_attention: bool = False,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """The function registered with transformers; see `AttentionInterface` there."""
@@ -178,7 +186,7 @@ def attention_function(
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     tensors = (query, key, value)
-    call = LayerCall(int(layer), tensors, scaling, sliding_window, softcap, compiled_attention)
+    call = LayerCall(int(layer), tensors, scaling, sliding_window, softcap, cpp_attention)
     out = attention_context.attend(call)
     return out.transpose(1, 2).contiguous(), None
 

@@ -76,13 +76,13 @@ class PrefixForward:
             packed = pack_linears(base.model)
             logger.info("%s: %d linear layers packed", base.id, packed)
         wanted = "off" if base.shards is not None else base.cpu_kernels
-        self.compiled = choose(wanted, cache_dir() / "kernels", base.dtype, base.device)
-        if own is not None and self.compiled:
+        self.cpp = choose(wanted, cache_dir() / "kernels", base.dtype, base.device)
+        if own is not None and self.cpp:
             fused = fuse_modules(self.body)
             allow_kernel(base.model)
             logger.info("%s: %d modules replaced by CPU kernels", base.id, fused)
         self.head = self._head()
-        self.head = self.head._replace(compiled=self.compiled and self.head.softcap is None)
+        self.head = self.head._replace(cpp=self.cpp and self.head.softcap is None)
         if own is not None:
             try:
                 self._compare(own)
@@ -256,8 +256,8 @@ class PrefixForward:
             [N, d], after the final norm, in the base's dtype.
         """
         arguments: dict[str, Any] = {"attention_context": context, "use_cache": False}
-        if self.compiled:
-            arguments["compiled_attention"] = True
+        if self.cpp:
+            arguments["cpp_attention"] = True
         out = self.body(
             inputs_embeds=embeddings.to(self.dtype)[None],
             position_ids=positions.to(self.device)[None],

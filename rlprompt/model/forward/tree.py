@@ -22,6 +22,7 @@ from rlprompt.kernels.dispatch import fused_attention, uses_triton
 from rlprompt.kernels.gather import fold, repeat_rows, unfold
 from rlprompt.kernels.reference import mask_bias
 from rlprompt.kernels.triton.attention_rows import AttentionRows, attention_rows
+from rlprompt.model.cpu.rollout_products import ProductRows
 from rlprompt.model.forward.attention import LayerCall, windowed
 from rlprompt.types import PrefixKV
 
@@ -208,37 +209,52 @@ class TreeContext:
     """Attention in a `TokenTree`: queries see [prefix, own], completions [prefix, query, own]."""
 
     def __init__(
-        self, tree: TokenTree, prefix: PrefixKV, record: bool = False, fused: bool | None = None
+        self,
+        tree: TokenTree,
+        prefix: PrefixKV,
+        keep_queries: bool = False,
+        fused: bool | None = None,
+        products: ProductRows | None = None,
     ) -> None:
         """Prepare for one forward.
 
         Args:
             tree: the packed tokens.
             prefix: keys and values of the P shared positions; gradients flow back into them.
-            record: keep each layer's padded query keys and values in `query_keys/query_values`
-                ([G, H_kv, Q, D], right padded), for decoding to go on from.
+            keep_queries: whether each layer's padded query keys and values stay in
+                `query_keys/query_values` ([G, H_kv, Q, D], right padded), for decoding to go on
+                from.
             fused: whether attention goes through the Triton kernels; None = as the device suggests.
+            products: what a rollout has multiplied of these tokens; None = all is computed.
+
+        Raises:
+            ValueError: the prefix or the products belong to another tree.
         """
         if prefix.num_tokens != tree.prefix_length:
             raise ValueError(
                 f"tree is built for {tree.prefix_length} prefix tokens, prefix has "
                 f"{prefix.num_tokens}"
             )
+        if products is not None and products.num_tokens != tree.num_tokens:
+            raise ValueError(
+                f"tree has {tree.num_tokens} tokens, products are of {products.num_tokens}"
+            )
+        self.products = products
         self._tree = tree
         self._prefix = prefix
-        self._record = record
+        self._keep_queries = keep_queries
         self._fused = fused
         self._rows: AttentionRows | None = None
         self._biases: dict[int | None, tuple[Tensor, Tensor | None]] = {}
         self.query_keys: list[Tensor] = []
         self.query_values: list[Tensor] = []
-        self.compiled: set[int] = set()
+        self.cpp_layers: set[int] = set()
         """Layers whose attention runs in the C++ kernels."""
 
     def attend(self, call: LayerCall) -> Tensor:
         """Both levels of the tree, packed again: [1, H, N, D]."""
-        if call.compiled:
-            return self._attend_compiled(call)
+        if call.cpp:
+            return self._attend_cpp(call)
         tree = self._tree
         like = call.query
         if self._fused or (
@@ -248,7 +264,7 @@ class TreeContext:
         query_bias, completion_bias = self._bias(call.window, call.query.dtype)
         queries, keys, values = (self._split(t) for t in (call.query, call.key, call.value))
         key, value = tree.queries.unfold(keys[0]), tree.queries.unfold(values[0])
-        if self._record:
+        if self._keep_queries:
             self.query_keys.append(key)
             self.query_values.append(value)
         shared_key = _after(self._prefix.keys[call.layer], key)
@@ -269,7 +285,7 @@ class TreeContext:
         """Both levels in one launch: a kernel reads rows as ranges of packed tokens."""
         if self._rows is None:
             self._rows = tree_rows(self._tree)
-        if self._record:
+        if self._keep_queries:
             self.query_keys.append(self._tree.queries.unfold(self._split(call.key)[0]))
             self.query_values.append(self._tree.queries.unfold(self._split(call.value)[0]))
         query, key, value = (t[0].transpose(0, 1) for t in (call.query, call.key, call.value))
@@ -278,13 +294,13 @@ class TreeContext:
         out = fused_attention((query, key, value), prefix, self._rows, scoring)
         return out.transpose(0, 1)[None]
 
-    def _attend_compiled(self, call: LayerCall) -> Tensor:
+    def _attend_cpp(self, call: LayerCall) -> Tensor:
         """The same by one kernel, which reads keys and values where they stand."""
         # Not t[0]: its backward fills a tensor with zeros and copies the gradient into it.
         tensors = [_dense(t.squeeze(0).transpose(0, 1)) for t in (call.query, call.key, call.value)]
-        if self._record:
+        if self._keep_queries:
             rows = self._tree.queries
-            self.compiled.add(call.layer)
+            self.cpp_layers.add(call.layer)
             self.query_keys.append(rows.unfold(tensors[1][: rows.num_tokens]))
             self.query_values.append(rows.unfold(tensors[2][: rows.num_tokens]))
         prefix = (self._prefix.keys[call.layer], self._prefix.values[call.layer])

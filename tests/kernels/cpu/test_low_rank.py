@@ -101,7 +101,7 @@ def test_gradients(rows: int, outputs: int, states: int, rank: int) -> None:
     down, up, starts = randn(states, 64), randn(outputs, rank), starts_of(outputs, rank)
     down[2 * int(starts.max()) + rank :] = 0
     inner = low_rank_inner(x, input_pairs(down), 0.5)
-    given = (grad, x, inner, (down, up), starts, 0.5)
+    given = (grad, x, inner, down, up, starts, 0.5)
     whole = blocks(up.double(), starts, states)
     d_inner = grad.double() @ whole * 0.5
     expected = d_x.double() + d_inner @ down.double()
@@ -162,8 +162,8 @@ def test_parts_that_do_not_fit_are_refused() -> None:
     with pytest.raises(RuntimeError, match="other shapes"):
         low_rank_add_(out, inner, input_pairs(up), starts[:1])
     with pytest.raises(RuntimeError, match="other shapes"):
-        low_rank_backward(out, x, inner, (down, up), starts[:1], 1.0, x.new_empty(0))
+        low_rank_backward(out, x, inner, down, up, starts[:1], 1.0, x.new_empty(0))
     nothing = torch.full((2,), -1, dtype=torch.int32)
     with pytest.raises(RuntimeError, match="no layer"):
-        low_rank_backward(out, x, inner, (down, up), nothing, 1.0, x.new_empty(0))
+        low_rank_backward(out, x, inner, down, up, nothing, 1.0, x.new_empty(0))
     assert serves_widths(48, 32) and not serves_widths(40, 32) and not serves_widths(48, 24)

@@ -11,8 +11,8 @@ from rlprompt.engines.sampling import SamplingSettings, next_tokens
 from rlprompt.errors import InputError
 from rlprompt.kernels.cpu import build, ops
 from rlprompt.kernels.cpu.cache_layout import (
-    arranged_keys,
-    arranged_values,
+    lay_out_keys,
+    lay_out_values,
     plain_keys,
     plain_values,
 )
@@ -127,12 +127,12 @@ def test_tree_attention_is_that_of_the_written_out_tree(prefix_tokens: int) -> N
     tensors, prefix, tree = tree_case(prefix_tokens)
     upstream = randn(*tensors[0].shape)
     results = []
-    for compiled, dtype in ((True, torch.bfloat16), (False, torch.float64)):
+    for cpp, dtype in ((True, torch.bfloat16), (False, torch.float64)):
         inputs = [t.detach().to(dtype).requires_grad_() for t in tensors]
         shared = [p.detach().bfloat16().to(p.dtype).requires_grad_() for p in prefix]
-        context = TreeContext(tree, PrefixKV([shared[0]], [shared[1]]), record=True)  # type: ignore[arg-type]
+        context = TreeContext(tree, PrefixKV([shared[0]], [shared[1]]), keep_queries=True)  # type: ignore[arg-type]
         out = context.attend(
-            LayerCall(0, (inputs[0], inputs[1], inputs[2]), 32**-0.5, None, None, compiled)
+            LayerCall(0, (inputs[0], inputs[1], inputs[2]), 32**-0.5, None, None, cpp)
         )
         out.backward(upstream.to(dtype))
         gradients = [t.grad for t in (*inputs, *shared)]
@@ -150,10 +150,10 @@ def test_a_prefill_is_that_of_the_written_out_one(before: int) -> None:
     tensors = [randn(1, h, 21, 32, grad=True) for h in (6, 2, 2)]
     after = [randn(2, before, 32, grad=True) for _ in range(2)]
     upstream, results = randn(*tensors[0].shape), []
-    for compiled, dtype in ((True, torch.bfloat16), (False, torch.float64)):
+    for cpp, dtype in ((True, torch.bfloat16), (False, torch.float64)):
         q, k, v, *shared = (t.detach().to(dtype).requires_grad_() for t in (*tensors, *after))
         context = CausalContext(PrefixKV([shared[0]], [shared[1]]) if before else None)
-        out = context.attend(LayerCall(0, (q, k, v), 32**-0.5, None, None, compiled))
+        out = context.attend(LayerCall(0, (q, k, v), 32**-0.5, None, None, cpp))
         made = context.prefix()
         loss = (out * upstream).sum() + made.keys[0].square().sum() + made.values[0].square().sum()
         inputs = (q, k, v, *shared) if before else (q, k, v)
@@ -186,10 +186,10 @@ def test_decode_attention(share: int) -> None:
     plain[:, 2, :, : shared - 2] = plain[:, 1, :, : shared - 2]  # one group: row 1 leads row 2
     keys, values = plain[1].clone(), plain[3].clone()
     plain[:, 2, :, :32] = float("nan")  # whole blocks that row 2 shares are read from row 1
-    cache = torch.cat([arranged_keys(plain[:2]), arranged_values(plain[2:])])
+    cache = torch.cat([lay_out_keys(plain[:2]), lay_out_values(plain[2:])])
     q, k, v = (randn(rows, h, dim) for h in (kv_heads * share, kv_heads, kv_heads))
     table = torch.stack([padding, leaders])
-    ours = ops.decode_attention((q, k, v), cache, 1, table, (shared, column), dim**-0.5)
+    ours = ops.decode_attention((q, k, v), cache, 1, table, shared, column, dim**-0.5)
     for row in range(rows):
         last = int(column - padding[row])
         keys[row, :, last], values[row, :, last] = k[row], v[row]
@@ -209,11 +209,11 @@ def test_the_head_scores_as_the_plain_path(temperature: float, entropy_grad: boo
     weight = randn(700, 24)
     hidden, targets = randn(150, 24), torch.randint(0, 700, (150,))
     results = []
-    for compiled in (True, False):
+    for cpp in (True, False):
         head = Head(lambda h: h @ weight.t(), lambda g: g @ weight, weight.dtype, 700)
         states = hidden.clone().requires_grad_()
-        compiled_head = head._replace(compiled=compiled)
-        out = head_scores(states, targets, compiled_head, temperature, entropy_grad)
+        head = head._replace(cpp=cpp)
+        out = head_scores(states, targets, head, temperature, entropy_grad)
         loss = out.logprobs.sum() + (3.0 * out.entropy.sum() if entropy_grad else 0.0)
         loss.backward()
         results.append((out.logprobs.detach(), out.entropy.detach(), states.grad))

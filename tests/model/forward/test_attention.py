@@ -26,6 +26,8 @@ class _Layer(nn.Module):
 
 
 class _Recorder:
+    products = None
+
     def __init__(self) -> None:
         self.calls: list[LayerCall] = []
 

@@ -1,0 +1,361 @@
+"""rlprompt from Python: learn a system prompt, load it, answer under it, compare it.
+
+    import rlprompt
+
+    run = rlprompt.train(rewards=my_reward, data=["How do I ...?", ...], prompt="Be brief.")
+    run.prompt.generate("How do I sharpen a knife?")
+
+What is public is listed in `rlprompt.__all__` and documented in docs/python.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import StringIO
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import ValidationError
+from rich.console import Console
+
+from rlprompt.artifacts.format import read_artifact_info
+from rlprompt.data import load_queries
+from rlprompt.data.base import DataSettings
+from rlprompt.engines.native import NativeEngine
+from rlprompt.engines.sampling import SamplingSettings
+from rlprompt.errors import InputError
+from rlprompt.evaluation.compare import Comparison, compare
+from rlprompt.evaluation.heldout import HeldoutEvaluator
+from rlprompt.model.base import ModelSettings
+from rlprompt.model.chat.slot import ChatSlot
+from rlprompt.model.in_memory import base_in_memory
+from rlprompt.policy import Policy, open_policy
+from rlprompt.random_state import global_random_state, restore_global_random_state
+from rlprompt.recipe.build import build_run
+from rlprompt.recipe.keywords import (
+    Found,
+    Keywords,
+    Start,
+    data_section,
+    recipe_of,
+    reward_sections,
+)
+from rlprompt.recipe.objects import Objects
+from rlprompt.recipe.schema import Recipe, with_new_settings
+from rlprompt.recipe.yaml_file import explain
+from rlprompt.rewards import RewardSettings, build_rewards
+from rlprompt.runs.claim_folder import RECIPE_FILE, check_output, claim_output, default_output
+from rlprompt.runs.outcome import Outcome
+from rlprompt.runs.population import Population
+from rlprompt.runs.run import Run
+from rlprompt.serving.loaded import (
+    LoadedPrompt,
+    Model,
+    artifact_folder,
+    base_of_artifact,
+    checked_sampling,
+)
+from rlprompt.settings import Settings
+
+OnePrompt = str | Path | LoadedPrompt | Outcome | None
+"""A prompt that `evaluate` takes: a text, an artifact, a loaded prompt, a finished run, or None."""
+_DEFAULT_MODEL = "smollm2-135m"
+_LONGEST_NAME = 60
+"""Characters of a text that stands for its name in a comparison."""
+_Section = TypeVar("_Section", bound=Settings)
+
+AnyModel = Any
+"""A name (embedded, a folder, a hub id), a `Model`, or a loaded `transformers` model."""
+
+
+def train(
+    recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
+    *,
+    model: AnyModel | None = None,
+    tokenizer: Any = None,
+    rewards: Any = None,
+    data: Any = None,
+    heldout: Any = None,
+    prompt: Start | None = None,
+    output: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    **sections: Any,
+) -> Run | Population:
+    """Learn a system prompt; returns the finished run.
+
+    Give a recipe, keywords, or a recipe and keywords that replace its parts. What a keyword names
+    may be a Python object. A Ctrl-C ends the run after the step in progress; `resume=True` goes on.
+
+    Args:
+        recipe: path of a YAML file, or its content as a mapping.
+        model: the frozen base: the embedded name `smollm2-135m` (the default), a folder, a hub id,
+            a `Model`, or a `transformers` model in memory, which stays as it is.
+        tokenizer: tokenizer of a `transformers` model in memory, with a chat template.
+        rewards: a reward or a list of them. A reward is a function as TRL's (keywords in, one float
+            or None per completion out), a path (`file.py:object`, `builtin:length`), or a mapping
+            with the keys of a recipe's rewards, whose `path` may be a function.
+        data: the queries: a list of texts or of mappings with a column `query` (or TRL's `prompt`),
+            a `datasets.Dataset`, a `pandas.DataFrame`, the path of a file or a hub id, or a
+            mapping with the keys of a recipe's data.
+        heldout: queries to evaluate on, in any form of `data` but a hub id; or how many of `data`
+            to hold out (a count, or a share between 0 and 1).
+        prompt: where the prompt starts: a text, an artifact (its `Path`, or a `LoadedPrompt`), or a
+            mapping with the keys of a recipe's prompt. A text is also what the result is compared
+            with, unless `evaluation` names another.
+        output: the run folder; without one, `runs/NAME`, or `runs/NAME-2` and so on where that
+            holds a run.
+        resume: whether to go on with the run in `output`.
+        progress: whether to show the run while it goes on.
+        sections: other keys of a recipe, such as `algorithm="ppo"`, `training={"steps": 60}`,
+            `sampling={"max_tokens": 80}`, `seed=1`; a text stands for `{"type": text}`.
+
+    Returns:
+        The run, with `.prompt`, `.metrics`, `.folder` and `.report`; a recipe with a population
+        gives a `Population`, which has the same and `.members`.
+
+    Raises:
+        InputError: something given is wrong; the sentence names the key. Nothing has been written.
+        NotFiniteError: loss, gradient or prompt was not finite; the folder keeps what led to it.
+    """
+    keywords = Keywords(rewards, data, heldout, prompt, sections)
+    named, opened = _named_or_opened(model, tokenizer)
+    resolved, base_dir, objects = recipe_of(recipe, keywords, named, opened)
+    if output is None and resume:
+        raise InputError("resume needs the folder of the run; name it as output=")
+    folder = _fresh_folder(resolved.name) if output is None else Path(output)
+    console = Console() if progress else Console(file=StringIO(), quiet=True)
+    with _process_state_kept():
+        return _run(resolved, base_dir, folder, console, resume, objects)
+
+
+def _run(
+    recipe: Recipe,
+    base_dir: Path,
+    folder: Path,
+    console: Console,
+    resume: bool,
+    objects: Objects,
+) -> Run | Population:
+    plain = recipe.plain()
+    check_output(folder, plain, resume, with_new_settings)
+    run = build_run(recipe, base_dir, folder, console, objects=objects)
+    with claim_output(folder, plain, base_dir, resume, updated=with_new_settings) as begun:
+        run.run(resume=begun)
+    return run
+
+
+def load_prompt(
+    artifact: str | Path,
+    *,
+    model: AnyModel | None = None,
+    tokenizer: Any = None,
+    force: bool = False,
+    trust_remote_code: bool = False,
+) -> LoadedPrompt:
+    """A learned prompt, on the base that it was learned on.
+
+    Args:
+        artifact: the folder of an artifact, or of a run.
+        model: another copy of its base: a name, a `Model`, or a `transformers` model in memory.
+        tokenizer: tokenizer of a `transformers` model in memory.
+        force: whether to load on a base or chat template that differs; a warning is logged.
+        trust_remote_code: whether Python code that comes with the base may run.
+
+    Raises:
+        InputError: artifact or base cannot be loaded, or do not belong together.
+    """
+    folder = artifact_folder(artifact)
+    info = read_artifact_info(folder)
+    named, policy = _named_or_opened(model, tokenizer)
+    if policy is None:
+        policy = open_policy(base_of_artifact(info, folder, named, trust_remote_code))
+    return Model(policy).load(folder, force=force)
+
+
+def open_model(
+    model: AnyModel = "smollm2-135m", *, tokenizer: Any = None, **settings: Any
+) -> Model:
+    """A frozen chat model, to try prompts on and to train on several times.
+
+    Args:
+        model: the embedded name, a folder, a hub id, or a `transformers` model in memory, which
+            stays as it is.
+        tokenizer: tokenizer of a `transformers` model in memory.
+        settings: other keys of a recipe's model, such as `dtype="float32"` or `device="cpu"`.
+
+    Raises:
+        InputError: the model cannot be loaded, is of an unsupported kind, or has no system slot.
+    """
+    named, policy = _named_or_opened(model, tokenizer)
+    if policy is None:
+        return Model(open_policy(_checked(ModelSettings, {"path": named, **settings}, "model")))
+    if settings:
+        raise InputError(
+            f"{min(settings)} is for a model that is loaded; the one given is in memory, remove it"
+        )
+    return Model(policy)
+
+
+def evaluate(
+    prompts: OnePrompt | Sequence[OnePrompt] | Mapping[str, OnePrompt],
+    *,
+    data: Any,
+    rewards: Any,
+    model: AnyModel | None = None,
+    tokenizer: Any = None,
+    completions_per_query: int = 2,
+    seed: int = 0,
+    **sampling: Any,
+) -> Comparison:
+    """Score one prompt, or compare several on the same queries and the same draws.
+
+    Args:
+        prompts: a prompt, a list of them, or a mapping from names to them. A prompt is a
+            `LoadedPrompt`, a finished run, the `Path` of an artifact, a hand-written text, or None
+            for the base without a system message.
+        data: the queries, as for `train`; all of them are used.
+        rewards: rewards as for `train`; the total is the weighted sum of those with role `score`.
+        model: the base, where no prompt brings one: as for `train`.
+        tokenizer: tokenizer of a `transformers` model in memory.
+        completions_per_query: completions drawn for each query.
+        seed: seed of the draws.
+        sampling: fields of `SamplingSettings` in place of those that the first learned prompt was
+            trained with.
+
+    Returns:
+        The scores by name: `comparison["learned"].reward`, `.rows` for a table, `print` for text.
+
+    Raises:
+        InputError: something given is wrong, a prompt belongs to another base, or a reward failed.
+    """
+    policy, loaded = _on_one_base(prompts, model, tokenizer)
+    found = Found()
+    data_settings = {"heldout": 0, **data_section(data, found)}
+    queries = load_queries(_checked(DataSettings, data_settings, "data"), Path(), found.rows).train
+    settings = [
+        _checked(RewardSettings, each, f"rewards.{place}")
+        for place, each in enumerate(reward_sections(rewards, found))
+    ]
+    runner = build_rewards(settings, Path(), needs_score=False, given=found.rewards)
+    runner.bind_policy(policy)
+    first = next((each.sampling for each in loaded.values() if each.recipe), SamplingSettings())
+    evaluator = HeldoutEvaluator(
+        NativeEngine(policy),
+        runner,
+        queries,
+        checked_sampling({**first.model_dump(), **sampling}),
+        completions_per_query=completions_per_query,
+        seed=seed,
+        probes={},
+    )
+    try:
+        return compare(evaluator, {name: each.prompt for name, each in loaded.items()})
+    finally:
+        evaluator.close()
+
+
+def _named_or_opened(model: AnyModel | None, tokenizer: Any) -> tuple[str | None, Policy | None]:
+    """The name of a model to load, or the policy over one that is in memory; None, None without."""
+    if model is None or isinstance(model, str | Path):
+        if tokenizer is not None:
+            raise InputError(
+                "tokenizer belongs to a transformers model in memory; give that as model="
+            )
+        return None if model is None else str(model), None
+    if isinstance(model, Model):
+        if tokenizer is not None:
+            raise InputError("model has a tokenizer of its own; remove tokenizer")
+        return None, model.policy
+    base = base_in_memory(model, tokenizer)
+    return None, Policy(base, ChatSlot.from_tokenizer(base.tokenizer))
+
+
+def _checked(kind: type[_Section], values: Mapping[str, Any], place: str) -> _Section:
+    """Settings of plain values; an error names the place and the key."""
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        _, sentence = explain(error, kind.model_json_schema())
+        raise InputError(f"{place}: {sentence}") from error
+
+
+def _on_one_base(
+    prompts: OnePrompt | Sequence[OnePrompt] | Mapping[str, OnePrompt],
+    model: AnyModel | None,
+    tokenizer: Any,
+) -> tuple[Policy, dict[str, LoadedPrompt]]:
+    """The base that all prompts stand on, and the prompts on it by name."""
+    named = dict(prompts) if isinstance(prompts, Mapping) else _with_names(prompts)
+    if not named:
+        raise InputError("there is no prompt to evaluate; give at least one")
+    ready = {k: v.prompt if isinstance(v, Outcome) else v for k, v in named.items()}
+    own = [each.policy for each in ready.values() if isinstance(each, LoadedPrompt)]
+    if model is not None or not own:
+        base = open_model(model or _DEFAULT_MODEL, tokenizer=tokenizer)
+    else:
+        base = Model(own[0])
+    loaded: dict[str, LoadedPrompt] = {}
+    for name, each in ready.items():
+        if isinstance(each, LoadedPrompt):
+            if each.policy.base.fingerprint != base.policy.base.fingerprint:
+                raise InputError(
+                    f"prompt '{name}' belongs to {each.policy.base.id}, not to {base.id}; evaluate "
+                    "prompts of one base in one call"
+                )
+            loaded[name] = each
+        else:
+            loaded[name] = base.load(each) if isinstance(each, Path) else base.prompt(each)
+    return base.policy.sibling(), loaded
+
+
+def _with_names(prompts: OnePrompt | Sequence[OnePrompt]) -> dict[str, OnePrompt]:
+    """Prompts by a name that tells them apart."""
+    if prompts is None or isinstance(prompts, str | Path | LoadedPrompt | Outcome):
+        given: list[OnePrompt] = [prompts]
+    else:
+        given = list(prompts)
+    named: dict[str, OnePrompt] = {}
+    for each in given:
+        name, number = _name_of(each), 2
+        while name in named:
+            name, number = f"{_name_of(each)} ({number})", number + 1
+        named[name] = each
+    return named
+
+
+def _name_of(prompt: OnePrompt) -> str:
+    if prompt is None:
+        return "base"
+    if isinstance(prompt, LoadedPrompt):
+        return prompt.name
+    if isinstance(prompt, Outcome):
+        return prompt.folder.name
+    if isinstance(prompt, Path):
+        return str(prompt)
+    return prompt if len(prompt) <= _LONGEST_NAME else f"{prompt[: _LONGEST_NAME - 3]}..."
+
+
+def _fresh_folder(name: str) -> Path:
+    """`runs/NAME`, or the first of `runs/NAME-2`, `runs/NAME-3`, ... that is not there."""
+    first = default_output(name)
+    folder, number = first, 2
+    while (folder / RECIPE_FILE).exists():
+        folder = first.with_name(f"{first.name}-{number}")
+        number += 1
+    return folder
+
+
+@contextmanager
+def _process_state_kept() -> Iterator[None]:
+    """A block after which the caller's random generators and threads are as they were before."""
+    tensors, state = global_random_state()
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        restore_global_random_state(tensors, state)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
