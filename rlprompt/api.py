@@ -23,7 +23,7 @@ from rich.console import Console
 from rlprompt.artifacts.format import read_artifact_info
 from rlprompt.data import load_queries
 from rlprompt.data.base import DataSettings
-from rlprompt.engines.native import NativeEngine
+from rlprompt.engines.make import make_engine
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.errors import InputError
 from rlprompt.evaluation.compare import Comparison, compare
@@ -243,7 +243,7 @@ def evaluate(
     runner.bind_policy(policy)
     first = next((each.sampling for each in loaded.values() if each.recipe), SamplingSettings())
     evaluator = HeldoutEvaluator(
-        NativeEngine(policy),
+        make_engine(policy),
         runner,
         queries,
         checked_sampling({**first.model_dump(), **sampling}),

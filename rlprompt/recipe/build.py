@@ -19,7 +19,7 @@ from rlprompt.data.base import QuerySplit
 from rlprompt.distributed.ranks import DistributedSettings, Ranks
 from rlprompt.distributed.shared_engine import SharedEngine
 from rlprompt.engines.base import Engine
-from rlprompt.engines.native import NativeEngine
+from rlprompt.engines.make import make_engine, require_support
 from rlprompt.errors import InputError
 from rlprompt.evaluation.heldout import HeldoutEvaluator, Objective
 from rlprompt.evaluation.probes import BaseKL, BaseLogprob, Probe, TargetLogprob, TeacherKL
@@ -199,7 +199,7 @@ def _shared(
         rewards.once = partial(_together, ranks)
     policy.gradient_checkpointing = recipe.training.gradient_checkpointing
     teacher = _teacher(recipe)
-    engine: Engine = NativeEngine(policy, recipe.engine)
+    engine = make_engine(policy, recipe.engine)
     shards = policy.base.shards
     if shards is not None:
         whole = all(ranks.each(lambda: shards.rolls_out_whole, "the free memory"))
@@ -248,6 +248,7 @@ def _parts(
     policy, data = shared.policy, shared.data
     rewards.bind_policy(policy)
     policy.prompt = build_prompt(recipe, policy, base_dir, shared.objects)
+    require_support(shared.engine, (policy.prompt, *_other_prompts(recipe, shared.teacher)))
     max_tokens = recipe.sampling.max_tokens
     algorithm = make_algorithm(recipe.algorithm, policy, max_tokens, recipe.seed)
     needs_reference = recipe.algorithm.needs_reference
@@ -330,6 +331,13 @@ def _source(recipe: Recipe, shared: Shared, rewards: RewardRunner, algorithm: Al
         data.train, sampler, shared.engine, under, rewards, algorithm, recipe.sampling, augment
     )
     return OverlappedSource(source, prompt, under) if overlaps else source
+
+
+def _other_prompts(recipe: Recipe, teacher: Prompt | None) -> list[Prompt]:
+    """What completions are drawn under beside the prompt that is trained."""
+    handwritten = recipe.evaluation.handwritten
+    prompts = [NonePrompt(), None if handwritten is None else TextPrompt(handwritten), teacher]
+    return [prompt for prompt in prompts if prompt is not None]
 
 
 def _teacher(recipe: Recipe) -> Prompt | None:

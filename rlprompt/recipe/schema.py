@@ -19,6 +19,7 @@ from rlprompt.algorithms.objective import ConstraintSettings, RobustSettings
 from rlprompt.data.augment import AugmentSettings
 from rlprompt.data.base import DataSettings
 from rlprompt.distributed.ranks import DistributedSettings
+from rlprompt.engines.make import AnyEngineSettings
 from rlprompt.engines.native import NativeSettings
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.errors import InputError
@@ -75,7 +76,7 @@ class Recipe(Settings):
     """How it learns; by GRPO when it has no type."""
     reference: Reference = NoneReference()
     """The policy that the KL is measured to."""
-    engine: NativeSettings = NativeSettings()
+    engine: AnyEngineSettings = NativeSettings()
     """What draws completions."""
     sampling: SamplingSettings = SamplingSettings()
     """How completions are drawn, in training and in held-out evaluation."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlprompt.artifacts.format import ArtifactInfo, load_artifact, read_artifact_info
-from rlprompt.engines.native import NativeEngine
+from rlprompt.engines.make import make_engine, require_support
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.policy import Policy, open_policy
 from rlprompt.prompts.base import Prompt
@@ -67,8 +67,9 @@ class Chat:
         """
         self.sampling = sampling
         self._seed = seed
-        self._engines = {name: NativeEngine(policy) for name in prompts}
+        self._engines = {name: make_engine(policy) for name in prompts}
         for name, prompt in prompts.items():
+            require_support(self._engines[name], (prompt,))
             self._engines[name].sync(prompt)
         self._histories: dict[str, tuple[Message, ...]] = {}
         self.reset()

@@ -14,7 +14,8 @@ from rlprompt.artifacts.format import (
     read_artifact_info,
     save_artifact,
 )
-from rlprompt.engines.native import NativeEngine
+from rlprompt.engines.base import Engine
+from rlprompt.engines.make import make_engine, require_support
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.errors import InputError
 from rlprompt.model.base import ModelSettings
@@ -57,7 +58,7 @@ class LoadedPrompt:
         self.sampling = sampling or SamplingSettings()
         self.name = name
         self.recipe = dict(recipe or {})
-        self._engine: NativeEngine | None = None
+        self._engine: Engine | None = None
 
     def __repr__(self) -> str:
         """What it is and where it stands."""
@@ -155,10 +156,11 @@ class LoadedPrompt:
             ) from error
         return path
 
-    def _synced(self) -> NativeEngine:
+    def _synced(self) -> Engine:
         """The engine under this prompt, which is prefilled once."""
         if self._engine is None:
-            engine = NativeEngine(self.policy)
+            engine = make_engine(self.policy)
+            require_support(engine, (self.prompt,))
             engine.sync(self.prompt)
             self._engine = engine
         return self._engine
