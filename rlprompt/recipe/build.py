@@ -44,8 +44,8 @@ from rlprompt.runs.guards import GuardWatch
 from rlprompt.runs.parts import RunParts
 from rlprompt.runs.population import Population
 from rlprompt.runs.run import Run
+from rlprompt.tracking.make import build_trackers
 from rlprompt.tracking.tracker import TrackerGroup
-from rlprompt.tracking.trackers import build_trackers
 from rlprompt.training.step import GradientStep, StepParts
 from rlprompt.types import Group
 

@@ -33,7 +33,7 @@ from rlprompt.rewards.base import RewardSettings
 from rlprompt.runs.guards import Guard, require_known_rewards
 from rlprompt.runs.settings import MemberSettings
 from rlprompt.settings import Settings
-from rlprompt.tracking.tracker import TrackingSettings
+from rlprompt.tracking.make import TrackersSettings
 from rlprompt.training.settings import TrainingSettings
 
 
@@ -98,7 +98,7 @@ class Recipe(Settings):
     """Steps, optimizer, checkpoints."""
     evaluation: EvaluationSettings = EvaluationSettings()
     """Held-out evaluation."""
-    tracking: TrackingSettings = TrackingSettings()
+    tracking: TrackersSettings = TrackersSettings()
     """Where the run reports to."""
     distributed: DistributedSettings = DistributedSettings()
     """How the run uses several ranks."""
