@@ -8,7 +8,7 @@ from typing import Annotated
 
 from rlprompt.errors import InputError
 from rlprompt.prompts.base import Conditioner, Loader, Prompt, PromptSettings
-from rlprompt.prompts.sequence import SequencePrompt
+from rlprompt.prompts.sequence import SequencePrompt, SequenceSettings
 from rlprompt.prompts.single import SINGLE
 from rlprompt.settings import OneOf
 from rlprompt.user_code import load_class
@@ -31,6 +31,26 @@ def make_prompt(
     """The prompt that a recipe describes; arguments and errors are those of `Prompt.create`."""
     kind: type[Prompt] = settings.user_class or PROMPTS[settings.type]
     return kind.create(settings, conditioner, seed, load)
+
+
+def own_classes(settings: PromptSettings) -> list[type[Prompt]]:
+    """The classes of the user's own that settings name, in the parts of a sequence too."""
+    parts = settings.parts if isinstance(settings, SequenceSettings) else ()
+    return [each.user_class for each in (settings, *parts) if each.user_class is not None]
+
+
+def named_class(name: type[Prompt] | str | None) -> list[type[Prompt]]:
+    """The class of the user's own that somebody names to read an artifact, or none.
+
+    Args:
+        name: the class itself, its path (relative to the working directory), or None.
+
+    Raises:
+        InputError: see `load_prompt_class`.
+    """
+    if name is None:
+        return []
+    return [load_prompt_class(name, Path.cwd()) if isinstance(name, str) else name]
 
 
 def load_prompt_class(path: str, base_dir: Path) -> type[Prompt]:

@@ -29,6 +29,9 @@ from rlprompt.prompts.single import PARTS
 from rlprompt.settings import OneOf
 from rlprompt.types import PrefixKV
 
+MOST_PARTS = 16
+"""Prompts that a sequence may join."""
+
 PartSettings = Annotated[
     PromptSettings, OneOf({name: each.Settings for name, each in PARTS.items()})
 ]
@@ -39,7 +42,7 @@ class SequenceSettings(PromptSettings):
 
     type: Literal["sequence"] = "sequence"
     """Representation."""
-    parts: tuple[PartSettings, ...] = Field(default=(), max_length=16)
+    parts: tuple[PartSettings, ...] = Field(default=(), max_length=MOST_PARTS)
     """The prompts in order, without anything between them, each written as a `prompt` of type soft,
     prefix or text; a frozen one usually comes from an artifact or is a text."""
     train: int | None = Field(default=None, ge=0)

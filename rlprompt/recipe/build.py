@@ -207,6 +207,7 @@ def _shared(
         engine = SharedEngine(engine, ranks, together=not whole, around=around)
     elif ranks.size > 1:
         engine = SharedEngine(engine, ranks)
+    require_support(engine, _fixed_prompts(recipe, teacher))
     evaluator = _evaluator(recipe, data, policy, engine, rewards, teacher)
     return Shared(data, policy, engine, teacher, evaluator, ranks, objects)
 
@@ -248,7 +249,7 @@ def _parts(
     policy, data = shared.policy, shared.data
     rewards.bind_policy(policy)
     policy.prompt = build_prompt(recipe, policy, base_dir, shared.objects)
-    require_support(shared.engine, (policy.prompt, *_other_prompts(recipe, shared.teacher)))
+    require_support(shared.engine, (policy.prompt,))
     max_tokens = recipe.sampling.max_tokens
     algorithm = make_algorithm(recipe.algorithm, policy, max_tokens, recipe.seed)
     needs_reference = recipe.algorithm.needs_reference
@@ -298,7 +299,7 @@ def build_prompt(
     def load(path: str) -> Prompt:
         if path in known:
             return known[path].copy()
-        return load_artifact(base_dir / path, policy)
+        return load_artifact(base_dir / path, policy, own=recipe.own_prompts)
 
     return make_prompt(recipe.prompt, policy, recipe.seed, load)
 
@@ -333,7 +334,7 @@ def _source(recipe: Recipe, shared: Shared, rewards: RewardRunner, algorithm: Al
     return OverlappedSource(source, prompt, under) if overlaps else source
 
 
-def _other_prompts(recipe: Recipe, teacher: Prompt | None) -> list[Prompt]:
+def _fixed_prompts(recipe: Recipe, teacher: Prompt | None) -> list[Prompt]:
     """What completions are drawn under beside the prompt that is trained."""
     handwritten = recipe.evaluation.handwritten
     prompts = [NonePrompt(), None if handwritten is None else TextPrompt(handwritten), teacher]

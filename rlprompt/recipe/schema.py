@@ -26,8 +26,10 @@ from rlprompt.errors import InputError
 from rlprompt.evaluation.heldout import EvaluationSettings
 from rlprompt.model.base import ModelSettings
 from rlprompt.model.chat.template import read_template
-from rlprompt.prompts.make import AnyPromptSettings
+from rlprompt.prompts.base import Prompt
+from rlprompt.prompts.make import AnyPromptSettings, own_classes
 from rlprompt.prompts.soft import SoftSettings
+from rlprompt.recipe.extensions import extended, load_named
 from rlprompt.recipe.yaml_file import apply_override, explain, read_tree, set_value
 from rlprompt.rewards.base import RewardSettings
 from rlprompt.runs.guards import Guard, require_known_rewards
@@ -205,11 +207,21 @@ class Recipe(Settings):
             tree["training"]["max_seconds"] /= len(self.population)
         for key, value in member.changes.items():
             set_value(tree, key, value, f"population member {member.name}")
+        kind = type(self)  # with the classes of the user's own that the recipe names
         try:
-            return Recipe.model_validate(tree)
+            return kind.model_validate(tree)
         except ValidationError as error:
-            _, sentence = explain(error, Recipe.model_json_schema())
+            _, sentence = explain(error, kind.model_json_schema())
             raise ValueError(f"population member {member.name}: {sentence}") from error
+
+    @property
+    def own_prompts(self) -> list[type[Prompt]]:
+        """The representations of the user's own that the recipe names."""
+        return [
+            found
+            for recipe in (self, *self.members().values())
+            for found in own_classes(recipe.prompt)
+        ]
 
     def plain(self) -> dict[str, Any]:
         """The resolved recipe as plain YAML values, every default spelled out."""
@@ -246,12 +258,14 @@ def recipe_of_tree(
             error message.
 
     Raises:
-        InputError: a key or value is wrong, or the template cannot be read.
+        InputError: a key or value is wrong, a path names no class that can stand there, or the
+            template cannot be read.
     """
+    kind = extended(Recipe, load_named(tree, base_dir, at_fault))
     try:
-        recipe = Recipe.model_validate(tree)
+        recipe = kind.model_validate(tree)
     except ValidationError as error:
-        place, sentence = explain(error, Recipe.model_json_schema())
+        place, sentence = explain(error, kind.model_json_schema())
         raise InputError(f"{at_fault(place)}: {sentence}") from error
     return with_template_text(recipe, base_dir)
 
@@ -283,13 +297,15 @@ def with_template_text(recipe: Recipe, base_dir: Path) -> Recipe:
     return recipe.model_copy(update={"model": model})
 
 
-def with_new_settings(stored: Any) -> Any:
+def with_new_settings(stored: Any, kind: type[Recipe] = Recipe) -> Any:
     """A stored recipe with the settings that a newer rlprompt has, at their defaults.
 
     Args:
         stored: plain values, as `recipe.resolved.yaml` has them; what is no recipe stays as it is.
+        kind: class of the recipe that it is compared with. What is stored imports nothing: it can
+            name only classes of the user's own that this recipe names too.
     """
     try:
-        return yaml.safe_load(yaml.safe_dump(Recipe.model_validate(stored).plain()))
+        return yaml.safe_load(yaml.safe_dump(kind.model_validate(stored).plain()))
     except (ValidationError, InputError):
         return stored

@@ -101,9 +101,11 @@ def _train(
     setup_logging(console if ranks.is_first else Console(stderr=True), level, options.verbose)
     folder = default_output(recipe.name) if options.output is None else options.output
 
+    updated = partial(with_new_settings, kind=type(recipe))
+
     def check() -> bool:
         resume = options.resume or (options.auto_resume and (folder / RECIPE_FILE).is_file())
-        check_output(folder, recipe.plain(), resume, with_new_settings)
+        check_output(folder, recipe.plain(), resume, updated)
         return resume
 
     resume = ranks.first(check)
@@ -114,9 +116,7 @@ def _train(
         console.print(f"stopped by {signal} before the first step")
         return options.stop_exit_code
     with ExitStack() as claimed:
-        claim = partial(
-            claim_output, folder, recipe.plain(), base_dir, resume, updated=with_new_settings
-        )
+        claim = partial(claim_output, folder, recipe.plain(), base_dir, resume, updated=updated)
         started = ranks.first(lambda: claimed.enter_context(claim()))
         try:
             summary = built.run(resume=started)
