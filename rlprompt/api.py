@@ -156,7 +156,7 @@ def load_prompt(
     tokenizer: Any = None,
     force: bool = False,
     trust_remote_code: bool = False,
-    prompt_class: type[Prompt] | str | None = None,
+    prompt_classes: Sequence[type[Prompt] | str] = (),
 ) -> LoadedPrompt:
     """A learned prompt, on the base that it was learned on.
 
@@ -166,7 +166,7 @@ def load_prompt(
         tokenizer: tokenizer of a `transformers` model in memory.
         force: whether to load on a base or chat template that differs; a warning is logged.
         trust_remote_code: whether Python code that comes with the base may run.
-        prompt_class: class of the prompt where it is one of your own, or its path as
+        prompt_classes: classes of your own that the prompt is of, or their paths as
             `path/file.py:object` (docs/extend.md); an artifact alone imports nothing.
 
     Raises:
@@ -178,7 +178,7 @@ def load_prompt(
     named, policy = _named_or_opened(model, tokenizer)
     if policy is None:
         policy = open_policy(base_of_artifact(info, folder, named, trust_remote_code))
-    return Model(policy).load(folder, force=force, prompt_class=prompt_class)
+    return Model(policy).load(folder, force=force, prompt_classes=prompt_classes)
 
 
 def open_model(

@@ -26,6 +26,17 @@ def is_path(name: str) -> bool:
     return ":" in name or name.endswith(".py")
 
 
+def absolute(path: str, base_dir: Path) -> str:
+    """A path as it can be named from anywhere.
+
+    Args:
+        path: path of an object that is there.
+        base_dir: folder that a file path is relative to.
+    """
+    location, _, name = path.rpartition(":")
+    return f"{_find_file(location, base_dir)}:{name}" if location.endswith(".py") else path
+
+
 def load_object(path: str, base_dir: Path) -> Any:
     """The function, class or other object that a path names.
 

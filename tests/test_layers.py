@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("runs",),
     ("training", "reports"),
     ("recipe",),
-    ("api", "planning", "reward_training", "slurm"),
+    ("api", "extend", "planning", "reward_training", "slurm"),
     ("cli",),
     ("__main__",),
 )

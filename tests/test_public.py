@@ -24,7 +24,7 @@ FUNCTIONS = {
     ),
     "load_prompt": (
         "(artifact, *, model=None, tokenizer=None, force=False, trust_remote_code=False, "
-        "prompt_class=None)"
+        "prompt_classes=())"
     ),
     "open_model": "(model='smollm2-135m', *, tokenizer=None, **settings)",
     "evaluate": (

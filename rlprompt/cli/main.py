@@ -256,11 +256,11 @@ def chat(
     trust_remote_code: bool = typer.Option(
         False, "--trust-remote-code", help="Let Python code that comes with the base run."
     ),
-    prompt_class: str | None = typer.Option(
+    prompt_class: list[str] = typer.Option(
         None,
         "--prompt-class",
         metavar="FILE:CLASS",
-        help="The prompt's class where it is one of your own; see docs/extend.md.",
+        help="The prompt's class where it is one of your own; may be given again.",
     ),
     verbose: bool = VERBOSE,
 ) -> None:
@@ -269,7 +269,14 @@ def chat(
     from rlprompt.serving.chat import ChatOptions
 
     options = ChatOptions(
-        compare, model, force, max_tokens, temperature, seed, trust_remote_code, prompt_class
+        compare=compare,
+        model=model,
+        force=force,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        prompt_classes=prompt_class or [],
     )
     run(artifact, query or [], options, verbose=verbose)
 

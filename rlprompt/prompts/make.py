@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -33,24 +33,25 @@ def make_prompt(
     return kind.create(settings, conditioner, seed, load)
 
 
-def own_classes(settings: PromptSettings) -> list[type[Prompt]]:
-    """The classes of the user's own that settings name, in the parts of a sequence too."""
+def own_classes(settings: PromptSettings) -> dict[str, type[Prompt]]:
+    """The classes of the user's own that settings name, in a sequence's parts too, by path."""
     parts = settings.parts if isinstance(settings, SequenceSettings) else ()
-    return [each.user_class for each in (settings, *parts) if each.user_class is not None]
+    named = {each.type: each.user_class for each in (settings, *parts)}
+    return {path: each for path, each in named.items() if each is not None}
 
 
-def named_class(name: type[Prompt] | str | None) -> list[type[Prompt]]:
-    """The class of the user's own that somebody names to read an artifact, or none.
+def named_classes(names: Iterable[type[Prompt] | str]) -> list[type[Prompt]]:
+    """The classes of the user's own that somebody names to read an artifact.
 
     Args:
-        name: the class itself, its path (relative to the working directory), or None.
+        names: the classes, or their paths, which are relative to the working directory.
 
     Raises:
         InputError: see `load_prompt_class`.
     """
-    if name is None:
-        return []
-    return [load_prompt_class(name, Path.cwd()) if isinstance(name, str) else name]
+    return [
+        load_prompt_class(each, Path.cwd()) if isinstance(each, str) else each for each in names
+    ]
 
 
 def load_prompt_class(path: str, base_dir: Path) -> type[Prompt]:

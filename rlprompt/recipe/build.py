@@ -299,7 +299,7 @@ def build_prompt(
     def load(path: str) -> Prompt:
         if path in known:
             return known[path].copy()
-        return load_artifact(base_dir / path, policy, own=recipe.own_prompts)
+        return load_artifact(base_dir / path, policy, own=recipe.own_prompts.values())
 
     return make_prompt(recipe.prompt, policy, recipe.seed, load)
 

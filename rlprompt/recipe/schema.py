@@ -215,13 +215,10 @@ class Recipe(Settings):
             raise ValueError(f"population member {member.name}: {sentence}") from error
 
     @property
-    def own_prompts(self) -> list[type[Prompt]]:
-        """The representations of the user's own that the recipe names."""
-        return [
-            found
-            for recipe in (self, *self.members().values())
-            for found in own_classes(recipe.prompt)
-        ]
+    def own_prompts(self) -> dict[str, type[Prompt]]:
+        """The representations of the user's own that the recipe names, by path."""
+        named = [own_classes(recipe.prompt) for recipe in (self, *self.members().values())]
+        return {path: found for classes in named for path, found in classes.items()}
 
     def plain(self) -> dict[str, Any]:
         """The resolved recipe as plain YAML values, every default spelled out."""

@@ -7,7 +7,7 @@ prompt from what it said. All prompts of a turn meet the same random draws.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from rlprompt.engines.make import make_engine, require_support
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.policy import Policy, open_policy
 from rlprompt.prompts.base import Prompt
-from rlprompt.prompts.make import named_class
+from rlprompt.prompts.make import named_classes
 from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.serving.loaded import base_of_artifact, parsed_section, recipe_section
 from rlprompt.types import Message, Query
@@ -37,8 +37,8 @@ class ChatOptions:
     seed: int = 0
     trust_remote_code: bool = False
     """Never taken from the artifact: it may come from a stranger."""
-    prompt_class: str | None = None
-    """Path of the prompt's class where it is not built in; never taken from the artifact either."""
+    prompt_classes: Sequence[str] = ()
+    """Paths of classes of the user's own; never taken from the artifact either."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def open_chat(artifact: Path, options: ChatOptions) -> Chat:
     sampling = _sampling(info, artifact, options)
     policy = open_policy(base_of_artifact(info, artifact, options.model, options.trust_remote_code))
     learned = load_artifact(
-        artifact, policy, force=options.force, own=named_class(options.prompt_class)
+        artifact, policy, force=options.force, own=named_classes(options.prompt_classes)
     )
     prompts: dict[str, Prompt] = {}
     if options.compare:

@@ -21,7 +21,7 @@ from rlprompt.errors import InputError
 from rlprompt.model.base import ModelSettings
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
-from rlprompt.prompts.make import named_class
+from rlprompt.prompts.make import named_classes
 from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.settings import Settings
 from rlprompt.types import Completion, Message, Query
@@ -213,7 +213,7 @@ class Model:
         artifact: str | Path,
         *,
         force: bool = False,
-        prompt_class: type[Prompt] | str | None = None,
+        prompt_classes: Sequence[type[Prompt] | str] = (),
     ) -> LoadedPrompt:
         """A learned prompt on this model.
 
@@ -221,7 +221,7 @@ class Model:
             artifact: the folder of an artifact, or of a run.
             force: whether to load a prompt of another base or chat template all the same; a warning
                 is logged.
-            prompt_class: class of the prompt where it is one of your own, or its path as
+            prompt_classes: classes of your own that the prompt is of, or their paths as
                 `path/file.py:object`; an artifact alone imports nothing.
 
         Raises:
@@ -233,7 +233,7 @@ class Model:
         policy = self.policy.sibling()
         return LoadedPrompt(
             policy,
-            load_artifact(folder, policy, force=force, own=named_class(prompt_class)),
+            load_artifact(folder, policy, force=force, own=named_classes(prompt_classes)),
             checked_sampling(info.recipe.get("sampling") or {}),
             name=info.name,
             recipe=info.recipe,

@@ -62,7 +62,8 @@ def run(
         if artifact is None:
             prompt = build_prompt(recipe, policy, recipe_path.parent)
         else:
-            prompt = load_artifact(artifact, policy, force=force, own=recipe.own_prompts)
+            own = recipe.own_prompts.values()
+            prompt = load_artifact(artifact, policy, force=force, own=own)
         require_support(shared.engine, (prompt,))
     with notes.status("evaluating"):
         results = _evaluate(evaluator, recipe, prompt)

@@ -27,6 +27,7 @@ from rlprompt.runs.population import Population
 from rlprompt.runs.run import Run
 from rlprompt.runs.stop_reason import FAILED, StopReason
 from rlprompt.runs.summary import Summary
+from rlprompt.user_code import absolute
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
@@ -134,7 +135,8 @@ def _train(
             )
             return 1
     if ranks.is_first:
-        show_results(folder, summary, console)
+        own = [absolute(path, base_dir) for path in recipe.own_prompts]
+        show_results(folder, summary, console, own)
         go_on = [*again, "--output", str(folder), "--resume"]
         _show_ending(summary, recipe.training.steps, go_on, console)
     return _exit_code(summary, options.stop_exit_code)
