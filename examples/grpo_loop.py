@@ -17,7 +17,7 @@ def learn(path: Path, overrides: list[str]) -> rlprompt.LoadedPrompt:
     rewards = rlprompt.build_rewards(recipe.rewards, path.parent)
     policy = rlprompt.open_model(**recipe.model.model_dump()).policy
     prompt = policy.prompt = rlprompt.SoftPrompt.create(recipe.prompt, policy, recipe.seed)
-    base, engine = rlprompt.NonePrompt(), rlprompt.NativeEngine(policy, recipe.engine)
+    base, engine = rlprompt.NonePrompt(), rlprompt.NativeEngine(policy)
     training, sampling, size = recipe.training, recipe.sampling, recipe.algorithm.group_size
     sampler = rlprompt.QuerySampler(len(queries), training.queries_per_step, recipe.seed)
     peak = 0.05 * prompt.scale(policy)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ from rich.console import Console
 from rlprompt.artifacts.format import read_artifact_info
 from rlprompt.data import load_queries
 from rlprompt.data.base import DataSettings
-from rlprompt.engines.native import NativeEngine
+from rlprompt.engines.make import make_engine
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.errors import InputError
 from rlprompt.evaluation.compare import Comparison, compare
@@ -32,6 +33,7 @@ from rlprompt.model.base import ModelSettings
 from rlprompt.model.chat.slot import ChatSlot
 from rlprompt.model.in_memory import base_in_memory
 from rlprompt.policy import Policy, open_policy
+from rlprompt.prompts.base import Prompt
 from rlprompt.random_state import global_random_state, restore_global_random_state
 from rlprompt.recipe.build import build_run
 from rlprompt.recipe.keywords import (
@@ -139,10 +141,10 @@ def _run(
     resume: bool,
     objects: Objects,
 ) -> Run | Population:
-    plain = recipe.plain()
-    check_output(folder, plain, resume, with_new_settings)
+    plain, updated = recipe.plain(), partial(with_new_settings, kind=type(recipe))
+    check_output(folder, plain, resume, updated)
     run = build_run(recipe, base_dir, folder, console, objects=objects)
-    with claim_output(folder, plain, base_dir, resume, updated=with_new_settings) as begun:
+    with claim_output(folder, plain, base_dir, resume, updated=updated) as begun:
         run.run(resume=begun)
     return run
 
@@ -154,6 +156,7 @@ def load_prompt(
     tokenizer: Any = None,
     force: bool = False,
     trust_remote_code: bool = False,
+    prompt_classes: Sequence[type[Prompt] | str] = (),
 ) -> LoadedPrompt:
     """A learned prompt, on the base that it was learned on.
 
@@ -163,16 +166,19 @@ def load_prompt(
         tokenizer: tokenizer of a `transformers` model in memory.
         force: whether to load on a base or chat template that differs; a warning is logged.
         trust_remote_code: whether Python code that comes with the base may run.
+        prompt_classes: classes of your own that the prompt is of, or their paths as
+            `path/file.py:object` (docs/extend.md); an artifact alone imports nothing.
 
     Raises:
-        InputError: artifact or base cannot be loaded, or do not belong together.
+        InputError: artifact or base cannot be loaded, or do not belong together, or the prompt's
+            class is neither built in nor named.
     """
     folder = artifact_folder(artifact)
     info = read_artifact_info(folder)
     named, policy = _named_or_opened(model, tokenizer)
     if policy is None:
         policy = open_policy(base_of_artifact(info, folder, named, trust_remote_code))
-    return Model(policy).load(folder, force=force)
+    return Model(policy).load(folder, force=force, prompt_classes=prompt_classes)
 
 
 def open_model(
@@ -243,7 +249,7 @@ def evaluate(
     runner.bind_policy(policy)
     first = next((each.sampling for each in loaded.values() if each.recipe), SamplingSettings())
     evaluator = HeldoutEvaluator(
-        NativeEngine(policy),
+        make_engine(policy),
         runner,
         queries,
         checked_sampling({**first.model_dump(), **sampling}),

@@ -1,11 +1,24 @@
-"""The base of every typed setting in a recipe."""
+"""The base of every typed setting in a recipe, and settings of a part that is chosen by `type`."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
-from pydantic_core import CoreSchema
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    create_model,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, core_schema
+
+UserClass = type[Any]
+"""A class that a path in a recipe names."""
+EXTENSIBLE = "x-extensible"
+"""Mark in a JSON schema: `type` may also be the path of a class of the user's own."""
 
 
 def _make_scalars_strict(node: Any) -> None:
@@ -44,3 +57,95 @@ class Settings(BaseModel):
         schema = handler(source)
         _make_scalars_strict(schema)
         return schema
+
+
+class ChosenSettings(Settings):
+    """Settings of a part that a recipe chooses by `type`.
+
+    Built-in parts narrow `type` to their name. A class of the user's own leaves it alone: under the
+    path that names the class in a recipe, `chosen_as` narrows it to that path.
+    """
+
+    type: str = ""
+    """What is chosen."""
+    user_class: ClassVar[UserClass | None] = None
+    """The class of the user's own that `type` is the path of; None for what is built in."""
+
+
+def chosen_as(path: str, user_class: UserClass) -> type[ChosenSettings]:
+    """The settings of a class of the user's own, as a recipe gives them under its path.
+
+    Args:
+        path: what `type` says in the recipe.
+        user_class: the class that the path names, with its `Settings`.
+    """
+    settings: type[ChosenSettings] = user_class.Settings
+    kind: Any = Literal[path]
+    made = create_model(settings.__name__, __base__=settings, type=(kind, path))
+    made.__doc__ = settings.__doc__
+    made.user_class = user_class
+    return made
+
+
+class OneOf:
+    """Annotation of a field: the settings of one of several parts, told apart by `type`.
+
+    `Annotated[AlgorithmSettings, OneOf({"grpo": GRPO.Settings, ...}, default="grpo")]` is read as
+    pydantic's tagged union of those settings, so that a new part is one entry of a dict.
+    """
+
+    def __init__(
+        self,
+        choices: Mapping[str, type[ChosenSettings]],
+        *,
+        default: str = "",
+        names: Iterable[str] = (),
+    ) -> None:
+        """Keep the choices.
+
+        Args:
+            choices: settings by the name, or path, that `type` gives.
+            default: choice where a mapping has no `type`; "" = `type` must be there.
+            names: choices that are given as a plain name; with them, a choice that leaves all its
+                settings at their defaults may be given as its plain name too.
+        """
+        self._choices = dict(choices)
+        self._default = default
+        self._names = list(names)
+
+    def __get_pydantic_core_schema__(
+        self, source: object, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        options = {name: handler.generate_schema(each) for name, each in self._choices.items()}
+        if not self._names:
+            union = core_schema.tagged_union_schema(options, "type")
+        else:
+            plain = core_schema.literal_schema(self._names)
+            if not options:
+                return plain
+            union = core_schema.tagged_union_schema({_PLAIN: plain, **options}, _tag)
+        return core_schema.no_info_before_validator_function(self._as_mapping, union)
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        return {**handler(schema), EXTENSIBLE: True}
+
+    def _as_mapping(self, value: object) -> object:
+        """What stands for a mapping with `type`, as that mapping."""
+        if isinstance(value, dict) and self._default:
+            return {"type": self._default, **value}
+        if isinstance(value, str) and self._names and value in self._choices:
+            return {"type": value}
+        return value
+
+
+_PLAIN = ""
+"""The tag of a plain name."""
+
+
+def _tag(value: Any) -> Any:
+    """What tells a plain name from a mapping, or settings, with `type`."""
+    if isinstance(value, dict):
+        return value.get("type")
+    return value.type if isinstance(value, ChosenSettings) else _PLAIN

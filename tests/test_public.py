@@ -23,7 +23,8 @@ FUNCTIONS = {
         "prompt=None, output=None, resume=False, progress=True, **sections)"
     ),
     "load_prompt": (
-        "(artifact, *, model=None, tokenizer=None, force=False, trust_remote_code=False)"
+        "(artifact, *, model=None, tokenizer=None, force=False, trust_remote_code=False, "
+        "prompt_classes=())"
     ),
     "open_model": "(model='smollm2-135m', *, tokenizer=None, **settings)",
     "evaluate": (

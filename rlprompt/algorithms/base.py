@@ -13,20 +13,27 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from rlprompt.policy import TokenScores
-from rlprompt.settings import Settings
+from rlprompt.algorithms.advantages import groups_with_spread
+from rlprompt.policy import Policy, TokenScores
+from rlprompt.settings import ChosenSettings
 
 Need = Literal["old_logprobs", "ref_logprobs", "values", "teacher_states"]
 """What a batch must be scored with before its first update."""
 
 
-class AlgorithmSettings(Settings):
-    """What the settings of every algorithm answer before anything is built."""
+class AlgorithmSettings(ChosenSettings):
+    """What every algorithm can be told, and what its settings answer before anything is built."""
+
+    num_epochs: int = Field(default=1, ge=1)
+    """Passes over each batch."""
+    num_minibatches: int = Field(default=1, ge=1)
+    """Updates per pass, each on its share of the queries."""
 
     @property
     def answer_columns(self) -> tuple[str, ...]:
@@ -188,8 +195,40 @@ class OwnParameters:
 class Algorithm(ABC):
     """A learning rule.
 
-    Only `group_size`, `signal`, `token_weights` and `losses` must be given; the rest says "no".
+    Only `signal`, `token_weights` and `losses` must be given; the rest reads the settings or says
+    "no".
     """
+
+    Settings: ClassVar[type[AlgorithmSettings]] = AlgorithmSettings
+    """What a recipe may say of the algorithm."""
+    settings: AlgorithmSettings
+    """Of the class `Settings`."""
+
+    def __init__(self, settings: AlgorithmSettings, max_tokens: int) -> None:
+        """Keep the settings.
+
+        Args:
+            settings: the settings of the algorithm.
+            max_tokens: the sampling limit.
+        """
+        self.settings = settings
+        self.max_tokens = max_tokens
+
+    @classmethod
+    def make(cls, settings: Any, policy: Policy, max_tokens: int, seed: int) -> Self:
+        """The algorithm that a recipe describes; override it to take more than the settings.
+
+        Args:
+            settings: an instance of the class's `Settings`.
+            policy: the policy whose prompt is trained.
+            max_tokens: the sampling limit.
+            seed: seed of an algorithm's own parameters.
+
+        Raises:
+            InputError: the settings do not fit the base or the sampling limit.
+        """
+        del policy, seed
+        return cls(settings, max_tokens)
 
     @property
     def group_size(self) -> int:
@@ -199,12 +238,12 @@ class Algorithm(ABC):
     @property
     def num_epochs(self) -> int:
         """Passes over a batch."""
-        return 1
+        return self.settings.num_epochs
 
     @property
     def num_minibatches(self) -> int:
         """Updates per pass; each sees its share of the batch's groups."""
-        return 1
+        return self.settings.num_minibatches
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -227,8 +266,8 @@ class Algorithm(ABC):
         return 1
 
     def keeps(self, rewards: Tensor) -> bool:
-        """Whether a group with these rewards [G] is worth learning from."""
-        return True
+        """Whether a group with these rewards [G] is worth learning from: whether two differ."""
+        return bool(groups_with_spread(rewards, rewards.shape[0])[0])
 
     @abstractmethod
     def signal(self, view: BatchView) -> Signal:

@@ -9,7 +9,7 @@ Letters: B completions, b rows of a micro-batch, T tokens, M = all tokens of a m
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -28,7 +28,7 @@ from rlprompt.algorithms.base import (
 from rlprompt.algorithms.policy_gradient import refuse_changed
 from rlprompt.kernels.divergence import Divergence, head_divergence
 from rlprompt.kernels.lm_head import Head
-from rlprompt.policy import TokenScores
+from rlprompt.policy import Policy, TokenScores
 
 
 class DistillSettings(AlgorithmSettings):
@@ -53,10 +53,6 @@ class DistillSettings(AlgorithmSettings):
     """Both distributions are softened by it before they are compared."""
     normalizer: Literal["token", "sequence"] = "token"
     """Mean over tokens, or over completions of token means."""
-    num_epochs: int = Field(default=1, ge=1)
-    """Passes over each batch."""
-    num_minibatches: int = Field(default=1, ge=1)
-    """Updates per pass, each on its share of the queries."""
 
     @property
     def answer_columns(self) -> tuple[str, ...]:
@@ -96,25 +92,24 @@ class DistillSettings(AlgorithmSettings):
 class Distill(Algorithm):
     """The algorithm; see the module."""
 
-    def __init__(self, settings: DistillSettings, head: Head) -> None:
+    Settings = DistillSettings
+    settings: DistillSettings
+
+    def __init__(self, settings: DistillSettings, max_tokens: int, head: Head) -> None:
         """Keep the settings and the base's LM head."""
-        self._settings = settings
+        super().__init__(settings, max_tokens)
         self._head = head
+
+    @classmethod
+    def make(cls, settings: DistillSettings, policy: Policy, max_tokens: int, seed: int) -> Self:
+        """With the base's LM head; see `Algorithm.make`."""
+        del seed
+        return cls(settings, max_tokens, policy.forward.head)
 
     @property
     def group_size(self) -> int:
         """Completions per query."""
-        return self._settings.group_size
-
-    @property
-    def num_epochs(self) -> int:
-        """Passes over a batch."""
-        return self._settings.num_epochs
-
-    @property
-    def num_minibatches(self) -> int:
-        """Updates per pass."""
-        return self._settings.num_minibatches
+        return self.settings.group_size
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -127,11 +122,11 @@ class Distill(Algorithm):
 
     def token_weights(self, counted_lengths: Tensor) -> Tensor:
         """By the normaliser; see `row_weights`."""
-        return row_weights(counted_lengths, self._settings.normalizer, max_tokens=1)
+        return row_weights(counted_lengths, self.settings.normalizer, max_tokens=1)
 
     def losses(self, scores: TokenScores, micro: MicroSignal) -> TokenLosses:
         """The divergence; see `Algorithm.losses`."""
-        settings = self._settings
+        settings = self.settings
         assert micro.teacher_states is not None
         divergence = scores.unflatten(
             head_divergence(

@@ -49,10 +49,6 @@ class DPOSettings(AlgorithmSettings):
     """Column of the dataset that holds the better completions."""
     rejected_column: str = Field(default="rejected", min_length=1)
     """Column of the dataset that holds the worse completions."""
-    num_epochs: int = Field(default=1, ge=1)
-    """Passes over each batch."""
-    num_minibatches: int = Field(default=1, ge=1)
-    """Updates per pass, each on its share of the pairs."""
 
     @property
     def answer_columns(self) -> tuple[str, ...]:
@@ -84,24 +80,13 @@ class DPOSettings(AlgorithmSettings):
 class DPO(Algorithm):
     """The algorithm; see the module."""
 
-    def __init__(self, settings: DPOSettings) -> None:
-        """Keep the settings."""
-        self._settings = settings
+    Settings = DPOSettings
+    settings: DPOSettings
 
     @property
     def group_size(self) -> int:
         """A pair."""
         return 2
-
-    @property
-    def num_epochs(self) -> int:
-        """Passes over a batch."""
-        return self._settings.num_epochs
-
-    @property
-    def num_minibatches(self) -> int:
-        """Updates per pass."""
-        return self._settings.num_minibatches
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -123,7 +108,7 @@ class DPO(Algorithm):
 
     def losses(self, scores: TokenScores, micro: MicroSignal) -> TokenLosses:
         """The loss of each pair, averaged over pairs; see `Algorithm.losses`."""
-        settings = self._settings
+        settings = self.settings
         assert micro.ref_logprobs is not None
         sums = (scores.logprobs * scores.mask).sum(dim=1).view(-1, 2)
         ref_sums = (micro.ref_logprobs * scores.mask).sum(dim=1).view(-1, 2)

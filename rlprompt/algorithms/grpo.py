@@ -16,7 +16,6 @@ from rlprompt.algorithms.advantages import (
     Normalizer,
     Scale,
     group_advantages,
-    groups_with_spread,
     row_weights,
     share_without_spread,
 )
@@ -68,41 +67,34 @@ class GRPOSettings(PolicyGradientSettings):
 class GRPO(PolicyGradient):
     """The algorithm; see the module."""
 
+    Settings = GRPOSettings
+    settings: GRPOSettings
+
     def __init__(self, settings: GRPOSettings, max_tokens: int) -> None:
         """Keep the settings; see `PolicyGradient`."""
         super().__init__(settings, max_tokens)
-        self._settings = settings
         self.ratio: Ratio = settings.ratio
-
-    @property
-    def group_size(self) -> int:
-        """Completions drawn per query."""
-        return self._settings.group_size
 
     @property
     def max_draws(self) -> int:
         """Draws to fill a batch."""
-        return self._settings.max_draws
-
-    def keeps(self, rewards: Tensor) -> bool:
-        """Whether two rewards of the group differ."""
-        return bool(groups_with_spread(rewards, rewards.shape[0])[0])
+        return self.settings.max_draws
 
     def signal(self, view: BatchView) -> Signal:
         """Group-relative advantages; see `Algorithm.signal`."""
         rewards = self.penalised_rewards(view)
-        advantages = group_advantages(rewards, view.group_size, self._settings.scale_rewards)
+        advantages = group_advantages(rewards, view.group_size, self.settings.scale_rewards)
         flat = share_without_spread(view.rewards, view.group_size)
         metrics = {"frac_reward_zero_std": float(flat)}
         return Signal(advantages, self.counted_lengths(view), metrics)
 
     def token_weights(self, counted_lengths: Tensor) -> Tensor:
         """By the normaliser; see `row_weights`."""
-        return row_weights(counted_lengths, self._settings.normalizer, self._max_tokens)
+        return row_weights(counted_lengths, self.settings.normalizer, self.max_tokens)
 
     def surrogate(self, log_ratios: Tensor, logprobs: Tensor, advantages: Tensor) -> Surrogate:
         """PPO's surrogate, or CISPO's."""
-        if self._settings.surrogate == "cispo":
-            high = self._settings.clip_high
+        if self.settings.surrogate == "cispo":
+            high = self.settings.clip_high
             return cispo_surrogate(log_ratios, logprobs, advantages, high)
         return super().surrogate(log_ratios, logprobs, advantages)

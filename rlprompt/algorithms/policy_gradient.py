@@ -8,7 +8,6 @@ Letters: B completions, b rows of a micro-batch, T tokens.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
@@ -35,10 +34,8 @@ from rlprompt.settings import Settings
 class PolicyGradientSettings(AlgorithmSettings):
     """Settings of every policy gradient."""
 
-    num_epochs: int = Field(default=1, ge=1)
-    """Passes over each rollout batch."""
-    num_minibatches: int = Field(default=1, ge=1)
-    """Updates per pass, each on its share of the queries."""
+    group_size: int = Field(default=1, ge=1)
+    """Completions drawn per query."""
     clip_low: float = Field(default=0.2, gt=0.0, le=1.0)
     """The probability ratio is clipped below 1 - clip_low."""
     clip_high: float = Field(default=0.2, gt=0.0)
@@ -127,6 +124,7 @@ def refuse_changed(settings: Settings, names: Sequence[str], why: str, where: st
 class PolicyGradient(Algorithm):
     """The shared part; see the module."""
 
+    settings: PolicyGradientSettings
     ratio: Ratio = "token"
     """What the probability ratio is about."""
 
@@ -146,25 +144,19 @@ class PolicyGradient(Algorithm):
                 f"algorithm.overlong_margin is {margin}, sampling.max_tokens is {max_tokens}; "
                 "lower overlong_margin"
             )
-        self._shared = settings
-        self._max_tokens = max_tokens
+        super().__init__(settings, max_tokens)
         self._kl_coef = settings.kl_coef
         self._num_completions = 0
 
     @property
-    def num_epochs(self) -> int:
-        """Passes over a batch."""
-        return self._shared.num_epochs
-
-    @property
-    def num_minibatches(self) -> int:
-        """Updates per pass."""
-        return self._shared.num_minibatches
+    def group_size(self) -> int:
+        """Completions drawn per query."""
+        return self.settings.group_size
 
     @property
     def needs(self) -> frozenset[Need]:
         """The reference's log-probabilities, and for a KL in the reward also the policy's own."""
-        settings = self._shared
+        settings = self.settings
         needs: set[Need] = set()
         if settings.needs_reference:
             needs.add("ref_logprobs")
@@ -175,7 +167,7 @@ class PolicyGradient(Algorithm):
     @property
     def entropy_grad(self) -> bool:
         """True when the entropy has a weight."""
-        return self._shared.entropy_coef > 0.0
+        return self.settings.entropy_coef > 0.0
 
     @property
     def kl_coef(self) -> float:
@@ -185,17 +177,17 @@ class PolicyGradient(Algorithm):
     def shaped_rewards(self, view: BatchView) -> Tensor:
         """Rewards [B] with the overlong penalty."""
         self._num_completions = view.rewards.shape[0]
-        margin = self._shared.overlong_margin
+        margin = self.settings.overlong_margin
         if margin is None:
             return view.rewards
-        return view.rewards + overlong_penalty(view.lengths, self._max_tokens, margin)
+        return view.rewards + overlong_penalty(view.lengths, self.max_tokens, margin)
 
     def kl_penalties(self, view: BatchView) -> Tensor | None:
         """What each token's KL takes off the reward, [B, T]; None when it takes nothing."""
-        if self._shared.kl_in != "reward" or not self._shared.needs_reference:
+        if self.settings.kl_in != "reward" or not self.settings.needs_reference:
             return None
         assert view.old_logprobs is not None and view.ref_logprobs is not None
-        estimate = kl_estimate(view.old_logprobs, view.ref_logprobs, self._shared.kl_estimator)
+        estimate = kl_estimate(view.old_logprobs, view.ref_logprobs, self.settings.kl_estimator)
         return self._kl_coef * estimate * view.mask
 
     def penalised_rewards(self, view: BatchView) -> Tensor:
@@ -205,19 +197,19 @@ class PolicyGradient(Algorithm):
 
     def counted_lengths(self, view: BatchView) -> Tensor:
         """int64 [B], tokens that take part in the loss."""
-        if self._shared.mask_truncated:
+        if self.settings.mask_truncated:
             return torch.where(view.terminated, view.lengths, 0)
         return view.lengths
 
     def surrogate(self, log_ratios: Tensor, logprobs: Tensor, advantages: Tensor) -> Surrogate:
         """The policy-gradient loss of each token."""
         return clipped_surrogate(
-            log_ratios, advantages, self._shared.clip_low, self._shared.clip_high
+            log_ratios, advantages, self.settings.clip_low, self.settings.clip_high
         )
 
     def losses(self, scores: TokenScores, micro: MicroSignal) -> TokenLosses:
         """Surrogate, KL and entropy bonus; see `Algorithm.losses`."""
-        settings, weights = self._shared, micro.weights
+        settings, weights = self.settings, micro.weights
         old = micro.old_logprobs if micro.old_logprobs is not None else scores.logprobs.detach()
         ratios = log_ratio(scores.logprobs, old, scores.mask, self.ratio)
         surrogate = self.surrogate(ratios, scores.logprobs, micro.advantages)
@@ -251,7 +243,7 @@ class PolicyGradient(Algorithm):
 
     def after_batch(self, metrics: Mapping[str, float]) -> Mapping[str, float]:
         """Adapt the KL weight to what the batch had."""
-        settings = self._shared
+        settings = self.settings
         if settings.kl_target is None:
             return {}
         if "kl" in metrics:
@@ -266,7 +258,7 @@ class PolicyGradient(Algorithm):
 
     def state_dict(self) -> dict[str, Tensor]:
         """The KL weight, when it adapts."""
-        if self._shared.kl_target is None:
+        if self.settings.kl_target is None:
             return {}
         return {"kl_coef": torch.tensor(self._kl_coef, dtype=torch.float64)}
 
@@ -276,8 +268,3 @@ class PolicyGradient(Algorithm):
             raise ValueError(f"state of {sorted(state)}, wanted {sorted(self.state_dict())}")
         if "kl_coef" in state:
             self._kl_coef = float(state["kl_coef"])
-
-    @property
-    @abstractmethod
-    def group_size(self) -> int:
-        """Completions drawn per query."""

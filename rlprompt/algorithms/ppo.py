@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field
@@ -34,7 +34,7 @@ from rlprompt.algorithms.losses import clipped_value_loss
 from rlprompt.algorithms.policy_gradient import PolicyGradient, PolicyGradientSettings
 from rlprompt.algorithms.shaping import missing_eos_penalty
 from rlprompt.algorithms.value_head import ValueHead, ValueHeadSettings
-from rlprompt.policy import TokenScores
+from rlprompt.policy import Policy, TokenScores
 
 _HEAD = "value_head."
 
@@ -44,10 +44,8 @@ class PPOSettings(PolicyGradientSettings):
 
     type: Literal["ppo"] = "ppo"
     """Algorithm."""
-    group_size: int = Field(default=1, ge=1)
-    """Completions drawn per query."""
     num_epochs: int = Field(default=4, ge=1)
-    """Passes over each rollout batch."""
+    """Passes over each batch."""
     kl_in: Literal["loss", "reward"] = "reward"
     """Where the KL is counted: as a term of the loss, or taken off the reward of each token."""
     kl_estimator: Estimator = "k1"
@@ -86,6 +84,9 @@ class BaseShape(NamedTuple):
 class PPO(PolicyGradient):
     """The algorithm; see the module."""
 
+    Settings = PPOSettings
+    settings: PPOSettings
+
     def __init__(
         self, settings: PPOSettings, max_tokens: int, shape: BaseShape, seed: int = 0
     ) -> None:
@@ -98,7 +99,6 @@ class PPO(PolicyGradient):
             seed: the seed of the value head's parameters.
         """
         super().__init__(settings, max_tokens)
-        self._settings = settings
         self._head = ValueHead(
             shape.hidden_size,
             settings.value_head.hidden_size,
@@ -107,10 +107,11 @@ class PPO(PolicyGradient):
             dtype=torch.promote_types(shape.dtype, torch.float32),
         )
 
-    @property
-    def group_size(self) -> int:
-        """Completions drawn per query."""
-        return self._settings.group_size
+    @classmethod
+    def make(cls, settings: PPOSettings, policy: Policy, max_tokens: int, seed: int) -> Self:
+        """With a value head of the base's width; see `Algorithm.make`."""
+        base = policy.base
+        return cls(settings, max_tokens, BaseShape(base.hidden_size, base.device, base.dtype), seed)
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -124,7 +125,7 @@ class PPO(PolicyGradient):
 
     def signal(self, view: BatchView) -> Signal:
         """Advantages [B, T] and returns by GAE; see `Algorithm.signal`."""
-        settings = self._settings
+        settings = self.settings
         assert view.values is not None
         penalty = missing_eos_penalty(view.terminated, settings.missing_eos_penalty)
         scores = self.shaped_rewards(view) + penalty
@@ -146,11 +147,11 @@ class PPO(PolicyGradient):
 
     def token_weights(self, counted_lengths: Tensor) -> Tensor:
         """The mean over all tokens."""
-        return row_weights(counted_lengths, "token", self._max_tokens)
+        return row_weights(counted_lengths, "token", self.max_tokens)
 
     def losses(self, scores: TokenScores, micro: MicroSignal) -> TokenLosses:
         """Policy and value loss; see `Algorithm.losses`."""
-        settings = self._settings
+        settings = self.settings
         assert micro.old_logprobs is not None
         assert micro.old_values is not None and micro.returns is not None
         values = scores.unflatten(self.values(scores.states))
@@ -173,13 +174,13 @@ class PPO(PolicyGradient):
         """The losses under TRL's names, and what `PolicyGradient` adapts."""
         return {
             "loss/policy_avg": metrics["loss/rl"],
-            "loss/value_avg": metrics["loss/value"] / self._settings.value_coef,
+            "loss/value_avg": metrics["loss/value"] / self.settings.value_coef,
             **super().after_batch(metrics),
         }
 
     def own_parameters(self) -> list[OwnParameters]:
         """The value head's."""
-        lr = self._settings.value_head.lr
+        lr = self.settings.value_head.lr
         return [OwnParameters(tuple(self._head.parameters()), lr)]
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from rlprompt.algorithms.advantages import (
     batch_advantages,
-    groups_with_spread,
     leave_one_out_advantages,
     row_weights,
     share_without_spread,
@@ -58,52 +57,35 @@ class ReinforceSettings(CompletionActionSettings):
 
     type: Literal["reinforce"] = "reinforce"
     """Algorithm."""
-    group_size: int = Field(default=1, ge=1)
-    """Completions drawn per query."""
 
 
 class _CompletionAction(PolicyGradient):
     """A completion is one action."""
 
+    settings: CompletionActionSettings
     ratio: Ratio = "sequence_product"
-
-    def __init__(self, settings: RLOOSettings | ReinforceSettings, max_tokens: int) -> None:
-        """Keep the settings; see `PolicyGradient`."""
-        super().__init__(settings, max_tokens)
-        self._group_size = settings.group_size
-        self._normalize = settings.normalize_advantages
-
-    @property
-    def group_size(self) -> int:
-        """Completions drawn per query."""
-        return self._group_size
 
     def token_weights(self, counted_lengths: Tensor) -> Tensor:
         """The mean over completions: the loss of a completion stands at each of its tokens."""
-        return row_weights(counted_lengths, "sequence", self._max_tokens)
+        return row_weights(counted_lengths, "sequence", self.max_tokens)
 
 
 class RLOO(_CompletionAction):
     """The algorithm; see the module."""
 
-    def __init__(self, settings: RLOOSettings, max_tokens: int) -> None:
-        """Keep the settings; see `PolicyGradient`."""
-        super().__init__(settings, max_tokens)
-        self._max_draws = settings.max_draws
+    Settings = RLOOSettings
+    settings: RLOOSettings
 
     @property
     def max_draws(self) -> int:
         """Draws to fill a batch."""
-        return self._max_draws
-
-    def keeps(self, rewards: Tensor) -> bool:
-        """Whether two rewards of the group differ."""
-        return bool(groups_with_spread(rewards, rewards.shape[0])[0])
+        return self.settings.max_draws
 
     def signal(self, view: BatchView) -> Signal:
         """Leave-one-out advantages; see `Algorithm.signal`."""
         rewards = self.penalised_rewards(view)
-        advantages = leave_one_out_advantages(rewards, view.group_size, self._normalize)
+        normalize = self.settings.normalize_advantages
+        advantages = leave_one_out_advantages(rewards, view.group_size, normalize)
         flat = share_without_spread(view.rewards, view.group_size)
         metrics = {"frac_reward_zero_std": float(flat)}
         return Signal(advantages, self.counted_lengths(view), metrics)
@@ -111,6 +93,8 @@ class RLOO(_CompletionAction):
 
 class Reinforce(_CompletionAction):
     """The algorithm; see the module."""
+
+    Settings = ReinforceSettings
 
     def signal(self, view: BatchView) -> Signal:
         """Advantages over the batch's mean; see `Algorithm.signal`.
@@ -123,5 +107,6 @@ class Reinforce(_CompletionAction):
                 "reinforce needs at least two completions per step to have a baseline; raise "
                 "training.queries_per_step or algorithm.group_size"
             )
-        advantages = batch_advantages(self.penalised_rewards(view), self._normalize)
+        normalize = self.settings.normalize_advantages
+        advantages = batch_advantages(self.penalised_rewards(view), normalize)
         return Signal(advantages, self.counted_lengths(view))

@@ -32,10 +32,6 @@ class SupervisedSettings(AlgorithmSettings):
     """Column of the dataset that holds the completions."""
     normalizer: Literal["token", "sequence"] = "token"
     """Mean over tokens, or over completions of token means."""
-    num_epochs: int = Field(default=1, ge=1)
-    """Passes over each batch."""
-    num_minibatches: int = Field(default=1, ge=1)
-    """Updates per pass, each on its share of the queries."""
 
     @property
     def answer_columns(self) -> tuple[str, ...]:
@@ -51,19 +47,8 @@ class SupervisedSettings(AlgorithmSettings):
 class Supervised(Algorithm):
     """The algorithm; see the module."""
 
-    def __init__(self, settings: SupervisedSettings) -> None:
-        """Keep the settings."""
-        self._settings = settings
-
-    @property
-    def num_epochs(self) -> int:
-        """Passes over a batch."""
-        return self._settings.num_epochs
-
-    @property
-    def num_minibatches(self) -> int:
-        """Updates per pass."""
-        return self._settings.num_minibatches
+    Settings = SupervisedSettings
+    settings: SupervisedSettings
 
     def signal(self, view: BatchView) -> Signal:
         """All completions count; there are no advantages."""
@@ -71,7 +56,7 @@ class Supervised(Algorithm):
 
     def token_weights(self, counted_lengths: Tensor) -> Tensor:
         """By the normaliser; see `row_weights`."""
-        return row_weights(counted_lengths, self._settings.normalizer, max_tokens=1)
+        return row_weights(counted_lengths, self.settings.normalizer, max_tokens=1)
 
     def losses(self, scores: TokenScores, micro: MicroSignal) -> TokenLosses:
         """Cross-entropy; see `Algorithm.losses`."""

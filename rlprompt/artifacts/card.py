@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import html
 import re
+import shlex
 from collections.abc import Mapping
 from typing import Any
+
+from rlprompt.user_code import is_path
 
 
 def card(info: Mapping[str, Any]) -> str:
@@ -41,13 +44,20 @@ def card(info: Mapping[str, Any]) -> str:
         "## Use",
         "",
         "```bash",
-        "rlprompt chat . --compare",
+        f"rlprompt chat . --compare{_own_class(info['recipe'])}",
         "```",
         "",
         "It acts on this base and chat template only; elsewhere its tensors mean something else.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _own_class(recipe: Mapping[str, Any]) -> str:
+    """The option that names a class of the user's own, as the recipe named it."""
+    prompt = recipe.get("prompt")
+    kind = " ".join(str(prompt.get("type", "")).split()) if isinstance(prompt, dict) else ""
+    return f" --prompt-class {shlex.quote(kind)}" if is_path(kind) else ""
 
 
 def cell(value: Any) -> str:

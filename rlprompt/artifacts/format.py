@@ -10,6 +10,9 @@ Tensors by representation: `soft` has embeddings [m, d], `prefix` has keys_value
 have none. Files are safetensors and JSON only: reading one runs no code. Version 2 added `details`
 and the representations beside soft and text; version 1 is read as well.
 
+A representation of the user's own is read only where the caller names its class: an artifact may
+come from a stranger, and what its recipe names is never imported.
+
 An artifact belongs to one base (by fingerprint) and one chat template (by hash): under another one
 the same tensors mean something else, so loading there is refused unless forced.
 """
@@ -19,7 +22,7 @@ from __future__ import annotations
 import datetime
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ from rlprompt.files import to_json, write_atomic
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt, SavedPrompt
 from rlprompt.prompts.make import PROMPTS
+from rlprompt.prompts.text import NonePrompt
 from rlprompt.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -50,7 +54,7 @@ class ArtifactInfo(Settings):
     name: str
     """Name of the recipe."""
     representation: str
-    """A key of `rlprompt.prompts.make.PROMPTS`."""
+    """A key of `rlprompt.prompts.make.PROMPTS`, or the `kind` of a class of the user's own."""
     num_virtual_tokens: int
     """Positions in the slot."""
     init_text: str
@@ -87,15 +91,15 @@ def save_artifact(
     Args:
         folder: the folder, which is made if absent.
         policy: the policy, whose base and template the prompt belongs to.
-        prompt: the prompt, of any representation in `PROMPTS`.
+        prompt: any prompt but `NonePrompt`.
         name: the name of the recipe.
         recipe: the resolved recipe, as plain values.
         metrics: the held-out results for the card.
 
     Raises:
-        InputError: the representation has no artifact form.
+        InputError: the prompt has no artifact form.
     """
-    if prompt.kind not in PROMPTS:
+    if isinstance(prompt, NonePrompt):
         raise InputError(f"a {prompt.kind} prompt cannot be saved as an artifact")
     info = ArtifactInfo(
         name=name,
@@ -150,33 +154,47 @@ def read_artifact_info(folder: Path) -> ArtifactInfo:
         ) from error
 
 
-def load_artifact(folder: Path, policy: Policy, *, force: bool = False) -> Prompt:
+def load_artifact(
+    folder: Path, policy: Policy, *, force: bool = False, own: Iterable[type[Prompt]] = ()
+) -> Prompt:
     """The prompt of an artifact, for a policy's base.
 
     Args:
         folder: the artifact.
         policy: a policy over the base that the prompt is to be used on.
         force: whether to load although base or template differ; a warning is logged then.
+        own: classes of the user's own that it may be of, beside the built-in ones.
 
     Raises:
-        InputError: the artifact is damaged, or belongs to another base or template.
+        InputError: the artifact is damaged, belongs to another base or template, or is of a class
+            that is neither built in nor named.
     """
     info = read_artifact_info(folder)
     _check_belongs(info, folder, policy, force)
-    if info.representation not in PROMPTS:
-        raise InputError(
-            f"'{folder}' holds a {info.representation} prompt, this rlprompt knows "
-            f"{', '.join(PROMPTS)}; install the version that wrote it"
-        )
+    kinds = {**PROMPTS, **{each.kind: each for each in own}}
+    _require_known(info, folder, kinds)
     path = Path(folder) / "prompt.safetensors"
     try:
         tensors = load_file(path)
-        saved = SavedPrompt(info.init_text, tensors, info.details, _reader(Path(folder)))
-        prompt = PROMPTS[info.representation](saved)
+        saved = SavedPrompt(info.init_text, tensors, info.details, _reader(Path(folder)), kinds)
+        prompt = kinds[info.representation].restore(saved)
     except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"'{path}' cannot be read ({error}); copy the artifact again") from error
     _check_prompt(prompt, info, path, policy)
     return prompt
+
+
+def _require_known(info: ArtifactInfo, folder: Path, kinds: Mapping[str, object]) -> None:
+    """Refuse a prompt, or a part of a sequence, that is of no known class."""
+    parts = info.details.get("parts") if info.representation == "sequence" else None
+    described = [part for part in parts if isinstance(part, dict)] if parts else []
+    for name in (info.representation, *(part.get("kind") for part in described)):
+        if name not in kinds:
+            raise InputError(
+                f"'{folder}' holds a prompt of the kind '{name}', and known are "
+                f"{', '.join(kinds)}; if it is your own, name its class (in the recipe as "
+                "prompt.type, or with --prompt-class), else install the version that wrote it"
+            )
 
 
 def _reader(folder: Path) -> Callable[[str], bytes]:

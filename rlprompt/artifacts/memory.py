@@ -55,7 +55,7 @@ class PackedPrompt:
             raise ValueError(f"there is no representation {kind}")
         tensors = {n: t.clone() for n, t in self.tensors.items() if not n.startswith(_FILE)}
         text, details = self.plain["init_text"], self.plain["details"]
-        return PROMPTS[kind](SavedPrompt(text, tensors, details, self._file))
+        return PROMPTS[kind].restore(SavedPrompt(text, tensors, details, self._file))
 
     def _file(self, name: str) -> bytes:
         return self.tensors[_FILE + name].numpy().tobytes()

@@ -256,18 +256,29 @@ def chat(
     trust_remote_code: bool = typer.Option(
         False, "--trust-remote-code", help="Let Python code that comes with the base run."
     ),
+    prompt_class: list[str] = typer.Option(
+        None,
+        "--prompt-class",
+        metavar="FILE:CLASS",
+        help="The prompt's class where it is one of your own; may be given again.",
+    ),
     verbose: bool = VERBOSE,
 ) -> None:
     """Talk to a base under a learned prompt. /reset forgets the conversation, /quit ends it."""
     from rlprompt.cli.commands.chat import run
     from rlprompt.serving.chat import ChatOptions
 
-    run(
-        artifact,
-        query or [],
-        ChatOptions(compare, model, force, max_tokens, temperature, seed, trust_remote_code),
-        verbose=verbose,
+    options = ChatOptions(
+        compare=compare,
+        model=model,
+        force=force,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        prompt_classes=prompt_class or [],
     )
+    run(artifact, query or [], options, verbose=verbose)
 
 
 @app.command("eval")

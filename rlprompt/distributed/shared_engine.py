@@ -12,7 +12,7 @@ from rlprompt.prompts.base import Prompt
 from rlprompt.types import Completion, Group, Query
 
 
-class SharedEngine:
+class SharedEngine(Engine):
     """An engine that divides queries among ranks.
 
     The draws of a query depend on its place in the whole list only, so that the completions are
@@ -36,6 +36,7 @@ class SharedEngine:
                 token gathers weights from all ranks, dividing would save no time and deadlock.
             around: what makes a context that every rank enters for the time of a rollout.
         """
+        super().__init__(engine.policy, engine.settings)
         self._engine = engine
         self._ranks = ranks
         self._together = together

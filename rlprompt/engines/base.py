@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, ClassVar, Self
 
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.model.cpu.rollout_products import RolloutProducts
+from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
+from rlprompt.settings import ChosenSettings
 from rlprompt.types import Group, Query
+
+
+class EngineSettings(ChosenSettings):
+    """What every engine can be told: nothing but which one it is."""
 
 
 @dataclass(frozen=True)
@@ -22,24 +29,53 @@ class Generation:
     """What the engine has multiplied for them and kept for an update; None = nothing."""
 
 
-class Engine(Protocol):
+class Engine(ABC):
     """Generates completions of queries under a prompt.
 
     An engine that cannot apply a prompt refuses it: `supports` says so beforehand, `sync` raises.
     """
 
+    Settings: ClassVar[type[EngineSettings]] = EngineSettings
+    """What a recipe may say of it."""
+    settings: EngineSettings
+    """Of the class `Settings`."""
+
+    def __init__(self, policy: Policy, settings: EngineSettings) -> None:
+        """Keep the parts.
+
+        Args:
+            policy: the policy over the base that completions are drawn from.
+            settings: the settings of the engine.
+        """
+        self.policy = policy
+        self.settings = settings
+
+    @classmethod
+    def make(cls, settings: Any, policy: Policy) -> Self:
+        """The engine that a recipe describes; override it to take more than the settings.
+
+        Args:
+            settings: an instance of the class's `Settings`.
+            policy: the policy over the base that completions are drawn from.
+
+        Raises:
+            InputError: it cannot run here.
+        """
+        return cls(policy, settings)
+
+    @abstractmethod
     def supports(self, prompt: Prompt) -> bool:
         """Whether this engine can apply the prompt exactly."""
-        ...
 
+    @abstractmethod
     def sync(self, prompt: Prompt) -> None:
         """Take over the prompt as it is now; call it after every update.
 
         Raises:
             InputError: the prompt is not supported.
         """
-        ...
 
+    @abstractmethod
     def generate(
         self,
         queries: Sequence[Query],
@@ -63,4 +99,3 @@ class Engine(Protocol):
             keep_products: whether an update will learn from the completions, so that an engine
                 that can keeps what it multiplies. Products that it kept before are given up.
         """
-        ...

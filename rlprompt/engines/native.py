@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlprompt.engines.base import Generation
+from rlprompt.engines.base import Engine, EngineSettings, Generation
 from rlprompt.engines.cache import DecodeCache, DecodeContext
 from rlprompt.engines.decode_cpp import CppDecoder, agrees, cpp_decoder
 from rlprompt.engines.sampling import Drawer, SamplingSettings
@@ -26,7 +26,6 @@ from rlprompt.model.forward.prefix_forward import PrefixForward
 from rlprompt.model.forward.tree import TreeContext
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
-from rlprompt.settings import Settings
 from rlprompt.types import Adapter, Completion, Group, PrefixKV, Query
 
 Progress = Callable[[int, int], None]
@@ -52,7 +51,7 @@ class Decoder(Protocol):
         ...
 
 
-class NativeSettings(Settings):
+class NativeSettings(EngineSettings):
     """The built-in engine, on the same weights as training."""
 
     type: Literal["native"] = "native"
@@ -69,13 +68,15 @@ class NativeSettings(Settings):
     computed as before). The results are the same bits. 0 = none."""
 
 
-class NativeEngine:
+class NativeEngine(Engine):
     """Decodes on a policy's base. Supports every prompt, since a prompt is a prefix."""
+
+    Settings = NativeSettings
+    settings: NativeSettings
 
     def __init__(self, policy: Policy, settings: NativeSettings | None = None) -> None:
         """Decode with `policy`'s base; `sync` a prompt before generating."""
-        self._policy = policy
-        self._settings = settings or NativeSettings()
+        super().__init__(policy, settings or NativeSettings())
         self._modules = ModuleDecoder(policy.forward)
         self._cpp: CppDecoder | None = None
         self._plain: Decoder | None = None
@@ -91,12 +92,12 @@ class NativeEngine:
     def sync(self, prompt: Prompt) -> None:
         """Prefill the prompt; its prefix is used until the next sync."""
         with self._without_graph():
-            self._prefix = self._policy.prefix(prompt).snapshot()
+            self._prefix = self.policy.prefix(prompt).snapshot()
         self._prompt = prompt
 
     def _without_graph(self) -> AbstractContextManager[object]:
         # What is gathered in inference mode could not be trained through afterwards.
-        sharded = self._policy.base.shards is not None
+        sharded = self.policy.base.shards is not None
         return torch.no_grad() if sharded else torch.inference_mode()
 
     def generate(
@@ -117,7 +118,7 @@ class NativeEngine:
         """
         prefix = self._checked_prefix(sampling)
         uniform = _uniform(first, len(queries), num_completions, sampling.max_tokens, seed)
-        with self._without_graph(), self._policy.forward.adapted(prefix.adapter):
+        with self._without_graph(), self.policy.forward.adapted(prefix.adapter):
             return self._drawn(queries, uniform, self._loop(sampling, progress), keep_products)
 
     def generate_one(
@@ -136,7 +137,7 @@ class NativeEngine:
         """
         prefix = self._checked_prefix(sampling)
         uniform = _uniform(0, 1, 1, sampling.max_tokens, seed)
-        with self._without_graph(), self._policy.forward.adapted(prefix.adapter):
+        with self._without_graph(), self.policy.forward.adapted(prefix.adapter):
             loop = self._loop(sampling, None, heard)
             (group,) = self._drawn([query], uniform, loop, keep_products=False).groups
         return group.completions[0]
@@ -145,10 +146,10 @@ class NativeEngine:
         """The synced prompt's prefix, where these settings can be drawn with."""
         if self._prompt is None or self._prefix is None:
             raise InputError("the engine has no prompt; call engine.sync(prompt) before generate")
-        unknown = [i for i in sampling.stop_token_ids if not 0 <= i < self._policy.base.vocab_size]
+        unknown = [i for i in sampling.stop_token_ids if not 0 <= i < self.policy.base.vocab_size]
         if unknown:
             raise InputError(
-                f"sampling.stop_token_ids names tokens that {self._policy.base.id} does not have: "
+                f"sampling.stop_token_ids names tokens that {self.policy.base.id} does not have: "
                 f"{unknown}; take ids of its tokenizer"
             )
         return self._prefix
@@ -159,8 +160,8 @@ class NativeEngine:
         progress: Progress | None,
         heard: Callable[[int], None] | None = None,
     ) -> _TokenLoop:
-        drawer = Drawer(self._policy.forward.head, sampling)
-        stop = self._policy.stop_ids | set(sampling.stop_token_ids)
+        drawer = Drawer(self.policy.forward.head, sampling)
+        stop = self.policy.stop_ids | set(sampling.stop_token_ids)
         return _TokenLoop(drawer, stop, progress, heard)
 
     def _drawn(
@@ -170,7 +171,7 @@ class NativeEngine:
         assert self._prefix is not None
         completions: list[list[Completion]] = [[] for _ in queries]
         writer: ProductWriter | None = None
-        for place, (turn, numbers) in enumerate(_turns(uniform, self._settings.max_rows)):
+        for place, (turn, numbers) in enumerate(_turns(uniform, self.settings.max_rows)):
             cache, states = self._prefill(queries[turn], numbers.shape[1], loop.max_tokens)
             decoder = self._decoder_under(self._prefix.adapter, cache)
             if keep_products and place == 0 and decoder.store is not None:
@@ -191,7 +192,7 @@ class NativeEngine:
         """A cache of `copies` rows per query, and the states [B, d] that their first token has."""
         prefix = self._prefix
         assert prefix is not None
-        policy = self._policy
+        policy = self.policy
         tree = policy.tree(queries, [[] for _ in queries], prefix, self._prompt, max_tokens)
         context = TreeContext(tree, prefix, keep_queries=True)
         states = policy.forward.hidden(policy.embed_ids(tree.token_ids), tree.positions, context)
@@ -200,7 +201,7 @@ class NativeEngine:
 
     def _decoder_under(self, adapter: Adapter | None, cache: DecodeCache) -> Decoder:
         """The fastest decoder that gives the bits of the base's own modules."""
-        if not self._settings.cpp_decode:
+        if not self.settings.cpp_decode:
             return self._modules
         if adapter is not None:
             if self._adapted is None or self._adapted.adapter is not adapter:
@@ -235,15 +236,15 @@ class NativeEngine:
     def _cpp_decoder(self) -> CppDecoder | None:
         """Steps in one call, without an adapter; made again where the base's layers are others."""
         if self._cpp is None or not self._cpp.is_current():
-            keep_bytes = self._settings.reuse_mib * 2**20
-            self._cpp = cpp_decoder(self._policy.forward, keep_bytes)
+            keep_bytes = self.settings.reuse_mib * 2**20
+            self._cpp = cpp_decoder(self.policy.forward, keep_bytes)
         return self._cpp
 
     def _agrees(self, decoder: CppDecoder, cache: DecodeCache) -> bool:
-        return agrees(decoder, self._policy.forward, cache, self._modules.hidden)
+        return agrees(decoder, self.policy.forward, cache, self._modules.hidden)
 
     def _completion(self, row: _Row, stop: frozenset[int]) -> Completion:
-        text = self._policy.slot.decode(row.token_ids)
+        text = self.policy.slot.decode(row.token_ids)
         ended = row.token_ids[-1] in stop
         return Completion(tuple(row.token_ids), tuple(row.logprobs), text, ended)
 

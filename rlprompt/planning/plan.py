@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from rlprompt.engines.native import NativeSettings
 from rlprompt.errors import InputError
 from rlprompt.kernels.lm_head import CHUNK_TOKENS, FUSED_CHUNK_TOKENS
 from rlprompt.planning.tables import Device, Shape
@@ -72,13 +73,19 @@ def plan(
         query_tokens: mean length of a query with its template.
 
     Raises:
-        InputError: the recipe divides less than one query per rank, overlaps on several, or
-            searches.
+        InputError: the recipe divides less than one query per rank, overlaps on several, searches,
+            or draws with another engine than the native one.
     """
     if recipe.search is not None:
         raise InputError(
             "a plan is about updates by gradients, and a search makes none; plan the recipe "
             "without search"
+        )
+    engine = recipe.engine
+    if not isinstance(engine, NativeSettings):
+        raise InputError(
+            f"engine.type is {engine.type}, and a plan knows the memory of the native engine only; "
+            "plan with engine.type=native"
         )
     overlaps = recipe.training.overlap_rollouts
     if overlaps and ranks > 1:
@@ -91,7 +98,7 @@ def plan(
             f"training.queries_per_step is {queries} and there are {ranks} ranks, so some would "
             "have nothing to do; raise it"
         )
-    work = _Work(recipe, shape, ranks, device, query_tokens)
+    work = _Work(recipe, engine, shape, ranks, device, query_tokens)
     held = _memory(work)
     decoding = (
         held["cache of a rollout"] + held["cache, while it grows"] + held["drawing of tokens"]
@@ -133,6 +140,7 @@ class _Work:
     """What is planned."""
 
     recipe: Recipe
+    engine: NativeSettings
     shape: Shape
     ranks: int
     device: Device
@@ -175,7 +183,7 @@ class _Work:
     @property
     def rows_at_once(self) -> int:
         """R."""
-        return min(self.rows, self.recipe.engine.max_rows)
+        return min(self.rows, self.engine.max_rows)
 
     @property
     def rollout_turns(self) -> int:
@@ -246,7 +254,7 @@ def _kept_products(work: _Work) -> float:
     attention = (shape.heads + 2 * shape.kv_heads) * shape.head_dim + shape.width
     outputs = shape.layers * (attention + 2 * shape.mlp + shape.width)
     tokens = work.rows * (recipe.sampling.max_tokens - 1)
-    return min(recipe.engine.reuse_mib * 2.0**20, 2.0 * outputs * tokens)
+    return min(work.engine.reuse_mib * 2.0**20, 2.0 * outputs * tokens)
 
 
 def _activations(work: _Work, tokens: int) -> float:

@@ -10,7 +10,7 @@ same base; with the text in the system turn, that model is this prompt.
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -18,7 +18,15 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from rlprompt.errors import InputError
-from rlprompt.prompts.base import Conditioner, Prompt, SavedPrompt, check_state
+from rlprompt.prompts.base import (
+    Conditioner,
+    Loader,
+    Prompt,
+    PromptSettings,
+    SavedPrompt,
+    check_state,
+    load_nothing,
+)
 from rlprompt.prompts.layer_adapters import (
     IA3,
     METHODS,
@@ -29,7 +37,6 @@ from rlprompt.prompts.layer_adapters import (
 )
 from rlprompt.prompts.settings import DEFAULT_TEXT
 from rlprompt.prompts.text import TextPrompt
-from rlprompt.settings import Settings
 from rlprompt.types import PrefixKV
 
 _PEFT_NAME = "base_model.model."
@@ -38,7 +45,7 @@ _WEIGHTS = "adapter/adapter_model.safetensors"
 _CONFIG = "adapter/adapter_config.json"
 
 
-class AdapterSettings(Settings):
+class AdapterSettings(PromptSettings):
     """A LoRA or IA3 adapter on the base, on top of a text system prompt."""
 
     type: Literal["adapter"] = "adapter"
@@ -66,11 +73,17 @@ class AdapterSettings(Settings):
             raise ValueError("text is blank; write a system message")
         return self
 
+    @property
+    def adapts_layers(self) -> bool:
+        """True."""
+        return True
+
 
 class AdapterPrompt(Prompt):
     """A text in the slot, and an adapter that is on with it."""
 
     kind: ClassVar[str] = "adapter"
+    Settings = AdapterSettings
 
     def __init__(self, text: str, adapter: LayerAdapter) -> None:
         """Take over an adapter, whose weights become parameters in float32 (float64 stays)."""
@@ -86,20 +99,17 @@ class AdapterPrompt(Prompt):
         settings: AdapterSettings,
         conditioner: Conditioner,
         seed: int,
-        warm: Prompt | None = None,
-    ) -> AdapterPrompt:
-        """A fresh prompt: exactly its text, or the adapter that it continues.
-
-        Args:
-            settings: what to make.
-            conditioner: the base.
-            seed: the seed of LoRA's A.
-            warm: what `settings.from_artifact` holds.
+        load: Loader = load_nothing,
+        before: PrefixKV | None = None,
+    ) -> Self:
+        """A fresh prompt: exactly its text, or the adapter that it continues; see `Prompt.create`.
 
         Raises:
-            InputError: a target is not there, or `warm` is neither an adapter nor a text.
+            InputError: a target is not there, or the artifact holds neither an adapter nor a text.
         """
-        if isinstance(warm, AdapterPrompt):
+        del before  # no part of a sequence
+        warm = None if settings.from_artifact is None else load(settings.from_artifact)
+        if isinstance(warm, cls):
             if settings.method != LoRASettings():
                 raise InputError(
                     "prompt.method has no effect while prompt.from_artifact is an adapter, which "
@@ -127,7 +137,7 @@ class AdapterPrompt(Prompt):
         return cls(text, adapter)
 
     @classmethod
-    def restore(cls, saved: SavedPrompt) -> AdapterPrompt:
+    def restore(cls, saved: SavedPrompt) -> Self:
         """The prompt of an artifact."""
         config = dict(json.loads(saved.file(_CONFIG)))
         weights = {k.removeprefix(_PEFT_NAME): v for k, v in load(saved.file(_WEIGHTS)).items()}

@@ -8,12 +8,14 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self
 
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from rlprompt.errors import InputError
+from rlprompt.settings import ChosenSettings
 from rlprompt.types import Adapter, KVShape, LinearShape, Message, PrefixKV
 
 
@@ -88,6 +90,38 @@ class Conditioner(Protocol):
         ...
 
 
+class PromptSettings(ChosenSettings):
+    """What the settings of every representation answer before anything is built."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is something to train."""
+        return True
+
+    @property
+    def adapts_layers(self) -> bool:
+        """Whether its prefix comes with an adapter on the base's layers."""
+        return False
+
+    @property
+    def keeps_place(self) -> bool:
+        """Whether it means nothing behind other tokens than those that it was made behind."""
+        return False
+
+
+Loader = Callable[[str], "Prompt"]
+"""The prompt of the artifact at a path of a recipe."""
+
+
+def load_nothing(path: str) -> Prompt:
+    """The loader where no artifact can be read.
+
+    Raises:
+        InputError: always.
+    """
+    raise InputError(f"prompt.from_artifact is '{path}', and nothing here reads it; leave it out")
+
+
 @dataclass(frozen=True)
 class SavedPrompt:
     """What an artifact gives to the kind of prompt that it holds."""
@@ -99,6 +133,8 @@ class SavedPrompt:
     """What `Prompt.artifact_details` gave."""
     file: Callable[[str], bytes]
     """Reads another file of the artifact, by relative path; raises OSError."""
+    kinds: Mapping[str, type[Prompt]] = field(default_factory=dict)
+    """The classes that it and its parts may be of, by `Prompt.kind`."""
 
 
 class Prompt(ABC):
@@ -109,9 +145,43 @@ class Prompt(ABC):
     """
 
     kind: ClassVar[str]
-    """The representation's name in recipes and artifacts."""
+    """The representation's name in artifacts, and in recipes where it is built in."""
+    Settings: ClassVar[type[PromptSettings]] = PromptSettings
+    """What a recipe may say of it."""
     init_text: str = ""
     """The text it started from, or is; empty when there was none."""
+
+    @classmethod
+    @abstractmethod
+    def create(
+        cls,
+        settings: Any,
+        conditioner: Conditioner,
+        seed: int,
+        load: Loader = load_nothing,
+        before: PrefixKV | None = None,
+    ) -> Self:
+        """The prompt that a recipe describes, before training.
+
+        Args:
+            settings: an instance of the class's `Settings`.
+            conditioner: the base and its chat template.
+            seed: seed of what is drawn.
+            load: reader of the artifact that the settings name to start from.
+            before: what stands before it in the slot; None = nothing, the head.
+
+        Raises:
+            InputError: it cannot be made on this base, or not from that artifact.
+        """
+
+    @classmethod
+    @abstractmethod
+    def restore(cls, saved: SavedPrompt) -> Self:
+        """The prompt of an artifact.
+
+        Raises:
+            OSError, SafetensorError, LookupError, TypeError, ValueError: the artifact is damaged.
+        """
 
     @abstractmethod
     def prefix(self, conditioner: Conditioner) -> PrefixKV:
@@ -164,7 +234,7 @@ class Prompt(ABC):
         """The prompt as it is now, which later updates leave alone."""
         return copy.deepcopy(self)
 
-    # What an artifact keeps. `rlprompt.prompts.make.PROMPTS` names what reads it.
+    # What an artifact keeps, for `restore`.
 
     def check(self, conditioner: Conditioner) -> None:  # noqa: B027 (a text fits every base)
         """Refuse a base that the prompt's tensors do not fit.

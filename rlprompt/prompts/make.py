@@ -2,92 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Annotated
 
-import torch
-from pydantic import Field
-
 from rlprompt.errors import InputError
-from rlprompt.prompts.adapter import AdapterPrompt, AdapterSettings
-from rlprompt.prompts.base import Conditioner, Prompt, SavedPrompt, SlotPrompt
-from rlprompt.prompts.prefix import PrefixPrompt, PrefixSettings
+from rlprompt.prompts.base import Conditioner, Loader, Prompt, PromptSettings
 from rlprompt.prompts.sequence import SequencePrompt, SequenceSettings
-from rlprompt.prompts.soft import SoftPrompt, SoftSettings
-from rlprompt.prompts.text import TextPrompt, TextSettings
-from rlprompt.types import PrefixKV
+from rlprompt.prompts.single import SINGLE
+from rlprompt.settings import OneOf
+from rlprompt.user_code import load_class
 
-PromptSettings = Annotated[
-    SoftSettings | PrefixSettings | TextSettings | AdapterSettings | SequenceSettings,
-    Field(discriminator="type"),
+PROMPTS: Mapping[str, type[Prompt]] = {**SINGLE, "sequence": SequencePrompt}
+"""The built-in representations: what `prompt.type` and an artifact say -> the class."""
+
+DEFAULT = "soft"
+"""The representation of a prompt without a `type`."""
+
+AnyPromptSettings = Annotated[
+    PromptSettings,
+    OneOf({name: each.Settings for name, each in PROMPTS.items()}, default=DEFAULT),
 ]
-
-PROMPTS: Mapping[str, Callable[[SavedPrompt], Prompt]] = {
-    "soft": SoftPrompt.restore,
-    "prefix": PrefixPrompt.restore,
-    "text": TextPrompt.restore,
-    "adapter": AdapterPrompt.restore,
-    "sequence": SequencePrompt.restore,
-}
-"""Every representation that an artifact can hold, and what restores it."""
-
-Loader = Callable[[str], Prompt]
-"""The prompt of the artifact at a path of a recipe."""
 
 
 def make_prompt(
     settings: PromptSettings, conditioner: Conditioner, seed: int, load: Loader
 ) -> Prompt:
-    """A prompt as a recipe describes it, before training.
+    """The prompt that a recipe describes; arguments and errors are those of `Prompt.create`."""
+    kind: type[Prompt] = settings.user_class or PROMPTS[settings.type]
+    return kind.create(settings, conditioner, seed, load)
+
+
+def own_classes(settings: PromptSettings) -> dict[str, type[Prompt]]:
+    """The classes of the user's own that settings name, in a sequence's parts too, by path."""
+    parts = settings.parts if isinstance(settings, SequenceSettings) else ()
+    named = {each.type: each.user_class for each in (settings, *parts)}
+    return {path: each for path, each in named.items() if each is not None}
+
+
+def named_classes(names: Iterable[type[Prompt] | str]) -> list[type[Prompt]]:
+    """The classes of the user's own that somebody names to read an artifact.
 
     Args:
-        settings: the settings of any representation.
-        conditioner: the base.
-        seed: the seed of what is drawn.
-        load: what reads the prompt that `from_artifact` names.
+        names: the classes, or their paths, which are relative to the working directory.
 
     Raises:
-        InputError: it cannot be made on this base, or not from that artifact.
+        InputError: see `load_prompt_class`.
     """
-    if isinstance(settings, SequenceSettings):
-        return _sequence(settings, conditioner, seed, load)
-    return _single(settings, conditioner, seed, load, None)
+    return [
+        load_prompt_class(each, Path.cwd()) if isinstance(each, str) else each for each in names
+    ]
 
 
-def _single(
-    settings: SoftSettings | PrefixSettings | TextSettings | AdapterSettings,
-    conditioner: Conditioner,
-    seed: int,
-    load: Loader,
-    before: PrefixKV | None,
-) -> Prompt:
-    if isinstance(settings, TextSettings):
-        return TextPrompt.create(settings, conditioner, seed)
-    warm = None if settings.from_artifact is None else load(settings.from_artifact)
-    if isinstance(settings, PrefixSettings):
-        return PrefixPrompt.create(settings, conditioner, seed, warm, before)
-    if isinstance(settings, AdapterSettings):
-        return AdapterPrompt.create(settings, conditioner, seed, warm)
-    return SoftPrompt.create(settings, conditioner, seed, warm)
+def load_prompt_class(path: str, base_dir: Path) -> type[Prompt]:
+    """The representation of the user's own that a path names.
 
+    Args:
+        path: see `rlprompt.user_code.load_object`.
+        base_dir: folder that file paths are relative to.
 
-def _sequence(
-    settings: SequenceSettings, conditioner: Conditioner, seed: int, load: Loader
-) -> SequencePrompt:
-    if settings.from_artifact is not None:
-        warm = load(settings.from_artifact)
-        if not isinstance(warm, SequencePrompt):
-            raise InputError(
-                f"prompt.from_artifact holds a {warm.kind} prompt, not a sequence; name it as one "
-                "of prompt.parts"
-            )
-        return SequencePrompt(warm.parts, warm.train if settings.train is None else settings.train)
-    before = conditioner.head_prefix()
-    parts: list[SlotPrompt] = []
-    for part_settings in settings.parts:
-        part = _single(part_settings, conditioner, seed, load, before)
-        assert isinstance(part, SlotPrompt)  # PartSettings names no other
-        with torch.no_grad():
-            before = part.extend(conditioner, before)
-        parts.append(part)
-    return SequencePrompt(parts, len(parts) - 1 if settings.train is None else settings.train)
+    Raises:
+        InputError: see `rlprompt.user_code.load_class`; or artifacts could not tell it from a
+            built-in one.
+    """
+    found: type[Prompt] = load_class(path, base_dir, Prompt)
+    kind = getattr(found, "kind", "")
+    if not kind or kind in PROMPTS:
+        raise InputError(
+            f"{path} has the kind {kind!r}; write `kind = ` with a name of its own, for its "
+            "artifacts"
+        )
+    return found

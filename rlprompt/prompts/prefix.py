@@ -13,14 +13,21 @@ Letters: m virtual tokens, r rank, L layers, H_kv key/value heads, D head dim.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from rlprompt.errors import InputError
-from rlprompt.prompts.base import Conditioner, Prompt, SavedPrompt, SlotPrompt, check_state
+from rlprompt.prompts.base import (
+    Conditioner,
+    Loader,
+    SavedPrompt,
+    SlotPrompt,
+    check_state,
+    load_nothing,
+)
 from rlprompt.prompts.settings import StartSettings, start_ids
 from rlprompt.types import PrefixKV
 
@@ -37,6 +44,11 @@ class PrefixSettings(StartSettings):
     """Trust region: after each update, the offset of a token's keys (or values) in a layer is
     scaled back to this root mean square, in units of the start's; null = no limit."""
 
+    @property
+    def keeps_place(self) -> bool:
+        """True: keys have their positions in them, and were made behind certain tokens."""
+        return True
+
 
 class PrefixPrompt(SlotPrompt):
     """Keys and values [L, 2, H_kv, m, D] (keys at index 0) in float32, or float64 of such a base.
@@ -46,6 +58,7 @@ class PrefixPrompt(SlotPrompt):
     """
 
     kind: ClassVar[str] = "prefix"
+    Settings = PrefixSettings
 
     def __init__(
         self,
@@ -91,24 +104,18 @@ class PrefixPrompt(SlotPrompt):
         settings: PrefixSettings,
         conditioner: Conditioner,
         seed: int,
-        warm: Prompt | None = None,
+        load: Loader = load_nothing,
         before: PrefixKV | None = None,
-    ) -> PrefixPrompt:
+    ) -> Self:
         """A fresh prompt: exactly the text, soft prompt or prefix that it starts from.
 
-        Without any, it starts from the keys and values of m random tokens.
-
-        Args:
-            settings: what to make.
-            conditioner: the base.
-            seed: the seed of what is drawn.
-            warm: what `settings.from_artifact` holds.
-            before: what stands before it in the slot; None = nothing, the head.
+        Without any, it starts from the keys and values of m random tokens. See `Prompt.create`.
 
         Raises:
-            InputError: the text has no tokens, or `warm` has no keys and values of its own, or
-                another length or place than is asked for.
+            InputError: the text has no tokens, or the artifact's prompt has no keys and values of
+                its own, or another length or place than is asked for.
         """
+        warm = None if settings.from_artifact is None else load(settings.from_artifact)
         before = conditioner.head_prefix() if before is None else before
         text = settings.init_text if warm is None else warm.init_text
         if isinstance(warm, PrefixPrompt):
@@ -138,7 +145,7 @@ class PrefixPrompt(SlotPrompt):
         )
 
     @classmethod
-    def restore(cls, saved: SavedPrompt) -> PrefixPrompt:
+    def restore(cls, saved: SavedPrompt) -> Self:
         """The prompt of an artifact."""
         tensor = saved.tensors["keys_values"]
         if tensor.dim() != 5:

@@ -8,28 +8,41 @@ sequence are their tokens joined.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal, Self
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from rlprompt.errors import InputError
-from rlprompt.prompts.base import Conditioner, SavedPrompt, SlotPrompt, check_state
-from rlprompt.prompts.prefix import PrefixPrompt, PrefixSettings
-from rlprompt.prompts.soft import SoftPrompt, SoftSettings
-from rlprompt.prompts.text import TextPrompt, TextSettings
-from rlprompt.settings import Settings
+from rlprompt.prompts.base import (
+    Conditioner,
+    Loader,
+    PromptSettings,
+    SavedPrompt,
+    SlotPrompt,
+    check_state,
+    load_nothing,
+)
+from rlprompt.prompts.single import PARTS
+from rlprompt.settings import OneOf
 from rlprompt.types import PrefixKV
 
-PartSettings = Annotated[SoftSettings | PrefixSettings | TextSettings, Field(discriminator="type")]
+MOST_PARTS = 16
+"""Prompts that a sequence may join."""
+
+PartSettings = Annotated[
+    PromptSettings, OneOf({name: each.Settings for name, each in PARTS.items()})
+]
 
 
-class SequenceSettings(Settings):
+class SequenceSettings(PromptSettings):
     """Prompts one after the other in the system slot, one of them trained."""
 
     type: Literal["sequence"] = "sequence"
     """Representation."""
-    parts: tuple[PartSettings, ...] = Field(default=(), max_length=16)
+    parts: tuple[PartSettings, ...] = Field(default=(), max_length=MOST_PARTS)
     """The prompts in order, without anything between them, each written as a `prompt` of type soft,
     prefix or text; a frozen one usually comes from an artifact or is a text."""
     train: int | None = Field(default=None, ge=0)
@@ -49,16 +62,17 @@ class SequenceSettings(Settings):
         trained = len(self.parts) - 1 if self.train is None else self.train
         if trained >= len(self.parts):
             raise ValueError(f"train is {trained}, the parts are 0 to {len(self.parts) - 1}")
-        if isinstance(self.parts[trained], TextSettings):
+        if not self.parts[trained].trains:
             raise ValueError(
-                f"part {trained} is to be trained and is a text, which has nothing to train; set "
-                "its type to soft, or train another"
+                f"part {trained} is to be trained and is a {self.parts[trained].type}, which has "
+                "nothing to train; set its type to soft, or train another"
             )
-        if any(isinstance(part, PrefixSettings) for part in self.parts[trained + 1 :]):
-            raise ValueError(
-                f"part {trained} is trained and a prefix follows it, whose keys were made behind "
-                "the untrained part; put the prefix first"
-            )
+        for part in self.parts[trained + 1 :]:
+            if part.keeps_place:
+                raise ValueError(
+                    f"part {trained} is trained and a {part.type} follows it, whose keys were made "
+                    f"behind the untrained part; put the {part.type} first"
+                )
         return self
 
 
@@ -66,6 +80,7 @@ class SequencePrompt(SlotPrompt):
     """The parts, of which all but one are frozen."""
 
     kind: ClassVar[str] = "sequence"
+    Settings = SequenceSettings
 
     def __init__(self, parts: Sequence[SlotPrompt], train: int) -> None:
         """Join prompts and freeze all but one.
@@ -92,13 +107,55 @@ class SequencePrompt(SlotPrompt):
                 parameter.requires_grad_(place == train)
 
     @classmethod
-    def restore(cls, saved: SavedPrompt) -> SequencePrompt:
+    def create(
+        cls,
+        settings: SequenceSettings,
+        conditioner: Conditioner,
+        seed: int,
+        load: Loader = load_nothing,
+        before: PrefixKV | None = None,
+    ) -> Self:
+        """The parts, each made behind those before it, or an artifact's; see `Prompt.create`.
+
+        Raises:
+            InputError: a part cannot be made, or the artifact holds no sequence.
+        """
+        if settings.from_artifact is not None:
+            warm = load(settings.from_artifact)
+            if not isinstance(warm, SequencePrompt):
+                raise InputError(
+                    f"prompt.from_artifact holds a {warm.kind} prompt, not a sequence; name it as "
+                    "one of prompt.parts"
+                )
+            return cls(warm.parts, warm.train if settings.train is None else settings.train)
+        behind = conditioner.head_prefix() if before is None else before
+        parts: list[SlotPrompt] = []
+        for each in settings.parts:
+            kind: type[SlotPrompt] = each.user_class or PARTS[each.type]
+            part = kind.create(each, conditioner, seed, load, behind)
+            with torch.no_grad():
+                behind = part.extend(conditioner, behind)
+            parts.append(part)
+        return cls(parts, len(parts) - 1 if settings.train is None else settings.train)
+
+    @classmethod
+    def restore(cls, saved: SavedPrompt) -> Self:
         """The prompt of an artifact."""
-        parts = []
+        parts: list[SlotPrompt] = []
         for place, described in enumerate(saved.details["parts"]):
+            kind = saved.kinds[described["kind"]]
+            if not issubclass(kind, SlotPrompt):
+                raise ValueError(
+                    f"part {place} is a {kind.kind}, which cannot be part of a sequence"
+                )
             tensors = _of_part(saved.tensors, place)
-            part = SavedPrompt(described["init_text"], tensors, described["details"], saved.file)
-            parts.append(_RESTORE[described["kind"]](part))
+            part = replace(
+                saved,
+                init_text=described["init_text"],
+                tensors=tensors,
+                details=described["details"],
+            )
+            parts.append(kind.restore(part))
         return cls(parts, int(saved.details["train"]))
 
     @property
@@ -166,13 +223,6 @@ class SequencePrompt(SlotPrompt):
             for p in self.parts
         ]
         return {"parts": described, "train": self.train}
-
-
-_RESTORE = {
-    "soft": SoftPrompt.restore,
-    "prefix": PrefixPrompt.restore,
-    "text": TextPrompt.restore,
-}
 
 
 def _of_part(tensors: Mapping[str, Tensor], place: int) -> dict[str, Tensor]:

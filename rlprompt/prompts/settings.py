@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 
 from rlprompt.errors import InputError
-from rlprompt.settings import Settings
+from rlprompt.prompts.base import PromptSettings
 
 if TYPE_CHECKING:  # settings are read without torch
     from rlprompt.prompts.base import Conditioner
@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # settings are read without torch
 DEFAULT_TEXT = "You are a helpful assistant."
 
 
-class StartSettings(Settings):
+class StartSettings(PromptSettings):
     """A start from a text, from drawn tokens, or from an artifact."""
 
     num_virtual_tokens: int | None = Field(default=None, ge=1, le=4096)

@@ -8,14 +8,21 @@ Letters: m virtual tokens, d model width.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from rlprompt.errors import InputError
-from rlprompt.prompts.base import Conditioner, Prompt, SavedPrompt, SlotPrompt, check_state
+from rlprompt.prompts.base import (
+    Conditioner,
+    Loader,
+    SavedPrompt,
+    SlotPrompt,
+    check_state,
+    load_nothing,
+)
 from rlprompt.prompts.settings import StartSettings, start_ids
 from rlprompt.prompts.text import TextPrompt
 from rlprompt.types import PrefixKV
@@ -38,6 +45,7 @@ class SoftPrompt(SlotPrompt):
     """Embeddings [m, d] in float32 (float64 of a float64 base)."""
 
     kind: ClassVar[str] = "soft"
+    Settings = SoftSettings
 
     def __init__(
         self, embeddings: Tensor, init_text: str = "", max_norm: float | None = None
@@ -69,24 +77,22 @@ class SoftPrompt(SlotPrompt):
         settings: SoftSettings,
         conditioner: Conditioner,
         seed: int,
-        warm: Prompt | None = None,
-    ) -> SoftPrompt:
-        """A fresh prompt.
+        load: Loader = load_nothing,
+        before: PrefixKV | None = None,
+    ) -> Self:
+        """A fresh prompt; see `Prompt.create`.
 
         With `init_text` and m = its token count, the fresh prompt is exactly that text. A longer m
         repeats the text's embeddings, a shorter one cuts them, as PEFT does. Without a text, m
         embeddings of random vocabulary tokens are drawn by `seed`. From a soft prompt of another
         length, see `resample`.
 
-        Args:
-            settings: what to make.
-            conditioner: the base.
-            seed: the seed of what is drawn.
-            warm: what `settings.from_artifact` holds.
-
         Raises:
-            InputError: the text has no tokens, or `warm` cannot be turned into embeddings.
+            InputError: the text has no tokens, or the artifact's prompt cannot be turned into
+                embeddings.
         """
+        del before  # embeddings mean the same wherever they stand
+        warm = None if settings.from_artifact is None else load(settings.from_artifact)
         ratio = settings.max_norm_ratio
         max_norm = None if ratio is None else ratio * conditioner.embedding_norm()
         length = settings.num_virtual_tokens
@@ -104,7 +110,7 @@ class SoftPrompt(SlotPrompt):
         return cls(conditioner.embed(ids), text or "", max_norm)
 
     @classmethod
-    def restore(cls, saved: SavedPrompt) -> SoftPrompt:
+    def restore(cls, saved: SavedPrompt) -> Self:
         """The prompt of an artifact."""
         return cls(saved.tensors["embeddings"], saved.init_text)
 

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import field_validator
 
 from rlprompt.errors import InputError
-from rlprompt.prompts.base import Conditioner, Prompt, SavedPrompt, SlotPrompt
-from rlprompt.settings import Settings
+from rlprompt.prompts.base import (
+    Conditioner,
+    Loader,
+    Prompt,
+    PromptSettings,
+    SavedPrompt,
+    SlotPrompt,
+    load_nothing,
+)
 from rlprompt.types import Message, PrefixKV
 
 
-class TextSettings(Settings):
+class TextSettings(PromptSettings):
     """A hand-written system message: it is evaluated and talked to, not trained."""
 
     type: Literal["text"] = "text"
@@ -28,11 +35,17 @@ class TextSettings(Settings):
             raise ValueError("text is blank; write a system message")
         return value
 
+    @property
+    def trains(self) -> bool:
+        """False."""
+        return False
+
 
 class TextPrompt(SlotPrompt):
     """A hand-written system message: fixed tokens in the slot. The baseline to beat."""
 
     kind: ClassVar[str] = "text"
+    Settings = TextSettings
 
     def __init__(self, text: str) -> None:
         """Keep the text.
@@ -50,14 +63,15 @@ class TextPrompt(SlotPrompt):
         settings: TextSettings,
         conditioner: Conditioner,
         seed: int,
-        warm: Prompt | None = None,
-    ) -> TextPrompt:
+        load: Loader = load_nothing,
+        before: PrefixKV | None = None,
+    ) -> Self:
         """The prompt of its settings; the other arguments are those of every representation."""
-        del conditioner, seed, warm
+        del conditioner, seed, load, before
         return cls(settings.text)
 
     @classmethod
-    def restore(cls, saved: SavedPrompt) -> TextPrompt:
+    def restore(cls, saved: SavedPrompt) -> Self:
         """The prompt of an artifact."""
         return cls(saved.init_text)
 
@@ -78,6 +92,25 @@ class NonePrompt(Prompt):
     """
 
     kind: ClassVar[str] = "none"
+
+    @classmethod
+    def create(
+        cls,
+        settings: Any,
+        conditioner: Conditioner,
+        seed: int,
+        load: Loader = load_nothing,
+        before: PrefixKV | None = None,
+    ) -> Self:
+        """The prompt; it has no settings, and no recipe names it."""
+        del settings, conditioner, seed, load, before
+        return cls()
+
+    @classmethod
+    def restore(cls, saved: SavedPrompt) -> Self:
+        """The prompt; it has nothing to save."""
+        del saved
+        return cls()
 
     def prefix(self, conditioner: Conditioner) -> PrefixKV:
         """Everything before the first user turn's text, prefilled."""

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from rlprompt.algorithms.base import Algorithm
 from rlprompt.algorithms.constraints import Constraints
-from rlprompt.algorithms.make import Surroundings, make_algorithm
+from rlprompt.algorithms.make import make_algorithm
 from rlprompt.algorithms.robust import QueryWeights
 from rlprompt.artifacts.format import load_artifact
 from rlprompt.data import QuerySampler, load_queries
@@ -20,7 +20,7 @@ from rlprompt.data.base import QuerySplit
 from rlprompt.distributed.ranks import DistributedSettings, Ranks
 from rlprompt.distributed.shared_engine import SharedEngine
 from rlprompt.engines.base import Engine
-from rlprompt.engines.native import NativeEngine
+from rlprompt.engines.make import make_engine, require_support
 from rlprompt.errors import InputError
 from rlprompt.evaluation.heldout import Criterion, HeldoutEvaluator
 from rlprompt.evaluation.measures import BaseKL, BaseLogprob, Measure, TargetLogprob, TeacherKL
@@ -28,7 +28,7 @@ from rlprompt.model.sharded.shards import ShardSettings
 from rlprompt.policy import Policy, open_policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.make import make_prompt
-from rlprompt.prompts.text import NonePrompt, TextPrompt, TextSettings
+from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.recipe.objects import Objects, in_memory
 from rlprompt.recipe.schema import (
     InitialReference,
@@ -55,8 +55,8 @@ from rlprompt.runs.run import Run
 from rlprompt.search.base import SearchSettings, SearchStart
 from rlprompt.search.make import make_searcher
 from rlprompt.search.step import SearchParts, SearchStep
+from rlprompt.tracking.make import build_trackers
 from rlprompt.tracking.tracker import TrackerGroup
-from rlprompt.tracking.trackers import build_trackers
 from rlprompt.training.step import GradientStep, StepParts
 from rlprompt.types import Group
 
@@ -101,7 +101,7 @@ def build_run(
     recipe = with_template_text(recipe, base_dir)
     members = recipe.members()
     for member in members.values():
-        _refuse_text(member)
+        _refuse_fixed(member)
     rewards = _rewards(recipe, base_dir, ranks, objects)
     shared = _shared(
         recipe, load_queries(recipe.data, base_dir, objects.rows), rewards, ranks, objects
@@ -143,7 +143,7 @@ def build_single_run(
     Raises:
         InputError: anything named by the recipe cannot be had.
     """
-    _refuse_text(recipe)
+    _refuse_fixed(recipe)
     ranks, objects = ranks or Ranks(), objects or Objects()
     _refuse_overlap(recipe, ranks)
     recipe = with_template_text(recipe, base_dir)
@@ -166,11 +166,11 @@ def build_shared(recipe: Recipe, base_dir: Path, objects: Objects | None = None)
     return _shared(recipe, data, _rewards(recipe, base_dir, ranks, objects), ranks, objects)
 
 
-def _refuse_text(recipe: Recipe) -> None:
-    if recipe.search is None and isinstance(recipe.prompt, TextSettings):
+def _refuse_fixed(recipe: Recipe) -> None:
+    if recipe.search is None and not recipe.prompt.trains:
         raise InputError(
-            "prompt.type is text, which has nothing to train; evaluate it with `rlprompt eval`, or "
-            "set prompt.type: soft and give the text as prompt.init_text"
+            f"prompt.type is {recipe.prompt.type}, which has nothing to train; evaluate it with "
+            "`rlprompt eval`, or set prompt.type: soft and give the text as prompt.init_text"
         )
 
 
@@ -210,7 +210,7 @@ def _shared(
         rewards.once = partial(_together, ranks)
     policy.gradient_checkpointing = recipe.training.gradient_checkpointing
     teacher = _teacher(recipe)
-    engine: Engine = NativeEngine(policy, recipe.engine)
+    engine = make_engine(policy, recipe.engine)
     shards = policy.base.shards
     if shards is not None:
         whole = all(ranks.each(lambda: shards.rolls_out_whole, "the free memory"))
@@ -218,6 +218,7 @@ def _shared(
         engine = SharedEngine(engine, ranks, together=not whole, around=around)
     elif ranks.size > 1:
         engine = SharedEngine(engine, ranks)
+    require_support(engine, _fixed_prompts(recipe, teacher))
     evaluator = _evaluator(recipe, data, policy, engine, rewards, teacher)
     return Shared(data, policy, engine, teacher, evaluator, ranks, objects)
 
@@ -259,6 +260,7 @@ def _parts(
     policy, data = shared.policy, shared.data
     rewards.bind_policy(policy)
     policy.prompt = build_prompt(recipe, policy, base_dir, shared.objects)
+    require_support(shared.engine, (policy.prompt,))
     learner: Learner
     if recipe.search is None:
         learner = _gradient_step(recipe, shared, rewards)
@@ -284,8 +286,8 @@ def _parts(
 
 def _gradient_step(recipe: Recipe, shared: Shared, rewards: RewardRunner) -> GradientStep:
     policy = shared.policy
-    given = Surroundings(policy, recipe.sampling.max_tokens, recipe.seed)
-    algorithm = make_algorithm(recipe.algorithm, given)
+    max_tokens = recipe.sampling.max_tokens
+    algorithm = make_algorithm(recipe.algorithm, policy, max_tokens, recipe.seed)
     needs_reference = recipe.algorithm.needs_reference
     return GradientStep(
         StepParts(
@@ -335,7 +337,7 @@ def build_prompt(
     def load(path: str) -> Prompt:
         if path in known:
             return known[path].copy()
-        return load_artifact(base_dir / path, policy)
+        return load_artifact(base_dir / path, policy, own=recipe.own_prompts.values())
 
     return make_prompt(recipe.prompt, policy, recipe.seed, load)
 
@@ -377,6 +379,13 @@ def _sampler(recipe: Recipe, data: QuerySplit) -> QuerySampler:
             "lower it or add queries"
         )
     return QuerySampler(count, size, recipe.seed)
+
+
+def _fixed_prompts(recipe: Recipe, teacher: Prompt | None) -> list[Prompt]:
+    """What completions are drawn under beside the prompt that is trained."""
+    handwritten = recipe.evaluation.handwritten
+    prompts = [NonePrompt(), None if handwritten is None else TextPrompt(handwritten), teacher]
+    return [prompt for prompt in prompts if prompt is not None]
 
 
 def _teacher(recipe: Recipe) -> Prompt | None:

@@ -11,6 +11,7 @@ from typing import Any
 from rlprompt.artifacts.format import read_artifact_info
 from rlprompt.errors import InputError
 from rlprompt.policy import Policy
+from rlprompt.prompts.make import PROMPTS
 from rlprompt.recipe.objects import MEMORY, Objects, reward_name, rows_of, source_digest
 from rlprompt.recipe.schema import Recipe, recipe_of_tree
 from rlprompt.recipe.yaml_file import merge, read_tree
@@ -177,14 +178,24 @@ def _prompt(prompt: Start, found: Found) -> dict[str, Any]:
         if prompt.kind == "text":
             return {"type": "soft", "init_text": prompt.text, "num_virtual_tokens": None}
         found.prompts[_START] = prompt.prompt
-        return {"type": prompt.kind, "from_artifact": _START}
+        return {"type": _built_in(prompt.kind), "from_artifact": _START}
     folder = artifact_folder(prompt)
     if isinstance(prompt, Path) or (folder / "prompt.json").is_file():
         kind = read_artifact_info(folder).representation
-        return {"type": kind, "from_artifact": str(folder.absolute())}
+        return {"type": _built_in(kind), "from_artifact": str(folder.absolute())}
     if not any(char in prompt for char in _NO_FILE_NAME) and ("/" in prompt or "\\" in prompt):
         raise InputError(
             f"prompt is '{prompt}', which looks like a path, but there is no artifact; correct "
             "it, or write a text with spaces"
         )
     return {"type": "soft", "init_text": prompt, "num_virtual_tokens": None}
+
+
+def _built_in(kind: str) -> str:
+    """The `prompt.type` of a representation that is built in."""
+    if kind not in PROMPTS:
+        raise InputError(
+            f"prompt is of the kind '{kind}', which is not built in; name its class, as "
+            "prompt={'type': 'path/file.py:object', 'from_artifact': ...}"
+        )
+    return kind

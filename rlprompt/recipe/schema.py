@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from rlprompt.algorithms.constraints import ConstraintSettings
 from rlprompt.algorithms.grpo import GRPOSettings
@@ -20,21 +20,24 @@ from rlprompt.algorithms.robust import RobustSettings
 from rlprompt.data.augment import AugmentSettings
 from rlprompt.data.base import DataSettings
 from rlprompt.distributed.ranks import DistributedSettings
+from rlprompt.engines.make import AnyEngineSettings
 from rlprompt.engines.native import NativeSettings
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.errors import InputError
 from rlprompt.evaluation.heldout import EvaluationSettings
 from rlprompt.model.base import ModelSettings
 from rlprompt.model.chat.template import read_template
-from rlprompt.prompts.make import PromptSettings
+from rlprompt.prompts.base import Prompt
+from rlprompt.prompts.make import AnyPromptSettings, own_classes
 from rlprompt.prompts.soft import SoftSettings
+from rlprompt.recipe.extensions import extended, load_named
 from rlprompt.recipe.yaml_file import apply_override, explain, read_tree, set_value
 from rlprompt.rewards.base import RewardSettings
 from rlprompt.runs.guards import Guard, require_known_rewards
 from rlprompt.runs.settings import MemberSettings, RunSettings
 from rlprompt.search.make import SEARCHERS, AnySearchSettings
 from rlprompt.settings import Settings
-from rlprompt.tracking.tracker import TrackingSettings
+from rlprompt.tracking.make import TrackersSettings
 from rlprompt.training.settings import TrainingSettings
 
 
@@ -71,7 +74,7 @@ class Recipe(Settings):
     """What this run is called in reports, artifacts and trackers."""
     model: ModelSettings = ModelSettings()
     """The frozen base."""
-    prompt: PromptSettings = SoftSettings()
+    prompt: AnyPromptSettings = SoftSettings()
     """The prompt that is trained; soft when it has no type."""
     algorithm: AnyAlgorithmSettings = GRPOSettings()
     """How it learns; by GRPO when it has no type."""
@@ -79,7 +82,7 @@ class Recipe(Settings):
     """Find the prompt by trial, without gradients and so without `algorithm`; null = no search."""
     reference: Reference = NoneReference()
     """The policy that the KL is measured to."""
-    engine: NativeSettings = NativeSettings()
+    engine: AnyEngineSettings = NativeSettings()
     """What draws completions."""
     sampling: SamplingSettings = SamplingSettings()
     """How completions are drawn, in training and in held-out evaluation."""
@@ -101,7 +104,7 @@ class Recipe(Settings):
     """Steps, optimizer, checkpoints."""
     evaluation: EvaluationSettings = EvaluationSettings()
     """Held-out evaluation."""
-    tracking: TrackingSettings = TrackingSettings()
+    tracking: TrackersSettings = TrackersSettings()
     """Where the run reports to."""
     distributed: DistributedSettings = DistributedSettings()
     """How the run uses several ranks."""
@@ -111,16 +114,6 @@ class Recipe(Settings):
     """Prompts that are trained one after the other on one loaded base, for a sweep over starts,
     learning rates or seeds. They share `training.steps` and `training.max_seconds` evenly and meet
     the same held-out draws; the best one's artifact is the run's."""
-
-    @field_validator("algorithm", mode="before")
-    @classmethod
-    def _grpo_by_default(cls, value: Any) -> Any:
-        return {"type": "grpo", **value} if isinstance(value, dict) else value
-
-    @field_validator("prompt", mode="before")
-    @classmethod
-    def _soft_by_default(cls, value: Any) -> Any:
-        return {"type": "soft", **value} if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _can_be_searched(self) -> Recipe:
@@ -220,10 +213,10 @@ class Recipe(Settings):
                 f"{self.algorithm.type} has no probability ratio to correct for that; remove it, "
                 "or choose grpo, rloo, reinforce or ppo"
             )
-        if self.prompt.type == "adapter":
+        if self.prompt.adapts_layers:
             raise ValueError(
                 "training.overlap_rollouts needs a prompt that leaves the base's layers alone, "
-                "prompt.type is adapter; remove it, or choose soft, prefix or sequence"
+                f"prompt.type is {self.prompt.type}; remove it, or choose soft, prefix or sequence"
             )
         if self.distributed.base == "sharded":
             raise ValueError(
@@ -261,11 +254,18 @@ class Recipe(Settings):
             tree["training"]["max_seconds"] /= len(self.population)
         for key, value in member.changes.items():
             set_value(tree, key, value, f"population member {member.name}")
+        kind = type(self)  # with the classes of the user's own that the recipe names
         try:
-            return Recipe.model_validate(tree)
+            return kind.model_validate(tree)
         except ValidationError as error:
-            _, sentence = explain(error, Recipe.model_json_schema())
+            _, sentence = explain(error, kind.model_json_schema())
             raise ValueError(f"population member {member.name}: {sentence}") from error
+
+    @property
+    def own_prompts(self) -> dict[str, type[Prompt]]:
+        """The representations of the user's own that the recipe names, by path."""
+        named = [own_classes(recipe.prompt) for recipe in (self, *self.members().values())]
+        return {path: found for classes in named for path, found in classes.items()}
 
     def plain(self) -> dict[str, Any]:
         """The resolved recipe as plain YAML values, every default spelled out."""
@@ -302,12 +302,14 @@ def recipe_of_tree(
             error message.
 
     Raises:
-        InputError: a key or value is wrong, or the template cannot be read.
+        InputError: a key or value is wrong, a path names no class that can stand there, or the
+            template cannot be read.
     """
+    kind = extended(Recipe, load_named(tree, base_dir, at_fault))
     try:
-        recipe = Recipe.model_validate(tree)
+        recipe = kind.model_validate(tree)
     except ValidationError as error:
-        place, sentence = explain(error, Recipe.model_json_schema())
+        place, sentence = explain(error, kind.model_json_schema())
         raise InputError(f"{at_fault(place)}: {sentence}") from error
     return with_template_text(recipe, base_dir)
 
@@ -339,13 +341,15 @@ def with_template_text(recipe: Recipe, base_dir: Path) -> Recipe:
     return recipe.model_copy(update={"model": model})
 
 
-def with_new_settings(stored: Any) -> Any:
+def with_new_settings(stored: Any, kind: type[Recipe] = Recipe) -> Any:
     """A stored recipe with the settings that a newer rlprompt has, at their defaults.
 
     Args:
         stored: the plain values of `recipe.resolved.yaml`; what is no recipe stays as it is.
+        kind: class of the recipe that it is compared with. What is stored imports nothing: it can
+            name only classes of the user's own that this recipe names too.
     """
     try:
-        return yaml.safe_load(yaml.safe_dump(Recipe.model_validate(stored).plain()))
+        return yaml.safe_load(yaml.safe_dump(kind.model_validate(stored).plain()))
     except (ValidationError, InputError):
         return stored

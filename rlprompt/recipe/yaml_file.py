@@ -207,7 +207,7 @@ def _sentence(problem: Any, place: str, node: Schema, schema: Schema) -> str:
     if kind == "invalid_key":
         return f"the key {place} is not text; put it in quotes or remove it"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        tags = [_tag(option) for option in _options(node, schema)]
+        tags = [tag for option in _options(node, schema) if (tag := _tag(option))]
         if kind == "union_tag_not_found":
             return f"'{place}.type' is missing; add one of {', '.join(tags)}"
         return f"'{place}.type' is {context['tag']!r}; {_nearest(context['tag'], tags, 'use ')}"

@@ -10,7 +10,7 @@ from typing import Any
 from rlprompt.data import load_queries
 from rlprompt.data.base import DataSettings, Table
 from rlprompt.data.load import read_table
-from rlprompt.engines.native import NativeEngine
+from rlprompt.engines.make import make_engine
 from rlprompt.errors import InputError
 from rlprompt.model.base import load_base
 from rlprompt.model.chat.slot import ChatSlot
@@ -146,7 +146,7 @@ def _sample(data: SampledData, base_dir: Path, seed: int) -> list[Judged]:
     policy = Policy(base, ChatSlot.from_tokenizer(base.tokenizer, data.base.template))
     rewards.bind_policy(policy)
     prompt: Prompt = NonePrompt() if data.system is None else TextPrompt(data.system)
-    engine = NativeEngine(policy)
+    engine = make_engine(policy)
     engine.sync(prompt)
     queries = [*split.train, *split.heldout]
     groups = engine.generate(queries, data.completions_per_query, data.sampling, seed).groups

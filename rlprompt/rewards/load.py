@@ -1,28 +1,22 @@
 """From the path in a recipe to a callable reward, with one clear sentence for each way to fail.
 
-User code runs only when a recipe names it. A reward file is executed under a module name of its own
-(made from its path and contents, so that editing it gives a new module and pickling works within
-the process); its folder never enters `sys.path`, so it cannot import its neighbours. To use a
-reward in another process, send its settings and load it there.
+What a path names is found as all user code is (`rlprompt.user_code`). To use a reward in another
+process, send its settings and load it there.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
 import importlib.util
 import inspect
-import sys
-from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
+from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from pydantic import ValidationError
 
-from rlprompt.errors import InputError
+from rlprompt.errors import InputError, choices, describe_error, shorten, user_frame
 from rlprompt.rewards.base import (
     BATCH_KEYWORDS,
     RESERVED_KEYWORDS,
@@ -30,7 +24,7 @@ from rlprompt.rewards.base import (
     RewardSettings,
 )
 from rlprompt.rewards.foreign.signatures import ADAPTERS
-from rlprompt.rewards.messages import describe_error, shorten, user_frame
+from rlprompt.user_code import load_object
 
 
 def load_reward(
@@ -73,32 +67,24 @@ def resolve_target(path: str, base_dir: Path, builtin: Mapping[str, str]) -> Any
     Raises:
         InputError: see `load_reward`.
     """
-    location, _, attribute = path.rpartition(":")
+    location, _, name = path.rpartition(":")
     if location == "memory":
         raise InputError(
             f"'{path}' was a Python object of the program that began this run; name a file as "
             "path/file.py:object, or call rlprompt.train with the object"
         )
     if location == "builtin":
-        if attribute not in builtin:
-            raise InputError(f"there is no built-in {attribute!r}; {_choices(attribute, builtin)}")
-        return resolve_target(builtin[attribute], base_dir, builtin)
+        if name not in builtin:
+            raise InputError(f"there is no built-in {name!r}; {choices(name, builtin)}")
+        return load_object(builtin[name], base_dir)
     if location == "trl":
-        return _resolve_trl(attribute)
-    if location.endswith(".py"):
-        file = _find_file(location, base_dir)
-        return _attribute(_import_file(file), attribute, str(file))
-    if path.endswith(".py"):
-        raise InputError(f"{path} names no object; write {path}:reward, or its object's name")
-    if not location:
-        location, _, attribute = path.rpartition(".")
-    parts = f"{location}.{attribute}".split(".")
-    if not location or not all(part.isidentifier() for part in parts):
+        return _resolve_trl(name)
+    if path.isidentifier():
         raise InputError(
             f"{path!r} is not a reward path; write path/file.py:object, package.module:object "
-            f"or builtin:NAME with {_choices(path, builtin)}"
+            f"or builtin:NAME with {choices(path, builtin)}"
         )
-    return _attribute(_import_module(location), attribute, f"module {location}")
+    return load_object(path, base_dir)
 
 
 def _resolve_trl(name: str) -> Any:
@@ -109,78 +95,8 @@ def _resolve_trl(name: str) -> Any:
     known = [each for each in dir(module) if "reward" in each or "punishment" in each]
     known = [each for each in known if inspect.isfunction(getattr(module, each, None))]
     if name not in known:
-        raise InputError(f"TRL ships no reward {name!r}; {_choices(name, known)}")
+        raise InputError(f"TRL ships no reward {name!r}; {choices(name, known)}")
     return getattr(module, name)
-
-
-def _find_file(location: str, base_dir: Path) -> Path:
-    given = Path(location).expanduser()
-    places = [base_dir / given, Path.cwd() / given]  # an absolute path replaces the folder
-    for place in places:
-        if place.is_file():
-            return place.resolve()
-    tried = " nor ".join(dict.fromkeys(str(place) for place in places))
-    raise InputError(f"there is no file {tried}; correct the path, relative to the recipe's folder")
-
-
-def _import_file(file: Path) -> ModuleType:
-    digest = hashlib.sha256(str(file).encode() + b"\0" + file.read_bytes()).hexdigest()[:12]
-    name = f"rlprompt_reward_{file.stem}_{digest}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise InputError(f"{file} cannot be loaded as Python source; give a .py file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # before it runs: dataclasses and pickle look their module up
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[name]
-        raise InputError(_import_failure(str(file), error, file)) from error
-    return module
-
-
-def _import_module(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        missing = error.name or ""
-        if name == missing or name.startswith(f"{missing}."):
-            raise InputError(
-                f"there is no module {missing!r}; install it or correct the path"
-            ) from error
-        raise InputError(_import_failure(f"module {name}", error, None)) from error
-    except (Exception, SystemExit) as error:
-        raise InputError(_import_failure(f"module {name}", error, None)) from error
-
-
-def _import_failure(where: str, error: BaseException, file: Path | None) -> str:
-    advice = "mend it"
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        advice = f"install {error.name!r} or correct the import"
-        if file is not None and (file.parent / f"{error.name.split('.')[0]}.py").is_file():
-            advice = (
-                "a reward file cannot import its neighbours: move the code into it or a package"
-            )
-    place = user_frame(error, str(file) if file else None)
-    return f"importing {where} raised {describe_error(error)} at {place}; {advice}"
-
-
-def _attribute(module: ModuleType, attribute: str, where: str) -> Any:
-    target: Any = module
-    for part in attribute.split("."):
-        if not hasattr(target, part):
-            public = [
-                name
-                for name, value in vars(target).items()
-                if callable(value)
-                and not name.startswith("_")
-                and getattr(value, "__module__", None) == module.__name__
-            ]
-            raise InputError(f"{where} has no object {part!r}; {_choices(part, public)}")
-        target = getattr(target, part)
-    return target
 
 
 def _configure(target: Any, settings: RewardSettings, base_dir: Path) -> RewardFunction:
@@ -259,7 +175,7 @@ def _require_known(options: Mapping[str, Any], parameters: Mapping[str, Any]) ->
         if key in RESERVED_KEYWORDS:
             raise InputError(f"option '{key}' is reserved for the batch; remove it")
         if key not in known:
-            raise InputError(f"there is no option '{key}'; {_choices(key, known)}")
+            raise InputError(f"there is no option '{key}'; {choices(key, known)}")
 
 
 def _parameters(target: Any) -> Mapping[str, inspect.Parameter]:
@@ -267,11 +183,3 @@ def _parameters(target: Any) -> Mapping[str, inspect.Parameter]:
         return inspect.signature(target).parameters
     except (TypeError, ValueError):
         return {}
-
-
-def _choices(wrong: str, known: Iterable[str]) -> str:
-    names = sorted(known)
-    near = get_close_matches(wrong, names, n=1, cutoff=0.5)
-    if near:
-        return f"did you mean '{near[0]}'?"
-    return f"choose from {', '.join(names)}" if names else "it has none"

@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from rlprompt.errors import InputError
+from rlprompt.errors import InputError, describe_error, quote, shorten, user_frame
 from rlprompt.rewards.base import (
     GROUP_KEYWORD,
     RESERVED_KEYWORDS,
     ReportedError,
     RewardFunction,
 )
-from rlprompt.rewards.messages import describe_error, quote, shorten, user_frame
 from rlprompt.rewards.processes.execution import Call, Outcome
 from rlprompt.types import Completion, Query
 

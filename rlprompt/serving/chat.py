@@ -7,15 +7,16 @@ prompt from what it said. All prompts of a turn meet the same random draws.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rlprompt.artifacts.format import ArtifactInfo, load_artifact, read_artifact_info
-from rlprompt.engines.native import NativeEngine
+from rlprompt.engines.make import make_engine, require_support
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.policy import Policy, open_policy
 from rlprompt.prompts.base import Prompt
+from rlprompt.prompts.make import named_classes
 from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.serving.loaded import base_of_artifact, parsed_section, recipe_section
 from rlprompt.types import Message, Query
@@ -36,6 +37,8 @@ class ChatOptions:
     seed: int = 0
     trust_remote_code: bool = False
     """Never taken from the artifact: it may come from a stranger."""
+    prompt_classes: Sequence[str] = ()
+    """Paths of classes of the user's own; never taken from the artifact either."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,9 @@ class Chat:
         """
         self.sampling = sampling
         self._seed = seed
-        self._engines = {name: NativeEngine(policy) for name in prompts}
+        self._engines = {name: make_engine(policy) for name in prompts}
         for name, prompt in prompts.items():
+            require_support(self._engines[name], (prompt,))
             self._engines[name].sync(prompt)
         self._histories: dict[str, tuple[Message, ...]] = {}
         self.reset()
@@ -129,7 +133,9 @@ def open_chat(artifact: Path, options: ChatOptions) -> Chat:
     info = read_artifact_info(artifact)
     sampling = _sampling(info, artifact, options)
     policy = open_policy(base_of_artifact(info, artifact, options.model, options.trust_remote_code))
-    learned = load_artifact(artifact, policy, force=options.force)
+    learned = load_artifact(
+        artifact, policy, force=options.force, own=named_classes(options.prompt_classes)
+    )
     prompts: dict[str, Prompt] = {}
     if options.compare:
         prompts["base"] = NonePrompt()

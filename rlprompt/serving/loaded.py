@@ -14,12 +14,12 @@ from rlprompt.artifacts.format import (
     read_artifact_info,
     save_artifact,
 )
-from rlprompt.engines.native import NativeEngine
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.errors import InputError
 from rlprompt.model.base import ModelSettings
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
+from rlprompt.prompts.make import named_classes
 from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.serving.stream import streamed
 from rlprompt.settings import Settings
@@ -223,23 +223,32 @@ class Model:
         prompt = NonePrompt() if text is None else TextPrompt(text)
         return LoadedPrompt(self.policy.sibling(), prompt)
 
-    def load(self, artifact: str | Path, *, force: bool = False) -> LoadedPrompt:
+    def load(
+        self,
+        artifact: str | Path,
+        *,
+        force: bool = False,
+        prompt_classes: Sequence[type[Prompt] | str] = (),
+    ) -> LoadedPrompt:
         """A learned prompt on this model.
 
         Args:
             artifact: the folder of an artifact, or of a run.
             force: whether to load a prompt of another base or chat template all the same; a warning
                 is logged.
+            prompt_classes: classes of your own that the prompt is of, or their paths as
+                `path/file.py:object`; an artifact alone imports nothing.
 
         Raises:
-            InputError: the artifact is damaged, or belongs to another base or template.
+            InputError: the artifact is damaged, belongs to another base or template, or holds a
+                prompt of a class that is neither built in nor named.
         """
         folder = artifact_folder(artifact)
         info = read_artifact_info(folder)
         policy = self.policy.sibling()
         return LoadedPrompt(
             policy,
-            load_artifact(folder, policy, force=force),
+            load_artifact(folder, policy, force=force, own=named_classes(prompt_classes)),
             checked_sampling(info.recipe.get("sampling") or {}),
             name=info.name,
             recipe=info.recipe,

@@ -15,14 +15,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import Field
+from rich.console import Console
 from torch import Tensor
 
 from rlprompt.errors import InputError
-from rlprompt.settings import Settings
+from rlprompt.settings import ChosenSettings, Settings
 
 logger = logging.getLogger(__name__)
 
@@ -30,17 +31,11 @@ logger = logging.getLogger(__name__)
 _BINS = 32
 _RECORD = "jsonl"
 """The tracker that the report and a resumed run read."""
-_WITH_TABLES = ("wandb", "tensorboard")
-"""Trackers that make a file, or a page of text, of every table."""
 
 
 class TrackingSettings(Settings):
-    """Where a run reports to."""
+    """What trackers are told beside a run's record, and how often."""
 
-    trackers: list[Literal["console", "jsonl", "wandb", "tensorboard"]] = Field(
-        default=["console", "jsonl"]
-    )
-    """Where metrics go. `jsonl` is always written, named here or not: the report reads it."""
     project: str = "rlprompt"
     """Project of the run at Weights & Biases."""
     run_name: str | None = None
@@ -92,8 +87,40 @@ class RunInfo:
     is resumed before its first checkpoint."""
 
 
-class Tracker(Protocol):
-    """Takes what a run reports; may raise anything at any time, which `TrackerGroup` handles."""
+class TrackerSettings(ChosenSettings):
+    """What every tracker can be told by itself: nothing but which one it is."""
+
+
+class Tracker:
+    """Takes what a run reports, and does nothing with it: a tracker overrides what it wants.
+
+    It may raise anything at any time, which `TrackerGroup` handles.
+    """
+
+    Settings: ClassVar[type[TrackerSettings]] = TrackerSettings
+    """What a recipe may say of it."""
+    shows_tables: ClassVar[bool] = False
+    """Whether it makes a file, or a page of text, of every table of completions."""
+
+    def __init__(self, settings: TrackerSettings | None = None) -> None:
+        """Keep the settings.
+
+        Args:
+            settings: an instance of the class's `Settings`; None = all at their defaults.
+        """
+        self.settings = self.Settings() if settings is None else settings
+
+    @classmethod
+    def make(cls, settings: Any, tracking: TrackingSettings, console: Console | None) -> Self:
+        """The tracker that a recipe describes; override it to take more than the settings.
+
+        Args:
+            settings: an instance of the class's `Settings`.
+            tracking: what all trackers are told.
+            console: the console that log lines go to; None = one of its own.
+        """
+        del tracking, console
+        return cls(settings)
 
     def start(self, run: RunInfo) -> None:
         """Open whatever is written to. Called once, before anything else."""
@@ -165,8 +192,8 @@ class TrackerGroup:
         heldout = [row for row in rows if row.get("split") != "train"]
         logged = rows if step % settings.completions_every == 0 else heldout
         shown = logged if step % settings.tables_every == 0 else heldout
-        tables = [name for name in self._running if name in _WITH_TABLES]
-        others = [name for name in self._running if name not in _WITH_TABLES]
+        tables = [name for name in self._running if self._trackers[name].shows_tables]
+        others = [name for name in self._running if not self._trackers[name].shows_tables]
         for names, chosen in ((others, logged), (tables, shown)):
             if chosen:
                 self._each(partial(_log_completions, step=step, rows=chosen), names)

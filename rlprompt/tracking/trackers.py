@@ -1,14 +1,13 @@
-"""The trackers: JSON Lines, console, Weights & Biases, TensorBoard.
+"""The trackers that write JSON Lines, to the console, and for TensorBoard.
 
-JSON Lines are always written, because the report reads them. TensorBoard is imported here only, and
-only in a run that asks for it; W&B is in `tracking_wandb`.
+TensorBoard is imported here only, and only in a run that asks for it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 from rich.console import Console
 
@@ -18,19 +17,19 @@ from rlprompt.tracking.tracker import (
     Histogram,
     RunInfo,
     Tracker,
-    TrackerGroup,
+    TrackerSettings,
     TrackingSettings,
     evaluation_metrics,
     known_values,
     optional_import,
 )
-from rlprompt.tracking.wandb_tracker import WandbTracker
 
 
-class JsonlTracker:
+class JsonlTracker(Tracker):
     """Writes `metrics.jsonl`, `completions.jsonl`, `evaluation.jsonl` and `histograms.jsonl`."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: TrackerSettings | None = None) -> None:
+        super().__init__(settings)
         self._writers: dict[str, JsonlWriter] = {}
 
     def start(self, run: RunInfo) -> None:
@@ -68,12 +67,19 @@ class JsonlTracker:
             writer.close()
 
 
-class ConsoleTracker:
+class ConsoleTracker(Tracker):
     """Shows the run live in a terminal, or as one line per step in a log file."""
 
     def __init__(self, console: Console | None = None) -> None:
+        super().__init__()
         self._console = console or Console()
         self._display: TrainingDisplay | None = None
+
+    @classmethod
+    def make(cls, settings: Any, tracking: TrackingSettings, console: Console | None) -> Self:
+        """On the console that log lines go to, so that they do not tear the live display."""
+        del settings, tracking
+        return cls(console)
 
     def start(self, run: RunInfo) -> None:
         """Put the display on the screen."""
@@ -96,19 +102,19 @@ class ConsoleTracker:
         if self._display is not None:
             self._display.show_evaluation(step, who, metrics)
 
-    def log_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
-        """Show nothing: a terminal has no room for it."""
-
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Give the terminal back and say in one line what was learned."""
         if self._display is not None:
             self._display.close(_last_line(summary))
 
 
-class TensorBoardTracker:
+class TensorBoardTracker(Tracker):
     """Writes TensorBoard events into `tensorboard/` in the run folder."""
 
-    def __init__(self) -> None:
+    shows_tables = True
+
+    def __init__(self, settings: TrackerSettings | None = None) -> None:
+        super().__init__(settings)
         self._writer: Any = None
 
     def start(self, run: RunInfo) -> None:
@@ -156,26 +162,6 @@ class TensorBoardTracker:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write what is pending and close the event file."""
         self._writer.close()
-
-
-def build_trackers(settings: TrackingSettings, console: Console | None = None) -> TrackerGroup:
-    """Make the trackers that a recipe names, JSON Lines first and always.
-
-    Args:
-        settings: The recipe's part.
-        console: The console, shared with the log handler of the command line, so that a log line
-            does not tear the live display; None makes one of its own.
-    """
-    makers: dict[str, Callable[[], Tracker]] = {
-        "jsonl": JsonlTracker,
-        "wandb": lambda: WandbTracker(settings),
-        "tensorboard": TensorBoardTracker,
-        # Last, so that no other tracker's start-up message tears the live display.
-        "console": lambda: ConsoleTracker(console),
-    }
-    wanted = {"jsonl", *settings.trackers}
-    trackers: dict[str, Tracker] = {name: make() for name, make in makers.items() if name in wanted}
-    return TrackerGroup(trackers, settings)
 
 
 def _last_line(summary: Mapping[str, Any]) -> str | None:

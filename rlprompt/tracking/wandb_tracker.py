@@ -12,14 +12,17 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlsplit
+
+from rich.console import Console
 
 from rlprompt.errors import InputError
 from rlprompt.files import write_atomic
 from rlprompt.tracking.tracker import (
     Histogram,
     RunInfo,
+    Tracker,
     TrackingSettings,
     evaluation_metrics,
     known_values,
@@ -34,7 +37,7 @@ _FINISH_SECONDS = 300.0
 """How long a server that does not answer may hold a run up; the data is then on disk."""
 
 
-class WandbTracker:
+class WandbTracker(Tracker):
     """Weights & Biases: offline unless the environment has a key or a mode, and never asks.
 
     The run id is kept in `wandb_id` in the run folder, so that a resumed run continues its own
@@ -43,12 +46,21 @@ class WandbTracker:
     that is resumed goes on offline, because a job that was put back has nobody at the keyboard.
     """
 
+    shows_tables = True
+
     def __init__(self, settings: TrackingSettings) -> None:
-        self._settings = settings
+        super().__init__()
+        self._tracking = settings
         self._wandb: Any = None
         self._run: Any = None
         self._info: RunInfo | None = None
         self._offline = False
+
+    @classmethod
+    def make(cls, settings: Any, tracking: TrackingSettings, console: Console | None) -> Self:
+        """With project, group, tags and notes of the run."""
+        del settings, console
+        return cls(tracking)
 
     def start(self, run: RunInfo) -> None:
         """Open the run.
@@ -68,7 +80,7 @@ class WandbTracker:
         self._run.define_metric("*", step_metric="step")
 
     def _open(self, run: RunInfo, mode: str, run_id: str | None) -> Any:
-        settings = self._settings
+        settings = self._tracking
         arguments: dict[str, Any] = {
             "project": settings.project,
             "name": settings.run_name or run.name,

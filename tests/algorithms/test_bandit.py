@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlprompt.algorithms.base import Algorithm
-from rlprompt.algorithms.make import Surroundings, make_algorithm
+from rlprompt.algorithms.make import make_algorithm
 from rlprompt.engines.native import NativeEngine
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.kernels.lm_head import head_logits
@@ -49,7 +49,7 @@ def make(policy: Policy, **settings: Any) -> Algorithm:
             "rewards": [reward],
         }
     )
-    return make_algorithm(checked.algorithm, Surroundings(policy, max_tokens=2, seed=0))
+    return make_algorithm(checked.algorithm, policy, max_tokens=2, seed=0)
 
 
 class Training:

@@ -47,7 +47,7 @@ def given(*answers: tuple[int, ...]) -> RolloutBatch:
 
 @pytest.mark.parametrize(("normalizer", "expected"), [("token", 11 / 5), ("sequence", 7 / 4)])
 def test_supervised_is_the_mean_negative_log_likelihood(normalizer: Any, expected: float) -> None:
-    algorithm = Supervised(SupervisedSettings(normalizer=normalizer))
+    algorithm = Supervised(SupervisedSettings(normalizer=normalizer), 8)
     lengths = torch.tensor([4, 1])
     mask = torch.arange(4)[None] < lengths[:, None]
     logprobs = torch.tensor([[-1.0, -2.0, -3.0, -4.0], [-1.0, 0.0, 0.0, 0.0]])
@@ -61,7 +61,7 @@ def test_supervised_is_the_mean_negative_log_likelihood(normalizer: Any, expecte
 
 def test_supervised_learns_to_say_what_it_is_given() -> None:
     policy = tiny_policy(prompt=FREE)
-    rows = learn(policy, Supervised(SupervisedSettings()), given((83, 12)), 40)
+    rows = learn(policy, Supervised(SupervisedSettings(), 8), given((83, 12)), 40)
     assert rows[0]["target_logprob"] < -2 and rows[-1]["target_logprob"] > -0.2
     assert rows[-1]["loss"] == pytest.approx(-rows[-1]["target_logprob"], rel=1e-5)
 
@@ -69,7 +69,7 @@ def test_supervised_learns_to_say_what_it_is_given() -> None:
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
 def test_preferences_are_learned(loss: Any) -> None:
     policy = tiny_policy(prompt=FREE)
-    algorithm = DPO(DPOSettings(loss=loss))
+    algorithm = DPO(DPOSettings(loss=loss), 8)
     rows = learn(policy, algorithm, given((83, 12), (14, 15, 16)), 20)
     assert rows[-1]["rewards/accuracies"] == 1.0
     assert rows[-1]["rewards/margins"] > rows[0]["rewards/margins"] + 0.3
@@ -90,7 +90,7 @@ def test_distillation_is_the_kl_between_two_prompts(divergence: Any) -> None:
     policy = tiny_policy(dtype=torch.float64, prompt=FREE)
     batch = sampled_batch(policy)
     settings = DistillSettings(teacher=TEACHER, divergence=divergence)
-    (metrics,) = learn(policy, Distill(settings, policy.forward.head), batch, 1, lr=1e-9)
+    (metrics,) = learn(policy, Distill(settings, 8, policy.forward.head), batch, 1, lr=1e-9)
     student = next_token(policy, batch, policy.prompt)
     teacher = next_token(policy, batch, TextPrompt(TEACHER))
     one, other = (teacher, student) if divergence == "forward_kl" else (student, teacher)
@@ -102,7 +102,7 @@ def test_distillation_is_the_kl_between_two_prompts(divergence: Any) -> None:
 def test_a_prompt_that_is_its_teacher_has_nothing_to_learn() -> None:
     settings = SoftSettings(num_virtual_tokens=None, init_text=TEACHER)
     policy = tiny_policy(dtype=torch.float64, prompt=settings)
-    algorithm = Distill(DistillSettings(teacher=TEACHER), policy.forward.head)
+    algorithm = Distill(DistillSettings(teacher=TEACHER), 8, policy.forward.head)
     (metrics,) = learn(policy, algorithm, sampled_batch(policy), 1)
     assert metrics["teacher_kl"] == pytest.approx(0.0, abs=1e-12)
     assert metrics["prompt/grad_norm"] == pytest.approx(0.0, abs=1e-9)
@@ -115,6 +115,6 @@ def test_a_prompt_that_is_its_teacher_has_nothing_to_learn() -> None:
 )
 def test_distillation_comes_close_to_the_teacher(options: dict[str, Any]) -> None:
     policy = tiny_policy(prompt=FREE)
-    algorithm = Distill(DistillSettings(teacher=TEACHER, **options), policy.forward.head)
+    algorithm = Distill(DistillSettings(teacher=TEACHER, **options), 8, policy.forward.head)
     rows = learn(policy, algorithm, sampled_batch(policy), 40, lr=0.03)
     assert rows[-1]["teacher_kl"] < 0.5 * rows[0]["teacher_kl"]

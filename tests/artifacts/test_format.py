@@ -185,7 +185,7 @@ def damage_info(path: Path, what: str) -> None:
         ("newer", "schema version 3, this rlprompt reads 1 and 2; install"),
         ("unknown_field", "is damaged .surprise"),
         ("missing_field", "is damaged .base: Field required"),
-        ("other_kind", "holds a hologram prompt, this rlprompt knows soft, prefix, text"),
+        ("other_kind", "holds a prompt of the kind 'hologram', and known are soft, prefix, text"),
     ],
 )
 def test_damage_is_one_sentence(tmp_path: Path, what: str, sentence: str) -> None:

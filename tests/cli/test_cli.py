@@ -82,6 +82,7 @@ def test_commands_and_options_are_those_of_the_design() -> None:
             "--seed",
             "--query",
             "--trust-remote-code",
+            "--prompt-class",
             "--verbose",
         ],
         "eval": ["artifact", "--recipe", "--set", "--output", "--force", "--verbose"],

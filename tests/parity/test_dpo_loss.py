@@ -98,7 +98,7 @@ def trl_loss(
 
 
 def our_loss(settings: DPOSettings, rows: slice) -> tuple[TokenLosses, Tensor]:
-    algorithm = DPO(settings)
+    algorithm = DPO(settings, max_tokens=8)
     lengths = torch.tensor(LENGTHS)[rows]
     unscored = torch.full((len(lengths),), torch.nan)
     ended = torch.ones(len(lengths), dtype=torch.bool)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from rlprompt.errors import InputError
 from rlprompt.policy import Policy
-from rlprompt.prompts.base import Prompt
-from rlprompt.prompts.make import PromptSettings, make_prompt
+from rlprompt.prompts.base import Prompt, PromptSettings
+from rlprompt.prompts.make import AnyPromptSettings, make_prompt
 from rlprompt.prompts.sequence import SequencePrompt
 from rlprompt.prompts.soft import SoftPrompt, resample
 from tests.fixtures.prompts import KINDS, TEXT, TRAINABLE, make
@@ -23,7 +23,7 @@ GROUPS = [completions(4, 7, seed=1), completions(3, seed=2), completions(2, 5, s
 
 def start(kind: str, source: Prompt, **settings: Any) -> Prompt:
     """A prompt of type `kind` from an artifact that holds `source`."""
-    adapter: TypeAdapter[PromptSettings] = TypeAdapter(PromptSettings)
+    adapter: TypeAdapter[PromptSettings] = TypeAdapter(AnyPromptSettings)
     parsed = adapter.validate_python({"type": kind, "from_artifact": "a", **settings})
     return make_prompt(parsed, policy_of("llama"), 0, {"a": source}.__getitem__)
 
@@ -138,7 +138,7 @@ def test_settings_without_effect_are_refused(
     ],
 )
 def test_two_starts_are_one_too_many(kind: str, settings: dict[str, Any]) -> None:
-    adapter: TypeAdapter[PromptSettings] = TypeAdapter(PromptSettings)
+    adapter: TypeAdapter[PromptSettings] = TypeAdapter(AnyPromptSettings)
     with pytest.raises(ValidationError, match="are both given; keep one"):
         adapter.validate_python({"type": kind, "from_artifact": "a", **settings})
 

@@ -15,6 +15,7 @@ import pytest
 from rlprompt.algorithms.make import ALGORITHMS
 from rlprompt.files import read_jsonl
 from rlprompt.model.base import verify_unchanged
+from rlprompt.prompts.adapter import AdapterSettings
 from rlprompt.prompts.layer_adapters import METHODS
 from rlprompt.prompts.make import PROMPTS
 from rlprompt.recipe.build import build_run
@@ -97,7 +98,8 @@ def test_every_algorithm_representation_and_searcher_has_a_recipe() -> None:
     assert {recipe.search.type for recipe in recipes if recipe.search} == set(SEARCHERS)
     trained = {recipe.prompt.type for recipe in recipes if recipe.search is None}
     assert trained == set(PROMPTS) - {"text"}  # it has nothing to train
-    methods = {r.prompt.method.type for r in recipes if r.prompt.type == "adapter"}
+    adapters = [r.prompt for r in recipes if isinstance(r.prompt, AdapterSettings)]
+    methods = {settings.method.type for settings in adapters}
     assert methods == {name.lower() for name in METHODS}
 
 

@@ -122,7 +122,7 @@ def test_partial_options_pickle(folder: Path) -> None:
     ("path", "parts"),
     [
         ("missing.py:reward", ["there is no file", "missing.py", "recipe's folder"]),
-        ("mine.py", ["names no object", "mine.py:reward"]),
+        ("mine.py", ["names no object", "mine.py:NAME"]),
         ("mine.py:rewrad", ["has no object 'rewrad'", "did you mean 'reward'?"]),
         ("mine.py:zzz", ["has no object 'zzz'", "choose from", "Scaled"]),
         ("mine.py:NOT_CALLABLE", ["is of type int, which cannot be called"]),
@@ -136,7 +136,7 @@ def test_partial_options_pickle(folder: Path) -> None:
         ("rlprompt.rewards.nothing:reward", ["there is no module 'rlprompt.rewards.nothing'"]),
         ("rlprompt.rewards.rules.sentence:Sentense", ["did you mean 'Sentence'?"]),
         ("length", ["is not a reward path", "did you mean 'length'?"]),
-        ("folder/mine:reward", ["is not a reward path"]),
+        ("folder/mine:reward", ["is not the path of an object", "path/file.py:object"]),
     ],
 )
 def test_wrong_paths(folder: Path, path: str, parts: list[str]) -> None:
@@ -190,4 +190,4 @@ def test_import_that_raises_shows_the_line(folder: Path, source: str, parts: lis
     (folder / "bad.py").write_text(source)
     message = refusal(folder, "bad.py:reward")
     assert all(part in message for part in parts), message
-    assert not [name for name in sys.modules if name.startswith("rlprompt_reward_bad")]
+    assert not [name for name in sys.modules if name.startswith("rlprompt_user_bad")]

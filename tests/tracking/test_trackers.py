@@ -16,27 +16,25 @@ from rich.console import Console
 
 from rlprompt.errors import InputError
 from rlprompt.files import read_jsonl
+from rlprompt.tracking.make import TrackersSettings, build_trackers
 from rlprompt.tracking.tracker import (
     Histogram,
     RunInfo,
+    Tracker,
     TrackerGroup,
     TrackingSettings,
     evaluation_metrics,
     histogram,
 )
-from rlprompt.tracking.trackers import (
-    ConsoleTracker,
-    JsonlTracker,
-    TensorBoardTracker,
-    build_trackers,
-)
+from rlprompt.tracking.trackers import ConsoleTracker, JsonlTracker, TensorBoardTracker
 from tests.fixtures.tracking import EVALUATION, completion, run_info
 
 
-class Recorder:
+class Recorder(Tracker):
     """A tracker that notes its calls and fails where it is told to."""
 
     def __init__(self, fails_in: str = "") -> None:
+        super().__init__()
         self.calls: list[tuple[Any, ...]] = []
         self.fails_in = fails_in
 
@@ -116,9 +114,12 @@ def test_a_keyboard_interrupt_is_not_a_failing_tracker(tmp_path: Path) -> None:
 
 
 def test_training_completions_every_n_steps_and_held_out_ones_always(tmp_path: Path) -> None:
-    log, tables = Recorder(), Recorder()
+    class Tables(Recorder):
+        shows_tables = True
+
+    log, tables = Recorder(), Tables()
     settings = TrackingSettings(completions_every=2, tables_every=4)
-    group = TrackerGroup({"it": log, "wandb": tables}, settings)
+    group = TrackerGroup({"it": log, "tables": tables}, settings)
     group.start(run_info(tmp_path))
     for step in (1, 2, 4):
         group.log_completions(step, [completion("train"), completion("heldout")])
@@ -189,11 +190,11 @@ def test_jsonl_files_hold_what_was_logged_and_resume_drops_the_repeated_steps(
 def test_a_new_run_in_a_used_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(InputError, match="already holds the rows of another run"):
-        build_trackers(TrackingSettings(trackers=["jsonl"])).start(run_info(tmp_path))
+        build_trackers(TrackersSettings(trackers=("jsonl",))).start(run_info(tmp_path))
 
 
 def test_jsonl_is_written_even_if_not_named(tmp_path: Path) -> None:
-    group = build_trackers(TrackingSettings(trackers=[]))
+    group = build_trackers(TrackersSettings(trackers=()))
     group.start(run_info(tmp_path))
     group.log_metrics(1, {"reward": 1.0})
     group.finish({})
@@ -225,7 +226,7 @@ def test_console_tracker_reports_the_run(tmp_path: Path) -> None:
 
 def test_settings_refuse_what_does_not_exist() -> None:
     with pytest.raises(ValidationError):
-        TrackingSettings.model_validate({"trackers": ["mlflow"]})
+        TrackersSettings.model_validate({"trackers": ["mlflow"]})
     with pytest.raises(ValidationError):
         TrackingSettings(completions_every=0)
 
@@ -246,7 +247,7 @@ def test_a_missing_package_is_named_with_its_command(
     # None in sys.modules makes an import fail as if the package were not there.
     monkeypatch.setitem(sys.modules, tracker, None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    group = build_trackers(TrackingSettings.model_validate({"trackers": [tracker]}))
+    group = build_trackers(TrackersSettings.model_validate({"trackers": [tracker]}))
     with pytest.raises(InputError, match=f"pip install {tracker}"):
         group.start(run_info(tmp_path))
 

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from rlprompt.artifacts.format import load_artifact, save_artifact
 from rlprompt.cli.commands.terminal import setup_logging
+from rlprompt.engines.make import require_support
 from rlprompt.errors import InputError
 from rlprompt.evaluation.heldout import HeldoutEvaluator
 from rlprompt.files import to_json, write_atomic
@@ -61,7 +62,9 @@ def run(
         if artifact is None:
             prompt = build_prompt(recipe, policy, recipe_path.parent)
         else:
-            prompt = load_artifact(artifact, policy, force=force)
+            own = recipe.own_prompts.values()
+            prompt = load_artifact(artifact, policy, force=force, own=own)
+        require_support(shared.engine, (prompt,))
     with notes.status("evaluating"):
         results = _evaluate(evaluator, recipe, prompt)
     report = {

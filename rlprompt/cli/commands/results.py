@@ -24,13 +24,16 @@ _NUM_CANDIDATES = 10
 _MAX_CELL = 120
 
 
-def show_results(folder: Path, summary: Summary, console: Console) -> None:
+def show_results(
+    folder: Path, summary: Summary, console: Console, prompt_classes: Sequence[str] = ()
+) -> None:
     """Print the comparison of base, hand-written and learned prompt, and what to do next.
 
     Args:
         folder: the run folder; sample answers come from its completions.
         summary: the content of its summary.json.
         console: the console to print to.
+        prompt_classes: paths of classes of the user's own, which chatting must name.
     """
     heldout: Mapping[str, Row] = summary["heldout"]
     run = folder
@@ -51,7 +54,8 @@ def show_results(folder: Path, summary: Summary, console: Console) -> None:
     else:
         console.print("no queries were held out (data.heldout: 0), so there is nothing to compare")
     _show_ranks(summary.get("ranks", ()), console)
-    chat = shlex.join(["rlprompt", "chat", str(folder / "artifact"), "--compare"])
+    own = [word for path in prompt_classes for word in ("--prompt-class", path)]
+    chat = shlex.join(["rlprompt", "chat", str(folder / "artifact"), "--compare", *own])
     console.print()
     for label, value in (
         ("report", folder / "report.html"),

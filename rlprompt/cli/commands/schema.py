@@ -10,6 +10,12 @@ from typing import Any
 from rlprompt.errors import InputError
 from rlprompt.files import write_atomic
 from rlprompt.recipe.schema import Recipe
+from rlprompt.settings import EXTENSIBLE
+
+_PATH = {"type": "string", "pattern": r"\.py:|^[\w.]+:\w+"}
+"""The path of a class of the user's own."""
+_OWN = {"type": "object", "properties": {"type": _PATH}, "required": ["type"]}
+"""Settings of such a class."""
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -27,16 +33,19 @@ def _told_by_type(node: Any) -> Any:
     """A schema in which `type` decides which alternative a mapping is held to.
 
     pydantic writes `oneOf`, under which a wrong key is wrong in every alternative and no validator
-    can say where. An alternative that is the default also applies without a `type`.
+    can say where. An alternative that is the default also applies without a `type`. Where `type`
+    may be the path of a class of the user's own, any keys may stand beside it: only a command that
+    imports the class knows them.
     """
     if isinstance(node, list):
         return [_told_by_type(each) for each in node]
     if not isinstance(node, dict):
         return node
     node = {key: _told_by_type(value) for key, value in node.items()}
+    extensible = node.pop(EXTENSIBLE, False)
     names: dict[str, str] | None = node.get("discriminator", {}).get("mapping")
     if names is None:
-        return node
+        return {"anyOf": [node, _PATH, _OWN]} if extensible else node
     default = (node.get("default") or {}).get("type")
     cases = []
     for name, reference in names.items():
@@ -45,7 +54,10 @@ def _told_by_type(node: Any) -> Any:
             condition["required"] = ["type"]
         cases.append({"if": condition, "then": {"$ref": reference}})
     kept = {k: v for k, v in node.items() if k not in ("oneOf", "discriminator")}
-    whole = {"type": "object", "properties": {"type": {"enum": list(names)}}, "allOf": cases}
+    kind: dict[str, Any] = {"enum": list(names)}
+    if extensible:
+        kind = {"anyOf": [kind, _PATH]}
+    whole = {"type": "object", "properties": {"type": kind}, "allOf": cases}
     return {**kept, **whole, **({} if default else {"required": ["type"]})}
 
 

@@ -9,6 +9,7 @@ import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def submit(
     outputs = [folder / f"{i:03d}" if options.sweep else folder for i in range(len(points))]
     for recipe, output in zip(recipes, outputs, strict=True):
         resume = (output / RECIPE_FILE).exists()
-        check_output(output, recipe.plain(), resume, with_new_settings)
+        check_output(output, recipe.plain(), resume, partial(with_new_settings, kind=type(recipe)))
     job = _train_job(recipe_path, recipes[0], points, outputs, cluster, options)
     scripts = [train_script(job)]
     for number, command in enumerate(options.then):

@@ -27,6 +27,7 @@ from rlprompt.runs.population import Population
 from rlprompt.runs.run import Run
 from rlprompt.runs.stop_reason import FAILED, StopReason
 from rlprompt.runs.summary import Summary
+from rlprompt.user_code import absolute
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
@@ -101,9 +102,11 @@ def _train(
     setup_logging(console if ranks.is_first else Console(stderr=True), level, options.verbose)
     folder = default_output(recipe.name) if options.output is None else options.output
 
+    updated = partial(with_new_settings, kind=type(recipe))
+
     def check() -> bool:
         resume = options.resume or (options.auto_resume and (folder / RECIPE_FILE).is_file())
-        check_output(folder, recipe.plain(), resume, with_new_settings)
+        check_output(folder, recipe.plain(), resume, updated)
         return resume
 
     resume = ranks.first(check)
@@ -114,9 +117,7 @@ def _train(
         console.print(f"stopped by {signal} before the first step")
         return options.stop_exit_code
     with ExitStack() as claimed:
-        claim = partial(
-            claim_output, folder, recipe.plain(), base_dir, resume, updated=with_new_settings
-        )
+        claim = partial(claim_output, folder, recipe.plain(), base_dir, resume, updated=updated)
         started = ranks.first(lambda: claimed.enter_context(claim()))
         try:
             summary = built.run(resume=started)
@@ -134,7 +135,8 @@ def _train(
             )
             return 1
     if ranks.is_first:
-        show_results(folder, summary, console)
+        own = [absolute(path, base_dir) for path in recipe.own_prompts]
+        show_results(folder, summary, console, own)
         go_on = [*again, "--output", str(folder), "--resume"]
         _show_ending(summary, recipe.training.steps, go_on, console)
     return _exit_code(summary, options.stop_exit_code)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlprompt.errors import InputError
+from rlprompt.errors import InputError, describe_error, quote
 from rlprompt.rewards import NAMED
 from rlprompt.rewards.base import Example, LoadedReward, RewardFunction, RewardSettings
 from rlprompt.rewards.check.inputs import (
@@ -29,7 +29,6 @@ from rlprompt.rewards.check.inputs import (
     make_group,
 )
 from rlprompt.rewards.load import load_reward, resolve_target
-from rlprompt.rewards.messages import describe_error, quote
 from rlprompt.rewards.runner import RewardRunner
 from rlprompt.types import Group
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from rlprompt.errors import shorten
 from rlprompt.rewards.base import ReportedError
-from rlprompt.rewards.messages import shorten
 from rlprompt.rewards.models.http_client import HttpSettings, JsonClient
 from rlprompt.rewards.models.judge_question import ask_text, check_verdicts
 from rlprompt.rewards.models.options import SignatureOf

@@ -22,9 +22,8 @@ from weakref import WeakKeyDictionary
 
 from pydantic import Field
 
-from rlprompt.errors import InputError
+from rlprompt.errors import InputError, shorten
 from rlprompt.rewards.base import ReportedError
-from rlprompt.rewards.messages import shorten
 from rlprompt.settings import Settings
 
 if TYPE_CHECKING:

@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from rlprompt.errors import InputError
+from rlprompt.errors import InputError, shorten
 from rlprompt.rewards.base import ReportedError
-from rlprompt.rewards.messages import shorten
 from rlprompt.rewards.models.http_client import HttpSettings, JsonClient
 from rlprompt.rewards.models.options import SignatureOf
 from rlprompt.rewards.rules.text import message_texts

@@ -28,9 +28,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rlprompt.errors import InputError
+from rlprompt.errors import InputError, shorten
 from rlprompt.rewards.base import IsolationSettings, ReportedError, RewardSettings
-from rlprompt.rewards.messages import shorten
 from rlprompt.rewards.processes.pipe import Channel
 
 logger = logging.getLogger(__name__)

@@ -26,10 +26,9 @@ import threading
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rlprompt.errors import InputError
+from rlprompt.errors import InputError, describe_error, shorten, user_frame
 from rlprompt.rewards.base import RewardFunction, RewardSettings
 from rlprompt.rewards.load import load_reward
-from rlprompt.rewards.messages import describe_error, shorten, user_frame
 from rlprompt.rewards.processes.execution import is_async
 from rlprompt.rewards.processes.pipe import read_message, write_message
 from rlprompt.rewards.validation import NOT_A_LIST, Sink, source_file

@@ -111,7 +111,7 @@ def test_values_and_logs_come_back_and_the_process_is_kept(folder: Path) -> None
             assert batch.total.tolist() == [6.0, 8.0]
             assert batch.extras == {"words": [2, 1]}
             assert batch.metrics["calls"] == call
-        assert "rlprompt_reward_apart" not in " ".join(sys.modules)
+        assert "rlprompt_user_apart" not in " ".join(sys.modules)
     finally:
         isolated.close()
 

@@ -1,0 +1,172 @@
+"""From a path that a recipe names to the object in user code, with one sentence for each fault.
+
+A path is `path/file.py:object`, relative to the recipe's folder (the working directory comes
+second), or `package.module:object`. User code runs only when a recipe or a command names it. A file
+is executed under a module name of its own (made from its path and contents, so that editing it
+gives a new module and pickling works within the process); its folder never enters `sys.path`, so it
+cannot import its neighbours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rlprompt.errors import InputError, choices, describe_error, user_frame
+from rlprompt.settings import UserClass
+
+
+def is_path(name: str) -> bool:
+    """Whether a name in a recipe is a path to user code, and not the name of something built in."""
+    return ":" in name or name.endswith(".py")
+
+
+def absolute(path: str, base_dir: Path) -> str:
+    """A path as it can be named from anywhere.
+
+    Args:
+        path: path of an object that is there.
+        base_dir: folder that a file path is relative to.
+    """
+    location, _, name = path.rpartition(":")
+    return f"{_find_file(location, base_dir)}:{name}" if location.endswith(".py") else path
+
+
+def load_object(path: str, base_dir: Path) -> Any:
+    """The function, class or other object that a path names.
+
+    Args:
+        path: location and name of the object; the colon may be a dot where there is no file.
+        base_dir: folder that file paths are relative to; the working directory comes second.
+
+    Raises:
+        InputError: the file, module or object is missing, importing it raised, or it is no path.
+    """
+    location, _, name = path.rpartition(":")
+    if location.endswith(".py"):
+        file = _find_file(location, base_dir)
+        return _attribute(_import_file(file), name, str(file))
+    if path.endswith(".py"):
+        raise InputError(f"{path} names no object; write {path}:NAME with the object's name")
+    if not location:
+        location, _, name = path.rpartition(".")
+    parts = f"{location}.{name}".split(".")
+    if not location or not all(part.isidentifier() for part in parts):
+        raise InputError(
+            f"{path!r} is not the path of an object; write path/file.py:object or "
+            "package.module:object"
+        )
+    return _attribute(_import_module(location), name, f"module {location}")
+
+
+def load_class(path: str, base_dir: Path, base: UserClass) -> UserClass:
+    """The class that a path names, which can stand where `base` is wanted.
+
+    Args:
+        path: see `load_object`.
+        base_dir: see `load_object`.
+        base: the class that it must derive from; its `Settings` is what the class's own must
+            derive from.
+
+    Raises:
+        InputError: see `load_object`; it is no such class, leaves something abstract, or has no
+            settings of its own.
+    """
+    found: Any = load_object(path, base_dir)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        kind = "class" if isinstance(found, type) else type(found).__name__
+        raise InputError(
+            f"{path} is a {kind}, not a class that derives from {_full_name(base)}; name one that "
+            "does"
+        )
+    made: UserClass = found
+    missing = sorted(getattr(made, "__abstractmethods__", ()))
+    if missing:
+        raise InputError(f"{path} lacks {', '.join(missing)}; define what {base.__name__} asks for")
+    own = made.Settings
+    if own is base.Settings or not (isinstance(own, type) and issubclass(own, base.Settings)):
+        raise InputError(
+            f"{path} has no settings of its own; derive a class from {_full_name(base.Settings)} "
+            f"and write `Settings = ` with its name in {made.__name__}"
+        )
+    return made
+
+
+def _full_name(kind: UserClass) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _find_file(location: str, base_dir: Path) -> Path:
+    given = Path(location).expanduser()
+    places = [base_dir / given, Path.cwd() / given]  # an absolute path replaces the folder
+    for place in places:
+        if place.is_file():
+            return place.resolve()
+    tried = " nor ".join(dict.fromkeys(str(place) for place in places))
+    raise InputError(f"there is no file {tried}; correct the path, relative to the recipe's folder")
+
+
+def _import_file(file: Path) -> ModuleType:
+    digest = hashlib.sha256(str(file).encode() + b"\0" + file.read_bytes()).hexdigest()[:12]
+    name = f"rlprompt_user_{file.stem}_{digest}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise InputError(f"{file} cannot be loaded as Python source; give a .py file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # before it runs: dataclasses and pickle look their module up
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise InputError(_import_failure(str(file), error, file)) from error
+    return module
+
+
+def _import_module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if name == missing or name.startswith(f"{missing}."):
+            raise InputError(
+                f"there is no module {missing!r}; install it or correct the path"
+            ) from error
+        raise InputError(_import_failure(f"module {name}", error, None)) from error
+    except (Exception, SystemExit) as error:
+        raise InputError(_import_failure(f"module {name}", error, None)) from error
+
+
+def _import_failure(where: str, error: BaseException, file: Path | None) -> str:
+    advice = "mend it"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        advice = f"install {error.name!r} or correct the import"
+        if file is not None and (file.parent / f"{error.name.split('.')[0]}.py").is_file():
+            advice = (
+                "a file that is named by path cannot import its neighbours: move the code into it "
+                "or a package"
+            )
+    place = user_frame(error, str(file) if file else None)
+    return f"importing {where} raised {describe_error(error)} at {place}; {advice}"
+
+
+def _attribute(module: ModuleType, attribute: str, where: str) -> Any:
+    target: Any = module
+    for part in attribute.split("."):
+        if not hasattr(target, part):
+            public = [
+                name
+                for name, value in vars(target).items()
+                if callable(value)
+                and not name.startswith("_")
+                and getattr(value, "__module__", None) == module.__name__
+            ]
+            raise InputError(f"{where} has no object {part!r}; {choices(part, public)}")
+        target = getattr(target, part)
+    return target
