@@ -97,8 +97,8 @@ class QuerySource:
 
         Args:
             queries: queries to draw from.
-            sampler: draws their numbers.
-            augment: changes a query before it is asked.
+            sampler: the order of their numbers.
+            augment: function that changes a query before it is asked.
         """
         self._queries = queries
         self._sampler = sampler
