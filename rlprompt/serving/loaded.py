@@ -14,6 +14,7 @@ from rlprompt.artifacts.format import (
     read_artifact_info,
     save_artifact,
 )
+from rlprompt.engines.native import NativeEngine
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.errors import InputError
 from rlprompt.model.base import ModelSettings
