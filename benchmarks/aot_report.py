@@ -11,6 +11,7 @@ about results: tests in the interpreter do.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -20,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["TRITON_INTERPRET"] = "0"
 os.environ["TRITON_ALWAYS_COMPILE"] = "1"
 os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
+if importlib.util.find_spec("triton") is None:
+    sys.exit("error: Triton is not installed; run `pip install 'rlprompt[triton]'`")
 
 import argparse
 import contextlib
@@ -36,7 +39,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rlprompt.kernels.triton.attention_launch import KERNELS, Scoring, constants
+from rlprompt.kernels.operands import Heads, Scoring
+from rlprompt.kernels.triton.attention_launch import KERNELS, constants
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -52,19 +56,18 @@ specifications per compute capability; CDNA3 ISA reference, LDS."""
 class Model(NamedTuple):
     """Heads of a model that stand for its kind."""
 
-    heads: tuple[int, int, int]
-    """H, H_kv, D."""
-    softcap: float = 0.0
-    window: int = 0
+    heads: Heads
+    softcap: float | None = None
+    window: int | None = None
 
 
 MODELS = {
-    "smollm2-135m": Model((9, 3, 64)),  # three query heads per key head: no power of two
-    "phi-2": Model((32, 32, 80)),  # head dim padded to 128, no sharing
-    "phi-3-mini": Model((32, 32, 96), window=2047),
-    "qwen3-8b": Model((32, 8, 128)),
-    "gemma-2-27b": Model((32, 16, 128), softcap=50.0, window=4096),
-    "gemma-2-9b": Model((16, 8, 256), softcap=50.0, window=4096),
+    "smollm2-135m": Model(Heads(9, 3, 64)),  # three query heads per key head: no power of two
+    "phi-2": Model(Heads(32, 32, 80)),  # head dim padded to 128, no sharing
+    "phi-3-mini": Model(Heads(32, 32, 96), window=2047),
+    "qwen3-8b": Model(Heads(32, 8, 128)),
+    "gemma-2-27b": Model(Heads(32, 16, 128), softcap=50.0, window=4096),
+    "gemma-2-9b": Model(Heads(16, 8, 256), softcap=50.0, window=4096),
 }
 FLOAT32_MODELS = ("smollm2-135m", "qwen3-8b", "gemma-2-27b")
 """Float32 is for checking; its tiles exist up to head dim 128."""
@@ -124,10 +127,20 @@ def jobs(archs: Iterable[str], kernels: Iterable[str]) -> Iterator[Job]:
                 yield Job(kernel, arch, model, dtype)
 
 
-def source(job: Job) -> tuple[ASTSource, dict[str, Any], str]:
-    """The kernel with its argument types, compile options, and the configuration in words."""
+class Source(NamedTuple):
+    """What the compiler is given."""
+
+    kernel: ASTSource
+    """With the types of its arguments."""
+    options: dict[str, Any]
+    config: str
+    """The configuration in words."""
+
+
+def source(job: Job) -> Source:
+    """A kernel with all that its compilation depends on."""
     heads, softcap, window = MODELS[job.model]
-    scoring = Scoring(heads[2] ** -0.5, softcap, window)
+    scoring = Scoring(heads.dim**-0.5, softcap, window)
     backend = TARGETS[job.arch].backend
     tile, constexprs = constants(job.kernel, backend, job.dtype, heads, scoring)
     kernel = KERNELS[job.kernel]
@@ -145,9 +158,9 @@ def source(job: Job) -> tuple[ASTSource, dict[str, Any], str]:
             attributes[(place,)] = [["tt.divisibility", 16]]
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     config = (
-        f"{SIGNATURE[job.dtype]} D{heads[2]} {tile.rows}x{tile.keys} w{tile.warps} s{tile.stages}"
+        f"{SIGNATURE[job.dtype]} D{heads.dim} {tile.rows}x{tile.keys} w{tile.warps} s{tile.stages}"
     )
-    return ASTSource(kernel, signature, constexprs, attributes), options, config
+    return Source(ASTSource(kernel, signature, constexprs, attributes), options, config)
 
 
 def pointee(job: Job, name: str) -> str:

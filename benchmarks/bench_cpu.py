@@ -4,7 +4,8 @@
 
 attention   forward + backward of [prefix | query | own] attention: `scaled_dot_product_attention`
             against the same written out in matrix products (`kernels.reference`)
-linear      one linear layer of SmolLM2 in bf16: `nn.Linear` against packed weights (`model.frozen`)
+linear      one linear layer of SmolLM2 in bf16: `nn.Linear` against packed weights
+            (`model.cpu.packed_linear`)
 decode      one decode step's attention of one layer: the cache sliced to its filled columns against
             the whole block with a mask (`engines.cache`)
 head        log-probabilities, entropy and gradient of 1536 tokens: log_softmax over [M, V] with
@@ -27,12 +28,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -67,34 +69,42 @@ def best(run: Callable[[], object], repeats: int = 7) -> float:
     return 1e3 * min(times)
 
 
-def row(label: str, first: tuple[str, float], second: tuple[str, float]) -> None:
-    """Print one comparison."""
-    ratio = first[1] / second[1]
-    print(f"{label:44}{first[0]} {first[1]:8.2f}   {second[0]} {second[1]:8.2f}   {ratio:5.2f}x")
+def row(label: str, times: dict[str, float]) -> None:
+    """Print one comparison of two times, in milliseconds by the name of what took them."""
+    first, second = times.values()
+    shown = "   ".join(f"{name} {time:8.2f}" for name, time in times.items())
+    print(f"{label:44}{shown}   {first / second:5.2f}x")
 
 
 def attention() -> None:
     """Training attention at several shapes."""
     for rows, tokens, shared in ((32, 48, 45), (32, 128, 50), (8, 256, 104)):
-        query = torch.randn(rows, HEADS, tokens, DIM, dtype=torch.bfloat16).requires_grad_()
-        key, value = (
-            torch.randn(rows, KV_HEADS, shared + tokens, DIM, dtype=torch.bfloat16).requires_grad_()
-            for _ in range(2)
+        attention_row(rows, tokens, shared)
+
+
+def attention_row(rows: int, tokens: int, shared: int) -> None:
+    """Rows of own tokens, each after the same number of shared ones."""
+    query = torch.randn(rows, HEADS, tokens, DIM, dtype=torch.bfloat16).requires_grad_()
+    key, value = (
+        torch.randn(rows, KV_HEADS, shared + tokens, DIM, dtype=torch.bfloat16).requires_grad_()
+        for _ in range(2)
+    )
+    own = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    mask = torch.cat([torch.ones(tokens, shared, dtype=torch.bool), own], 1)
+    mask = mask[None].expand(rows, -1, -1)
+    bias, upstream = mask_bias(mask, query.dtype), torch.randn_like(query)
+
+    def fused() -> None:
+        out = functional.scaled_dot_product_attention(
+            query, key, value, bias[:, None], enable_gqa=True
         )
-        own = torch.ones(tokens, tokens, dtype=torch.bool).tril()
-        mask = torch.cat([torch.ones(tokens, shared, dtype=torch.bool), own], 1)
-        mask = mask[None].expand(rows, -1, -1)
-        bias, upstream = mask_bias(mask, query.dtype), torch.randn_like(query)
+        out.backward(upstream)
 
-        def fused(q=query, k=key, v=value, b=bias, g=upstream) -> None:  # type: ignore[no-untyped-def]
-            out = functional.scaled_dot_product_attention(q, k, v, b[:, None], enable_gqa=True)
-            out.backward(g)
+    def written_out() -> None:
+        masked_attention(query, key, value, bias, DIM**-0.5).backward(upstream)
 
-        def written_out(q=query, k=key, v=value, b=bias, g=upstream) -> None:  # type: ignore[no-untyped-def]
-            masked_attention(q, k, v, b, DIM**-0.5).backward(g)
-
-        label = f"attention {rows} x {tokens} after {shared}"
-        row(label, ("sdpa", best(fused)), ("written out", best(written_out)))
+    label = f"attention {rows} x {tokens} after {shared}"
+    row(label, {"sdpa": best(fused), "written out": best(written_out)})
 
 
 def linear() -> None:
@@ -111,9 +121,15 @@ def linear() -> None:
             frozen = [FrozenLinear(layer) for layer in layers]
             x = torch.randn(rows, inputs, dtype=torch.bfloat16)
             with torch.no_grad():
-                plain = best(lambda x=x, ls=layers: [layer(x) for layer in ls]) / 10
-                packed = best(lambda x=x, ls=frozen: [layer(x) for layer in ls]) / 10
-            row(f"linear {rows} x {inputs} -> {outputs}", ("plain", plain), ("packed", packed))
+                plain = best(partial(through, layers, x)) / 10
+                packed = best(partial(through, frozen, x)) / 10
+            row(f"linear {rows} x {inputs} -> {outputs}", {"plain": plain, "packed": packed})
+
+
+def through(layers: Iterable[nn.Module], x: Tensor) -> None:
+    """The same input through each layer."""
+    for layer in layers:
+        layer(x)
 
 
 def decode() -> None:
@@ -124,15 +140,15 @@ def decode() -> None:
         mask = (torch.arange(block) < filled)[None, None].expand(32, 1, -1)
         bias = mask_bias(mask, torch.bfloat16)
         with torch.inference_mode():
-            sliced = best(
-                lambda q=query, k=key, v=value, b=bias, n=filled: masked_attention(
-                    q, k[:, :, :n], v[:, :, :n], b[:, :, :n], DIM**-0.5
-                )
-            )
-            whole = best(
-                lambda q=query, k=key, v=value, b=bias: masked_attention(q, k, v, b, DIM**-0.5)
-            )
-        row(f"decode, {filled} of {block} columns", ("sliced", sliced), ("whole", whole))
+            sliced = best(partial(sliced_attention, query, key, value, bias, filled))
+            whole = best(partial(masked_attention, query, key, value, bias, DIM**-0.5))
+        row(f"decode, {filled} of {block} columns", {"sliced": sliced, "whole": whole})
+
+
+def sliced_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, filled: int) -> None:
+    """Attention to the first columns of a block; slicing belongs to the work."""
+    key, value, bias = (tensor[:, :, :filled] for tensor in (key, value, bias))
+    masked_attention(query, key, value, bias, DIM**-0.5)
 
 
 def head() -> None:
@@ -152,10 +168,10 @@ def head() -> None:
         head_scores(hidden, targets, chunked).logprobs.sum().backward()
 
     plain = best(ours, 3)
-    row("head, 1536 tokens", ("log_softmax", best(naive, 3)), ("chunked", plain))
+    row("head, 1536 tokens", {"log_softmax": best(naive, 3), "chunked": plain})
     if kernels_usable():
         chunked = chunked._replace(cpp=True)
-        row("head, 1536 tokens", ("chunked", plain), ("kernel", best(ours, 3)))
+        row("head, 1536 tokens", {"chunked": plain, "kernel": best(ours, 3)})
 
 
 def kernels_usable() -> bool:
@@ -182,7 +198,7 @@ def kernels() -> None:
     def norm() -> None:
         ops.rms_norm(x, weight, 1e-5).backward(upstream)
 
-    row(f"norm, {tokens} x {width}", ("plain", best(plain_norm)), ("kernel", best(norm)))
+    row(f"norm, {tokens} x {width}", {"plain": best(plain_norm), "kernel": best(norm)})
     gates = torch.randn(tokens, 2 * inner).bfloat16().requires_grad_()
     gate, up = (t.detach().contiguous().requires_grad_() for t in gates.chunk(2, 1))
     above = torch.randn(tokens, inner).bfloat16()
@@ -193,7 +209,7 @@ def kernels() -> None:
     def silu() -> None:
         ops.silu_mul(gates).backward(above)
 
-    row(f"silu x up, {tokens} x {inner}", ("plain", best(plain_silu)), ("kernel", best(silu)))
+    row(f"silu x up, {tokens} x {inner}", {"plain": best(plain_silu), "kernel": best(silu)})
     for rows, length in ((16, 48), (16, 128), (4, 256)):
         for shared in (19, 512):
             tree_row(rows, length, shared)
@@ -210,11 +226,11 @@ def tree_row(rows: int, length: int, shared: int) -> None:
 
     def run(cpp: bool) -> None:
         context = TreeContext(tree, PrefixKV([prefix[0]], [prefix[1]]))
-        call = LayerCall(0, (tensors[0], tensors[1], tensors[2]), 0.125, None, None, cpp)
+        call = LayerCall(0, tensors[0], tensors[1], tensors[2], 0.125, None, None, cpp)
         context.attend(call).backward(upstream)
 
     label = f"tree attention {rows} x {length} after {shared} + 22"
-    row(label, ("plain", best(lambda: run(False))), ("kernel", best(lambda: run(True))))
+    row(label, {"plain": best(lambda: run(False)), "kernel": best(lambda: run(True))})
 
 
 def rows() -> None:
@@ -228,18 +244,23 @@ def rows() -> None:
         print("the kernel's product: not used, this oneDNN packs or sums in another way")
         return
     for count in (8, 32, 64, 128, 256, 512, 1024):
-        inputs = {width: torch.randn(count, width).bfloat16() for width in (576, 1536)}
+        products_row(count, weights, chunks)
 
-        def theirs(x=inputs) -> None:  # type: ignore[no-untyped-def]
-            for weight in weights:
-                product = torch.ops.mkldnn._linear_pointwise
-                product(x[weight.shape[1]], weight, None, "none", [], "")
 
-        def ours(x=inputs) -> None:  # type: ignore[no-untyped-def]
-            for weight, chunk in zip(weights, chunks, strict=True):
-                packed_product(x[weight.shape[1]], weight, None, chunk)
+def products_row(count: int, weights: list[Tensor], chunks: list[int]) -> None:
+    """All products for so many rows."""
+    inputs = {width: torch.randn(count, width).bfloat16() for width in (576, 1536)}
 
-        row(f"layers, {count} rows", ("oneDNN", best(theirs)), ("kernel", best(ours)))
+    def theirs() -> None:
+        for weight in weights:
+            product = torch.ops.mkldnn._linear_pointwise
+            product(inputs[weight.shape[1]], weight, None, "none", [], "")
+
+    def ours() -> None:
+        for weight, chunk in zip(weights, chunks, strict=True):
+            packed_product(inputs[weight.shape[1]], weight, None, chunk)
+
+    row(f"layers, {count} rows", {"oneDNN": best(theirs), "kernel": best(ours)})
 
 
 def policy(cpu_kernels: Literal["auto", "off"]) -> Policy:
@@ -261,7 +282,7 @@ def decode_step_ms(of: Policy) -> float:
     times = []
     for tokens in (8, 40):
         sampling = SamplingSettings(max_tokens=tokens, min_tokens=tokens)
-        times.append(best(lambda s=sampling: engine.generate(QUERIES, 8, s, 0), 3))
+        times.append(best(partial(engine.generate, QUERIES, 8, sampling, 0), 3))
     return (times[1] - times[0]) / 32
 
 

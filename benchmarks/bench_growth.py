@@ -25,10 +25,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.peers.client import Worker, model_folder, write_queries  # noqa: E402
+from benchmarks.peers.client import Worker, model_folder, write_queries
 
 REWARD = "reward_models/concise.py:reward"
 USUAL = {"num-virtual-tokens": 16, "completions": 32, "tokens": 48}

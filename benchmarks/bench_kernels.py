@@ -17,6 +17,7 @@ counts in `work`. It is calculated, and no kernel reaches it.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -27,18 +28,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from kernel_peers import PEERS, Rows
-
+from benchmarks.kernel_peers import PEERS, Rows
+from rlprompt.kernels.operands import Heads, KeyValue, Packed, Scoring, Spans
 from rlprompt.kernels.oracle import rms_ratio
 from rlprompt.kernels.reference import masked_attention
 from rlprompt.kernels.triton.attention_rows import AttentionRows, attention_rows
 
 IMPLEMENTATIONS = ("ours", *PEERS)
 KINDS = ("forward", "training", "decode")
-HEADS = {"smollm2-135m": (9, 3, 64), "qwen3-8b": (32, 8, 128), "llama-2-7b": (32, 32, 128)}
+HEADS = {
+    "smollm2-135m": Heads(9, 3, 64),
+    "qwen3-8b": Heads(32, 8, 128),
+    "llama-2-7b": Heads(32, 32, 128),
+}
 BATCHES, PREFIXES, TOKENS = (16, 64, 256), (32, 128, 512), (128, 1024)
 TOLERANCE = 1e-2
 """RMS ratio to the float64 oracle in bfloat16, gradients included."""
@@ -72,7 +76,7 @@ class Point:
     """Own tokens of a row; for decoding its own columns."""
 
     @property
-    def heads(self) -> tuple[int, int, int]:
+    def heads(self) -> Heads:
         return HEADS[self.model]
 
     @property
@@ -89,8 +93,16 @@ def grid(models: list[str], quick: bool) -> Iterator[Point]:
                         yield Point(kind, model, batch, prefix, tokens)
 
 
-def work(point: Point, implementation: str) -> tuple[float, float]:
-    """FLOPs and bytes that an implementation cannot do without, in bfloat16.
+class Work(NamedTuple):
+    """What an implementation cannot do without."""
+
+    flops: float
+    traffic: float
+    """Bytes."""
+
+
+def work(point: Point, implementation: str) -> Work:
+    """FLOPs and bytes of an implementation in bfloat16.
 
     FLOPs: two products of 2 D per score forward, five backward, seven in ours, where queries and
     keys each compute the scores for themselves. Bytes: each tensor once where it is read or
@@ -119,7 +131,7 @@ def work(point: Point, implementation: str) -> tuple[float, float]:
         traffic += 2 * batch * (own + shared) if training else 0
     if implementation == "merge":
         traffic += 8 * queries if training else 4 * queries
-    return flops, traffic
+    return Work(flops, traffic)
 
 
 def roofline(point: Point, implementation: str, device: Device) -> float:
@@ -133,10 +145,10 @@ def make_rows(point: Point, device: str, dtype: torch.dtype) -> Rows:
     heads, kv_heads, dim = point.heads
     made: list[Tensor] = []
     for tokens, count in [(point.queries, heads), *[(point.tokens, kv_heads)] * 2]:
-        shape = (point.batch, tokens, count, dim)
-        made.append(torch.randn(shape, device=device, dtype=dtype).transpose(1, 2))
-    shape = (kv_heads, point.prefix, dim)
-    made += [torch.randn(shape, device=device, dtype=dtype) for _ in range(2)]
+        own = torch.randn(point.batch, tokens, count, dim, device=device, dtype=dtype)
+        made.append(own.transpose(1, 2))
+    for _ in range(2):
+        made.append(torch.randn(kv_heads, point.prefix, dim, device=device, dtype=dtype))
     return Rows(*(t.requires_grad_(point.kind == "training") for t in made))
 
 
@@ -153,24 +165,23 @@ def ours(rows: Rows, point: Point) -> Callable[[], Tensor]:
     from rlprompt.kernels.triton.attention import prefix_attention, prefix_decode
 
     device = str(rows.query.device)
-    scaling = point.heads[2] ** -0.5
-    prefix = (rows.prefix_key, rows.prefix_value)
+    scoring = Scoring(point.heads.dim**-0.5)
+    prefix = KeyValue(rows.prefix_key, rows.prefix_value)
     if point.kind == "decode":
         firsts = torch.zeros(point.batch, dtype=torch.int32, device=device)
-        spans = (firsts, firsts + point.tokens)
+        spans, own = Spans(firsts, firsts + point.tokens), KeyValue(rows.key, rows.value)
 
         def decode() -> Tensor:
-            query = rows.query[:, :, 0]
-            out = prefix_decode(query, (rows.key, rows.value), prefix, spans, (scaling, None, None))
-            return out[:, :, None]
+            return prefix_decode(rows.query[:, :, 0], own, prefix, spans, scoring)[:, :, None]
 
         return decode
     layout = packed_rows(point, device)
 
     def attend() -> Tensor:
-        query, key, value = (t.transpose(1, 2).flatten(0, 1) for t in rows[:3])
-        out = prefix_attention((query, key, value), prefix, layout, scaling)
-        return out.unflatten(0, (point.batch, point.tokens)).transpose(1, 2)
+        packed = Packed(*(t.transpose(1, 2).flatten(0, 1) for t in rows[:3]))
+        out = prefix_attention(packed, prefix, layout, scoring)
+        split: Tensor = out.unflatten(0, (point.batch, point.tokens))
+        return split.transpose(1, 2)
 
     return attend
 
@@ -182,7 +193,7 @@ def exact(rows: Rows, point: Point) -> Tensor:
     keys = point.prefix + point.tokens
     mask = torch.ones(point.queries, keys, dtype=torch.bool, device=key.device)
     mask = mask.tril(keys - point.queries)
-    return masked_attention(rows.query, key, value, mask[None], point.heads[2] ** -0.5)
+    return masked_attention(rows.query, key, value, mask[None], point.heads.dim**-0.5)
 
 
 def functions(rows: Rows, point: Point, flex: Any) -> dict[str, Callable[[], Tensor]]:
@@ -354,6 +365,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="the smallest batch and length only")
     given = parser.parse_args(arguments)
     has_gpu = torch.cuda.is_available()
+    if has_gpu and importlib.util.find_spec("triton") is None:
+        raise SystemExit("error: Triton is not installed; run `pip install 'rlprompt[triton]'`")
     name = given.device or (known_device(torch.cuda.get_device_name()) if has_gpu else "H100")
     cells = calculate(list(grid(given.model, given.quick)), DEVICES[name])
     title = (

@@ -41,6 +41,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from rlprompt.model.files.fetch import fetch
+
 ROOT = Path(__file__).resolve().parent.parent
 INIT_TEXT = "Name the topic of the message in one word: Sports, Food, Technology, Travel or Money."
 SWEEP_SEED = 100
@@ -99,7 +103,8 @@ def train(
             command += [f"--{key}"] if value is None else [f"--{key}", str(value)]
         print(f"{side}, lr {lr:g}, seed {seed}: {steps} steps", file=sys.stderr, flush=True)
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        subprocess.run(command, cwd=ROOT, env=environment, check=True)
+        if code := subprocess.run(command, cwd=ROOT, env=environment).returncode:
+            sys.exit(f"error: the process of {side} ended with code {code}")
         unfinished.rename(result)
     loaded: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
     return loaded
@@ -212,9 +217,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of each side")
     parser.add_argument("--runs", type=Path, help="keeps finished runs; none = a temporary folder")
     options = parser.parse_args(argv)
-    sys.path.insert(0, str(ROOT))
-    from rlprompt.model.files.fetch import fetch
-
     options.model = str(fetch("smollm2-135m"))
     return options
 

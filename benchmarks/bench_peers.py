@@ -29,12 +29,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.peers.client import Worker, model_folder, write_queries  # noqa: E402
-from benchmarks.peers.gemm_floor import summarise as summarise_floor  # noqa: E402
-from benchmarks.peers.worker import METHODS  # noqa: E402
+from benchmarks.peers.client import Worker, model_folder, write_queries
+from benchmarks.peers.gemm_floor import summarise as summarise_floor
+from benchmarks.peers.worker import METHODS
 
 REWARD = "reward_models/concise.py:reward"
 INIT_TEXT = "You are a helpful assistant."

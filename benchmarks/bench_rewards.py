@@ -2,9 +2,9 @@
 
     python benchmarks/bench_rewards.py --json rewards.json
 
-`plumbing_seconds` is the time of `RewardRunner.score` and `objective` for one batch minus what
-the rewards themselves report (arguments, threads, checks, combination, metrics). A step is what
-training takes for a batch of that size: by default the measured step on two CPU cores;
+`plumbing_seconds` is the time of `RewardRunner.score` and `training_rewards` for one batch minus
+what the rewards themselves report (arguments, threads, checks, combination, metrics). A step is
+what training takes for a batch of that size: by default the measured step on two CPU cores;
 `--step-seconds` gives another. `overhead_share` is plumbing over step, of the worst set of rewards.
 """
 
@@ -20,10 +20,12 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from rlprompt.rewards import RewardRunner, RewardSettings, build_rewards
 from rlprompt.types import Completion, Group, Query
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parent.parent
 GOAL = 0.02
 ISOLATED = "isolated"
 """The set that runs in a worker process; what its reward itself takes is measured by set "one"."""
@@ -34,7 +36,7 @@ WORDS = "A volcano is an opening where molten rock leaves the Earth , and many o
 
 def recipes() -> dict[str, list[RewardSettings]]:
     """Sets of rewards, from one that does nothing to as many as a careful recipe has."""
-    many = [
+    many: list[dict[str, Any]] = [
         {"path": "reward_models/concise.py:reward", "name": "concise", "normalise": "running"},
         {"path": "builtin:diversity", "weight": 0.1},
         {"path": "reward_models/safety/private_data.py:reward", "name": "private", "role": "gate"},
@@ -82,7 +84,7 @@ def measure(runner: RewardRunner, groups: list[Group], repeats: int) -> dict[str
     for step in range(repeats + 1):
         start = time.perf_counter()
         scored = runner.score(groups, step=step)
-        runner.objective(scored)
+        runner.training_rewards(scored)
         total = time.perf_counter() - start
         own = sum(value for key, value in scored.metrics.items() if key.endswith("/seconds"))
         if step:

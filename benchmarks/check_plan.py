@@ -17,11 +17,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
-# ruff: noqa: E402
 from rlprompt.files import read_jsonl
 from rlprompt.model.chat.slot import ChatSlot
 from rlprompt.model.files.fetch import model_dir
@@ -30,6 +28,7 @@ from rlprompt.planning.tables import DEVICES, SHAPES
 from rlprompt.recipe.schema import Recipe, load_recipe
 from tests.fixtures.ranks import run_ranks
 
+ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "distributed" / "planned.yaml"
 RUNS = {
     "1 rank, whole": (1, []),
@@ -84,11 +83,11 @@ def predict(recipe: Recipe, ranks: int, tokens: int) -> dict[str, float]:
     """Bytes of the plan."""
     made = plan(recipe, SHAPES["135m"], ranks, DEVICES["cpu"], query_tokens=tokens)
     return {
-        "at rest": dict(made.memory)["base, at rest"],
+        "at rest": made.memory["base, at rest"],
         "rollout": made.rollout_bytes,
         "update": made.update_bytes,
-        "weights": sum(size for part, size in made.traffic if part.startswith("base")),
-        "sums": dict(made.traffic).get("gradient and prompt", 0.0),
+        "weights": sum(size for part, size in made.traffic.items() if part.startswith("base")),
+        "sums": made.traffic.get("gradient and prompt", 0.0),
     }
 
 

@@ -126,7 +126,8 @@ def merge(rows: Rows, flex: Flex) -> Run:
         shared = shared.view(heads, batch, queries, dim).transpose(0, 1)
         shared_lse = shared_lse.view(heads, batch, queries).transpose(0, 1)
         weight = torch.sigmoid(shared_lse - own_lse)[..., None].to(own.dtype)
-        return own + weight * (shared - own)
+        merged: Tensor = own + weight * (shared - own)
+        return merged
 
     return run
 

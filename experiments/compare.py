@@ -25,8 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from results import ROOT, evaluations, kept, put_row, read_run
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from experiments.results import ROOT, evaluations, kept, put_row, read_run
 from rlprompt.runs.stop_reason import StopReason
 
 TEXTS = ROOT / "recipes" / "data" / "handwritten.json"

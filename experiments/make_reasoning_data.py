@@ -8,6 +8,7 @@ Rows have the columns query, task, answer, metadata and split; equal arguments g
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -40,6 +41,8 @@ def main() -> int:
     parser.add_argument("--heldout", type=float, default=0.25, help="share of held-out rows")
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
+    if importlib.util.find_spec("reasoning_gym") is None:
+        sys.exit("error: reasoning-gym is not installed; run `pip install 'rlprompt[rules]'`")
     rows = make_rows(given.task, given.size, given.seed, given.heldout)
     lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
     given.output.write_text("".join(lines), encoding="utf-8")

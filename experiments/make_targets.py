@@ -13,6 +13,7 @@ writes beside the query sets, row by row:
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def read(name: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Write both files."""
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     for name, rows in (("everyday", everyday()), ("topics", topics())):
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (DATA / f"{name}_targets.jsonl").write_text(lines, encoding="utf-8")

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rlprompt.data import load_queries
 from rlprompt.evaluation.heldout import HeldoutEvaluator
@@ -40,7 +43,7 @@ def rewards_of(recipe_path: Path, texts: list[str], overrides: list[str]) -> lis
         recipe.sampling,
         completions_per_query=recipe.evaluation.completions_per_query,
         seed=recipe.seed,
-        probes={},
+        measures={},
     )
     rows = []
     for text in texts:

@@ -14,6 +14,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from rlprompt.runs.read_folder import RunFiles, load_run
 
 PROXY, GOLD, ALARM = "#0b6e99", "#b8860b", "#b03030"

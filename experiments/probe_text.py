@@ -18,16 +18,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from rlprompt.model.files.fetch import fetch
 
 
-class Probe:
+class Answer(NamedTuple):
+    """One of the answers, and what its rows hold in the column."""
+
+    name: str
+    text: str
+
+
+class AnswerScorer:
     """The base and its tokenizer."""
 
     def __init__(self) -> None:
@@ -64,20 +75,27 @@ def main() -> None:
     rows = [json.loads(line) for line in options.data.open(encoding="utf-8")]
     rows = [row for row in rows if row["split"] == "heldout"]
     names = [row[options.column] for row in rows]
-    pairs = [pair.partition("=") for pair in options.answers]
-    probe = Probe()
+    answers = [
+        Answer(name, text or name)
+        for name, _, text in (each.partition("=") for each in options.answers)
+    ]
+    scorer = AnswerScorer()
     for text in options.text or [""]:
         text = text.replace("\\n", "\n")
         scores = torch.tensor(
-            [[probe.logprob(text, row["query"], a or n) for n, _, a in pairs] for row in rows]
+            [[scorer.logprob(text, row["query"], each.text) for each in answers] for row in rows]
         )
-        line = one_answer(scores[:, 0], names) if len(pairs) == 1 else several(scores, names, pairs)
+        line = (
+            one_answer(scores[:, 0], names)
+            if len(answers) == 1
+            else several(scores, names, [each.name for each in answers])
+        )
         print(f"{line}  {text[:60]!r}", flush=True)
 
 
-def several(scores: torch.Tensor, names: list[str], pairs: list[tuple[str, str, str]]) -> str:
+def several(scores: torch.Tensor, names: list[str], answers: list[str]) -> str:
     """How many rows are right, and the total probability; scores [rows, answers]."""
-    found = [pairs[i][0] for i in scores.argmax(1).tolist()]
+    found = [answers[i] for i in scores.argmax(1).tolist()]
     right = sum(a == b for a, b in zip(found, names, strict=True))
     total = scores.exp().sum(1).mean().item()
     return f"right {right}/{len(names)}  probability {total:.4f}  {dict(Counter(found))}"

@@ -16,12 +16,22 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import yaml
-from results_tables import best_section, cell, comparison_section, distillation_section, spread
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from experiments.results_tables import (
+    best_section,
+    cell,
+    comparison_section,
+    distillation_section,
+    spread,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ROOT / "docs" / "results" / "results.jsonl"

@@ -24,13 +24,16 @@ import json
 import math
 import shutil
 import statistics
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from rlprompt.rewards import RewardSettings, load_reward
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 NUMBERS = DOCS / "results" / "safety.json"
 FINDINGS = ("complied", "declined")

@@ -255,7 +255,7 @@ def evaluate(
         checked_sampling({**first.model_dump(), **sampling}),
         completions_per_query=completions_per_query,
         seed=seed,
-        probes={},
+        measures={},
     )
     try:
         return compare(evaluator, {name: each.prompt for name, each in loaded.items()})

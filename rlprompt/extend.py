@@ -34,7 +34,7 @@ from rlprompt.prompts.base import (
     check_state,
     load_nothing,
 )
-from rlprompt.prompts.start import start_ids
+from rlprompt.prompts.settings import start_ids
 from rlprompt.settings import Settings
 from rlprompt.tracking.tracker import Histogram, RunInfo, Tracker, TrackerSettings, TrackingSettings
 from rlprompt.types import Completion, Group, Message, PrefixKV, Query

@@ -62,9 +62,9 @@ class JsonlWriter:
 
     Args:
         path: The file; its folder is created.
-        resume_step: None for a new run. Otherwise the step of the checkpoint that the run continues
-            from: rows with a larger `step` are dropped, and so is a torn last line. -1 keeps no
-            row, for a run that is resumed before its first checkpoint.
+        resume_step: The step of the checkpoint that the run continues from: rows with a larger
+            `step` are dropped, and so is a torn last line. None for a new run; -1 keeps no row, for
+            a run that is resumed before its first checkpoint.
 
     Raises:
         InputError: if a new run finds rows of another run in the file, or if a line other than a

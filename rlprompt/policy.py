@@ -27,7 +27,15 @@ from rlprompt.model.forward.prefix_forward import PrefixForward
 from rlprompt.model.forward.tree import TokenTree, TreeContext, build_tree
 from rlprompt.model.sharded.shards import ShardSettings
 from rlprompt.prompts.base import Prompt
-from rlprompt.types import Adapter, Completion, Message, PrefixKV, Query
+from rlprompt.types import (
+    Adapter,
+    Completion,
+    KVShape,
+    LinearShape,
+    Message,
+    PrefixKV,
+    Query,
+)
 
 
 @dataclass(frozen=True)
@@ -164,13 +172,13 @@ class Policy:
         return self.base.hidden_size
 
     @property
-    def kv_shape(self) -> tuple[int, int, int]:
-        """(L, H_kv, D)."""
-        return self.base.num_layers, self.base.num_kv_heads, self.base.head_dim
+    def kv_shape(self) -> KVShape:
+        """Layers, heads and head dim of its keys and values."""
+        return KVShape(self.base.num_layers, self.base.num_kv_heads, self.base.head_dim)
 
     @property
-    def linear_shapes(self) -> Mapping[str, tuple[int, int]]:
-        """(out, in) of every linear layer inside the decoder's layers, by its full name."""
+    def linear_shapes(self) -> Mapping[str, LinearShape]:
+        """The shape of every linear layer inside the decoder's layers, by its full name."""
         return linear_shapes(self.base.model)
 
     def slot_ids(self, text: str) -> list[int]:
@@ -269,9 +277,9 @@ class Policy:
         """Pack queries and their completions under a prompt; see `build_tree`.
 
         Args:
-            queries: one per group.
-            completions: per group; empty for a prefill.
-            prefix: of the prompt.
+            queries: the queries, one per group.
+            completions: the completions of each group; empty for a prefill.
+            prefix: the prefix of the prompt.
             prompt: the policy's own prompt when None.
             room: positions to leave for tokens that are decoded later.
 

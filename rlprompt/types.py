@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:  # a reward's worker process must start without torch
     from torch import Tensor, nn
@@ -56,6 +56,24 @@ class Group:
 
     query: Query
     completions: tuple[Completion, ...]
+
+
+class LinearShape(NamedTuple):
+    """The shape of a linear layer's weight."""
+
+    outputs: int
+    inputs: int
+
+
+class KVShape(NamedTuple):
+    """The keys, or values, of one position in a base."""
+
+    layers: int
+    """L."""
+    heads: int
+    """H_kv."""
+    dim: int
+    """D."""
 
 
 @dataclass(frozen=True)

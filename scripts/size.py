@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-MAX_FILE_LINES = 400
+MAX_FILE_LINES = 600  # a file is as long as its idea: a lower limit made satellites
 MAX_FUNCTION_LINES = 80
 NUM_LONGEST = 10
 

@@ -273,12 +273,18 @@ def test_runs_without_a_name_never_overwrite_each_other(loaded: dict[str, Any]) 
     assert folders == [Path("runs/run"), Path("runs/run-2"), Path("runs/run-3")]
 
 
+def generators() -> list[Any]:
+    """The states of the process-wide random generators."""
+    numpy: Any = np.random.get_state(legacy=True)
+    return [random.getstate(), numpy[1].tolist(), torch.get_rng_state().tolist()]
+
+
 def test_a_second_run_finds_nothing_of_the_first(loaded: dict[str, Any]) -> None:
     """Twice in one process: the same numbers, and generators and threads as they were before."""
     random.seed(1)
     np.random.seed(2)
     torch.manual_seed(3)
-    states = [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()]
+    before = generators()
     threads = torch.get_num_threads()
     running = set(threading.enumerate())
     learn(**loaded, output="one")
@@ -286,9 +292,7 @@ def test_a_second_run_finds_nothing_of_the_first(loaded: dict[str, Any]) -> None
     learn(**loaded, output="two")
     for kind in ("metrics", "completions", "evaluation"):
         assert comparable_rows(Path("one"), kind) == comparable_rows(Path("two"), kind)
-    assert random.getstate() == states[0]
-    assert np.random.get_state()[1].tolist() == states[1]
-    assert torch.equal(torch.get_rng_state(), states[2])
+    assert generators() == before
     assert torch.get_num_threads() == threads
     assert set(threading.enumerate()) == running
 
@@ -339,6 +343,19 @@ def test_a_population_has_what_a_run_has(loaded: dict[str, Any]) -> None:
     assert run.report.path == run.folder / "report.html"
 
 
+def test_a_population_that_had_ended_has_its_prompt_again(loaded: dict[str, Any]) -> None:
+    members = [{"name": "a", "changes": {"seed": 1}}, {"name": "b", "changes": {"seed": 2}}]
+    keywords: dict[str, Any] = {
+        **loaded, "rewards": vowels, "data": list(QUERIES), "heldout": 2, "output": "run",
+        "prompt": "the sun and the rain", "population": members,
+        **{**SHORT, "training": {"steps": 4, "queries_per_step": 2}},
+    }  # fmt: skip
+    first, again = rlprompt.train(**keywords), rlprompt.train(**keywords, resume=True)
+    assert again.metrics.learned == first.metrics.learned
+    answers = [run.prompt.generate("the rain", max_tokens=6, seed=2) for run in (first, again)]
+    assert answers[0] == answers[1]
+
+
 def test_prompts_are_compared_under_the_same_draws(loaded: dict[str, Any]) -> None:
     run = learn(**loaded)
     model = rlprompt.open_model(**loaded)
@@ -374,6 +391,33 @@ def test_a_saved_prompt_is_the_prompt(loaded: dict[str, Any], tmp_path: Path) ->
         assert (copy.kind, copy.num_tokens, copy.text) == (
             prompt.kind, prompt.num_tokens, prompt.text,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_pieces_of_a_stream_are_the_answer(seed: int, loaded: dict[str, Any]) -> None:
+    prompt = rlprompt.open_model(**loaded).prompt("the sun")
+    pieces = list(prompt.stream("the rain", seed=seed, max_tokens=30))
+    assert len(pieces) > 3
+    assert "".join(pieces) == prompt.generate("the rain", seed=seed, max_tokens=30)
+
+
+def test_a_stream_that_nobody_takes_ends_and_the_prompt_answers_again(
+    loaded: dict[str, Any],
+) -> None:
+    prompt = rlprompt.open_model(**loaded).prompt("the sun")
+    before = set(threading.enumerate())
+    stream = prompt.stream("the rain", max_tokens=200)
+    first = next(stream)
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    stream.close()  # type: ignore[attr-defined]  # a generator
+    assert set(threading.enumerate()) == before
+    assert prompt.generate("the rain", max_tokens=200).startswith(first)
+
+
+def test_what_goes_wrong_in_a_stream_is_raised_where_it_is_taken(loaded: dict[str, Any]) -> None:
+    prompt = rlprompt.open_model(**loaded).prompt("the sun")
+    with pytest.raises(InputError, match="positions"):
+        list(prompt.stream("the rain " * 500))
 
 
 def test_conversations_in_one_batch(loaded: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("distributed", "rollout"),
     ("evaluation", "serving"),
     ("runs",),
-    ("training", "reports"),
+    ("training", "search", "reports"),
     ("recipe",),
     ("api", "extend", "planning", "reward_training", "slurm"),
     ("cli",),

@@ -88,7 +88,7 @@ class Learner:
             start = time.perf_counter()
             loss = self._loss(inputs["input_ids"][rows], inputs["attention_mask"][rows])
             middle = time.perf_counter()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             spent["forward"] += middle - start
             spent["backward"] += time.perf_counter() - middle
         completion = len(chats) * settings.max_new_tokens
@@ -120,7 +120,7 @@ class Learner:
             use_cache=False,
             logits_to_keep=length + 1,
         ).logits[:, :-1]
-        chosen = logits.float().log_softmax(-1).gather(-1, completion[..., None])
+        chosen: Tensor = logits.float().log_softmax(-1).gather(-1, completion[..., None])
         return -chosen.sum()
 
 

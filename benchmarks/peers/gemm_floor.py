@@ -84,13 +84,14 @@ def fuse(layer: dict[str, Tensor]) -> list[Tensor]:
 
 def pack(weight: Tensor, num_rows: int) -> Tensor:
     """Reorder [out, in] into oneDNN's layout for `num_rows` input rows (an opaque tensor)."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight, num_rows)  # type: ignore[no-any-return]
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, num_rows)
+    return packed
 
 
 def packed_linear(inputs: Tensor, packed: Tensor) -> Tensor:
     """`inputs @ W.T` with a weight from `pack`."""
-    result = torch.ops.mkldnn._linear_pointwise(inputs, packed, None, "none", [], "")
-    return result  # type: ignore[no-any-return]
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, packed, None, "none", [], "")
+    return result
 
 
 class GemmFloor:

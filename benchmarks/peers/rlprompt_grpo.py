@@ -38,7 +38,7 @@ from rlprompt.data import QuerySampler
 from rlprompt.engines.native import NativeEngine, NativeSettings
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.evaluation.heldout import HeldoutEvaluator
-from rlprompt.evaluation.probes import BaseLogprob
+from rlprompt.evaluation.measures import BaseLogprob
 from rlprompt.model.base import ModelSettings
 from rlprompt.policy import Policy, open_policy
 from rlprompt.prompts.adapter import AdapterPrompt, AdapterSettings
@@ -83,13 +83,19 @@ def fresh_prompt(settings: StepSettings, policy: Policy) -> Prompt:
     """
     if settings.method not in METHODS:
         raise ValueError(f"--method {settings.method} is none of {', '.join(METHODS)}.")
-    start = {"num_virtual_tokens": settings.num_virtual_tokens, "init_text": settings.init_text}
     if settings.method == "prefix":
-        return PrefixPrompt.create(PrefixSettings(**start), policy, settings.seed)
+        prefix = PrefixSettings(
+            num_virtual_tokens=settings.num_virtual_tokens, init_text=settings.init_text
+        )
+        return PrefixPrompt.create(prefix, policy, settings.seed)
     if settings.method == "lora":
         lora = AdapterSettings(text=settings.init_text, method=LoRASettings(rank=LORA_RANK))
         return AdapterPrompt.create(lora, policy, settings.seed)
-    soft = SoftSettings(**start, max_norm_ratio=settings.max_norm_ratio or None)
+    soft = SoftSettings(
+        num_virtual_tokens=settings.num_virtual_tokens,
+        init_text=settings.init_text,
+        max_norm_ratio=settings.max_norm_ratio or None,
+    )
     return SoftPrompt.create(soft, policy, settings.seed)
 
 
@@ -186,7 +192,7 @@ class Stepper:
             self.sampling,
             completions_per_query=settings.heldout_samples,
             seed=settings.eval_seed,
-            probes={"base_logprob": BaseLogprob(self.policy, settings.token_budget)},
+            measures={"base_logprob": BaseLogprob(self.policy, settings.token_budget)},
         )
 
     def describe(self) -> dict[str, Any]:

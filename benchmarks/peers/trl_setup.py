@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+if importlib.util.find_spec("trl") is None:
+    sys.exit("error: TRL is not installed; run `pip install 'rlprompt[trl]'`")
 
 import torch
 import trl.trainer.utils
@@ -22,6 +26,7 @@ from datasets import Dataset
 from peft import (
     LoraConfig,
     PeftConfig,
+    PeftType,
     PrefixTuningConfig,
     PromptTuningConfig,
     PromptTuningInit,
@@ -118,7 +123,8 @@ def load_reward(name: str) -> RewardFunction:
     function = getattr(module, attribute, None)
     if not callable(function):
         raise ValueError(f"Reward {name!r}: {place} has no callable {attribute!r}.")
-    return function  # type: ignore[no-any-return]
+    found: RewardFunction = function
+    return found
 
 
 def as_rows(queries: Iterable[dict[str, Any]], system_text: str) -> list[dict[str, Any]]:
@@ -182,14 +188,13 @@ def peft_config(settings: TrlSettings) -> PeftConfig:
         return LoraConfig(
             task_type=TaskType.CAUSAL_LM, r=LORA_RANK, lora_alpha=16, target_modules="all-linear"
         )
-    tokens = {
-        "task_type": TaskType.CAUSAL_LM,
-        "num_virtual_tokens": settings.num_virtual_tokens,
-    }
     if settings.method == "prefix":
-        return PrefixTuningConfig(**tokens)
+        return PrefixTuningConfig(
+            task_type=TaskType.CAUSAL_LM, num_virtual_tokens=settings.num_virtual_tokens
+        )
     return PromptTuningConfig(
-        **tokens,
+        task_type=TaskType.CAUSAL_LM,
+        num_virtual_tokens=settings.num_virtual_tokens,
         prompt_tuning_init=PromptTuningInit.TEXT,
         prompt_tuning_init_text=settings.init_text,
         tokenizer_name_or_path=settings.model,
@@ -242,7 +247,7 @@ def compute_dtypes(trainer: Trainer) -> dict[str, str]:
 def describe(settings: TrlSettings, trainer: Trainer, dtypes: dict[str, str]) -> dict[str, Any]:
     """State every setting, version and what TRL made of them."""
     return {
-        "peer": f"TRL GRPOTrainer + PEFT {peft_config(settings).peft_type.value}",
+        "peer": f"TRL GRPOTrainer + PEFT {PeftType(peft_config(settings).peft_type).value}",
         "settings": asdict(settings),
         "trl_arguments": {name: _plain(getattr(trainer.args, name)) for name in TRL_ARGUMENTS},
         "compute_dtypes": dtypes,

@@ -13,7 +13,9 @@ vLLM wants another transformers than rlprompt, so it lives in an environment of 
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -123,6 +125,8 @@ class Generator:
 def main(argv: list[str] | None = None) -> None:
     """Read the flags and run as worker."""
     settings = parse_settings(VllmSettings, __doc__ or "", argv)
+    if importlib.util.find_spec("vllm") is None:
+        sys.exit("error: vLLM is not installed here; vllm_generate.py says how it can be")
     out = claim_stdout()
     generator = Generator(settings)
     serve(generator.batch, generator.describe(), out)

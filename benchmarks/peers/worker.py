@@ -20,9 +20,12 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import MISSING, Field, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-PlainSettings = TypeVar("PlainSettings")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+PlainSettings = TypeVar("PlainSettings", bound="DataclassInstance")
 
 CHATML_WITHOUT_DEFAULT = (
     "{% for message in messages %}"
@@ -186,7 +189,7 @@ def parse_settings(cls: type[PlainSettings], doc: str, argv: list[str] | None) -
     boolean is given as `--flag` or `--no-flag`.
     """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    for item in fields(cls):  # type: ignore[arg-type]
+    for item in fields(cls):
         _add_flag(parser, item)
     return cls(**vars(parser.parse_args(argv)))
 

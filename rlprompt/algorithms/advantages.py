@@ -26,9 +26,9 @@ def group_advantages(rewards: Tensor, group_size: int, scale: Scale) -> Tensor:
 
     Args:
         rewards: [B] float32, completions of a group beside each other; NaN = not scored.
-        group_size: G; B is a multiple of it.
-        scale: divide by the group's standard deviation (GRPO), the batch's, or by nothing
-            (Dr. GRPO, arXiv 2503.20783). Standard deviations are the unbiased ones.
+        group_size: the completions of a group, G; B is a multiple of it.
+        scale: the divisor: the group's standard deviation (GRPO), the batch's, or none (Dr. GRPO,
+            arXiv 2503.20783). Standard deviations are the unbiased ones.
 
     Returns:
         float32 [B]; 0 where the reward is NaN, and everywhere in a group with equal rewards.
@@ -56,8 +56,9 @@ def leave_one_out_advantages(rewards: Tensor, group_size: int, normalize: bool =
 
     Args:
         rewards: [B] float32, completions of a group beside each other; NaN = not scored.
-        group_size: G >= 2; B is a multiple of it.
-        normalize: afterwards, take off the batch's mean and divide by its standard deviation.
+        group_size: the completions of a group, G >= 2; B is a multiple of it.
+        normalize: whether the batch's mean is then taken off, and the rest divided by the batch's
+            standard deviation.
 
     Returns:
         float32 [B]; 0 where the reward is NaN or no other completion of the group has one.
@@ -86,7 +87,7 @@ def batch_advantages(rewards: Tensor, normalize: bool) -> Tensor:
 
     Args:
         rewards: [B] float32; NaN = not scored.
-        normalize: divide by the batch's standard deviation.
+        normalize: whether the result is divided by the batch's standard deviation.
 
     Returns:
         float32 [B]; 0 where the reward is NaN, and everywhere when all are equal.
@@ -124,9 +125,9 @@ def row_weights(lengths: Tensor, normalizer: Normalizer, max_tokens: int) -> Ten
 
     Args:
         lengths: int64 [B], tokens that count in each completion; rows of length 0 count nothing.
-        normalizer: `sequence`, the mean over completions of their token means (GRPO); `token`, the
-            mean over all tokens (DAPO, arXiv 2503.14476); `constant`, the sum over all tokens
-            divided by B * max_tokens (Dr. GRPO).
+        normalizer: the normaliser: `sequence`, the mean over completions of their token means
+            (GRPO); `token`, the mean over all tokens (DAPO, arXiv 2503.14476); `constant`, the sum
+            over all tokens divided by B * max_tokens (Dr. GRPO).
         max_tokens: the longest completion allowed.
     """
     count = lengths.shape[0]

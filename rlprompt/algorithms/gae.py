@@ -51,8 +51,8 @@ def gae(
         rewards: [B, T] per token.
         values: [B, T], without gradient.
         mask: bool [B, T].
-        gamma: discount per token, in [0, 1].
-        gae_lambda: 0 trusts the value function, 1 the sampled rewards.
+        gamma: the discount per token, in [0, 1].
+        gae_lambda: the trust in sampled rewards, in [0, 1]: 0 trusts the value function alone.
     """
     values = values * mask
     advantages = torch.zeros_like(values)
@@ -72,8 +72,8 @@ def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     Args:
         values: [B, T].
         mask: bool [B, T].
-        shift_mean: also take off the mean (advantages); rewards keep theirs, so that their sign and
-            what is best do not depend on the batch.
+        shift_mean: whether the mean is taken off too (advantages); rewards keep theirs, so that
+            their sign and what is best do not depend on the batch.
     """
     count = mask.sum()
     mean = (values * mask).sum() / count.clamp_min(1)

@@ -34,7 +34,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: Estimator) ->
     Args:
         logprobs: [B, T] under the policy.
         ref_logprobs: [B, T] under the reference.
-        estimator: which.
+        estimator: the estimator, k1, k2 or k3.
     """
     gap = logprobs - ref_logprobs
     if estimator == "k1":
@@ -54,9 +54,9 @@ def adapted_kl_coef(
 
     Args:
         kl_coef: the present one, > 0.
-        kl: measured on the batch, in nats.
-        target: wanted, in the same unit.
-        num_completions: in the batch.
+        kl: the KL that was measured on the batch, in nats.
+        target: the KL that is wanted, in the same unit.
+        num_completions: the completions of the batch.
         horizon: completions over which an error of 1 would be acted on in full.
     """
     error = min(max(kl / target - 1.0, -STEP_LIMIT), STEP_LIMIT)

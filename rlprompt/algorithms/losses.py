@@ -45,9 +45,9 @@ def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, ratio: Ratio
         logprobs: [B, T] under the policy being trained.
         old_logprobs: [B, T] under the policy before the first update, without gradient.
         mask: bool [B, T], the tokens of the completions.
-        ratio: `token` gives the ratio of each token. `sequence_mean` gives their mean over the
-            completion, the logarithm of GSPO's s_i (Zheng et al., 2025, arXiv 2507.18071, eq. 7).
-            `sequence_product` gives their sum: the ratio of whole completions.
+        ratio: the kind of ratio. `token` gives the ratio of each token. `sequence_mean` gives their
+            mean over the completion, the logarithm of GSPO's s_i (Zheng et al., 2025, arXiv
+            2507.18071, eq. 7). `sequence_product` gives their sum: the ratio of whole completions.
 
     Returns:
         [B, T] for `token`, else [B, T] with the completion's one value at each of its tokens.

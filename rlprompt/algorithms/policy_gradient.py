@@ -108,10 +108,10 @@ def refuse_changed(settings: Settings, names: Sequence[str], why: str, where: st
     """Refuse settings that are not at their default although they have no effect.
 
     Args:
-        settings: that are checked.
-        names: of the fields without effect.
-        why: ends the sentence "NAME has no effect ...".
-        where: stands before the name.
+        settings: the settings to check.
+        names: the fields without effect.
+        why: the end of the sentence "NAME has no effect ...".
+        where: the text before the name.
 
     Raises:
         ValueError: one is not at its default.
@@ -132,7 +132,7 @@ class PolicyGradient(Algorithm):
         """Keep the settings.
 
         Args:
-            settings: of the algorithm.
+            settings: the settings of the algorithm.
             max_tokens: the sampling limit.
 
         Raises:

@@ -93,10 +93,10 @@ class PPO(PolicyGradient):
         """Draw the value head's parameters.
 
         Args:
-            settings: of the algorithm.
+            settings: the settings of the algorithm.
             max_tokens: the sampling limit.
-            shape: of the base.
-            seed: of the value head's parameters.
+            shape: the shape of the base.
+            seed: the seed of the value head's parameters.
         """
         super().__init__(settings, max_tokens)
         self._head = ValueHead(

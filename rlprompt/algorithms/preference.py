@@ -36,7 +36,7 @@ def dpo_loss(pairs: PairLogprobs, kl_coef: float, label_smoothing: float = 0.0) 
     """Direct preference optimisation, [N] (Rafailov et al., 2023, arXiv 2305.18290, eq. 7).
 
     Args:
-        pairs: log-probabilities; those of the policy carry the gradient.
+        pairs: the log-probabilities; those of the policy carry the gradient.
         kl_coef: the paper's beta, the weight of the KL in the problem that is solved.
         label_smoothing: the share of pairs assumed to be the wrong way round, in [0, 0.5)
             (conservative DPO, Mitchell, 2023).
@@ -56,7 +56,7 @@ def ipo_loss(
     the target would mean something else for every length.
 
     Args:
-        pairs: log-probabilities; those of the policy carry the gradient.
+        pairs: the log-probabilities; those of the policy carry the gradient.
         chosen_lengths: [N], tokens of the chosen completions.
         rejected_lengths: [N].
         kl_coef: the paper's tau.

@@ -26,6 +26,6 @@ def missing_eos_penalty(terminated: Tensor, penalty: float) -> Tensor:
 
     Args:
         terminated: bool [B].
-        penalty: >= 0, in units of the reward.
+        penalty: the size of the penalty, >= 0, in units of the reward.
     """
     return -penalty * (~terminated).float()

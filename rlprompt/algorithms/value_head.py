@@ -45,11 +45,11 @@ class ValueHead(nn.Module):
         """Draw the parameters from a generator of their own.
 
         Args:
-            width: d.
-            hidden_size: h; None = linear.
-            seed: of the parameters; the global generator is left alone.
+            width: the width of a hidden state, d.
+            hidden_size: the width of the inner layer, h; None = no inner layer, a linear head.
+            seed: the seed of the parameters; the global generator is left alone.
             device: where the head lives.
-            dtype: of its parameters.
+            dtype: the dtype of the parameters.
         """
         super().__init__()
         self._width = width

@@ -89,12 +89,12 @@ def save_artifact(
     """Write a prompt as an artifact; each file atomically, prompt.json last.
 
     Args:
-        folder: made if absent.
-        policy: says which base and template the prompt belongs to.
+        folder: the folder, which is made if absent.
+        policy: the policy, whose base and template the prompt belongs to.
         prompt: any prompt but `NonePrompt`.
-        name: of the recipe.
-        recipe: resolved, as plain values.
-        metrics: held-out results for the card.
+        name: the name of the recipe.
+        recipe: the resolved recipe, as plain values.
+        metrics: the held-out results for the card.
 
     Raises:
         InputError: the prompt has no artifact form.
@@ -161,8 +161,8 @@ def load_artifact(
 
     Args:
         folder: the artifact.
-        policy: over the base it is to be used on.
-        force: load although base or template differ; a warning is logged.
+        policy: a policy over the base that the prompt is to be used on.
+        force: whether to load although base or template differ; a warning is logged then.
         own: classes of the user's own that it may be of, beside the built-in ones.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The command line: names and arguments of the commands. What they do is in `rlprompt.commands`.
+"""The command line: names and arguments of the commands; `rlprompt.cli.commands` does the work.
 
 `main` is the entry point. Exit codes: 0 done (also when a signal ended a run cleanly), 1 the run or
 the machine failed, 2 wrong input, told in one line on stderr. Nothing heavy is imported before a
@@ -40,10 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit.
 
     Args:
-        arguments: in place of those of the process, which then goes on.
+        arguments: the arguments; None = those of the process, which ends after them.
 
     Raises:
-        SystemExit: always, with the exit code; see `leaving` for when the process just ends.
+        SystemExit: always, with the exit code; see `process_exit` for when the process just ends.
     """
     if arguments is not None:
         _run(list(arguments))

@@ -41,8 +41,8 @@ def build_queries(
 
     Args:
         table: The rows.
-        query_column: Column with the text or the messages.
-        split_column: Column left out of `Query.columns`, None for none.
+        query_column: The column with the text or the messages.
+        split_column: The column left out of `Query.columns`, None for none.
         first_index: `Query.index` of the first row.
 
     Returns:

@@ -26,7 +26,7 @@ def read_file(path: str, base_dir: Path, query_column: str) -> Table:
     Args:
         path: The file, relative to `base_dir` unless absolute; `~` is the home folder.
         base_dir: The recipe's folder.
-        query_column: Column under which a bare JSON string is stored.
+        query_column: The column under which a bare JSON string is stored.
 
     Returns:
         Its rows, at least one.
@@ -64,7 +64,7 @@ def read_rows(rows: list[Any], query_column: str, label: str = "data.rows") -> T
     """Take rows that are no file: strings or mappings.
 
     Args:
-        rows: as the recipe has them, or a Python program.
+        rows: the rows, as a recipe or a Python program has them.
         query_column: column that a string stands for.
         label: what error messages call the rows.
 
@@ -147,8 +147,8 @@ def _read_csv(file: Path, query_column: str) -> Table:
 
 def _read_parquet(file: Path, query_column: str) -> Table:
     del query_column  # the schema names every column
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow
+    import pyarrow.parquet
 
     try:
         rows = pyarrow.parquet.read_table(file).to_pylist()

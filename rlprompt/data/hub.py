@@ -23,8 +23,8 @@ def read_hub(dataset_id: str, name: str | None, split: str) -> Table:
 
     Args:
         dataset_id: `owner/name`.
-        name: Configuration of the dataset, None for its only or default one.
-        split: Split to read, in the syntax of `datasets` (`train`, `train[:1000]`, ...).
+        name: The configuration of the dataset, None for its only or default one.
+        split: The split to read, in the syntax of `datasets` (`train`, `train[:1000]`, ...).
 
     Returns:
         Its rows, at least one.

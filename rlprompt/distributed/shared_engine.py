@@ -30,11 +30,11 @@ class SharedEngine(Engine):
         """Divide `engine`'s work.
 
         Args:
-            engine: this rank's.
-            ranks: among whom.
-            together: every rank completes every query, in step with the others: where each token
-                gathers weights from all ranks, dividing would save no time and deadlock.
-            around: entered by every rank for the time of a rollout.
+            engine: this rank's engine.
+            ranks: the ranks that share the work.
+            together: whether every rank completes every query, in step with the others: where each
+                token gathers weights from all ranks, dividing would save no time and deadlock.
+            around: what makes a context that every rank enters for the time of a rollout.
         """
         super().__init__(engine.policy, engine.settings)
         self._engine = engine

@@ -89,12 +89,12 @@ class Engine(ABC):
         """Draw completions of each query under the synced prompt.
 
         Args:
-            queries: at least one.
-            num_completions: completions per query.
+            queries: the queries, at least one.
+            num_completions: the completions to draw for each query.
             sampling: how tokens are drawn.
-            seed: equal seeds and inputs give equal completions.
-            progress: called with (tokens drawn in the longest row, max_tokens).
-            first: place of the first query among all that share the seed, so that ranks that
+            seed: the seed; equal seeds and inputs give equal completions.
+            progress: what is called with (tokens drawn in the longest row, max_tokens).
+            first: the place of the first query among all that share the seed, so that ranks that
                 divide a list draw what one would.
             keep_products: whether an update will learn from the completions, so that an engine
                 that can keeps what it multiplies. Products that it kept before are given up.

@@ -24,6 +24,7 @@ from torch.nn import functional
 from rlprompt.kernels.cpu.cache_layout import LANES, lay_out_keys, lay_out_values
 from rlprompt.kernels.cpu.ops import decode_attention
 from rlprompt.kernels.dispatch import fused_decode, uses_triton
+from rlprompt.kernels.operands import KeyValue, Packed, Scoring, Spans
 from rlprompt.kernels.reference import mask_bias
 from rlprompt.model.forward.attention import LayerCall
 from rlprompt.model.forward.tree import TokenTree, TreeContext
@@ -151,10 +152,10 @@ class DecodeCache:
         """The whole block, [2 L, at least B, H_kv, S, D]: keys of all layers, then values."""
         return self._data
 
-    def attend(self, layer: int, tensors: tuple[Tensor, Tensor, Tensor], scaling: float) -> Tensor:
+    def attend(self, layer: int, new: Packed, scaling: float) -> Tensor:
         """Write the column and attend, by the C++ kernel; see `decode_attention`."""
         table, shared = self._table, self._shared
-        return decode_attention(tensors, self._data, layer, table, shared, self.column, scaling)
+        return decode_attention(new, self._data, layer, table, shared, self.column, scaling)
 
     @property
     def table(self) -> Tensor:
@@ -232,15 +233,15 @@ class DecodeContext:
         cache.reserve()
         self._cache = cache
         self._fused = fused
-        self._spans: tuple[Tensor, Tensor] | None = None
+        self._spans: Spans | None = None
         self._biases: dict[int | None, Tensor] = {}
 
     def attend(self, call: LayerCall) -> Tensor:
         """Write the column, then attend: packed [1, H, B, D] in and out."""
         cache = self._cache
         if cache.has_cpp_layout(call.layer):
-            tensors = [t[0].transpose(0, 1) for t in (call.query, call.key, call.value)]
-            out = cache.attend(call.layer, (tensors[0], tensors[1], tensors[2]), call.scaling)
+            new = Packed(*(t[0].transpose(0, 1) for t in (call.query, call.key, call.value)))
+            out = cache.attend(call.layer, new, call.scaling)
             return out.transpose(0, 1)[None]
         key, value = cache.layer(call.layer)
         key[:, :, cache.column] = call.key[0].transpose(0, 1)
@@ -259,10 +260,10 @@ class DecodeContext:
         cache, shared = self._cache, self._cache.prefix_tokens
         if self._spans is None:
             firsts = cache.padding[: cache.num_rows].int()
-            self._spans = (firsts, cache.column + 1 - shared - firsts)
-        own = (key[:, :, shared:], value[:, :, shared:])
-        prefix = (key[0, :, :shared], value[0, :, :shared])
-        scoring = (call.scaling, call.softcap, call.window)
+            self._spans = Spans(firsts, cache.column + 1 - shared - firsts)
+        own = KeyValue(key[:, :, shared:], value[:, :, shared:])
+        prefix = KeyValue(key[0, :, :shared], value[0, :, :shared])
+        scoring = Scoring(call.scaling, call.softcap, call.window)
         out = fused_decode(call.query[0].transpose(0, 1), own, prefix, self._spans, scoring)
         return out.transpose(0, 1)[None]
 

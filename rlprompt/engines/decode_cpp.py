@@ -160,8 +160,8 @@ def agrees(
 
     Args:
         decoder: the candidate.
-        forward: the same base.
-        cache: at least one row; its next column is overwritten by both.
+        forward: the base that both decode.
+        cache: a cache of at least one row; its next column is overwritten by both.
         step: a decode step through the base's own modules.
     """
     tokens = torch.arange(cache.num_rows, device=forward.device) * 7 % forward.base.vocab_size

@@ -116,6 +116,34 @@ class NativeEngine(Engine):
             InputError: no prompt is synced, a stop token does not exist, or a query with prompt and
                 completion is longer than the base's positions.
         """
+        prefix = self._checked_prefix(sampling)
+        uniform = _uniform(first, len(queries), num_completions, sampling.max_tokens, seed)
+        with self._without_graph(), self.policy.forward.adapted(prefix.adapter):
+            return self._drawn(queries, uniform, self._loop(sampling, progress), keep_products)
+
+    def generate_one(
+        self, query: Query, sampling: SamplingSettings, seed: int, heard: Callable[[int], None]
+    ) -> Completion:
+        """Draw one completion of one query, and tell its tokens while they are drawn.
+
+        Args:
+            query: the conversation to answer.
+            sampling: how tokens are drawn.
+            seed: seed of the draw; the completion is that of `generate`.
+            heard: function of each token id, the stop token included; it may raise to end the draw.
+
+        Raises:
+            InputError: see `generate`.
+        """
+        prefix = self._checked_prefix(sampling)
+        uniform = _uniform(0, 1, 1, sampling.max_tokens, seed)
+        with self._without_graph(), self.policy.forward.adapted(prefix.adapter):
+            loop = self._loop(sampling, None, heard)
+            (group,) = self._drawn([query], uniform, loop, keep_products=False).groups
+        return group.completions[0]
+
+    def _checked_prefix(self, sampling: SamplingSettings) -> PrefixKV:
+        """The synced prompt's prefix, where these settings can be drawn with."""
         if self._prompt is None or self._prefix is None:
             raise InputError("the engine has no prompt; call engine.sync(prompt) before generate")
         unknown = [i for i in sampling.stop_token_ids if not 0 <= i < self.policy.base.vocab_size]
@@ -124,18 +152,17 @@ class NativeEngine(Engine):
                 f"sampling.stop_token_ids names tokens that {self.policy.base.id} does not have: "
                 f"{unknown}; take ids of its tokenizer"
             )
-        shape = (first + len(queries), num_completions, sampling.max_tokens)
-        generator = torch.Generator().manual_seed(seed)
-        # Row by row, so that a query's draws do not depend on how many queries follow it.
-        uniform = torch.rand(shape, generator=generator, dtype=torch.float64)[first:]
-        forward = self.policy.forward
-        with self._without_graph(), forward.adapted(self._prefix.adapter):
-            loop = _TokenLoop(
-                Drawer(forward.head, sampling),
-                self.policy.stop_ids | set(sampling.stop_token_ids),
-                progress,
-            )
-            return self._drawn(queries, uniform, loop, keep_products)
+        return self._prefix
+
+    def _loop(
+        self,
+        sampling: SamplingSettings,
+        progress: Progress | None,
+        heard: Callable[[int], None] | None = None,
+    ) -> _TokenLoop:
+        drawer = Drawer(self.policy.forward.head, sampling)
+        stop = self.policy.stop_ids | set(sampling.stop_token_ids)
+        return _TokenLoop(drawer, stop, progress, heard)
 
     def _drawn(
         self, queries: Sequence[Query], uniform: Tensor, loop: _TokenLoop, keep_products: bool
@@ -272,6 +299,8 @@ class _TokenLoop:
     stop: frozenset[int]
     """Tokens that end a row."""
     progress: Progress | None
+    heard: Callable[[int], None] | None = None
+    """Called with each token of the first row."""
 
     @property
     def max_tokens(self) -> int:
@@ -289,11 +318,11 @@ class _TokenLoop:
         """Decode the rows of a cache.
 
         Args:
-            decoder: makes the steps.
+            decoder: the decoder that makes the steps.
             cache: B rows, the same number for each of G groups.
             states: [G, d], what the first tokens are drawn from.
             uniform: [max_tokens, B] in [0, 1).
-            writer: says where products are kept; None = nowhere.
+            writer: what says where products are kept; None = nowhere.
 
         Returns:
             What was drawn, in the first order of the rows.
@@ -318,6 +347,8 @@ class _TokenLoop:
             lengths[row_ids] = step + 1
             if self.progress is not None:
                 self.progress(step + 1, sampling.max_tokens)
+            if self.heard is not None:
+                self.heard(int(tokens[0]))
             finished = torch.isin(tokens, stop_ids)
             if bool(finished.any()):
                 going_on = cache.drop(finished)
@@ -330,6 +361,17 @@ class _TokenLoop:
         ends = lengths.tolist()
         ids, scores = token_rows.tolist(), logprob_rows.tolist()
         return [_Row(ids[i][: ends[i]], scores[i][: ends[i]]) for i in range(total)]
+
+
+def _uniform(first: int, queries: int, copies: int, max_tokens: int, seed: int) -> Tensor:
+    """The numbers in [0, 1) that tokens are drawn by, float64 [queries, copies, max_tokens].
+
+    Row by row, so that a query's draws do not depend on how many queries follow it; those of
+    `first` queries are passed over.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shape = (first + queries, copies, max_tokens)
+    return torch.rand(shape, generator=generator, dtype=torch.float64)[first:]
 
 
 def _turns(uniform: Tensor, max_rows: int) -> Iterator[tuple[slice, Tensor]]:

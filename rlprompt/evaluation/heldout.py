@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlprompt.engines.base import Engine
 from rlprompt.engines.sampling import SamplingSettings
-from rlprompt.evaluation.probes import Probe
+from rlprompt.evaluation.measures import Measure
 from rlprompt.prompts.base import Prompt
 from rlprompt.rewards.runner import RewardRunner
 from rlprompt.rollout.collect import RolloutBatch, collect
@@ -48,10 +48,10 @@ class EvaluationSettings(Settings):
 
 
 @dataclass(frozen=True)
-class Objective:
-    """What an algorithm without rewards is judged by: a probe."""
+class Criterion:
+    """What the best prompt is chosen by where no reward has a score: a measure."""
 
-    probe: str
+    measure: str
     """Its name."""
     sign: float = 1.0
     """-1 when less is better."""
@@ -67,7 +67,7 @@ class HeldoutResult:
 
     @property
     def reward(self) -> float:
-        """Mean total reward, or the objective that stands for it."""
+        """Mean total reward, or the criterion that stands for it."""
         return float(self.metrics["reward"])  # type: ignore[arg-type]
 
     def value(self, name: str) -> float:
@@ -96,20 +96,20 @@ class HeldoutEvaluator:
         *,
         completions_per_query: int,
         seed: int,
-        probes: Mapping[str, Probe],
-        objective: Objective | None = None,
+        measures: Mapping[str, Measure],
+        criterion: Criterion | None = None,
     ) -> None:
         """Join the parts; the engine's prompt is changed by `evaluate`.
 
         Args:
-            engine: draws the completions.
-            rewards: score them.
-            queries: held out from training.
-            sampling: as in training.
-            completions_per_query: to draw.
-            seed: of the draws.
-            probes: other numbers to log, by name.
-            objective: what stands for the reward where no reward has a score.
+            engine: engine that draws the completions.
+            rewards: runner that scores them.
+            queries: queries held out from training.
+            sampling: settings of the draws, as in training.
+            completions_per_query: number of completions to draw.
+            seed: seed of the draws.
+            measures: other numbers to log, by name.
+            criterion: measure that stands for the reward where no reward has a score.
         """
         self._engine = engine
         self._rewards = rewards
@@ -117,8 +117,8 @@ class HeldoutEvaluator:
         self._sampling = sampling
         self._copies = completions_per_query
         self._seed = seed
-        self._probes = dict(probes)
-        self._objective = objective
+        self._measures = dict(measures)
+        self._criterion = criterion
         self._fixed: dict[tuple[str, str], HeldoutResult] = {}
 
     def evaluate(
@@ -126,10 +126,13 @@ class HeldoutEvaluator:
     ) -> HeldoutResult:
         """Complete every query under a prompt and score it.
 
-        A prompt that has nothing to train does the same every time: it is evaluated once.
+        Before the first step a prompt that has nothing to train is evaluated once, so that the
+        members of a population share base and hand-written text. What a search has found later is
+        evaluated anew: a reward may draw at random or see the step, and a resumed run must meet
+        what the uninterrupted one met.
         """
         key = (prompt.kind, prompt.init_text)
-        if prompt.parameters():
+        if prompt.parameters() or step > 0:
             return self._evaluate(prompt, step, progress)
         if key not in self._fixed:
             self._fixed[key] = self._evaluate(prompt, step, progress)
@@ -161,10 +164,10 @@ class HeldoutEvaluator:
             "num_completions": len(batch.completions),
             "mean_length": float(batch.lengths.float().mean()),
             "terminated_share": float(batch.terminated.float().mean()),
-            **{name: probe(prompt, batch.groups) for name, probe in self._probes.items()},
+            **{name: measure(prompt, batch.groups) for name, measure in self._measures.items()},
         }
-        if self._objective is not None:
-            metrics["reward"] = self._objective.sign * float(str(metrics[self._objective.probe]))
+        if self._criterion is not None:
+            metrics["reward"] = self._criterion.sign * float(str(metrics[self._criterion.measure]))
         return HeldoutResult(batch, metrics)
 
 

@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from rlprompt.kernels.operands import KeyValue, Packed, Scoring, Spans
 from rlprompt.kernels.triton.attention_rows import MAX_HEAD_DIM, AttentionRows
 
 logger = logging.getLogger(__name__)
@@ -72,23 +73,16 @@ def fused_head_rows(
 
 
 def fused_attention(
-    packed: tuple[Tensor, Tensor, Tensor],
-    prefix: tuple[Tensor, Tensor],
-    rows: AttentionRows,
-    scoring: tuple[float, float | None, int | None],
+    packed: Packed, prefix: KeyValue, rows: AttentionRows, scoring: Scoring
 ) -> Tensor:
-    """`prefix_attention` with (scaling, softcap, window); imports Triton."""
+    """`prefix_attention`; imports Triton."""
     from rlprompt.kernels.triton.attention import prefix_attention
 
-    return prefix_attention(packed, prefix, rows, *scoring)
+    return prefix_attention(packed, prefix, rows, scoring)
 
 
 def fused_decode(
-    query: Tensor,
-    own: tuple[Tensor, Tensor],
-    prefix: tuple[Tensor, Tensor],
-    spans: tuple[Tensor, Tensor],
-    scoring: tuple[float, float | None, int | None],
+    query: Tensor, own: KeyValue, prefix: KeyValue, spans: Spans, scoring: Scoring
 ) -> Tensor:
     """`prefix_decode`; imports Triton."""
     from rlprompt.kernels.triton.attention import prefix_decode

@@ -150,10 +150,11 @@ def head_divergence(
         student: [M, d] hidden states after the final norm, M >= 1; gets the gradient.
         teacher: [M, d] at the same tokens; gets none.
         head: the frozen head of both; its weight gets no gradient.
-        divergence: `forward_kl` is KL(teacher || student), `reverse_kl` KL(student || teacher),
-            `jensen_shannon` the generalised one.
-        mixture: b in (0, 1), the teacher's share of the mixture; for `jensen_shannon` only.
-        temperature: tau > 0, both logits are divided by it. The result is not multiplied by tau^2.
+        divergence: the divergence: `forward_kl` is KL(teacher || student), `reverse_kl` KL(student
+            || teacher), `jensen_shannon` the generalised one.
+        mixture: the teacher's share of the mixture, b in (0, 1); for `jensen_shannon` only.
+        temperature: the temperature, tau > 0, that both logits are divided by. The result is not
+            multiplied by tau^2.
 
     Returns:
         [M] in nats, float32 (float64 of a float64 base). The backward is exact; calling it twice,

@@ -88,9 +88,9 @@ class _Workspace:
         dtype = torch.promote_types(like.dtype, torch.float32)
         self._buffers = torch.empty(2, rows, vocab, dtype=dtype, device=like.device)
 
-    def take(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Both buffers, [rows, V] each, holding anything."""
-        return self._buffers[0, :rows], self._buffers[1, :rows]
+    def take(self, rows: int) -> Tensor:
+        """Both buffers, [2, rows, V], holding anything."""
+        return self._buffers[:, :rows]
 
 
 class _Call(NamedTuple):
@@ -102,10 +102,17 @@ class _Call(NamedTuple):
     wants_entropy_grad: bool
 
 
-def _chunk(
-    hidden: Tensor, targets: Tensor, call: _Call, buffers: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Log-probs [C], entropy [C], and the two directions [C, d] of the module docstring."""
+class _Scored(NamedTuple):
+    """A chunk's results, and the two directions [C, d] of the module docstring where wanted."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    logprob_direction: Tensor | None
+    entropy_direction: Tensor | None
+
+
+def _chunk(hidden: Tensor, targets: Tensor, call: _Call, buffers: Tensor) -> _Scored:
+    """Score a chunk in PyTorch, with [2, C, V] of working space."""
     head, wants_grad = call.head, call.wants_logprob_grad
     logits = head_logits(hidden, head, buffers[0])
     slope = 1 - (logits / head.softcap) ** 2 if head.softcap is not None and wants_grad else None
@@ -130,7 +137,7 @@ def _chunk(
         place = targets[:, None]
         pull = probs.neg_().scatter_add_(1, place, torch.ones_like(place, dtype=probs.dtype))
         logprob_direction = _through(pull, head, slope).div_(call.temperature)
-    return logprobs, entropy, logprob_direction, entropy_direction
+    return _Scored(logprobs, entropy, logprob_direction, entropy_direction)
 
 
 def _through(grad_logits: Tensor, head: Head, slope: Tensor | None) -> Tensor:
@@ -143,16 +150,15 @@ RowScores = Callable[[Tensor, Tensor, float, bool, Tensor | None], tuple[Tensor,
 """A kernel that scores rows of logits in place; see `kernels.cpu.ops.head_scores`."""
 
 
-def _kernel_chunk(
-    hidden: Tensor, targets: Tensor, call: _Call, scores: RowScores
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def _kernel_chunk(hidden: Tensor, targets: Tensor, call: _Call, scores: RowScores) -> _Scored:
     """What `_chunk` gives; the logits stay in the head's dtype and become their gradient."""
     head, tau, grad = call.head, call.temperature, call.wants_logprob_grad
     logits = head.project(hidden.contiguous())
     spread = torch.empty_like(logits) if grad and call.wants_entropy_grad else None
     logprobs, entropy = scores(logits, targets, tau, grad, spread)
     pull = head.pull_back(logits).div_(tau) if grad else None
-    return logprobs, entropy, pull, None if spread is None else head.pull_back(spread).div_(tau)
+    spread_pull = None if spread is None else head.pull_back(spread).div_(tau)
+    return _Scored(logprobs, entropy, pull, spread_pull)
 
 
 def _row_kernel(head: Head, device: torch.device) -> RowScores | None:
@@ -216,8 +222,8 @@ def head_scores(
         hidden: [M, d] hidden states after the final norm, M >= 1.
         targets: int64 [M].
         head: the frozen head; its weight gets no gradient.
-        temperature: sampling temperature tau > 0; logits are divided by it, so that these are the
-            log-probabilities of the distribution that was sampled from.
+        temperature: the sampling temperature, tau > 0; logits are divided by it, so that these are
+            the log-probabilities of the distribution that was sampled from.
         entropy_grad: whether the entropy is part of the loss; without it the entropy is a metric
             only and costs no matrix product.
 

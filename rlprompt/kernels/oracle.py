@@ -11,37 +11,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlprompt.kernels.operands import KeyValue, Packed, Scoring
 
-def oracle_attention(
-    packed: tuple[Tensor, Tensor, Tensor],
-    prefix: tuple[Tensor, Tensor],
-    rows: Tensor,
-    scaling: float,
-    softcap: float | None = None,
-    window: int | None = None,
-) -> Tensor:
+
+def oracle_attention(packed: Packed, prefix: KeyValue, rows: Tensor, scoring: Scoring) -> Tensor:
     """Softmax attention of packed rows over [prefix, the row's parent, own tokens causally].
 
     Args:
-        packed: queries [N, H, D], keys and values [N, H_kv, D].
+        packed: queries, keys and values of the tokens.
         prefix: keys and values [H_kv, P, D] that every token sees.
         rows: int [R, >= 4]: first own token, end of own tokens, first and end of the parent's
             tokens (equal when there is no parent). Every token belongs to one row.
-        scaling: factor on the scores.
-        softcap: scores become softcap * tanh(scores / softcap).
-        window: positions seen, the own included; positions count prefix, parent, own.
+        scoring: how scores come about; for its window, positions count prefix, parent, own.
 
     Returns:
         [N, H, D].
     """
     query, key, value = packed
+    scaling, softcap, window = scoring
     heads, dim = query.shape[1:]
     share = heads // key.shape[1]
     out = query.new_zeros(query.shape)
     for first, end, parent_first, parent_end, *_ in rows.tolist():
         spans = [slice(parent_first, parent_end), slice(first, end)]
-        keys = torch.cat([prefix[0].transpose(0, 1), *(key[s] for s in spans)])
-        values = torch.cat([prefix[1].transpose(0, 1), *(value[s] for s in spans)])
+        keys = torch.cat([prefix.key.transpose(0, 1), *(key[s] for s in spans)])
+        values = torch.cat([prefix.value.transpose(0, 1), *(value[s] for s in spans)])
         keys, values = (t.repeat_interleave(share, 1) for t in (keys, values))  # [S, H, D]
         length, total = end - first, keys.shape[0]
         scores = torch.einsum("thd,shd->hts", query[first:end], keys) * scaling

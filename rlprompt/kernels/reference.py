@@ -28,11 +28,12 @@ def masked_attention(
         query: [B, H, T, D].
         key: [B, H_kv, S, D]; H is a multiple of H_kv (grouped-query attention).
         value: [B, H_kv, S, D].
-        mask: bool, broadcastable to [B, T, S], True = the key is seen; or the same as an additive
-            bias made by `mask_bias`, where many layers share one; None = all keys are seen. A query
-            that sees no key returns about the mean of the values, never NaN.
+        mask: a bool mask, broadcastable to [B, T, S], True = the key is seen; or the same as an
+            additive bias made by `mask_bias`, where many layers share one; None = all keys are
+            seen. A query that sees no key returns about the mean of the values, never NaN.
         scaling: factor on the scores, usually D ** -0.5.
-        softcap: when given, scores become softcap * tanh(scores / softcap) before the mask (Gemma).
+        softcap: the soft cap, by which scores become softcap * tanh(scores / softcap) before the
+            mask (Gemma); None = no cap.
 
     Returns:
         [B, H, T, D] in the dtype of `query`.

@@ -134,7 +134,7 @@ def load_base(settings: ModelSettings, sharding: ShardSettings | None = None) ->
     only. Sets the number of CPU threads when `settings.threads` does.
 
     Args:
-        settings: which model.
+        settings: the settings that say which model.
         sharding: how it is cut up among the ranks, which then all call this; None keeps it whole.
 
     Raises:

@@ -10,8 +10,9 @@ dim, V vocabulary, W ranks, R rows decoded at a time, T tokens, S columns of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from rlprompt.engines.native import NativeSettings
 from rlprompt.errors import InputError
@@ -34,15 +35,15 @@ _CACHE_BLOCK = 32
 class Plan:
     """What one rank will need."""
 
-    memory: Sequence[tuple[str, float]]
-    """(part, bytes) at the worst moment of each; rollout and update do not happen at once."""
+    memory: Mapping[str, float]
+    """Bytes of each part at its worst moment; rollout and update do not happen at once."""
     rollout_bytes: float
     update_bytes: float
     """What meets in a rollout, and in an update; all of it where they overlap."""
-    traffic: Sequence[tuple[str, float]]
-    """(part, bytes that a rank receives per step)."""
-    bounds: Sequence[tuple[str, float]]
-    """(what, seconds per step at least)."""
+    traffic: Mapping[str, float]
+    """Bytes of each part that a rank receives per step."""
+    bounds: Mapping[str, float]
+    """Seconds that each part of a step takes at least."""
     decode_tokens_per_second: float
     """Of all ranks, at most."""
     overlaps: bool = False
@@ -51,7 +52,7 @@ class Plan:
     @property
     def step_seconds(self) -> float:
         """Lower bound of a step; of two phases at once, the longer one's."""
-        return (max if self.overlaps else sum)(seconds for _, seconds in self.bounds)
+        return max(self.bounds.values()) if self.overlaps else sum(self.bounds.values())
 
 
 def plan(
@@ -65,16 +66,21 @@ def plan(
     """Plan a recipe on a number of equal devices, one rank each.
 
     Args:
-        recipe: its batch sizes, lengths, budget, dtype and `distributed` count.
-        shape: of the base, in place of the recipe's.
-        ranks: W.
-        device: of each rank.
+        recipe: recipe, of which batch sizes, lengths, budget, dtype and `distributed` count.
+        shape: shape of the base, in place of the recipe's.
+        ranks: the number of ranks, W.
+        device: data sheet of each rank's device.
         query_tokens: mean length of a query with its template.
 
     Raises:
-        InputError: the recipe divides less than one query per rank, overlaps on several, or draws
-            with another engine than the native one.
+        InputError: the recipe divides less than one query per rank, overlaps on several, searches,
+            or draws with another engine than the native one.
     """
+    if recipe.search is not None:
+        raise InputError(
+            "a plan is about updates by gradients, and a search makes none; plan the recipe "
+            "without search"
+        )
     engine = recipe.engine
     if not isinstance(engine, NativeSettings):
         raise InputError(
@@ -93,8 +99,7 @@ def plan(
             "have nothing to do; raise it"
         )
     work = _Work(recipe, engine, shape, ranks, device, query_tokens)
-    memory = _memory(work)
-    held = dict(memory)
+    held = _memory(work)
     decoding = (
         held["cache of a rollout"] + held["cache, while it grows"] + held["drawing of tokens"]
     )
@@ -115,9 +120,19 @@ def plan(
     )
     if overlaps:
         rollout = update = rollout + update - at_rest
-    traffic = _traffic(work) if ranks > 1 else []
-    bounds, rate = _bounds(work, sum(size for _, size in traffic), held["cache of a rollout"])
-    return Plan(memory, rollout, update, traffic, bounds, rate, overlaps)
+    traffic = _traffic(work) if ranks > 1 else {}
+    bounds, rate = _bounds(work, sum(traffic.values()), held["cache of a rollout"])
+    return Plan(held, rollout, update, traffic, bounds, rate, overlaps)
+
+
+class _MicroBatches(NamedTuple):
+    """How a rank's batch is cut."""
+
+    per_pass: int
+    largest: int
+    """Tokens of the largest."""
+    tokens: int
+    """Tokens of all passes."""
 
 
 @dataclass(frozen=True)
@@ -185,8 +200,8 @@ class _Work:
         return self.prompt_tokens + self.query_tokens + self.recipe.sampling.max_tokens
 
     @property
-    def micro_batches(self) -> tuple[int, int, int]:
-        """Micro-batches of a rank per pass, tokens of the largest, and tokens of all passes."""
+    def micro_batches(self) -> _MicroBatches:
+        """Micro-batches of a rank."""
         groups = -(-self.recipe.training.queries_per_step // self.ranks)
         # The last token of a completion predicts nothing.
         answer = self.recipe.sampling.max_tokens - 1
@@ -195,10 +210,10 @@ class _Work:
         per_turn = max(1, budget // group)
         largest = min(max(budget, self.query_tokens + answer), min(per_turn, groups) * group)
         turns = -(-groups // per_turn) if group <= budget else groups * -(-group // budget)
-        return turns, largest, groups * group * self.of("num_epochs")
+        return _MicroBatches(turns, largest, groups * group * self.of("num_epochs"))
 
 
-def _memory(work: _Work) -> list[tuple[str, float]]:
+def _memory(work: _Work) -> dict[str, float]:
     shape, each = work.shape, work.bytes_each
     ends = shape.end_parameters * each
     largest = max(shape.vocab * shape.width, shape.width * shape.mlp) * each
@@ -209,24 +224,24 @@ def _memory(work: _Work) -> list[tuple[str, float]]:
     before_last_growth = (work.columns - 1) // _CACHE_BLOCK * _CACHE_BLOCK
     first = work.prompt_tokens + work.query_tokens
     grows = first // _CACHE_BLOCK * _CACHE_BLOCK < before_last_growth
-    tokens = work.micro_batches[1]
+    tokens = work.micro_batches.largest
     if work.device.is_cpu:
         head = 3 * CHUNK_TOKENS * shape.vocab * 4  # two that all chunks share, and the product
     else:
         head = 2 * min(FUSED_CHUNK_TOKENS, tokens) * shape.vocab * each
-    return [
-        ("base, at rest", work.at_rest),
-        ("base, gathered for a rollout", whole if work.rolls_out_whole else parts),
-        ("base, gathered for an update", parts),
-        ("received twice", largest * (work.is_sharded and work.device.is_cpu)),
-        ("cache of a rollout", column * work.columns),
-        ("cache, while it grows", column * before_last_growth * grows),
-        ("drawing of tokens", 2 * work.rows_at_once * shape.vocab * 4),
-        ("products of a rollout", _kept_products(work)),
-        ("activations of a micro-batch", _activations(work, tokens)),
-        ("LM head's buffers", head),
-        ("prompt, gradient, moments", work.prompt_tokens * shape.width * 4 * 4),
-    ]
+    return {
+        "base, at rest": work.at_rest,
+        "base, gathered for a rollout": whole if work.rolls_out_whole else parts,
+        "base, gathered for an update": parts,
+        "received twice": largest * (work.is_sharded and work.device.is_cpu),
+        "cache of a rollout": column * work.columns,
+        "cache, while it grows": column * before_last_growth * grows,
+        "drawing of tokens": 2 * work.rows_at_once * shape.vocab * 4,
+        "products of a rollout": _kept_products(work),
+        "activations of a micro-batch": _activations(work, tokens),
+        "LM head's buffers": head,
+        "prompt, gradient, moments": work.prompt_tokens * shape.width * 4 * 4,
+    }
 
 
 def _kept_products(work: _Work) -> float:
@@ -261,32 +276,32 @@ def _activations(work: _Work, tokens: int) -> float:
     return float(tokens * shape.layers * layer)
 
 
-def _traffic(work: _Work) -> list[tuple[str, float]]:
+def _traffic(work: _Work) -> dict[str, float]:
     """Bytes that a rank receives per step: its own share of what is gathered is there already."""
     recipe, shape = work.recipe, work.shape
     updates = work.of("num_epochs") * work.of("num_minibatches")
     # Summed in float64, and copied from the first rank after the optimizer's step.
     gradient = 2.0 * work.prompt_tokens * shape.width * 8 * updates
     if not work.is_sharded:
-        return [("gradient and prompt", gradient)]
+        return {"gradient and prompt": gradient}
     share = (work.ranks - 1) / work.ranks * work.bytes_each
     layers = (shape.layers * shape.layer_parameters + shape.width) * share
     ends = shape.end_parameters * share
     passes = 1 if recipe.algorithm.needs_reference else 0
-    turns = work.micro_batches[0]
+    turns = work.micro_batches.per_pass
     # Of an update: the prompt forward, forward again and backward; each turn forward and backward.
     of_update = updates * (3 + 2 * turns) + passes * (1 + turns)
     rollout = shape.parameters * share
     if not work.rolls_out_whole:
         rollout = work.rollout_turns * recipe.sampling.max_tokens * layers + ends
-    return [
-        ("base, for the rollout", rollout + layers + ends),  # and the prompt's prefill before it
-        ("base, for the update", of_update * layers + ends),
-        ("gradient and prompt", gradient),
-    ]
+    return {
+        "base, for the rollout": rollout + layers + ends,  # and the prompt's prefill before it
+        "base, for the update": of_update * layers + ends,
+        "gradient and prompt": gradient,
+    }
 
 
-def _bounds(work: _Work, received: float, cache: float) -> tuple[list[tuple[str, float]], float]:
+def _bounds(work: _Work, received: float, cache: float) -> tuple[dict[str, float], float]:
     """Least seconds of each part of a step, and most completion tokens per second of all ranks."""
     recipe, device = work.recipe, work.device
     per_token = 2 * work.shape.parameters
@@ -298,8 +313,8 @@ def _bounds(work: _Work, received: float, cache: float) -> tuple[list[tuple[str,
     references = 1 if recipe.algorithm.needs_reference else 0
     rollout = work.rollout_turns * recipe.sampling.max_tokens * decode
     # Forward, and a backward to the inputs only; a reference costs one forward.
-    update = (2 + references) * work.micro_batches[2] * per_token / device.flops
+    update = (2 + references) * work.micro_batches.tokens * per_token / device.flops
     drawing = 1 if work.is_sharded and not work.rolls_out_whole else work.ranks
     rate = drawing * work.rows * recipe.sampling.max_tokens / rollout
-    bounds = [("rollout", rollout), ("update", update), ("traffic", received / device.link)]
+    bounds = {"rollout": rollout, "update": update, "traffic": received / device.link}
     return bounds, rate

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rlprompt.errors import InputError
 from rlprompt.settings import ChosenSettings
-from rlprompt.types import Adapter, Message, PrefixKV
+from rlprompt.types import Adapter, KVShape, LinearShape, Message, PrefixKV
 
 
 class Conditioner(Protocol):
@@ -43,13 +43,13 @@ class Conditioner(Protocol):
         ...
 
     @property
-    def kv_shape(self) -> tuple[int, int, int]:
-        """(L, H_kv, D)."""
+    def kv_shape(self) -> KVShape:
+        """Layers, heads and head dim of its keys and values."""
         ...
 
     @property
-    def linear_shapes(self) -> Mapping[str, tuple[int, int]]:
-        """(out, in) of every linear layer inside the decoder's layers, by its full name."""
+    def linear_shapes(self) -> Mapping[str, LinearShape]:
+        """The shape of every linear layer inside the decoder's layers, by its full name."""
         ...
 
     def embedding_norm(self) -> float:
@@ -255,7 +255,7 @@ class Prompt(ABC):
         """The files of its artifact, by path relative to the artifact.
 
         Args:
-            base: id of the base, for formats that name it.
+            base: the id of the base, for formats that name it.
         """
         del base
         return {"prompt.safetensors": save(self.artifact_tensors(), {"format": "pt"})}

@@ -30,10 +30,10 @@ from rlprompt.model.forward.adapter_hooks import (
     attach_low_rank,
 )
 from rlprompt.settings import Settings
-from rlprompt.types import LowRank
+from rlprompt.types import LinearShape, LowRank
 
-Shapes = Mapping[str, tuple[int, int]]
-"""(out, in) of linear layers by full name."""
+Shapes = Mapping[str, LinearShape]
+"""Of linear layers by full name."""
 
 
 class LoRASettings(Settings):
@@ -79,7 +79,7 @@ class LayerAdapter(ABC):
         """Keep weights and settings.
 
         Args:
-            weights: by `<full name of the layer>.<name of the part>`.
+            weights: the weights, by `<full name of the layer>.<name of the part>`.
             config: what PEFT's adapter_config.json says of the method.
 
         Raises:
@@ -155,10 +155,10 @@ class LoRA(LayerAdapter):
         targets = settings.target_modules or sorted({n.rpartition(".")[2] for n in shapes})
         generator = torch.Generator().manual_seed(seed)
         weights = {}
-        for name, (rows, columns) in _targeted(shapes, targets).items():
-            drawn = torch.rand(settings.rank, columns, generator=generator)
-            weights[f"{name}.lora_A.weight"] = (2.0 * drawn - 1.0) / math.sqrt(columns)
-            weights[f"{name}.lora_B.weight"] = torch.zeros(rows, settings.rank)
+        for name, shape in _targeted(shapes, targets).items():
+            drawn = torch.rand(settings.rank, shape.inputs, generator=generator)
+            weights[f"{name}.lora_A.weight"] = (2.0 * drawn - 1.0) / math.sqrt(shape.inputs)
+            weights[f"{name}.lora_B.weight"] = torch.zeros(shape.outputs, settings.rank)
         config = {
             "r": settings.rank,
             "lora_alpha": settings.alpha,
@@ -185,9 +185,8 @@ class LoRA(LayerAdapter):
         rank = int(self.config["r"])
         out: dict[str, tuple[int, ...]] = {}
         for name in self.layers:
-            rows, columns = shapes[name]
-            out[f"{name}.lora_A.weight"] = (rank, columns)
-            out[f"{name}.lora_B.weight"] = (rows, rank)
+            out[f"{name}.lora_A.weight"] = (rank, shapes[name].inputs)
+            out[f"{name}.lora_B.weight"] = (shapes[name].outputs, rank)
         return out
 
     def scale(self, width: int) -> float:
@@ -300,9 +299,8 @@ def _scale_output(factors: Tensor) -> OutputHook:
     return lambda x, out: (out * factors).to(out.dtype)
 
 
-def _factor_shape(name: str, shape: tuple[int, int], on_input: Sequence[str]) -> tuple[int, int]:
-    rows, columns = shape
-    return (1, columns) if _ends_with(name, on_input) else (rows, 1)
+def _factor_shape(name: str, shape: LinearShape, on_input: Sequence[str]) -> tuple[int, int]:
+    return (1, shape.inputs) if _ends_with(name, on_input) else (shape.outputs, 1)
 
 
 def _ends_with(name: str, targets: Sequence[str]) -> bool:
@@ -310,7 +308,7 @@ def _ends_with(name: str, targets: Sequence[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def _targeted(shapes: Shapes, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
+def _targeted(shapes: Shapes, targets: Sequence[str]) -> dict[str, LinearShape]:
     for target in targets:
         if not any(_ends_with(name, [target]) for name in shapes):
             known = ", ".join(sorted({name.rpartition(".")[2] for name in shapes}))

@@ -28,8 +28,7 @@ from rlprompt.prompts.base import (
     check_state,
     load_nothing,
 )
-from rlprompt.prompts.settings import StartSettings
-from rlprompt.prompts.start import start_ids
+from rlprompt.prompts.settings import StartSettings, start_ids
 from rlprompt.types import PrefixKV
 
 
@@ -75,11 +74,11 @@ class PrefixPrompt(SlotPrompt):
 
         Args:
             start: [L, 2, H_kv, m, D], copied.
-            position: tokens before the slot; the keys' rotary embedding has it.
+            position: the number of tokens before the slot; the keys' rotary embedding has it.
             init_text: where they come from, for the record.
-            rank: see the class; None = full.
-            max_offset: see `PrefixSettings`.
-            seed: of `left`.
+            rank: the rank of the offset, see the class; None = full.
+            max_offset: the limit of `PrefixSettings.max_offset`; None = none.
+            seed: the seed of `left`.
         """
         wide = torch.promote_types(start.dtype, torch.float32)
         self.start = start.detach().to(wide, copy=True)

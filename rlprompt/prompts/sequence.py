@@ -86,8 +86,8 @@ class SequencePrompt(SlotPrompt):
         """Join prompts and freeze all but one.
 
         Args:
-            parts: in order; their parameters are used, not copied.
-            train: index of the one that is trained.
+            parts: the parts in their order; their parameters are used, not copied.
+            train: the index of the part that is trained.
 
         Raises:
             InputError: there is no such part, or nothing to train in it.

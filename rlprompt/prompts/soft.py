@@ -23,8 +23,7 @@ from rlprompt.prompts.base import (
     check_state,
     load_nothing,
 )
-from rlprompt.prompts.settings import StartSettings
-from rlprompt.prompts.start import start_ids
+from rlprompt.prompts.settings import StartSettings, start_ids
 from rlprompt.prompts.text import TextPrompt
 from rlprompt.types import PrefixKV
 
@@ -56,8 +55,8 @@ class SoftPrompt(SlotPrompt):
         Args:
             embeddings: the start.
             init_text: where they come from, for the record.
-            max_norm: longest token that `constrain` leaves alone. Tokens that start longer may stay
-                as long as they are.
+            max_norm: the norm of the longest token that `constrain` leaves alone. Tokens that start
+                longer may stay as long as they are.
         """
         wide = torch.promote_types(embeddings.dtype, torch.float32)
         self.embeddings = nn.Parameter(embeddings.detach().to(wide, copy=True))

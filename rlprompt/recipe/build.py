@@ -10,8 +10,9 @@ from pathlib import Path
 from rich.console import Console
 
 from rlprompt.algorithms.base import Algorithm
+from rlprompt.algorithms.constraints import Constraints
 from rlprompt.algorithms.make import make_algorithm
-from rlprompt.algorithms.objective import Constraints, QueryWeights
+from rlprompt.algorithms.robust import QueryWeights
 from rlprompt.artifacts.format import load_artifact
 from rlprompt.data import QuerySampler, load_queries
 from rlprompt.data.augment import Augmenter
@@ -21,8 +22,8 @@ from rlprompt.distributed.shared_engine import SharedEngine
 from rlprompt.engines.base import Engine
 from rlprompt.engines.make import make_engine, require_support
 from rlprompt.errors import InputError
-from rlprompt.evaluation.heldout import HeldoutEvaluator, Objective
-from rlprompt.evaluation.probes import BaseKL, BaseLogprob, Probe, TargetLogprob, TeacherKL
+from rlprompt.evaluation.heldout import Criterion, HeldoutEvaluator
+from rlprompt.evaluation.measures import BaseKL, BaseLogprob, Measure, TargetLogprob, TeacherKL
 from rlprompt.model.sharded.shards import ShardSettings
 from rlprompt.policy import Policy, open_policy
 from rlprompt.prompts.base import Prompt
@@ -39,11 +40,21 @@ from rlprompt.recipe.schema import (
 from rlprompt.reports.report import write_report
 from rlprompt.rewards import RewardBatch, RewardRunner, build_rewards
 from rlprompt.rollout.prefetch import OverlappedSource
-from rlprompt.rollout.sources import ColumnSource, RolloutSource, Source, given_completion
+from rlprompt.rollout.sources import (
+    ColumnSource,
+    QuerySource,
+    RolloutSource,
+    Source,
+    given_completion,
+)
 from rlprompt.runs.guards import GuardWatch
+from rlprompt.runs.learner import Learner
 from rlprompt.runs.parts import RunParts
 from rlprompt.runs.population import Population
 from rlprompt.runs.run import Run
+from rlprompt.search.base import SearchSettings, SearchStart
+from rlprompt.search.make import make_searcher
+from rlprompt.search.step import SearchParts, SearchStep
 from rlprompt.tracking.make import build_trackers
 from rlprompt.tracking.tracker import TrackerGroup
 from rlprompt.training.step import GradientStep, StepParts
@@ -126,7 +137,7 @@ def build_single_run(
         base_dir: the recipe's folder; its paths are relative to it.
         output: the run folder.
         console: where the live display goes.
-        ranks: among whom the work is divided; None when this process is alone.
+        ranks: the ranks among whom the work is divided; None when this process is alone.
         objects: what `memory:` paths of the recipe stand for.
 
     Raises:
@@ -156,7 +167,7 @@ def build_shared(recipe: Recipe, base_dir: Path, objects: Objects | None = None)
 
 
 def _refuse_fixed(recipe: Recipe) -> None:
-    if not recipe.prompt.trains:
+    if recipe.search is None and not recipe.prompt.trains:
         raise InputError(
             f"prompt.type is {recipe.prompt.type}, which has nothing to train; evaluate it with "
             "`rlprompt eval`, or set prompt.type: soft and give the text as prompt.init_text"
@@ -250,24 +261,11 @@ def _parts(
     rewards.bind_policy(policy)
     policy.prompt = build_prompt(recipe, policy, base_dir, shared.objects)
     require_support(shared.engine, (policy.prompt,))
-    max_tokens = recipe.sampling.max_tokens
-    algorithm = make_algorithm(recipe.algorithm, policy, max_tokens, recipe.seed)
-    needs_reference = recipe.algorithm.needs_reference
-    learner = GradientStep(
-        StepParts(
-            policy=policy,
-            algorithm=algorithm,
-            source=_source(recipe, shared, rewards, algorithm),
-            rewards=rewards,
-            settings=recipe.training,
-            probe=data.train[0],
-            reference=_reference(recipe.reference, policy.prompt) if needs_reference else None,
-            teacher=shared.teacher,
-            constraints=_constraints(recipe, rewards),
-            query_weights=_query_weights(recipe, data),
-            ranks=shared.ranks,
-        )
-    )
+    learner: Learner
+    if recipe.search is None:
+        learner = _gradient_step(recipe, shared, rewards)
+    else:
+        learner = _search_step(recipe, recipe.search, shared, rewards)
     return RunParts(
         name=recipe.name,
         policy=policy,
@@ -283,6 +281,46 @@ def _parts(
         write_report=write_report,
         ranks=shared.ranks,
         guards=GuardWatch(recipe.guards),
+    )
+
+
+def _gradient_step(recipe: Recipe, shared: Shared, rewards: RewardRunner) -> GradientStep:
+    policy = shared.policy
+    max_tokens = recipe.sampling.max_tokens
+    algorithm = make_algorithm(recipe.algorithm, policy, max_tokens, recipe.seed)
+    needs_reference = recipe.algorithm.needs_reference
+    return GradientStep(
+        StepParts(
+            policy=policy,
+            algorithm=algorithm,
+            source=_source(recipe, shared, rewards, algorithm),
+            rewards=rewards,
+            settings=recipe.training,
+            probe=shared.data.train[0],
+            reference=_reference(recipe.reference, policy.prompt) if needs_reference else None,
+            teacher=shared.teacher,
+            constraints=_constraints(recipe, rewards),
+            query_weights=_query_weights(recipe, shared.data),
+            ranks=shared.ranks,
+        )
+    )
+
+
+def _search_step(
+    recipe: Recipe, settings: SearchSettings, shared: Shared, rewards: RewardRunner
+) -> SearchStep:
+    data = shared.data
+    augment = Augmenter(recipe.augment, data.train) if recipe.augment else None
+    return SearchStep(
+        SearchParts(
+            searcher=make_searcher(settings, SearchStart(shared.policy.prompt, recipe.seed)),
+            engine=shared.engine,
+            rewards=rewards,
+            queries=QuerySource(data.train, _sampler(recipe, data), augment),
+            sampling=recipe.sampling,
+            completions_per_query=settings.completions_per_query,
+            base=shared.policy.base.id,
+        )
     )
 
 
@@ -311,13 +349,7 @@ def _source(recipe: Recipe, shared: Shared, rewards: RewardRunner, algorithm: Al
         InputError: the dataset is too small, or lacks the answers.
     """
     data, policy = shared.data, shared.policy
-    count, size = len(data.train), recipe.training.queries_per_step
-    if size > count:
-        raise InputError(
-            f"training.queries_per_step is {size}, the dataset has {count} training queries; "
-            "lower it or add queries"
-        )
-    sampler = QuerySampler(count, size, recipe.seed)
+    sampler = _sampler(recipe, data)
     augment = Augmenter(recipe.augment, data.train) if recipe.augment else None
     columns = recipe.algorithm.answer_columns
     if columns:
@@ -332,6 +364,21 @@ def _source(recipe: Recipe, shared: Shared, rewards: RewardRunner, algorithm: Al
         data.train, sampler, shared.engine, under, rewards, algorithm, recipe.sampling, augment
     )
     return OverlappedSource(source, prompt, under) if overlaps else source
+
+
+def _sampler(recipe: Recipe, data: QuerySplit) -> QuerySampler:
+    """Which training queries are next.
+
+    Raises:
+        InputError: there are fewer than a step needs.
+    """
+    count, size = len(data.train), recipe.training.queries_per_step
+    if size > count:
+        raise InputError(
+            f"training.queries_per_step is {size}, the dataset has {count} training queries; "
+            "lower it or add queries"
+        )
+    return QuerySampler(count, size, recipe.seed)
 
 
 def _fixed_prompts(recipe: Recipe, teacher: Prompt | None) -> list[Prompt]:
@@ -370,24 +417,24 @@ def _evaluator(
     settings, budget = recipe.evaluation, recipe.training.token_budget
     queries = data.heldout[: settings.max_queries]
     seed = recipe.seed + _HELDOUT_SEED
-    probes: dict[str, Probe] = {
+    measures: dict[str, Measure] = {
         "base_logprob": BaseLogprob(policy, budget),
         "base_kl": BaseKL(policy, budget),
     }
-    objective: Objective | None = None
+    criterion: Criterion | None = None
     columns = recipe.algorithm.answer_columns[:1]
     if columns and queries:
         answers = [Group(q, (given_completion(policy, q, columns[0]),)) for q in queries]
-        probes["target_logprob"] = TargetLogprob(policy, answers, budget)
-        objective = Objective("target_logprob")
+        measures["target_logprob"] = TargetLogprob(policy, answers, budget)
+        criterion = Criterion("target_logprob")
     if teacher is not None and queries:
 
         def write(prompt: Prompt) -> Sequence[Group]:
             engine.sync(prompt)
             return engine.generate(queries, 1, recipe.sampling, seed + 1).groups
 
-        probes["teacher_kl"] = TeacherKL(policy, teacher, write, budget)
-        objective = Objective("teacher_kl", -1.0)
+        measures["teacher_kl"] = TeacherKL(policy, teacher, write, budget)
+        criterion = Criterion("teacher_kl", -1.0)
     scored = any(reward.role == "score" for reward in recipe.rewards)
     return HeldoutEvaluator(
         engine,
@@ -396,8 +443,8 @@ def _evaluator(
         recipe.sampling,
         completions_per_query=settings.completions_per_query,
         seed=seed,
-        probes=probes,
-        objective=None if scored else objective,
+        measures=measures,
+        criterion=None if scored else criterion,
     )
 
 

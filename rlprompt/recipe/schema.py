@@ -13,9 +13,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from rlprompt.algorithms.constraints import ConstraintSettings
 from rlprompt.algorithms.grpo import GRPOSettings
 from rlprompt.algorithms.make import AnyAlgorithmSettings
-from rlprompt.algorithms.objective import ConstraintSettings, RobustSettings
+from rlprompt.algorithms.robust import RobustSettings
 from rlprompt.data.augment import AugmentSettings
 from rlprompt.data.base import DataSettings
 from rlprompt.distributed.ranks import DistributedSettings
@@ -33,7 +34,8 @@ from rlprompt.recipe.extensions import extended, load_named
 from rlprompt.recipe.yaml_file import apply_override, explain, read_tree, set_value
 from rlprompt.rewards.base import RewardSettings
 from rlprompt.runs.guards import Guard, require_known_rewards
-from rlprompt.runs.settings import MemberSettings
+from rlprompt.runs.settings import MemberSettings, RunSettings
+from rlprompt.search.make import SEARCHERS, AnySearchSettings
 from rlprompt.settings import Settings
 from rlprompt.tracking.make import TrackersSettings
 from rlprompt.training.settings import TrainingSettings
@@ -76,6 +78,8 @@ class Recipe(Settings):
     """The prompt that is trained; soft when it has no type."""
     algorithm: AnyAlgorithmSettings = GRPOSettings()
     """How it learns; by GRPO when it has no type."""
+    search: AnySearchSettings | None = None
+    """Find the prompt by trial, without gradients and so without `algorithm`; null = no search."""
     reference: Reference = NoneReference()
     """The policy that the KL is measured to."""
     engine: AnyEngineSettings = NativeSettings()
@@ -110,6 +114,48 @@ class Recipe(Settings):
     """Prompts that are trained one after the other on one loaded base, for a sweep over starts,
     learning rates or seeds. They share `training.steps` and `training.max_seconds` evenly and meet
     the same held-out draws; the best one's artifact is the run's."""
+
+    @model_validator(mode="after")
+    def _can_be_searched(self) -> Recipe:
+        if self.search is None:
+            return self
+        name = self.search.type
+        kinds = SEARCHERS[name].starts_from
+        if self.prompt.type not in kinds:
+            raise ValueError(
+                f"search.type: {name} starts from a prompt of type {' or '.join(kinds)}, "
+                f"prompt.type is {self.prompt.type}; set prompt.type: {kinds[0]}"
+            )
+        without_effect = self._of_gradients()
+        if without_effect:
+            raise ValueError(f"{without_effect[0]} has no effect with search; remove it")
+        for reward in self.rewards:
+            if reward.role == "constraint":
+                raise ValueError(
+                    f"reward '{reward.name}' has role: constraint, which a search cannot hold; "
+                    "choose role: score, gate or metric"
+                )
+            if reward.normalise != "none":
+                raise ValueError(
+                    f"reward '{reward.name}' has normalise: {reward.normalise}, but a search "
+                    "compares candidates by rewards as they are; remove it and set weight"
+                )
+        if self.sampling.temperature == 0.0 and self.search.completions_per_query > 1:
+            raise ValueError(
+                "sampling.temperature is 0, so all completions of a query would be the same; set "
+                "it above 0, or search.completions_per_query: 1"
+            )
+        return self
+
+    def _of_gradients(self) -> list[str]:
+        """Keys that only gradients read and that are not at their defaults."""
+        own = {name: getattr(self, name) for name in ("algorithm", "reference", "robust")}
+        default = {name: type(self).model_fields[name].default for name in own}
+        only = TrainingSettings.model_fields.keys() - RunSettings.model_fields.keys()
+        for name in sorted(only - {"token_budget"}):  # held-out evaluation reads the budget too
+            own[f"training.{name}"] = getattr(self.training, name)
+            default[f"training.{name}"] = TrainingSettings.model_fields[name].default
+        return [name for name, value in own.items() if value != default[name]]
 
     @model_validator(mode="after")
     def _settings_have_effect(self) -> Recipe:
@@ -147,7 +193,8 @@ class Recipe(Settings):
                 f"sampling.min_tokens is {self.sampling.min_tokens}, max_tokens is "
                 f"{self.sampling.max_tokens}; lower min_tokens"
             )
-        if self.sampling.temperature == 0.0 and self.algorithm.needs_rewards:
+        groups = self.algorithm.needs_rewards and self.search is None
+        if self.sampling.temperature == 0.0 and groups:
             raise ValueError(
                 "sampling.temperature is 0, so all completions of a group would be the same; set "
                 "it above 0"
@@ -298,7 +345,7 @@ def with_new_settings(stored: Any, kind: type[Recipe] = Recipe) -> Any:
     """A stored recipe with the settings that a newer rlprompt has, at their defaults.
 
     Args:
-        stored: plain values, as `recipe.resolved.yaml` has them; what is no recipe stays as it is.
+        stored: the plain values of `recipe.resolved.yaml`; what is no recipe stays as it is.
         kind: class of the recipe that it is compared with. What is stored imports nothing: it can
             name only classes of the user's own that this recipe names too.
     """

@@ -148,10 +148,10 @@ def set_value(tree: dict[str, Any], key: str, value: Any, who: str) -> None:
     """Set a dotted key in a tree, in place; see `apply_override`.
 
     Args:
-        tree: of a recipe.
-        key: dotted.
-        value: plain.
-        who: asks for it, for errors.
+        tree: the tree of a recipe.
+        key: the dotted key.
+        value: a plain value.
+        who: the one who asks for it, for errors.
 
     Raises:
         InputError: the path leads through a plain value or past a list.
@@ -181,8 +181,8 @@ def explain(error: ValidationError, schema: Schema) -> tuple[str, str]:
     """The first thing that the settings classes object to; unknown keys come before all else.
 
     Args:
-        error: raised by the class that `schema` belongs to.
-        schema: its JSON schema.
+        error: the error that the class of `schema` raised.
+        schema: the JSON schema of that class.
 
     Returns:
         The YAML path, such as `rewards.0.weight`, and one sentence that names it.

@@ -4,23 +4,39 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
 from rlprompt.reports.guards import guard_section
-from rlprompt.reports.plots import Color, Curve, draw_curves, draw_stack
+from rlprompt.reports.plots import Color, Curve, LegendEntry, Part, draw_curves, draw_stack
 from rlprompt.runs.read_folder import RunFiles
 
-WHO: dict[str, tuple[str, Color]] = {
-    "base": ("Base", "base"),
-    "handwritten": ("Hand-written", "handwritten"),
-    "learned": ("Learned", "learned"),
+
+class Who(NamedTuple):
+    """How one of those whose completions are compared appears on the page."""
+
+    label: str
+    color: Color
+
+
+WHO: dict[str, Who] = {
+    "base": Who("Base", "base"),
+    "handwritten": Who("Hand-written", "handwritten"),
+    "learned": Who("Learned", "learned"),
 }
-"""Whose completions are compared: name in the files -> name and colour on the page."""
+"""Whose completions are compared, by their name in the files."""
 
 _PALETTE: tuple[Color, ...] = ("p1", "p2", "p3", "p4", "p5", "p6")
-_PHASES = ("rollout", "reward", "forward", "backward", "optimizer", "other")
+_PHASES: dict[str, Color] = {
+    "rollout": "p1",
+    "reward": "p2",
+    "search": "p3",  # no run has both this and the next one
+    "forward": "p3",
+    "backward": "p4",
+    "optimizer": "p5",
+    "other": "p6",
+}
 _HEALTH: dict[str, tuple[str, ...]] = {
     "KL to the reference": ("kl",),
     "Entropy": ("entropy",),
@@ -34,6 +50,8 @@ _HEALTH: dict[str, tuple[str, ...]] = {
     "Share of groups without reward spread": ("frac_reward_zero_std",),
     "Loss": ("loss",),
     "Learning rate": ("lr",),
+    "Reward of the step's best candidate": ("search/best_reward",),
+    "Candidates of the step": ("search/candidates",),
 }
 _MAX_REWARDS = 24
 
@@ -77,7 +95,7 @@ def report_sections(run: RunFiles) -> list[dict[str, Any]]:
     ]
 
 
-def _chart(title: str, svg: str, legend: Sequence[tuple[str, str]] = ()) -> dict[str, Any]:
+def _chart(title: str, svg: str, legend: Sequence[LegendEntry] = ()) -> dict[str, Any]:
     return {"title": title, "svg": Markup(svg), "legend": legend}
 
 
@@ -95,7 +113,7 @@ def _heldout_chart(run: RunFiles) -> list[dict[str, Any]]:
     curves = _heldout_curves(run, None)
     if not curves:
         return []
-    legend = [(curve.color, WHO[who][0].lower()) for who, curve in curves.items()]
+    legend = [LegendEntry(curve.color, WHO[who].label.lower()) for who, curve in curves.items()]
     return [_chart("Held-out reward", draw_curves(list(curves.values()), "heldout"), legend)]
 
 
@@ -113,7 +131,7 @@ def _reward_chart(run: RunFiles, name: str, id_: str) -> list[dict[str, Any]]:
 def _heldout_curves(run: RunFiles, reward: str | None) -> dict[str, Curve]:
     """Return the held-out curve of each who: of the total reward, or of one reward by its name."""
     curves = {}
-    for who, (_, color) in WHO.items():
+    for who, shown in WHO.items():
         rows = run.evaluations_of(who)
         if reward is None:
             values = [row.get("reward") for row in rows]
@@ -125,7 +143,7 @@ def _heldout_curves(run: RunFiles, reward: str | None) -> dict[str, Curve]:
             steps = [row["step"] for row in rows]
             # Base and hand-written text do not change, so they are measured once.
             level = who != "learned"
-            curves[who] = Curve(color, steps, values, spread, markers=True, level=level)
+            curves[who] = Curve(shown.color, steps, values, spread, markers=True, level=level)
     return curves
 
 
@@ -140,7 +158,10 @@ def _health_charts(run: RunFiles) -> list[dict[str, Any]]:
         pairs = list(zip(drawn, colors, strict=False))
         curves = [Curve(color, *drawn[key]) for key, color in pairs]
         legend = (
-            [(color, key.rpartition("/")[2].removesuffix("_mean")) for key, color in pairs]
+            [
+                LegendEntry(color, key.rpartition("/")[2].removesuffix("_mean"))
+                for key, color in pairs
+            ]
             if len(keys) > 1
             else []
         )
@@ -155,17 +176,17 @@ def _time_chart(run: RunFiles) -> list[dict[str, Any]]:
         return []
     steps = [row["step"] for row in run.metrics]
     parts = {
-        phase: (color, [row.get(f"time/{phase}") for row in run.metrics])
-        for phase, color in zip(_PHASES, _PALETTE, strict=True)
+        phase: Part(color, [row.get(f"time/{phase}") for row in run.metrics])
+        for phase, color in _PHASES.items()
         if phase in phases
     }
     medians = {
-        phase: statistics.median([value for value in values if value is not None] or [0.0])
-        for phase, (_, values) in parts.items()
+        phase: statistics.median([value for value in part.values if value is not None] or [0.0])
+        for phase, part in parts.items()
     }
     total = sum(medians.values()) or 1.0
     legend = [
-        (color, f"{phase} {medians[phase]:.2f} s ({medians[phase] / total:.0%})")
-        for phase, (color, _) in parts.items()
+        LegendEntry(part.color, f"{phase} {medians[phase]:.2f} s ({medians[phase] / total:.0%})")
+        for phase, part in parts.items()
     ]
-    return [_chart("Seconds per step", draw_stack(steps, parts, "time"), legend)]
+    return [_chart("Seconds per step", draw_stack(steps, list(parts.values()), "time"), legend)]

@@ -5,15 +5,32 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from rlprompt.reports.plots import Curve, draw_curves
+from rlprompt.reports.plots import Curve, LegendEntry, draw_curves
 from rlprompt.runs.read_folder import Row, RunFiles
 
 _BINS = 12
 """Points of the over-optimisation curve: means over equal numbers of steps in order of KL."""
+
+
+class _Pair(NamedTuple):
+    """Both rewards of one batch or evaluation."""
+
+    kl: float | None
+    """KL to the reference; None where none was logged."""
+    proxy: float
+    gold: float
+
+
+class _Point(NamedTuple):
+    """Proxy and gold at one place of the over-optimisation curve."""
+
+    x: float
+    proxy: float
+    gold: float
 
 
 def guard_section(run: RunFiles) -> list[dict[str, Any]]:
@@ -52,39 +69,45 @@ def alarm_sentences(run: RunFiles) -> list[str]:
 
 def _chart(run: RunFiles, guard: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
     proxy, gold = str(guard.get("proxy")), str(guard.get("gold"))
-    rows = _rows(run, guard, proxy, gold)
-    if len(rows) < 2:
+    pairs = _pairs(run, guard, proxy, gold)
+    if len(pairs) < 2:
         return []
-    over_kl = all(x is not None for x, _, _ in rows)
-    points = _binned([(x if over_kl else step, p, g) for step, (x, p, g) in enumerate(rows)])
-    x = [point[0] for point in points]
+    over_kl = all(pair.kl is not None for pair in pairs)
+    points = _binned(
+        [
+            _Point(step if pair.kl is None or not over_kl else pair.kl, pair.proxy, pair.gold)
+            for step, pair in enumerate(pairs)
+        ]
+    )
+    x = [point.x for point in points]
     curves = [
-        Curve("learned", x, _changes([point[1] for point in points]), markers=True),
-        Curve("handwritten", x, _changes([point[2] for point in points]), markers=True),
+        Curve("learned", x, _changes([point.proxy for point in points]), markers=True),
+        Curve("handwritten", x, _changes([point.gold for point in points]), markers=True),
     ]
     label = "KL to the reference (nats per token)" if over_kl else "batches"
     return [
         {
             "title": f"{proxy} against {gold}",
             "svg": Markup(draw_curves(curves, name, x_label=label)),
-            "legend": [("learned", f"proxy: {proxy}"), ("handwritten", f"gold: {gold}")],
+            "legend": [
+                LegendEntry("learned", f"proxy: {proxy}"),
+                LegendEntry("handwritten", f"gold: {gold}"),
+            ],
         }
     ]
 
 
-def _rows(
-    run: RunFiles, guard: Mapping[str, Any], proxy: str, gold: str
-) -> list[tuple[float | None, float, float]]:
-    """KL (None where there is none), proxy and gold of each batch or evaluation that has both."""
-    kl = {row["step"]: row.get("kl") for row in run.metrics}
+def _pairs(run: RunFiles, guard: Mapping[str, Any], proxy: str, gold: str) -> list[_Pair]:
+    """Of each batch or evaluation that has both rewards."""
+    kl_of = {row["step"]: row.get("kl") for row in run.metrics}
     if guard.get("split") == "heldout":
         found = [
-            (kl.get(row["step"]), _heldout(row, proxy), _heldout(row, gold))
+            (kl_of.get(row["step"]), _heldout(row, proxy), _heldout(row, gold))
             for row in run.evaluations_of("learned")
         ]
     else:
         found = [(row.get("kl"), _trained(row, proxy), _trained(row, gold)) for row in run.metrics]
-    return [(x, p, g) for x, p, g in found if p is not None and g is not None]
+    return [_Pair(kl, p, g) for kl, p, g in found if p is not None and g is not None]
 
 
 def _trained(row: Row, reward: str) -> float | None:
@@ -100,23 +123,20 @@ def _heldout(row: Row, reward: str) -> float | None:
     return value
 
 
-def _binned(
-    rows: Sequence[tuple[float | None, float, float]],
-) -> list[tuple[float, float, float]]:
-    known = sorted((x, p, g) for x, p, g in rows if x is not None)
-    count = min(_BINS, len(known))
-    edges = [round(i * len(known) / count) for i in range(count + 1)]
-    points = []
-    for start, end in itertools.pairwise(edges):
-        part = known[start:end]
-        points.append(
-            (
-                statistics.fmean(each[0] for each in part),
-                statistics.fmean(each[1] for each in part),
-                statistics.fmean(each[2] for each in part),
-            )
+def _binned(points: Sequence[_Point]) -> list[_Point]:
+    """Means over at most `_BINS` equal numbers of points, in order of `x`."""
+    ordered = sorted(points)
+    count = min(_BINS, len(ordered))
+    edges = [round(i * len(ordered) / count) for i in range(count + 1)]
+    parts = [ordered[start:end] for start, end in itertools.pairwise(edges)]
+    return [
+        _Point(
+            statistics.fmean(point.x for point in part),
+            statistics.fmean(point.proxy for point in part),
+            statistics.fmean(point.gold for point in part),
         )
-    return points
+        for part in parts
+    ]
 
 
 def _changes(values: Sequence[float]) -> list[float | None]:

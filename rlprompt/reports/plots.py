@@ -10,9 +10,9 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -60,6 +60,20 @@ _STYLE: dict[Any, Any] = {
 }
 
 
+class LegendEntry(NamedTuple):
+    """One line of a chart's legend."""
+
+    color: Color
+    label: str
+
+
+class Part(NamedTuple):
+    """One summand of a stack."""
+
+    color: Color
+    values: Series
+
+
 @dataclass(frozen=True)
 class Curve:
     """One curve: values over steps, or one level across the whole figure.
@@ -81,8 +95,9 @@ def draw_curves(curves: Sequence[Curve], name: str, *, x_label: str = "") -> str
     """Draw curves over steps; values that are None or not finite are passed over.
 
     Args:
-        curves: Drawn in this order, later ones on top.
-        name: Unique on the page, of letters, digits and `-`; becomes part of the ids.
+        curves: The curves, drawn in this order, later ones on top.
+        name: A name that is unique on the page, of letters, digits and `-`; it becomes part of the
+            ids.
         x_label: What `Curve.steps` are, when they are no steps and need not be whole.
 
     Returns:
@@ -98,7 +113,7 @@ def draw_curves(curves: Sequence[Curve], name: str, *, x_label: str = "") -> str
         return _to_svg(figure, name)
 
 
-def draw_stack(steps: Sequence[float], parts: Mapping[str, tuple[Color, Series]], name: str) -> str:
+def draw_stack(steps: Sequence[float], parts: Sequence[Part], name: str) -> str:
     """Draw the parts of a sum over steps on top of each other, the first at the bottom.
 
     Arguments and result are those of `draw_curves`; a missing value counts as zero.
@@ -106,7 +121,7 @@ def draw_stack(steps: Sequence[float], parts: Mapping[str, tuple[Color, Series]]
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(width=10.0)
         bottom: NDArray[np.float64] | None = None
-        for color, values in parts.values():
+        for color, values in parts:
             x, height = thin(steps, values)
             base = np.zeros_like(height) if bottom is None else bottom
             top = base + np.nan_to_num(height)

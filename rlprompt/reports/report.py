@@ -18,6 +18,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from rlprompt.files import write_atomic
+from rlprompt.reports.candidates import candidate_rows, made_by
 from rlprompt.reports.charts import WHO, report_sections
 from rlprompt.reports.guards import alarm_sentences
 from rlprompt.runs.read_folder import Row, RunFiles, load_run
@@ -64,6 +65,7 @@ def _context(run: RunFiles) -> dict[str, Any]:
         "cards": _cards(run, best),
         "facts": _facts(run),
         "table": _table(run, best),
+        "candidates": _candidates(run),
         "sections": report_sections(run),
         "last_step": last.get("step"),
         "last_metrics": [
@@ -106,11 +108,12 @@ def _notices(run: RunFiles) -> list[str]:
 def _cards(run: RunFiles, best: Mapping[str, Row]) -> list[dict[str, str]]:
     keys = {"base": "before", "handwritten": "handwritten", "learned": "after"}
     cards = []
-    for who, (label, color) in WHO.items():
+    for who, shown in WHO.items():
         row = best.get(who, {})
         value = row.get("reward", run.summary.get(f"heldout_reward_{keys[who]}"))
         if value is not None:
-            card = {"label": f"Held-out reward, {label.lower()}", "color": color, "mood": ""}
+            card = {"label": f"Held-out reward, {shown.label.lower()}", "mood": ""}
+            card["color"] = shown.color
             error = row.get("reward_sem")
             card |= {"value": _number(value), "error": "" if error is None else _number(error)}
             cards.append(card | {"note": _spread(row, who)})
@@ -183,7 +186,7 @@ def _table(run: RunFiles, best: Mapping[str, Row]) -> dict[str, Any] | None:
         values = {who: row["of"][who].get(row["key"]) for who in best}
         if any(value is not None for value in values.values()):
             lines.append(row | {"cells": _cells(values)})
-    columns = [WHO[who][0] for who in best]
+    columns = [WHO[who].label for who in best]
     if {"base", "learned"} <= best.keys():
         columns.append("Learned minus base")
     return {"columns": columns, "rows": lines, "note": _table_note(run, best)}
@@ -211,6 +214,20 @@ def _cells(values: Mapping[str, float | None]) -> list[str]:
         else:
             cells.append(_signed(learned - base))
     return cells
+
+
+def _candidates(run: RunFiles) -> list[list[str]]:
+    """Return the cells of each candidate of a search: id, text, origin, completions, reward."""
+    return [
+        [
+            _value(row.get("id")),
+            _clean(str(row.get("text") or row.get("kind")), _MAX_TEXT),
+            _clean(made_by(row), 200),
+            _number(row.get("completions")),
+            _number(row.get("reward")),
+        ]
+        for row in candidate_rows(run)
+    ]
 
 
 def _pairs(run: RunFiles, best: Mapping[str, Row]) -> dict[str, Any]:

@@ -103,10 +103,10 @@ def examine(
     """Everything measured on the held-out side.
 
     Args:
-        scorer: of the trained model, read back from where it was saved.
-        sides: of the data.
-        calibration: fitted on the calibration side.
-        recipe: names the rules to compare with.
+        scorer: scorer with the trained model, read back from where it was saved.
+        sides: sides of the data.
+        calibration: calibration fitted on its side.
+        recipe: recipe that names the rules to compare with.
         base_dir: folder of the recipe.
 
     Raises:
@@ -198,11 +198,11 @@ def _beside(
     model_right: Sequence[bool], called: Sequence[bool], good: Sequence[bool]
 ) -> dict[str, Any]:
     right = [a == b for a, b in zip(called, good, strict=True)]
-    only_model, only_rule, p_value = exact_mcnemar(model_right, right)
+    compared = exact_mcnemar(model_right, right)
     return _verdicts(called, good) | {
-        "only_model_right": only_model,
-        "only_rule_right": only_rule,
-        "mcnemar_p": p_value,
+        "only_model_right": compared.only_first,
+        "only_rule_right": compared.only_second,
+        "mcnemar_p": compared.p_value,
     }
 
 

@@ -107,10 +107,10 @@ def learn(
     """Train `model` in place on pairs.
 
     Args:
-        recipe: how.
-        model: with one output.
-        tokenizer: with a chat template.
-        pairs: to learn from.
+        recipe: the recipe, which says how.
+        model: a model with one output.
+        tokenizer: its tokenizer, with a chat template.
+        pairs: the pairs to learn from.
         folder: where TRL may write.
         progress: what is told after each update.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -87,8 +88,18 @@ def expected_calibration_error(bins: Sequence[Bin]) -> float:
     return sum(gaps) / total
 
 
-def exact_mcnemar(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, float]:
-    """Rows that only the first, and only the second, got right; and the two-sided p-value.
+class McNemar(NamedTuple):
+    """What two classifiers differ in on the same rows."""
+
+    only_first: int
+    """Rows that only the first got right."""
+    only_second: int
+    p_value: float
+    """Two-sided."""
+
+
+def exact_mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
+    """Compare which rows two classifiers got right.
 
     The exact binomial form of McNemar's test: under the null each such row is a coin toss.
     """
@@ -96,7 +107,7 @@ def exact_mcnemar(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, i
     only_second = sum(b and not a for a, b in zip(first, second, strict=True))
     n = only_first + only_second
     tail = sum(math.comb(n, k) for k in range(min(only_first, only_second) + 1)) / 2**n
-    return only_first, only_second, min(1.0, 2 * tail)
+    return McNemar(only_first, only_second, min(1.0, 2 * tail))
 
 
 def fit_logistic(values: Sequence[float], outcomes: Sequence[bool]) -> tuple[float, float]:

@@ -11,7 +11,7 @@ import hashlib
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from rlprompt.types import Message
 
@@ -61,18 +61,24 @@ class Sides:
     heldout_rows: list[Judged] = field(default_factory=list)
 
 
-def divide(
-    rows: Sequence[Row], calibration: float, heldout: float, seed: int
-) -> tuple[list[Row], list[Row], list[Row]]:
+class Division(NamedTuple, Generic[Row]):
+    """Rows on their sides."""
+
+    train: list[Row]
+    calibration: list[Row]
+    heldout: list[Row]
+
+
+def divide(rows: Sequence[Row], calibration: float, heldout: float, seed: int) -> Division[Row]:
     """Training, calibration and held-out rows, by query.
 
     Args:
-        rows: any number.
+        rows: judged answers or pairs, any number.
         calibration: share of the queries for calibration.
         heldout: share of the queries for testing.
-        seed: decides which.
+        seed: number that decides which.
     """
-    sides: tuple[list[Row], list[Row], list[Row]] = ([], [], [])
+    sides: Division[Row] = Division([], [], [])
     for row in rows:
         place = _place(row.query, seed)
         sides[2 if place < heldout else 1 if place < heldout + calibration else 0].append(row)

@@ -63,7 +63,7 @@ def train_reward(
         recipe: what to train.
         base_dir: the recipe's folder; its paths are relative to it.
         output: an empty folder, or one to make.
-        progress: told after each update.
+        progress: what is told after each update.
 
     Raises:
         InputError: anything named by the recipe cannot be had or does not fit together.

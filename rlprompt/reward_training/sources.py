@@ -46,8 +46,8 @@ def load_sides(recipe: RewardRecipe, base_dir: Path) -> Sides:
     """
     data, test = recipe.data, recipe.test
     if isinstance(data, PairData):
-        parts = divide(_read_pairs(data, base_dir), test.calibration, test.heldout, recipe.seed)
-        sides = Sides(*parts)
+        pairs = _read_pairs(data, base_dir)
+        sides = Sides(*divide(pairs, test.calibration, test.heldout, recipe.seed))
     else:
         if isinstance(data, LabelData):
             rows = _read_labels(data, base_dir)
@@ -55,7 +55,7 @@ def load_sides(recipe: RewardRecipe, base_dir: Path) -> Sides:
             rows = _sample(data, base_dir, recipe.seed)
         kept = divide(rows, test.calibration, test.heldout, recipe.seed)
         train, calibration, heldout = (_pairs(part, data, recipe.seed) for part in kept)
-        sides = Sides(train, calibration, heldout, kept[1], kept[2])
+        sides = Sides(train, calibration, heldout, kept.calibration, kept.heldout)
     for name in ("train", "calibration", "heldout"):
         found = len(getattr(sides, name))
         if found < _LEAST:

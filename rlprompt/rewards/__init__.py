@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rlprompt.errors import InputError
 from rlprompt.rewards.base import (
     Example,
+    LoadedReward,
     RewardBatch,
     RewardFailure,
     RewardFunction,
@@ -82,7 +83,7 @@ def build_rewards(
     """
     from rlprompt.rewards.runner import RewardRunner
 
-    loaded = [(each, _load(each, base_dir, given or {})) for each in settings]
+    loaded = [LoadedReward(each, _load(each, base_dir, given or {})) for each in settings]
     return RewardRunner(loaded, needs_score=needs_score)
 
 
@@ -102,6 +103,7 @@ __all__ = [
     "MODELS",
     "NAMED",
     "Example",
+    "LoadedReward",
     "RewardBatch",
     "RewardFailure",
     "RewardFunction",

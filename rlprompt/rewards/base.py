@@ -159,6 +159,14 @@ class RewardSettings(Settings):
         return self
 
 
+@dataclass(frozen=True)
+class LoadedReward:
+    """A reward of a recipe, ready to be called."""
+
+    settings: RewardSettings
+    function: RewardFunction
+
+
 def default_name(path: str) -> str:
     """The name of a reward that the recipe does not name, from its path alone."""
     location, colon, attribute = path.removesuffix(".py").rpartition(":")
@@ -184,9 +192,9 @@ class ReportedError(Exception):
     """A failure whose message goes on a sentence that begins with the reward's name.
 
     Args:
-        message: such as `raised ValueError: no number at reward.py:3`.
+        message: the rest of the sentence, such as `raised ValueError: no number at reward.py:3`.
         advice: what to do about it; empty when the message says so itself.
-        kind: see `RewardFailure.kind`.
+        kind: the kind, see `RewardFailure.kind`.
     """
 
     def __init__(self, message: str, advice: str = "", kind: FailureKind = "exception") -> None:
@@ -213,7 +221,7 @@ class RewardBatch:
 
     total: Tensor
     """[B] float32: weighted sum of the `score` rewards after the gates; NaN where none scored. What
-    an algorithm trains on is `RewardRunner.objective` of the batch."""
+    an algorithm trains on is `RewardRunner.training_rewards` of the batch."""
     values: dict[str, Tensor]
     """Per reward [B] float32, unweighted; NaN where it returned None."""
     weights: dict[str, float]

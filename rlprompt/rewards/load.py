@@ -41,10 +41,10 @@ def load_reward(
     and the options are bound to it.
 
     Args:
-        settings: path and options of one reward.
-        base_dir: folder that file paths are relative to; the working directory comes second.
-        builtin: built-in name -> `package.module:object`.
-        given: reward functions in memory, by the path that stands for them.
+        settings: the path and options of one reward.
+        base_dir: the folder that file paths are relative to; the working directory comes second.
+        builtin: the built-in rewards, name -> `package.module:object`.
+        given: the reward functions in memory, by the path that stands for them.
 
     Raises:
         InputError: the file, module or object is missing, importing it raised, it is not callable,

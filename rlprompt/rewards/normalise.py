@@ -69,8 +69,8 @@ class Normaliser:
         """The normalised values [B] of the rewards that have them; updates running statistics.
 
         Args:
-            values: per reward [B].
-            group_index: B numbers of groups.
+            values: the values [B] of each reward.
+            group_index: the number of each completion's group, B of them.
         """
         groups = torch.tensor(group_index, dtype=torch.int64)
         normal = {}

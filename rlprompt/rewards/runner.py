@@ -18,10 +18,10 @@ from rlprompt.rewards.base import (
     GROUP_KEYWORD,
     RESERVED_KEYWORDS,
     FailureKind,
+    LoadedReward,
     ReportedError,
     RewardBatch,
     RewardFailure,
-    RewardFunction,
     RewardSettings,
     TrainerState,
 )
@@ -47,27 +47,22 @@ class RewardRunner:
     """Calls the rewards of a recipe on batches; see the module for how values become a total.
 
     Args:
-        rewards: settings and callable of each reward, in the order of calls and logs.
+        rewards: rewards of the recipe, in the order of calls and logs.
         needs_score: whether one must have the role `score`; without one, totals are NaN.
 
     Raises:
         InputError: two rewards share a name, or none has the role `score` though one is needed.
     """
 
-    def __init__(
-        self,
-        rewards: Sequence[tuple[RewardSettings, RewardFunction]],
-        *,
-        needs_score: bool = True,
-    ) -> None:
-        for name, count in Counter(settings.name for settings, _ in rewards).items():
+    def __init__(self, rewards: Sequence[LoadedReward], *, needs_score: bool = True) -> None:
+        self._rewards = list(rewards)
+        for name, count in Counter(each.name for each in self.settings).items():
             if count > 1:
                 raise InputError(
                     f"{count} rewards are named '{name}'; give each its own name in the recipe"
                 )
-        if needs_score and not any(settings.role == "score" for settings, _ in rewards):
+        if needs_score and not any(each.role == "score" for each in self.settings):
             raise InputError("no reward has role: score, so nothing can be learned; add one")
-        self._rewards = list(rewards)
         self._executor = Executor()
         self._normaliser = Normaliser(self.settings)
         self.once: Callable[[Callable[[], RewardBatch]], RewardBatch] = lambda work: work()
@@ -76,7 +71,7 @@ class RewardRunner:
     @property
     def settings(self) -> list[RewardSettings]:
         """The settings of the rewards, in order."""
-        return [settings for settings, _ in self._rewards]
+        return [reward.settings for reward in self._rewards]
 
     @property
     def cost_limits(self) -> dict[str, float]:
@@ -87,7 +82,7 @@ class RewardRunner:
             if each.limit is not None
         }
 
-    def objective(self, batch: RewardBatch) -> Tensor:
+    def training_rewards(self, batch: RewardBatch) -> Tensor:
         """What the completions of a training batch are worth to an algorithm, [B] float32.
 
         `batch.total`, unless a reward has `normalise`; then the same sum and gates over normalised
@@ -133,7 +128,7 @@ class RewardRunner:
         return self.once(lambda: self._score(groups, step))
 
     def _score(self, groups: Sequence[Group], step: int) -> RewardBatch:
-        rows = [(group.query, completion) for group in groups for completion in group.completions]
+        rows = [Row(group.query, each) for group in groups for each in group.completions]
         columns = _columns(rows)
         index = tuple(i for i, group in enumerate(groups) for _ in group.completions)
         sinks = {each.name: Sink() for each in self.settings}
@@ -142,8 +137,8 @@ class RewardRunner:
         errors: list[RewardFailure] = []
         own = {"trainer_state": TrainerState(global_step=step), GROUP_KEYWORD: list(index)}
         calls = [
-            self._call(settings, function, rows, columns | own, sinks[settings.name])
-            for settings, function in self._rewards
+            self._call(reward, rows, columns | own, sinks[reward.settings.name])
+            for reward in self._rewards
             if rows
         ]
         for call, outcome in self._run(calls):
@@ -175,7 +170,7 @@ class RewardRunner:
         Returns:
             Whether any does.
         """
-        binds = [getattr(function, "bind_policy", None) for _, function in self._rewards]
+        binds = [getattr(reward.function, "bind_policy", None) for reward in self._rewards]
         for bind in filter(callable, binds):
             bind(policy)
         return any(map(callable, binds))
@@ -183,23 +178,18 @@ class RewardRunner:
     @property
     def needs_all_ranks(self) -> bool:
         """Whether a reward can only score when all ranks of the run do: its model is in shards."""
-        return any(getattr(function, "needs_all_ranks", False) for _, function in self._rewards)
+        return any(getattr(each.function, "needs_all_ranks", False) for each in self._rewards)
 
     def close(self) -> None:
         """Stop idle worker threads and end worker processes; the runner stays usable."""
         self._executor.close()
-        for _, function in self._rewards:
-            end = getattr(function, "close", None)
+        for reward in self._rewards:
+            end = getattr(reward.function, "close", None)
             if callable(end):
                 end()
 
     def _call(
-        self,
-        settings: RewardSettings,
-        function: RewardFunction,
-        rows: Sequence[Row],
-        columns: Mapping[str, Any],
-        sink: Sink,
+        self, reward: LoadedReward, rows: Sequence[Row], columns: Mapping[str, Any], sink: Sink
     ) -> Call:
         # Fresh lists for every reward: one that changes its arguments must not change another's.
         available = {
@@ -223,6 +213,7 @@ class RewardRunner:
             "log_extra": sink.log_extra,
             "log_metric": sink.log_metric,
         }
+        settings, function = reward.settings, reward.function
         kwargs = select_keywords(settings.name, function, available)
         timeout = settings.timeout
         if timeout is not None:

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlprompt.errors import InputError, describe_error, quote, shorten, user_frame
 from rlprompt.rewards.base import (
@@ -18,8 +18,12 @@ from rlprompt.rewards.base import (
 from rlprompt.rewards.processes.execution import Call, Outcome
 from rlprompt.types import Completion, Query
 
-Row = tuple[Query, Completion]
-"""One completion with its query."""
+
+class Row(NamedTuple):
+    """One completion with its query."""
+
+    query: Query
+    completion: Completion
 
 
 NOT_A_LIST = "return a list with one float or None per completion"
@@ -87,7 +91,7 @@ def parse_values(output: Any, rows: Sequence[Row]) -> list[float]:
     if len(output) != len(rows):
         raise InvalidValuesError(
             f"returned {len(output)} values for {len(rows)} completions "
-            f"(first query: {quote(rows[0][0].text)}); return one float or None per completion"
+            f"(first query: {quote(rows[0].query.text)}); return one float or None per completion"
         )
     return [_parse_value(value, position, rows) for position, value in enumerate(output)]
 
@@ -175,8 +179,7 @@ def _as_float(value: Any) -> float | None:
 
 
 def _describe(row: Row) -> str:
-    query, completion = row
-    return f"query {quote(query.text)} with completion {quote(completion.text)}"
+    return f"query {quote(row.query.text)} with completion {quote(row.completion.text)}"
 
 
 def source_file(function: RewardFunction) -> str | None:

@@ -54,9 +54,9 @@ def collect(draw: Callable[[], Generation], rewards: RewardRunner, *, step: int)
     """Draw completions and score them.
 
     Args:
-        draw: lets an engine generate, under the prompt that it is synced with.
+        draw: what lets an engine generate, under the prompt that it is synced with.
         rewards: the rewards, which score the whole batch at once.
-        step: updates made so far; rewards see it.
+        step: the number of updates made so far; rewards see it.
 
     Raises:
         InputError: a reward failed under `on_error: raise`.

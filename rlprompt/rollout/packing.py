@@ -33,10 +33,11 @@ def pack(
     micro-batch of its own.
 
     Args:
-        query_lengths: per group.
-        completion_lengths: per group and completion, each at least 1.
-        token_budget: bounds activation memory.
-        whole_groups: never cut a group; one over the budget gets a micro-batch of its own.
+        query_lengths: the tokens of each group's query.
+        completion_lengths: the tokens of each completion, per group, at least 1 each.
+        token_budget: the most tokens of a micro-batch, which bounds activation memory.
+        whole_groups: whether a group is never cut; one over the budget then gets a micro-batch of
+            its own.
     """
     pieces: list[tuple[int, int, tuple[int, ...], int]] = []
     for group, (query, lengths) in enumerate(zip(query_lengths, completion_lengths, strict=True)):

@@ -72,7 +72,7 @@ class OverlappedSource:
         """Nothing is drawn yet.
 
         Args:
-            source: draws under `behaviour`.
+            source: the source that draws under `behaviour`.
             prompt: the one that is trained.
             behaviour: a copy of it, which nobody else uses.
         """

@@ -52,8 +52,8 @@ class Source(Protocol):
         """The batch of a step.
 
         Args:
-            step: finished steps.
-            seed: of everything that is drawn for it, but for the choice of queries.
+            step: the number of finished steps.
+            seed: the seed of everything that is drawn for it, but for the choice of queries.
         """
         ...
 
@@ -87,12 +87,19 @@ class Source(Protocol):
         ...
 
 
-class _QuerySource:
-    """What all sources share: which queries are next."""
+class QuerySource:
+    """The training queries and the position in them: which are next."""
 
     def __init__(
-        self, queries: Sequence[Query], sampler: QuerySampler, augment: Augment | None
+        self, queries: Sequence[Query], sampler: QuerySampler, augment: Augment | None = None
     ) -> None:
+        """Join the parts.
+
+        Args:
+            queries: queries to draw from.
+            sampler: draws their numbers.
+            augment: changes a query before it is asked.
+        """
         self._queries = queries
         self._sampler = sampler
         self._augment = augment
@@ -123,14 +130,19 @@ class _QuerySource:
         """Give the sampler its state back."""
         self._sampler.load_state_dict(state)
 
-    def _next(self, seed: int) -> list[Query]:
+    def next(self, seed: int) -> list[Query]:
+        """The queries of the next batch, as they are asked; the position moves on.
+
+        Args:
+            seed: seed of what is drawn for augmentation.
+        """
         queries = [self._queries[i] for i in self._sampler.next()]
         if self._augment is None:
             return queries
         return [self._augment(query, seed + i) for i, query in enumerate(queries)]
 
 
-class RolloutSource(_QuerySource):
+class RolloutSource(QuerySource):
     """Completions drawn by an engine under a prompt, scored by the rewards.
 
     Groups that the algorithm finds not worth learning from are replaced by new ones, up to its
@@ -152,14 +164,15 @@ class RolloutSource(_QuerySource):
         """Join the parts.
 
         Args:
-            queries: to draw from.
-            sampler: over their numbers.
-            engine: draws completions.
-            prompt: to draw under; the one that is trained, or a teacher.
-            rewards: score what was drawn.
-            algorithm: says how many completions a query gets and which groups count.
+            queries: the queries to draw from.
+            sampler: the sampler over their numbers.
+            engine: the engine that draws completions.
+            prompt: the prompt to draw under; the one that is trained, or a teacher.
+            rewards: the rewards that score what was drawn.
+            algorithm: the algorithm, which says how many completions a query gets and which groups
+                count.
             sampling: how tokens are drawn.
-            augment: changes a query before it is asked.
+            augment: what changes a query before it is asked; None = nothing.
         """
         super().__init__(queries, sampler, augment)
         self._engine = engine
@@ -179,8 +192,8 @@ class RolloutSource(_QuerySource):
         """Draw and score; see `Source.collect`.
 
         Args:
-            step: finished steps.
-            seed: of everything that is drawn, but for the choice of queries.
+            step: the number of finished steps.
+            seed: the seed of everything that is drawn, but for the choice of queries.
             keep_products: whether the batch is learned from under the prompt that it is drawn
                 under; see `Engine.generate`.
         """
@@ -208,7 +221,7 @@ class RolloutSource(_QuerySource):
     def _draw(self, step: int, seed: int, keep_products: bool) -> RolloutBatch:
         return collect(
             lambda: self._engine.generate(
-                self._next(seed),
+                self.next(seed),
                 self._algorithm.group_size,
                 self._sampling,
                 seed,
@@ -227,7 +240,7 @@ class RolloutSource(_QuerySource):
         return [g for g in numbers if kept[g]], [g for g in numbers if not kept[g]]
 
 
-class ColumnSource(_QuerySource):
+class ColumnSource(QuerySource):
     """Completions that the dataset gives: one per column, in the columns' order."""
 
     def __init__(
@@ -241,11 +254,11 @@ class ColumnSource(_QuerySource):
         """Check and tokenise every answer.
 
         Args:
-            queries: whose columns hold the answers.
-            sampler: over their numbers.
-            policy: turns text into tokens.
-            columns: `["completion"]`, or `["chosen", "rejected"]`.
-            augment: changes a query before it is asked.
+            queries: the queries, whose columns hold the answers.
+            sampler: the sampler over their numbers.
+            policy: the policy, which turns text into tokens.
+            columns: the names of the columns: `["completion"]`, or `["chosen", "rejected"]`.
+            augment: what changes a query before it is asked; None = nothing.
 
         Raises:
             InputError: a column is missing, or an answer is not a non-empty text.

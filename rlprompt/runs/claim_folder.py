@@ -54,8 +54,8 @@ def check_output(folder: Path, recipe: Mapping[str, Any], resume: bool, updated:
     """Refuse a folder that this run may not write to; reads only.
 
     Args:
-        folder: need not exist.
-        recipe: resolved, as plain values.
+        folder: the folder, which need not exist.
+        recipe: the resolved recipe, as plain values.
         resume: whether the run in the folder is to go on.
         updated: function from a stored recipe to the same with the settings that a newer rlprompt
             has, at their defaults.

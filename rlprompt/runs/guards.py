@@ -179,8 +179,9 @@ class GuardWatch:
         Alarms are logged, and kept in `state`: see `alarms_of` and `stopped_by`.
 
         Args:
-            step: updates made so far.
-            metrics: by name; one that a guard watches may be missing in some batches, not always.
+            step: the number of updates made so far.
+            metrics: the metrics by name; one that a guard watches may be missing in some batches,
+                not always.
             state: what was seen so far, `{}` at first; changed in place, plain values only.
             split: where the metrics come from.
 
@@ -225,8 +226,8 @@ def require_known_rewards(
     """Refuse guards that name rewards the recipe does not have, or a gold that is trained on.
 
     Args:
-        guards: of a recipe.
-        roles: name of each reward -> its role.
+        guards: the guards of a recipe.
+        roles: the role of each reward, by its name.
 
     Raises:
         InputError: see above.

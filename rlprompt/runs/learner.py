@@ -1,4 +1,4 @@
-"""What a run asks of what learns: a gradient step, or a searcher.
+"""What a run asks of what learns: a gradient step, or a search.
 
 A run knows steps, checkpoints, evaluations and endings; it knows no gradient, no optimizer and no
 candidate. What learns knows how one step changes the prompt, and nothing of the run's life.
@@ -47,12 +47,21 @@ class StepResult:
 
 @dataclass(frozen=True)
 class LearnerState:
-    """What a checkpoint keeps of a learner beside its prompt."""
+    """What a checkpoint keeps of something that learns, or of a prompt that was learned."""
 
     tensors: Mapping[str, Tensor]
     """Flat names, such as `optimizer/0/exp_avg`."""
     plain: Mapping[str, Any]
-    """JSON values, such as the position in the data."""
+    """JSON values, such as the position in the data. JSON has no NaN and no keys but texts."""
+
+
+def named_under(tensors: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `start/`, by the rest of their names."""
+    return {
+        name.removeprefix(f"{start}/"): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(f"{start}/")
+    }
 
 
 class Learner(Protocol):
@@ -63,17 +72,27 @@ class Learner(Protocol):
         """The prompt as it is now: what is evaluated, and kept when it is the best so far."""
         ...
 
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing more to learn: the run then ends before its last step."""
+        ...
+
+    @property
+    def tried(self) -> Sequence[Mapping[str, Any]]:
+        """Rows about every prompt that was tried, for `summary.json`; empty where there is one."""
+        ...
+
     def step(
         self, step: int, seed: int, *, next_seed: int | None = None, time_share: float = 0.0
     ) -> StepResult:
-        """Make one step; the prompt changes in place.
+        """Make one step; `prompt` may be another one afterwards, or the same with other values.
 
         Args:
-            step: finished steps.
-            seed: seed of everything that is drawn in this step.
-            next_seed: seed of the step after this one, for what is drawn ahead; None when there is
-                none.
-            time_share: share of the run's time that has been spent, 0 without a limit.
+            step: the number of finished steps.
+            seed: the seed of everything that is drawn in this step.
+            next_seed: the seed of the step after this one, for what is drawn ahead; None when there
+                is none.
+            time_share: the share of the run's time that has been spent, 0 without a limit.
 
         Raises:
             NotFiniteError: what was learned cannot be used. The run then restores the state before
@@ -82,8 +101,20 @@ class Learner(Protocol):
         """
         ...
 
+    def prompt_state(self) -> LearnerState:
+        """The present prompt alone, as `restored_prompt` takes it; later steps do not touch it."""
+        ...
+
+    def restored_prompt(self, state: LearnerState) -> Prompt:
+        """A prompt of its own with the content that `prompt_state` gave.
+
+        Raises:
+            ValueError: that was a prompt of another kind or shape.
+        """
+        ...
+
     def state(self) -> LearnerState:
-        """The state that `restore` takes; later steps do not touch it."""
+        """The state that `restore` takes, with the prompt; later steps do not touch it."""
         ...
 
     def restore(self, state: LearnerState) -> None:

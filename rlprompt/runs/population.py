@@ -39,7 +39,7 @@ class Population(Outcome):
         """Keep the members' runs; nothing is written yet.
 
         Args:
-            members: at least one run by the member's name.
+            members: the members' runs, at least one, by the member's name.
             folder: the run folder of the population.
         """
         super().__init__(folder)

@@ -44,13 +44,14 @@ class Run(Outcome):
         self.parts = parts
         self.state = RunState(parts.learner)
         self._budget = Budget(parts.settings)
+        self._begun = False
 
     def run(self, *, resume: bool = False) -> Summary:
         """Go on to the end, or until a stop signal; returns the content of summary.json.
 
         Args:
-            resume: go on from the newest checkpoint in the output folder, or from the start when
-                there is none yet.
+            resume: whether to go on from the newest checkpoint in the output folder, or from the
+                start when there is none yet.
 
         Raises:
             InputError: the folder holds another run, or its newest checkpoint is damaged or belongs
@@ -58,6 +59,7 @@ class Run(Outcome):
             NotFiniteError: loss, gradient or prompt was not finite; the step's data is in
                 `failed_step_N/` and the state before that step in the newest checkpoint.
         """
+        self._begun = True
         seed_global_random(self.parts.seed)
         resume_step = self._resume() if resume else None
         folder = self.folder / "checkpoints"
@@ -114,7 +116,7 @@ class Run(Outcome):
             signal = agree(stop.reason)
         if checkpoint_steps(self.folder / "checkpoints")[-1:] != [progress.step]:
             self._save()
-        if signal is not None and progress.step < settings.steps:
+        if signal is not None and not self._is_done:
             return StopReason("signal", signal)
         reason = self._reason_to_end()
         assert reason is not None  # the loop went on until there was one, or a signal
@@ -123,7 +125,7 @@ class Run(Outcome):
     def _reason_to_end(self) -> StopReason | None:
         """Why no further step is made, or None: there are more."""
         progress, settings = self.state.progress, self.parts.settings
-        if progress.step >= settings.steps:
+        if self._is_done:
             return FINISHED
         guard = stopped_by(progress.guards)
         if guard is not None:
@@ -133,6 +135,12 @@ class Run(Outcome):
         patience = settings.early_stopping
         stale = patience is not None and progress.stale_evaluations >= patience
         return EARLY_STOPPING if stale else None
+
+    @property
+    def _is_done(self) -> bool:
+        """Whether all steps are made, or there is nothing more to learn."""
+        steps = self.parts.settings.steps
+        return self.state.progress.step >= steps or self.parts.learner.is_over
 
     def _step(self) -> None:
         """One step of the learner, counted and logged."""
@@ -189,8 +197,7 @@ class Run(Outcome):
         self.state.progress.seconds += time.perf_counter() - start
 
     def _evaluation_is_due(self) -> bool:
-        step = self.state.progress.step
-        due = step % self.parts.evaluation.every == 0 or step == self.parts.settings.steps
+        due = self.state.progress.step % self.parts.evaluation.every == 0 or self._is_done
         due = due or self._budget.is_spent(self.state.progress.budget_seconds)
         return due and bool(self.parts.data.heldout)
 
@@ -236,7 +243,7 @@ class Run(Outcome):
 
     def _finish(self, reason: StopReason) -> Summary:
         """Write artifact, summary and report with the best prompt."""
-        parts, prompt = self.parts, self._best_prompt()
+        parts, prompt = self.parts, self.state.best_prompt()
         summary = build_summary(
             self.state.progress,
             parts.policy,
@@ -244,6 +251,8 @@ class Run(Outcome):
             fingerprint_after=verify_unchanged(parts.policy.base),
             reason=reason,
         )
+        if tried := parts.learner.tried:
+            summary["candidates"] = [dict(row) for row in tried]
         summary["ranks"] = parts.ranks.each(lambda: rank_memory(parts.policy.base), "the summary")
         with ExitStack() as scratch:
             folder = self.folder / "artifact"
@@ -273,18 +282,19 @@ class Run(Outcome):
             },
         )
 
-    def _best_prompt(self) -> Prompt:
-        """A copy of the learned prompt: the best by held-out reward, or else the last."""
-        prompt = self.parts.learner.prompt.copy()
-        if self.state.progress.best_reward is not None:
-            prompt.load_state_dict(self.state.best)
-        return prompt
-
     @property
     def prompt(self) -> LoadedPrompt:
         """The learned prompt, ready to answer: the best by held-out reward, or else the last."""
         parts = self.parts
-        return LoadedPrompt(parts.policy.sibling(), self._best_prompt(), parts.sampling)
+        if not self._begun and self._resume() < 0:  # a member of a population that had ended before
+            raise InputError(f"'{self.folder}' has no prompt yet; run it")
+        return LoadedPrompt(
+            parts.policy.sibling(),
+            self.state.best_prompt(),
+            parts.sampling,
+            name=parts.name,
+            recipe=parts.recipe,
+        )
 
 
 def _step_seed(seed: int, step: int) -> int:

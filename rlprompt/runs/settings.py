@@ -15,7 +15,8 @@ class RunSettings(Settings):
     steps: int = Field(default=30, ge=1)
     """Rollout batches."""
     queries_per_step: int = Field(default=6, ge=1)
-    """Queries per rollout batch; each gets `algorithm.group_size` completions."""
+    """Queries per rollout batch; each gets `algorithm.group_size` completions, in a search
+    `search.completions_per_query` under each candidate."""
     save_every: int = Field(default=10, ge=1)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)
@@ -42,18 +43,18 @@ class MemberSettings(Settings):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Its folder under `members/`."""
     changes: dict[str, Any] = Field(default_factory=dict)
-    """Dotted keys of the recipe and their values in this member: `seed`, `prompt` or keys below it,
-    and keys below `training.optimizer`."""
+    """Dotted keys of the recipe and their values in this member: `seed`, `prompt`, `search` or keys
+    below them, and keys below `training.optimizer`."""
 
     @field_validator("changes")
     @classmethod
     def _may_change(cls, changes: dict[str, Any]) -> dict[str, Any]:
         for key in changes:
-            if key not in ("seed", "prompt") and not key.startswith(
-                ("prompt.", "training.optimizer.")
+            if key not in ("seed", "prompt", "search") and not key.startswith(
+                ("prompt.", "search.", "training.optimizer.")
             ):
                 raise ValueError(
-                    f"members of a population may change seed, prompt and training.optimizer, not "
-                    f"{key}; make it a recipe of its own"
+                    "members of a population may change seed, prompt, search and "
+                    f"training.optimizer, not {key}; make it a recipe of its own"
                 )
         return changes

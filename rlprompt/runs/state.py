@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from rlprompt.errors import InputError
+from rlprompt.prompts.base import Prompt
 from rlprompt.random_state import global_random_state, restore_global_random_state
 from rlprompt.runs.checkpoint import Checkpoint
-from rlprompt.runs.learner import Learner, LearnerState
+from rlprompt.runs.learner import Learner, LearnerState, named_under
 
 
 @dataclass
@@ -51,7 +50,7 @@ class RunState:
         """The state of a run that has not begun."""
         self.learner = learner
         self.progress = Progress()
-        self.best = _copy(learner.prompt.state_dict())
+        self.best = learner.prompt_state()
 
     def remember_best(self, reward: float, metrics: Mapping[str, Any]) -> bool:
         """Keep the present prompt if its held-out reward is the best; says whether it is.
@@ -66,8 +65,14 @@ class RunState:
         self.progress.best_step = self.progress.step
         self.progress.stale_evaluations = 0
         self.progress.heldout["learned"] = dict(metrics)
-        self.best = _copy(self.learner.prompt.state_dict())
+        self.best = self.learner.prompt_state()
         return True
+
+    def best_prompt(self) -> Prompt:
+        """A copy of the best prompt by held-out reward; without an evaluation, of the present."""
+        if self.progress.best_reward is None:
+            return self.learner.prompt.copy()
+        return self.learner.restored_prompt(self.best)
 
     def checkpoint(self, identity: Mapping[str, str]) -> Checkpoint:
         """Everything as a checkpoint, which later changes of the run do not touch.
@@ -78,14 +83,14 @@ class RunState:
         random_tensors, random_state = global_random_state()
         learner = self.learner.state()
         tensors = {
-            **{f"prompt/{k}": v.clone() for k, v in self.learner.prompt.state_dict().items()},
-            **{f"best/{k}": v.clone() for k, v in self.best.items()},
+            **{f"best/{k}": v.clone() for k, v in self.best.tensors.items()},
             **learner.tensors,
             **random_tensors,
         }
         state = {
             "progress": asdict(self.progress),
             "learner": dict(learner.plain),
+            "best": dict(self.best.plain),
             "random": random_state,
             "identity": dict(identity),
         }
@@ -105,22 +110,14 @@ class RunState:
                 )
         tensors = checkpoint.tensors
         try:
-            self.learner.prompt.load_state_dict(_under(tensors, "prompt"))
             self.learner.restore(LearnerState(tensors, checkpoint.state["learner"]))
         except ValueError as error:
             raise InputError(
-                f"the checkpoint holds another prompt or algorithm ({error}); start a new run in "
-                "another output folder"
+                f"the checkpoint holds another prompt, algorithm or search ({error}); start a new "
+                "run in another output folder"
             ) from error
-        self.best = _copy(_under(tensors, "best"))
+        best = {name: tensor.clone() for name, tensor in named_under(tensors, "best").items()}
+        # Earlier versions kept nothing but tensors.
+        self.best = LearnerState(best, checkpoint.state.get("best", {}))
         self.progress = Progress(**copy.deepcopy(checkpoint.state["progress"]))
         restore_global_random_state(tensors, checkpoint.state["random"])
-
-
-def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in state.items()}
-
-
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    start = f"{prefix}/"
-    return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}

@@ -1,7 +1,8 @@
 """Why a run ended: one type for runs, populations, Slurm and the command line.
 
-`summary.json` holds it as text: `finished`, `early_stopping`, `max_seconds`, `guard:NAME`, the name
-of a signal such as `SIGTERM`, or `failed`.
+`summary.json` holds it as text: `finished` (all steps are made, or a search has nothing more to
+try), `early_stopping`, `max_seconds`, `guard:NAME`, the name of a signal such as `SIGTERM`, or
+`failed`.
 """
 
 from __future__ import annotations

@@ -62,6 +62,8 @@ class Summary(TypedDict):
     """System, cores, threads, device, dtype."""
     ranks: NotRequired[list[dict[str, float | int]]]
     """What each rank held; see `rank_memory`."""
+    candidates: NotRequired[list[dict[str, Any]]]
+    """What a search has tried, one row per candidate; see `rlprompt.search.lineage`."""
     best_member: NotRequired[str]
     """Member of a population whose artifact is the run's."""
     members: NotRequired[dict[str, dict[str, Any]]]

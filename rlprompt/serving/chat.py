@@ -63,10 +63,10 @@ class Chat:
         """Prefill every prompt once.
 
         Args:
-            policy: over the base; its own prompt is not used.
-            prompts: by the name under which their answers are shown.
+            policy: a policy over the base; its own prompt is not used.
+            prompts: the prompts, by the name under which their answers are shown.
             sampling: how answers are drawn.
-            seed: of the first turn; every further turn counts one up.
+            seed: the seed of the first turn; every further turn counts one up.
         """
         self.sampling = sampling
         self._seed = seed
@@ -94,7 +94,7 @@ class Chat:
 
         Args:
             text: the user's turn.
-            progress: called with (name of the prompt, tokens so far, most tokens).
+            progress: what is called with (name of the prompt, tokens so far, most tokens).
 
         Raises:
             InputError: a conversation has become longer than the base's positions; the histories

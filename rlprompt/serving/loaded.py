@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,8 +14,7 @@ from rlprompt.artifacts.format import (
     read_artifact_info,
     save_artifact,
 )
-from rlprompt.engines.base import Engine
-from rlprompt.engines.make import make_engine, require_support
+from rlprompt.engines.native import NativeEngine
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.errors import InputError
 from rlprompt.model.base import ModelSettings
@@ -23,6 +22,7 @@ from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.make import named_classes
 from rlprompt.prompts.text import NonePrompt, TextPrompt
+from rlprompt.serving.stream import streamed
 from rlprompt.settings import Settings
 from rlprompt.types import Completion, Message, Query
 
@@ -59,7 +59,7 @@ class LoadedPrompt:
         self.sampling = sampling or SamplingSettings()
         self.name = name
         self.recipe = dict(recipe or {})
-        self._engine: Engine | None = None
+        self._engine: NativeEngine | None = None
 
     def __repr__(self) -> str:
         """What it is and where it stands."""
@@ -101,10 +101,10 @@ class LoadedPrompt:
         """Answer several conversations in one batch.
 
         Args:
-            conversations: at least one; each as for `generate`.
+            conversations: the conversations, at least one; each as for `generate`.
             n: answers of each.
             seed: seed of all draws.
-            sampling: as for `generate`.
+            sampling: the fields in place of the prompt's own, as for `generate`.
 
         Returns:
             The n answers of each conversation.
@@ -134,11 +134,28 @@ class LoadedPrompt:
         groups = self._synced().generate(queries, n, self._sampling(sampling), seed).groups
         return [group.completions for group in groups]
 
+    def stream(self, messages: Conversation, *, seed: int = 0, **sampling: Any) -> Iterator[str]:
+        """Answer one conversation piece by piece, while it is drawn.
+
+        The pieces joined are the answer of `generate`. An iterator that is closed before its end
+        ends the draw.
+
+        Args:
+            messages: the user's text, or turns of user and assistant, the user's last.
+            seed: seed of the draw.
+            sampling: fields of `SamplingSettings`, as for `generate`.
+
+        Raises:
+            InputError: see `generate`.
+        """
+        engine, settings = self._synced(), self._sampling(sampling)
+        return streamed(engine, self.policy.slot.decode, _query(messages, 0), settings, seed)
+
     def save(self, folder: str | Path) -> Path:
         """Write the prompt as an artifact: a folder with safetensors, JSON and a card.
 
         Args:
-            folder: made if absent; files of an artifact in it are replaced.
+            folder: the folder, which is made if absent; files of an artifact in it are replaced.
 
         Returns:
             The folder.
@@ -157,11 +174,10 @@ class LoadedPrompt:
             ) from error
         return path
 
-    def _synced(self) -> Engine:
+    def _synced(self) -> NativeEngine:
         """The engine under this prompt, which is prefilled once."""
         if self._engine is None:
-            engine = make_engine(self.policy)
-            require_support(engine, (self.prompt,))
+            engine = NativeEngine(self.policy)
             engine.sync(self.prompt)
             self._engine = engine
         return self._engine

@@ -54,7 +54,7 @@ def submit_script(script: Path, after: Sequence[str] = ()) -> str:
 
     Args:
         script: the file.
-        after: ids of jobs that must end well first; else this one is cancelled.
+        after: the ids of jobs that must end well first; else this one is cancelled.
 
     Raises:
         InputError: there is no Slurm here, or it refuses the job; the sentence says why.

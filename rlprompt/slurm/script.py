@@ -80,10 +80,10 @@ def command_script(name: str, folder: Path, command: str, cluster: ClusterSettin
     """The script of one command on one node, after a training job.
 
     Args:
-        name: in the queue.
-        folder: absolute; gets the logs.
+        name: the name in the queue.
+        folder: the folder for the logs, absolute.
         command: a shell line.
-        cluster: resources; nodes and ranks beyond the first are left out.
+        cluster: the resources; nodes and ranks beyond the first are left out.
 
     Raises:
         InputError: a path cannot stand in a script.

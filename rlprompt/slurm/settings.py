@@ -89,8 +89,8 @@ def load_cluster(path: Path | None, changes: Mapping[str, Any]) -> ClusterSettin
     """Read a cluster file, and change it by what the command line says.
 
     Args:
-        path: YAML; None for the defaults.
-        changes: by field; None changes nothing.
+        path: the YAML file; None for the defaults.
+        changes: the changed values, by field; None changes nothing.
 
     Raises:
         InputError: the file cannot be read, or a key or value is wrong.

@@ -43,9 +43,9 @@ class TrainingDisplay:
 
     Args:
         console: Where to draw. A terminal gets the live panel, anything else plain lines.
-        name: Name of the run.
-        steps: Number of steps of the whole run, at least 1.
-        first_step: Steps that are already done, when the run is resumed.
+        name: The name of the run.
+        steps: The number of steps of the whole run, at least 1.
+        first_step: The steps that are already done, when the run is resumed.
     """
 
     def __init__(self, console: Console, name: str, steps: int, first_step: int = 0) -> None:

@@ -148,7 +148,7 @@ class TrackerGroup:
     """Several trackers behind one, with the rule for those that fail.
 
     Args:
-        trackers: By name; called in this order.
+        trackers: The trackers by name; called in this order.
         settings: How often completions, tables and histograms are passed on.
 
     Attributes:
@@ -206,8 +206,8 @@ class TrackerGroup:
         """Pass on how values are spread, every `tables_every` steps.
 
         Args:
-            step: finished steps.
-            values: by name; any shape.
+            step: the number of finished steps.
+            values: tensors of any shape, by name.
         """
         if step % self._settings.tables_every:
             return

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from rlprompt.algorithms.base import OwnParameters
 from rlprompt.errors import InputError
 from rlprompt.training.settings import OptimizerSettings
 
@@ -19,7 +20,7 @@ def learning_rate(settings: OptimizerSettings, scale: float) -> float:
 
     Args:
         settings: absolute or relative rate.
-        scale: of the prompt's parameters, see `Prompt.scale`.
+        scale: the scale of the prompt's parameters, see `Prompt.scale`.
     """
     if settings.lr is not None:
         return settings.lr
@@ -36,7 +37,7 @@ def lr_factor(
         settings: schedule, warm-up and floor.
         update: updates made before this one, from 0.
         total: updates of the whole run.
-        time_share: of the time that the run may take, when it is limited.
+        time_share: the share of the run's time that has been spent, when it is limited.
     """
     if update < settings.warmup_steps:
         return (update + 1) / settings.warmup_steps
@@ -52,24 +53,24 @@ def build_optimizer(
     parameters: Sequence[nn.Parameter],
     settings: OptimizerSettings,
     peak_lr: float,
-    others: Sequence[tuple[Sequence[nn.Parameter], float]] = (),
+    others: Sequence[OwnParameters] = (),
 ) -> torch.optim.AdamW:
     """AdamW with the prompt's parameters in its first group; each group keeps its `peak_lr`.
 
     Args:
-        parameters: the prompt's.
-        settings: of AdamW.
-        peak_lr: of the prompt.
-        others: parameters of the algorithm, each with its own peak rate.
+        parameters: parameters of the prompt.
+        settings: settings of AdamW.
+        peak_lr: peak learning rate of the prompt.
+        others: parameters of the algorithm, with peak rates of their own.
 
     Raises:
         InputError: there is nothing to train.
     """
     if not parameters:
         raise InputError("the prompt has nothing to train; set prompt.type: soft")
-    groups = [(parameters, peak_lr), *others]
+    groups = [OwnParameters(tuple(parameters), peak_lr), *others]
     return torch.optim.AdamW(
-        [{"params": list(p), "lr": lr, "peak_lr": lr} for p, lr in groups],
+        [{"params": list(g.parameters), "lr": g.lr, "peak_lr": g.lr} for g in groups],
         lr=peak_lr,
         betas=settings.betas,
         eps=settings.eps,

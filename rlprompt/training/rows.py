@@ -57,9 +57,9 @@ def view_of(batch: RolloutBatch, rewards: Tensor, rows: Sequence[Sequence[Row]])
     """What the algorithm may look at.
 
     Args:
-        batch: its completions.
+        batch: the batch, of which lengths and endings.
         rewards: float32 [B], the batch's totals, or what constraints made of them.
-        rows: scored as far as the algorithm needs.
+        rows: the rows, scored as far as the algorithm needs.
     """
     flat = [row for group in rows for row in group]
     width = int(batch.lengths.max())
@@ -77,24 +77,25 @@ def view_of(batch: RolloutBatch, rewards: Tensor, rows: Sequence[Sequence[Row]])
 def micro_signal(
     rows: Sequence[Row],
     signal: Signal,
-    row_weights: tuple[Tensor, Tensor | None],
+    token_weights: Tensor,
+    robust_weights: Tensor | None,
     scores: TokenScores,
 ) -> MicroSignal:
     """The part of a signal that belongs to the rows of a micro-batch.
 
     Args:
-        rows: in the order of `scores`.
-        signal: of the whole batch.
-        row_weights: [B] what one token of each row counts for in this update, and [B] what a
-            robust objective makes of the row (None: nothing).
-        scores: of the micro-batch.
+        rows: rows of the micro-batch, in the order of `scores`.
+        signal: signal of the whole batch.
+        token_weights: [B] what one token of each row counts for in this update.
+        robust_weights: [B] what a robust objective makes of each row; None = nothing.
+        scores: scores of the micro-batch.
     """
     index = torch.tensor([row.index for row in rows])
     device, width = scores.logprobs.device, scores.mask.shape[1]
     advantages = signal.advantages[index]
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages[:, :width]
-    per_token, robust = row_weights
-    weights = per_token[index] if robust is None else per_token[index] * robust[index]
+    robust = None if robust_weights is None else robust_weights[index]
+    weights = token_weights[index] if robust is None else token_weights[index] * robust
     counted = signal.counted_lengths[index][:, None] > 0
     returns = signal.returns
     teacher = [row.teacher_states for row in rows if row.teacher_states is not None]
@@ -106,7 +107,7 @@ def micro_signal(
         old_values=_padded([row.old_values for row in rows], scores),
         returns=None if returns is None else returns[index][:, :width].to(device),
         teacher_states=torch.cat(teacher) if teacher else None,
-        row_weights=None if robust is None else robust[index].to(device),
+        row_weights=None if robust is None else robust.to(device),
     )
 
 

@@ -31,8 +31,8 @@ def check_trainable(
     own.
 
     Args:
-        policy: with the prompt that is trained.
-        optimizer: over its parameters.
+        policy: the policy with the prompt that is trained.
+        optimizer: the optimizer over its parameters.
         query: any training query.
         others: the algorithm's own parameters; only that the optimizer holds them is checked.
 

@@ -11,12 +11,14 @@ Nothing here asks which algorithm it is. A run (`rlprompt.runs`) sees this throu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 from rlprompt.algorithms.base import Algorithm
-from rlprompt.algorithms.objective import Constraints, QueryWeights
+from rlprompt.algorithms.constraints import Constraints
+from rlprompt.algorithms.robust import QueryWeights
 from rlprompt.distributed.ranks import Ranks
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
@@ -24,7 +26,7 @@ from rlprompt.rewards.runner import RewardRunner
 from rlprompt.rollout.collect import RolloutBatch, completion_metrics, completion_rows
 from rlprompt.rollout.prefetch import WAITED
 from rlprompt.rollout.sources import Source
-from rlprompt.runs.learner import LearnerState, NotFiniteError, StepResult
+from rlprompt.runs.learner import LearnerState, NotFiniteError, StepResult, named_under
 from rlprompt.training.optimizer import (
     build_optimizer,
     learning_rate,
@@ -78,11 +80,11 @@ class GradientStep:
         self.parts = parts
         policy, algorithm = parts.policy, parts.algorithm
         peak_lr = learning_rate(parts.settings.optimizer, policy.prompt.scale(policy))
-        own = [(part.parameters, part.lr) for part in algorithm.own_parameters()]
+        own = algorithm.own_parameters()
         self.optimizer = build_optimizer(
             policy.parameters(), parts.settings.optimizer, peak_lr, own
         )
-        check_trainable(policy, self.optimizer, parts.probe, [p for p, _ in own])
+        check_trainable(policy, self.optimizer, parts.probe, [part.parameters for part in own])
         self.updater = Updater(
             policy,
             algorithm,
@@ -101,13 +103,23 @@ class GradientStep:
         """The prompt that is trained."""
         return self.parts.policy.prompt
 
+    @property
+    def is_over(self) -> bool:
+        """Never: a gradient can always be followed further."""
+        return False
+
+    @property
+    def tried(self) -> Sequence[Mapping[str, Any]]:
+        """Nothing: there is one prompt."""
+        return ()
+
     def step(
         self, step: int, seed: int, *, next_seed: int | None = None, time_share: float = 0.0
     ) -> StepResult:
         """Collect a batch and learn from it; see `Learner.step`."""
         parts, clock = self.parts, PhaseClock()
         batch = parts.source.collect(step, seed)
-        rewards = parts.rewards.objective(batch.rewards)
+        rewards = parts.rewards.training_rewards(batch.rewards)
         if parts.constraints is not None:
             rewards = parts.constraints.penalised(rewards, batch.rewards.costs)
         try:
@@ -132,11 +144,23 @@ class GradientStep:
             phases=_phases(batch, clock, meanwhile.get(WAITED, 0.0)),
         )
 
+    def prompt_state(self) -> LearnerState:
+        """The prompt's tensors."""
+        tensors = self.prompt.state_dict()
+        return LearnerState({name: tensor.clone() for name, tensor in tensors.items()}, {})
+
+    def restored_prompt(self, state: LearnerState) -> Prompt:
+        """A copy of the prompt with those tensors; see `Learner.restored_prompt`."""
+        prompt = self.prompt.copy()
+        prompt.load_state_dict(dict(state.tensors))
+        return prompt
+
     def state(self) -> LearnerState:
-        """Optimizer, whatever adapts, and the position in the data."""
+        """Prompt, optimizer, whatever adapts, and the position in the data."""
+        parts: Mapping[str, Prompt | Stateful] = {"prompt": self.prompt, **self._adapting}
         tensors = {
             f"{name}/{key}": value
-            for name, part in self._adapting.items()
+            for name, part in parts.items()
             for key, value in part.state_dict().items()
         }
         tensors |= optimizer_tensors(self.optimizer, "optimizer")
@@ -147,12 +171,9 @@ class GradientStep:
 
     def restore(self, state: LearnerState) -> None:
         """Take over what `state` gave; see `Learner.restore`."""
+        self.prompt.load_state_dict(named_under(state.tensors, "prompt"))
         for name, part in self._adapting.items():
-            start = f"{name}/"
-            own = {
-                k.removeprefix(start): v for k, v in state.tensors.items() if k.startswith(start)
-            }
-            part.load_state_dict(own)
+            part.load_state_dict(named_under(state.tensors, name))
         load_optimizer_tensors(self.optimizer, state.tensors, "optimizer")
         self.parts.source.load_state_dict(state.plain["source"])
         self._updates = int(state.plain["updates"])

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rlprompt.algorithms.base import Algorithm, Signal
-from rlprompt.algorithms.objective import QueryWeights
+from rlprompt.algorithms.robust import QueryWeights
 from rlprompt.distributed.ranks import Ranks
 from rlprompt.errors import InputError
 from rlprompt.policy import Policy, TokenScores
@@ -94,14 +94,14 @@ class Updater:
         """Join the parts.
 
         Args:
-            policy: whose prompt is trained.
-            algorithm: gives signal and losses.
+            policy: the policy whose prompt is trained.
+            algorithm: the algorithm, which gives signal and losses.
             reference: the prompt of the reference policy; None when none is needed.
-            temperature: of the sampling; log-probabilities are tempered alike.
-            token_budget: most packed tokens per micro-batch.
+            temperature: the temperature of the sampling; log-probabilities are tempered alike.
+            token_budget: the most packed tokens of a micro-batch.
             teacher: the prompt of the teacher; None when none is needed.
             query_weights: a robust objective; None when all queries count alike.
-            ranks: among whom groups are divided; None when this process is alone.
+            ranks: the ranks among whom groups are divided; None when this process is alone.
         """
         self._ranks = ranks or Ranks()
         self._policy = policy
@@ -126,13 +126,13 @@ class Updater:
         """Run all updates on a batch.
 
         Args:
-            batch: completions, scored where the algorithm needs rewards.
-            optimizer: over the prompt's and the algorithm's parameters.
-            set_lr: sets the rate of the coming update and returns it.
-            max_grad_norm: see `clip_gradients`.
-            clock: gets the seconds of each phase.
-            seed: of the order of minibatches.
-            rewards: float32 [B] to learn from instead of the batch's totals.
+            batch: the completions, scored where the algorithm needs rewards.
+            optimizer: the optimizer over the prompt's and the algorithm's parameters.
+            set_lr: what sets the rate of the coming update and returns it.
+            max_grad_norm: the largest norm of a gradient, see `clip_gradients`.
+            clock: the clock that gets the seconds of each phase.
+            seed: the seed of the order of minibatches.
+            rewards: float32 [B], the rewards to learn from instead of the batch's totals.
 
         Returns:
             The signal, and metrics under their logged names (means over the updates).
@@ -237,7 +237,7 @@ class Updater:
             if not is_own:
                 (0.0 * scores.logprobs.sum()).backward()
                 continue
-            part = micro_signal(rows, batch.signal, (weights, batch.robust), scores)
+            part = micro_signal(rows, batch.signal, weights, batch.robust, scores)
             losses = self._algorithm.losses(scores, part)
             clock.lap("forward")
             losses.total().backward()

@@ -101,10 +101,10 @@ def merged(
     """Means over tokens or completions, then over updates; a mean over none is left out.
 
     Args:
-        results: of the updates on a batch, in their order.
-        signal: of the batch.
-        drawn_ahead: see `RolloutBatch`; what tokens were drawn with then tells how old the batch
-            is, and nothing of how well engine and training agree.
+        results: the results of the updates on a batch, in their order.
+        signal: the signal of the batch.
+        drawn_ahead: whether the batch was drawn ahead, see `RolloutBatch`; what tokens were drawn
+            with then tells how old the batch is, and nothing of how well engine and training agree.
     """
     out: dict[str, float] = defaultdict(float)
     for result in results:

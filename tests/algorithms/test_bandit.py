@@ -40,9 +40,15 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 
 
 def make(policy: Policy, **settings: Any) -> Algorithm:
-    recipe = {"name": "bandit", "data": {"rows": ["q", "r"]}, "algorithm": settings}
     reward = {"path": "builtin:length", "options": {"target": 1}}
-    checked = Recipe(**{**recipe, "rewards": [reward]})
+    checked = Recipe.model_validate(
+        {
+            "name": "bandit",
+            "data": {"rows": ["q", "r"]},
+            "algorithm": settings,
+            "rewards": [reward],
+        }
+    )
     return make_algorithm(checked.algorithm, policy, max_tokens=2, seed=0)
 
 
@@ -145,7 +151,7 @@ def test_every_representation_reaches_the_optimum(name: str, kind: str) -> None:
     A prefix is free of its trust region here, as the soft prompts above are.
     """
     policy = tiny_policy()
-    free = {"max_offset": None} if kind.startswith("prefix") else {}
+    free: dict[str, Any] = {"max_offset": None} if kind.startswith("prefix") else {}
     policy.prompt = make_prompt(kind, policy, **free)
     lr = 0.25 * policy.prompt.scale(policy)
     algorithm = make(policy, **ALGORITHMS[name])

@@ -1,13 +1,19 @@
-"""Multipliers: what they penalise, how they move, and that they find a known optimum."""
+"""Multipliers: what they penalise, how they move, and that they find a known optimum; then a whole
+run under a constraint, and across a resume."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from rlprompt.algorithms.constraints import Multipliers
+from rlprompt.files import read_jsonl
+from tests.fixtures.runs import comparable_rows, tiny_recipe, tiny_trainer
 
 NAN = math.nan
 
@@ -71,3 +77,41 @@ def test_its_state_restores_it() -> None:
     assert second.values == first.values
     with pytest.raises(ValueError, match=r"saved for \['a', 'b'\], there are \['c'\]"):
         Multipliers({"c": 0.0}, lr=0.1).load_state_dict(first.state_dict())
+
+
+LENGTH = {
+    "path": "rewards.py:letters",
+    "name": "cost",
+    "role": "constraint",
+    "limit": -100.0,
+}
+CONSTRAINED: dict[str, Any] = {
+    "rewards": [{"path": "rewards.py:letters", "name": "letters"}, LENGTH],
+    "constraints": {"lr": 0.01},
+    "training": {"steps": 4, "save_every": 1},
+}
+
+
+def test_a_violated_constraint_raises_its_multiplier_and_resumes(tmp_path: Path) -> None:
+    straight = tmp_path / "straight"
+    tiny_trainer(tmp_path, straight, **CONSTRAINED).run()
+    rows = read_jsonl(straight / "metrics.jsonl")
+    multipliers = [row["constraint/cost/multiplier"] for row in rows]
+    assert multipliers == sorted(multipliers) and multipliers[0] > 0
+    assert rows[0]["constraint/cost/violation"] > 0
+
+    resumed = tmp_path / "resumed"
+    two = {**CONSTRAINED, "training": {"steps": 2, "save_every": 1}}
+    constant = {"optimizer": {"schedule": "constant"}}
+    two["training"] |= constant
+    four = {**CONSTRAINED, "training": {**CONSTRAINED["training"], **constant}}
+    tiny_trainer(tmp_path, resumed, **two).run()
+    tiny_trainer(tmp_path, resumed, **four).run(resume=True)
+    whole = tmp_path / "whole"
+    tiny_trainer(tmp_path, whole, **four).run()
+    assert comparable_rows(resumed, "metrics") == comparable_rows(whole, "metrics")
+
+
+def test_multiplier_settings_without_a_constraint_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="constraints has no effect"):
+        tiny_recipe(tmp_path, constraints={"lr": 0.5})

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rlprompt.algorithms.losses import (
+    Ratio,
     cispo_surrogate,
     clipped_surrogate,
     clipped_value_loss,
@@ -57,11 +58,11 @@ def test_cispo_clips_the_weight_and_never_the_gradient() -> None:
 
 
 @pytest.mark.parametrize("level", ["token", "sequence_mean", "sequence_product"])
-def test_on_policy_gradient_is_reinforce(level: str) -> None:
+def test_on_policy_gradient_is_reinforce(level: Ratio) -> None:
     logprobs = torch.tensor([[-0.3, -2.0, -7.0], [-1.0, -0.1, -0.5]], requires_grad=True)
     mask = torch.tensor([[True, True, False], [True, True, True]])
     advantages = torch.tensor([[1.5], [-0.5]])
-    ratios = log_ratio(logprobs, logprobs.detach(), mask, level)  # type: ignore[arg-type]
+    ratios = log_ratio(logprobs, logprobs.detach(), mask, level)
     weights = mask / mask.sum(1, keepdim=True)
     (weights * clipped_surrogate(ratios, advantages, LOW, HIGH).loss).sum().backward()
     assert logprobs.grad is not None

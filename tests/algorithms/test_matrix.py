@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from rlprompt.algorithms.make import ALGORITHMS
-from rlprompt.evaluation.probes import mean_logprob
+from rlprompt.evaluation.measures import mean_logprob
 from rlprompt.files import read_jsonl
 from rlprompt.kernels.lm_head import head_logits
 from rlprompt.model.base import verify_unchanged
 from rlprompt.policy import Policy
-from rlprompt.prompts.adapter import METHODS
 from rlprompt.prompts.base import Prompt
+from rlprompt.prompts.layer_adapters import METHODS
 from rlprompt.prompts.make import PROMPTS
 from rlprompt.prompts.sequence import SequencePrompt
 from rlprompt.prompts.text import TextPrompt

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlprompt.algorithms.base import BatchView, MicroSignal, Signal, TokenLosses
 from rlprompt.algorithms.ppo import PPO, BaseShape, PPOSettings
+from rlprompt.algorithms.value_head import ValueHeadSettings
 from rlprompt.policy import TokenScores
 
 LENGTHS = torch.tensor([5, 1, 3, 4])
@@ -217,8 +218,7 @@ def test_its_state_is_the_value_head_and_an_adapting_weight() -> None:
     assert torch.equal(first.values(states), second.values(states))
     assert second.kl_coef == first.kl_coef
     with pytest.raises(ValueError, match="another shape"):
-        PPO(PPOSettings(value_head={"hidden_size": 3}), 5, shape).load_state_dict(
-            first.state_dict()
-        )
+        smaller = PPOSettings(value_head=ValueHeadSettings(hidden_size=3))
+        PPO(smaller, 5, shape).load_state_dict(first.state_dict())
     with pytest.raises(ValueError, match="kl_coef"):
         PPO(PPOSettings(), 5, shape).load_state_dict(first.state_dict())

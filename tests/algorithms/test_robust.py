@@ -1,13 +1,26 @@
-"""Weights of queries: CVaR against brute force, group DRO on problems with a known answer."""
+"""Weights of queries: CVaR against brute force, group DRO on problems with a known answer; then
+what they make of the rows of a batch, and of a whole run."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from rlprompt.algorithms.robust import WorstGroup, cvar_weights
+from rlprompt.algorithms.base import BatchView
+from rlprompt.algorithms.robust import (
+    CVaRSettings,
+    QueryWeights,
+    WorstGroup,
+    WorstGroupSettings,
+    cvar_weights,
+)
+from rlprompt.errors import InputError
+from rlprompt.files import read_jsonl
+from rlprompt.types import Query
+from tests.fixtures.runs import tiny_trainer
 
 
 @pytest.mark.parametrize("share", [0.05, 0.25, 0.4, 0.5, 0.99, 1.0])
@@ -91,3 +104,67 @@ def test_its_state_restores_it_and_a_group_from_nowhere_is_refused() -> None:
         WorstGroup({"a": 0.5, "b": 0.3, "c": 0.2}, step_size=1.0).load_state_dict(
             first.state_dict()
         )
+
+
+GROUPS = [
+    Query(({"role": "user", "content": f"{i}"},), {"kind": k}, i) for i, k in enumerate("aab")
+]
+
+
+def view(rewards: list[float]) -> BatchView:
+    lengths = torch.full((len(rewards),), 2)
+    logprobs = -torch.tensor(rewards)[:, None].expand(-1, 2)
+    return BatchView(torch.tensor(rewards), lengths, lengths > 0, 2, old_logprobs=logprobs)
+
+
+def test_the_worst_queries_count_and_the_others_do_not() -> None:
+    weights = QueryWeights(CVaRSettings(share=1 / 3), GROUPS, uses_rewards=True)
+    assert not weights.needs_logprobs
+    rows = weights.row_weights(view([0.9, 0.7, 0.1, 0.2, 0.5, 0.5]), GROUPS)
+    assert rows.tolist() == pytest.approx([0, 0, 3, 3, 0, 0], abs=1e-5)
+
+
+def test_without_rewards_the_loss_is_that_of_the_answers() -> None:
+    weights = QueryWeights(CVaRSettings(share=1 / 3), GROUPS, uses_rewards=False)
+    assert weights.needs_logprobs
+    rows = weights.row_weights(view([0.9, 0.7, 0.1, 0.2, 0.5, 0.5]), GROUPS)
+    assert rows.tolist() == pytest.approx([3, 3, 0, 0, 0, 0], abs=1e-5)
+
+
+def test_weights_move_to_the_worst_group_and_are_restored() -> None:
+    settings = WorstGroupSettings(column="kind", step_size=0.5)
+    weights = QueryWeights(settings, GROUPS, uses_rewards=True)
+    for _ in range(5):
+        rows = weights.row_weights(view([0.9, 0.9, 0.9, 0.9, 0.1, 0.1]), GROUPS)
+    assert rows[4] > 1 > rows[0]
+    assert weights.metrics()["robust/weight/b"] > 0.5
+    again = QueryWeights(settings, GROUPS, uses_rewards=True)
+    again.load_state_dict(weights.state_dict())
+    assert again.metrics() == weights.metrics()
+
+
+@pytest.mark.parametrize(
+    ("column", "sentence"),
+    [("none", "row 0 of the dataset lacks"), ("same", "has one value in all training")],
+)
+def test_a_group_column_must_tell_groups_apart(column: str, sentence: str) -> None:
+    rows = [Query(({"role": "user", "content": "x"},), {"same": 1}, i) for i in range(3)]
+    with pytest.raises(InputError, match=f"robust.column is '{column}'.*{sentence}"):
+        QueryWeights(WorstGroupSettings(column=column), rows, uses_rewards=True)
+
+
+def test_a_robust_run_logs_what_each_group_counts_for(tmp_path: Path) -> None:
+    rows = [{"query": f"the sun {i}", "kind": "ab"[i % 2]} for i in range(8)]
+    changes = {
+        "data": {"rows": rows, "heldout": 2},
+        "robust": {"type": "worst_group", "column": "kind"},
+        "augment": [{"type": "instructions", "share": 1.0}],
+        "training": {"queries_per_step": 2},
+    }
+    output = tmp_path / "out"
+    tiny_trainer(tmp_path, output, **changes).run()
+    logged = read_jsonl(output / "metrics.jsonl")
+    assert all({"robust/weight/a", "robust/weight/b"} <= row.keys() for row in logged)
+    drawn = read_jsonl(output / "completions.jsonl")
+    asked = {row["split"]: row["query"] for row in drawn}
+    assert "\n\nthe sun" in asked["train"] and "\n\n" not in asked["heldout"]

@@ -20,13 +20,13 @@ DECODE = ("decode_shared", "decode_own")
 
 def test_faults_are_spills_too_much_shared_memory_and_no_matrix_instructions() -> None:
     code = (
-        f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); from aot_report import Row\n"
+        "from benchmarks.aot_report import Row\n"
         "def faults(spill, shared, mma):\n"
         "    return len(Row('forward', 'sm_80', '', '', 1, spill, shared, mma).faults())\n"
         "print(faults(0, 1024, 8), faults(4, 1024, 8), faults(0, 164 * 1024, 8), faults(4, 0, 0))"
     )
     shown = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=250
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=250
     )
     assert shown.stdout.split() == ["0", "1", "1", "2"], shown.stderr
 

@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+from rlprompt.kernels.operands import Heads
+
 pytest.importorskip("triton")
-SCRIPTS = Path(__file__).parents[2] / "benchmarks"
+
+from benchmarks import bench_kernels as bench
+from benchmarks.kernel_peers import plain_flex
+
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")
 
 
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        return importlib.import_module("bench_kernels")
-    finally:
-        sys.path.remove(str(SCRIPTS))
-
-
-def test_all_implementations_compute_the_same(
-    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    peers = importlib.import_module("kernel_peers")
-    monkeypatch.setitem(bench.HEADS, "tiny", (4, 2, 16))
+def test_all_implementations_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bench.HEADS, "tiny", Heads(4, 2, 16))
     # FlexAttention has no backward on a CPU.
     points = [bench.Point(kind, "tiny", 3, 5, 7) for kind in ("forward", "decode")]
-    errors = bench.gate(points, "cpu", peers.plain_flex, torch.float32)
+    errors = bench.gate(points, "cpu", plain_flex, torch.float32)
     assert errors.pop("ours, again") == 0
     assert set(errors) == set(bench.IMPLEMENTATIONS)
     assert max(errors.values()) < 1e-5, errors
@@ -41,7 +31,7 @@ def test_all_implementations_compute_the_same(
 
 @NO_GPU
 def test_without_a_gpu_everything_is_labelled_as_calculated(
-    bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--quick", "--model", "smollm2-135m", "--json", str(tmp_path / "b.json")]
     assert bench.main([*arguments, "--plot", str(tmp_path / "b.svg")]) == 0
@@ -56,7 +46,6 @@ def test_without_a_gpu_everything_is_labelled_as_calculated(
     "errors", [{"ours": 0.5, "ours, again": 0}, {"ours": 0.0, "ours, again": 1}]
 )
 def test_no_speed_is_printed_when_results_are_wrong(
-    bench: ModuleType,
     errors: dict[str, float],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -74,13 +63,11 @@ def test_no_speed_is_printed_when_results_are_wrong(
     assert "concat / ours" not in shown.out
 
 
-def test_the_roofline_counts_what_is_stated(bench: ModuleType) -> None:
+def test_the_roofline_counts_what_is_stated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rows of one token, one head of dim 2, three prefix tokens: small enough to count."""
-    bench.HEADS["one"] = (1, 1, 2)
+    monkeypatch.setitem(bench.HEADS, "one", Heads(1, 1, 2))
     point = bench.Point("forward", "one", 2, 3, 1)
     flops, traffic = bench.work(point, "ours")
     assert flops == 2 * (3 + 1) * 2 * (2 * 2)  # rows, keys, products, multiply and add over dim 2
-    assert traffic == 2 * 2 * (2 * 2) + 2 * 2 * (2 * 2) + 3 * 2 * (
-        2 * 2
-    )  # q and o, k and v, prefix
-    del bench.HEADS["one"]
+    own, prefix = 2 * 2 * (2 * 2), 3 * 2 * (2 * 2)
+    assert traffic == own + own + prefix  # q and o, k and v, prefix

@@ -353,7 +353,7 @@ def test_a_full_disk_ends_a_run_with_a_whole_checkpoint(model_dir: Path, tmp_pat
     recipe = write_recipe(tmp_path, model_dir, training__steps=5)
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4M", "tmpfs", disk]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4M", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True, timeout=20).returncode:
         pytest.skip("this machine lets nobody mount a disk")
     plain, filler = (tmp_path / "reward.py").read_text(), disk / "filler"

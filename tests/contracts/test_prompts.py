@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,6 @@ from torch import Tensor
 
 from rlprompt.algorithms.grpo import GRPO, GRPOSettings
 from rlprompt.artifacts.format import load_artifact, read_artifact_info, save_artifact
-from rlprompt.data import QuerySampler
 from rlprompt.engines.native import NativeEngine
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.errors import InputError
@@ -23,12 +25,16 @@ from rlprompt.prompts.soft import SoftPrompt
 from rlprompt.prompts.text import TextPrompt
 from rlprompt.recipe.build import build_single_run
 from rlprompt.recipe.schema import Recipe
+from rlprompt.rewards import RewardRunner
+from rlprompt.rollout.collect import RolloutBatch
 from rlprompt.runs.checkpoint import load_checkpoint, save_checkpoint
 from rlprompt.runs.state import RunState
+from rlprompt.training.settings import TrainingSettings
 from rlprompt.training.startup import check_trainable
-from rlprompt.training.update import PhaseClock, Updater
+from rlprompt.training.step import GradientStep, StepParts
+from rlprompt.types import Stateful
 from tests.fixtures.prompts import KINDS, TEXT, TRAINABLE, make, move, settings_of
-from tests.fixtures.runs import sampled_batch, tiny_policy, tiny_recipe
+from tests.fixtures.runs import queries, sampled_batch, tiny_policy, tiny_recipe
 from tests.invariants.oracle import QUERIES, completions, flat, policy_of, scores
 
 FAMILIES = ("llama", "qwen3", "gemma3")
@@ -236,22 +242,56 @@ def test_a_scale_is_a_size(kind: str) -> None:
     assert math.isfinite(scale) and scale > 0
 
 
+class Sampled:
+    """A source of completions under the policy's prompt, with random rewards."""
+
+    temperature = 1.0
+    epoch = 0.0
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    def collect(self, step: int, seed: int) -> RolloutBatch:
+        torch.manual_seed(seed)
+        return sampled_batch(self.policy, seed=step)
+
+    def ahead(self, step: int, seed: int) -> AbstractContextManager[dict[str, float]]:
+        return nullcontext({})
+
+    @property
+    def others(self) -> Mapping[str, Stateful]:
+        return {}
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Each step's draws follow from its number."""
+
+
 def _run(kind: str, folder: Path, first: int, steps: int) -> tuple[Policy, dict[str, float]]:
     """GRPO steps with a KL to the initial prompt, after the checkpoint of step `first`."""
     policy = tiny_policy("qwen3")
     policy.prompt = make(kind, policy)
-    algorithm = GRPO(GRPOSettings(group_size=4, kl_coef=0.1), max_tokens=10)
-    budget = {"temperature": 1.0, "token_budget": 64}
-    updater = Updater(policy, algorithm, policy.prompt.copy(), **budget)
-    lr = 0.05 * policy.prompt.scale(policy)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr)
-    state = RunState(policy.prompt, optimizer, QuerySampler(8, 2, 0))
+    learner = GradientStep(
+        StepParts(
+            policy=policy,
+            algorithm=GRPO(GRPOSettings(group_size=4, kl_coef=0.1), max_tokens=10),
+            source=Sampled(policy),
+            rewards=RewardRunner([], needs_score=False),
+            settings=TrainingSettings(steps=steps, token_budget=64),
+            probe=queries(1)[0],
+            reference=policy.prompt.copy(),
+        )
+    )
+    state = RunState(learner)
     if first:
         state.restore(load_checkpoint(folder, first), {})
     for step in range(first, steps):
-        torch.manual_seed(step)
-        batch = sampled_batch(policy, seed=step)
-        _, metrics = updater.learn(batch, optimizer, lambda: lr, 1.0, PhaseClock())
+        metrics = learner.step(step, seed=step).metrics
         state.progress.step = step + 1
         save_checkpoint(folder, state.checkpoint({}), keep=9)
     return policy, metrics

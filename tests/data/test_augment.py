@@ -43,7 +43,7 @@ def test_a_long_context_adds_turns_and_keeps_the_query_last() -> None:
 
 
 def test_augmentations_meet_in_one_query() -> None:
-    both = [LongContextSettings(share=1.0), OverrideSettings(share=1.0, texts=("Forget it.",))]
+    both = (LongContextSettings(share=1.0), OverrideSettings(share=1.0, texts=("Forget it.",)))
     asked = Augmenter(both, QUERIES)(QUERIES[0], seed=1)
     assert len(asked.messages) == 3 and "Forget it." in asked.text
 

@@ -11,10 +11,14 @@ from typing import Any
 
 import pytest
 
+from experiments.make_targets import everyday, topics
+
 ROOT = Path(__file__).parents[2]
+MAKE = {"everyday": everyday, "topics": topics}
 
 
 def load(path: Path) -> ModuleType:
+    """A reward model, which belongs to no package."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -27,11 +31,10 @@ def rows(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.open(encoding="utf-8")]
 
 
-@pytest.mark.parametrize("name", ["everyday", "topics"])
+@pytest.mark.parametrize("name", MAKE)
 def test_the_file_is_what_the_script_makes(name: str) -> None:
-    script = load(ROOT / "experiments" / "make_targets.py")
     made = rows(f"{name}_targets")
-    assert made == getattr(script, name)()
+    assert made == MAKE[name]()
     plain = [{k: v for k, v in row.items() if k not in ("completion", "rejected")} for row in made]
     assert plain == rows(name)
 

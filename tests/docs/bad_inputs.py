@@ -265,6 +265,32 @@ PROMPTS = [
         lambda p: ("eval", "run/artifact", "--recipe", "recipe.yaml", "--set", "data.heldout=0"),
     ),
 ]
+
+
+def _race(project: Project, **changes: Any) -> Sequence[str]:
+    """A recipe that searches among texts, changed as by `Project.recipe`."""
+    prompt, search = dict(TEXT_PART), {"type": "texts", "texts": ["Be brief.", "Be kind."]}
+    return project.recipe(**{"algorithm": None, "prompt": prompt, "search": search, **changes})
+
+
+SEARCHES = [
+    ("a searcher with a typo", lambda p: _race(p, search__type="text")),
+    ("texts that start from embeddings", lambda p: _race(p, prompt=SOFT_PART)),
+    ("one text to choose from", lambda p: _race(p, search__texts=["Be brief."])),
+    ("a text that is there twice", lambda p: _race(p, search__texts=["Be brief."] * 2)),
+    ("an algorithm beside a search", lambda p: _race(p, algorithm__group_size=4)),
+    ("a learning rate in a search", lambda p: _race(p, training__optimizer={"lr": 0.1})),
+    (
+        "a constraint in a search",
+        lambda p: _race(p, rewards__1__role="constraint", rewards__1__limit=0.1),
+    ),
+    ("rewards on one scale in a search", lambda p: _race(p, rewards__0__normalise="batch")),
+    (
+        "several greedy completions in a search",
+        lambda p: _race(p, search__completions_per_query=2, sampling__temperature=0),
+    ),
+    ("a plan of a search", lambda p: _race(p) and ("plan", "recipe.yaml")),
+]
 MODELS = [
     ("a path with a typo", lambda p: p.recipe(model__path="modle")),
     ("a folder that is not there", lambda p: p.recipe(model__path="models/tiny")),
@@ -511,6 +537,7 @@ CLUSTER = [
 SECTIONS: dict[str, list[tuple[str, Callable[[Project], Sequence[str]]]]] = {
     "Recipes": RECIPES,
     "Prompts": PROMPTS,
+    "Search": SEARCHES,
     "Classes of your own": OWN,
     "Models": MODELS,
     "Rewards": REWARDS,

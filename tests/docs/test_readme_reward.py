@@ -14,7 +14,9 @@ ROOT = Path(__file__).parents[2]
 
 def source() -> str:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return re.search(r"```python\n(# my_reward\.py\n.*?)```", text, re.DOTALL).group(1)  # type: ignore[union-attr]
+    found = re.search(r"```python\n(# my_reward\.py\n.*?)```", text, re.DOTALL)
+    assert found is not None
+    return found.group(1)
 
 
 def test_writing_a_reward_takes_ten_lines() -> None:

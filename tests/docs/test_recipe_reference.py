@@ -77,8 +77,8 @@ def rows(
                 about = " ".join(target["description"].split())
                 default = "default" if entry.get("default", {}).get("type") == kind else ""
                 yield f"{place}.type", json.dumps(kind), default, about
-                inner = {"properties": kept, "required": target.get("required", [])}
-                for path_, type_, default_, about_ in rows(inner, schema, f"{place}."):
+                others = {"properties": kept, "required": target.get("required", [])}
+                for path_, type_, default_, about_ in rows(others, schema, f"{place}."):
                     yield path_, type_, default_, f"With `type: {kind}`: {about_}"
         elif inner := optional_part(value, schema):
             yield place, "mapping or null", code("null"), description

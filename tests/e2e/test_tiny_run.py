@@ -56,8 +56,10 @@ def test_a_reward_rises_and_the_artifact_reproduces_it(tmp_path: Path) -> None:
     shown = StringIO()
     trainer = build_single_run(recipe, tmp_path, output, Console(file=shown, width=100))
     summary = trainer.run()
-    assert summary["heldout_reward_before"] < 0.3 > summary["heldout_reward_handwritten"]
-    assert summary["heldout_reward_after"] > 0.6
+    metrics = trainer.metrics
+    assert metrics.base is not None and metrics.base < 0.3
+    assert metrics.handwritten is not None and metrics.handwritten < 0.3
+    assert metrics.learned is not None and metrics.learned > 0.6
     assert summary["base_fingerprint_before"] == summary["base_fingerprint_after"]
     assert "e2e" in shown.getvalue()
     assert (output / "report.html").stat().st_size > 10_000
@@ -75,7 +77,7 @@ def test_a_reward_rises_and_the_artifact_reproduces_it(tmp_path: Path) -> None:
         recipe.sampling,
         completions_per_query=16,
         seed=recipe.seed + _HELDOUT_SEED,
-        probes={},
+        measures={},
     )
     result = judge.evaluate(policy.prompt, summary["best_step"])
     logged = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from rlprompt.engines.cache import DecodeCache
 from rlprompt.kernels.cpu import ops
 from rlprompt.kernels.cpu.cache_layout import LANES, plain_keys, plain_values
+from rlprompt.kernels.operands import Packed
 from rlprompt.model.chat.slot import ChatSlot
 from rlprompt.model.files.fetch import cache_dir
 from rlprompt.model.forward.tree import TreeContext
@@ -23,7 +25,7 @@ USABLE = ops.choose("auto", cache_dir() / "kernels", torch.bfloat16, torch.devic
 needs_kernels = pytest.mark.skipif(not USABLE, reason="the CPU kernels cannot be used here")
 
 
-def _bf16_policy(kernels: str) -> Policy:
+def _bf16_policy(kernels: Literal["on", "off"]) -> Policy:
     base = replace(tiny_base("llama", torch.bfloat16), cpu_kernels=kernels)
     return Policy(base, ChatSlot.from_tokenizer(base.tokenizer))
 
@@ -118,9 +120,9 @@ def _assert_same_rows(cache: DecodeCache, expected: DecodeCache, layers: int) ->
             for own, theirs in zip(ours, expected.layer(layer), strict=True):
                 # The two paths round their attention differently, so from the second layer on their
                 # keys are near each other and not equal.
-                near = {"rtol": 0.0, "atol": 0.0 if layer == 0 else 0.05}
+                near = 0.0 if layer == 0 else 0.05
                 seen = own[row, :, : len(columns)]
-                torch.testing.assert_close(seen, theirs[row][:, columns], **near)
+                torch.testing.assert_close(seen, theirs[row][:, columns], rtol=0.0, atol=near)
 
 
 @needs_kernels
@@ -164,7 +166,7 @@ def test_growing_keeps_columns_in_the_order_of_the_kernels() -> None:
         cache.reserve()
         new = [torch.randn(cache.num_rows, *shape).bfloat16() for _ in range(3)]
         for layer in range(layers):
-            cache.attend(layer, (new[0], new[1], new[2]), 0.1)
+            cache.attend(layer, Packed(new[0], new[1], new[2]), 0.1)
         written.append(new[1:])
         cache.advance()
     for layer in range(layers):

@@ -132,9 +132,9 @@ def test_rows_that_finish_are_dropped() -> None:
 def test_a_step_that_disagrees_is_not_used() -> None:
     policy = policy_of("llama")
     own = generate(policy, False)
-    layer = policy.forward.body.layers[0]
-    original = layer.mlp.forward
-    layer.mlp.forward = lambda x: 3.0 * original(x)
+    mlp = policy.forward.body.get_submodule("layers.0.mlp")
+    original = mlp.forward
+    mlp.forward = lambda x: 3.0 * original(x)
     changed = generate(policy, False)
     assert changed != own
     assert generate(policy, True) == changed
@@ -146,8 +146,8 @@ def test_a_layer_wrapped_later_is_noticed() -> None:
     engine = NativeEngine(policy)
     engine.sync(TEXT)
     before = engine.generate(queries(2), 2, SAMPLING, seed=0)
-    attention = policy.forward.body.layers[1].self_attn
-    attention.q_proj = _Doubled(attention.q_proj)
+    attention = policy.forward.body.get_submodule("layers.1.self_attn")
+    attention.q_proj = _Doubled(attention.get_submodule("q_proj"))
     engine.sync(TEXT)
     wrapped = engine.generate(queries(2), 2, SAMPLING, seed=0)
     fresh = NativeEngine(policy, NativeSettings(cpp_decode=False))

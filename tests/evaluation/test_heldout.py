@@ -13,10 +13,10 @@ from pydantic import ValidationError
 from rlprompt.engines.native import NativeEngine
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.evaluation.heldout import EvaluationSettings, HeldoutEvaluator
-from rlprompt.evaluation.probes import BaseKL, BaseLogprob
+from rlprompt.evaluation.measures import BaseKL, BaseLogprob
 from rlprompt.policy import Policy
 from rlprompt.prompts.text import NonePrompt, TextPrompt
-from rlprompt.rewards.base import RewardSettings
+from rlprompt.rewards.base import LoadedReward, RewardSettings
 from rlprompt.rewards.runner import RewardRunner
 from tests.fixtures.runs import queries, tiny_policy
 from tests.fixtures.tiny import tiny_model
@@ -31,7 +31,7 @@ def lengths(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
 def evaluator(
     policy: Policy, *, seed: int = 5, reward: Reward = lengths, token_budget: int = 2048
 ) -> HeldoutEvaluator:
-    runner = RewardRunner([(RewardSettings(path="here:lengths"), reward)])
+    runner = RewardRunner([LoadedReward(RewardSettings(path="here:lengths"), reward)])
     sampling = SamplingSettings(max_tokens=6, stop_token_ids=tuple(range(10, 60)))
     return HeldoutEvaluator(
         NativeEngine(policy),
@@ -40,7 +40,7 @@ def evaluator(
         sampling,
         completions_per_query=4,
         seed=seed,
-        probes={"base_logprob": BaseLogprob(policy, token_budget)},
+        measures={"base_logprob": BaseLogprob(policy, token_budget)},
     )
 
 
@@ -117,7 +117,7 @@ def test_base_kl_is_that_of_two_whole_conversations(token_budget: int) -> None:
         )
         asked = tokenizer(rendered, add_special_tokens=False)["input_ids"]
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([[*asked, *completion]])).logits[0]
+            logits: torch.Tensor = model(input_ids=torch.tensor([[*asked, *completion]])).logits[0]
         return logits[len(asked) - 1 : -1].log_softmax(-1)
 
     system = {"role": "system", "content": text}
@@ -127,11 +127,11 @@ def test_base_kl_is_that_of_two_whole_conversations(token_budget: int) -> None:
             ours = logprobs([system, *group.query.messages], completion.token_ids)
             base = logprobs(list(group.query.messages), completion.token_ids)
             divergences += (ours.exp() * (ours - base)).sum(1).tolist()
-    probe = BaseKL(policy, token_budget)
+    measure = BaseKL(policy, token_budget)
     expected = sum(divergences) / len(divergences)
     assert expected > 0.01
-    assert probe(TextPrompt(text), groups) == pytest.approx(expected, abs=1e-4)
-    assert probe(NonePrompt(), groups) == pytest.approx(0.0, abs=1e-6)
+    assert measure(TextPrompt(text), groups) == pytest.approx(expected, abs=1e-4)
+    assert measure(NonePrompt(), groups) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_evaluating_leaves_the_trained_prompt_alone() -> None:

@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+from experiments import compare
+from experiments import results_tables as tables
 from rlprompt.recipe.schema import load_recipe
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def scripts() -> tuple[ModuleType, ModuleType]:
-    """`experiments/compare.py` and `experiments/results_tables.py`."""
-    sys.path.insert(0, str(ROOT / "experiments"))
-    try:
-        import compare
-        import results_tables
-    finally:
-        sys.path.remove(str(ROOT / "experiments"))
-    return compare, results_tables
-
-
 @pytest.mark.parametrize("recipe", ["concise", "topics"])
-def test_every_cell_is_a_recipe_of_its_method(
-    recipe: str, scripts: tuple[ModuleType, ModuleType]
-) -> None:
-    compare, _ = scripts
+def test_every_cell_is_a_recipe_of_its_method(recipe: str) -> None:
     for name, method in compare.METHODS.items():
         path, overrides = compare.command_of(recipe, method, 2, 90.0)
         made = load_recipe(ROOT / path, overrides)
@@ -58,10 +43,7 @@ def row(method: str, seed: int, reward: float) -> dict[str, Any]:
     }
 
 
-def test_a_comparison_has_a_line_per_method_best_first(
-    scripts: tuple[ModuleType, ModuleType],
-) -> None:
-    _, tables = scripts
+def test_a_comparison_has_a_line_per_method_best_first() -> None:
     lines = tables.comparison_section([row("a", 0, 0.3), row("b", 0, 0.4), row("b", 1, 0.6)])
     table = [line for line in lines if line.startswith("| ")][1:]
     assert table[0] == "| base | 0, 1 | 0.100 ± 0.000 | 0.250 ± 0.000 | 0 |"
@@ -70,8 +52,7 @@ def test_a_comparison_has_a_line_per_method_best_first(
     assert sum(line.startswith("    rlprompt") for line in lines) == 3
 
 
-def test_a_distillation_says_what_was_kept(scripts: tuple[ModuleType, ModuleType]) -> None:
-    _, tables = scripts
+def test_a_distillation_says_what_was_kept() -> None:
     one = row("distill", 0, 0.0)
     for who, reward, kl in (
         ("base", 0.2, 0.3), ("handwritten", 0.6, 0.0), ("start", 0.0, 0.2), ("learned", 0.5, 0.05),

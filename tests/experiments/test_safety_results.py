@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from scipy import stats
 
+from experiments import safety_results as script
+
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    path = ROOT / "experiments" / "safety_results.py"
-    spec = importlib.util.spec_from_file_location("safety_results", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["safety_results"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_quantile_is_that_of_students_t(script: ModuleType) -> None:
+def test_the_quantile_is_that_of_students_t() -> None:
     for freedom in (9, 19, 39, 200):
         assert script.student(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), abs=5e-4)
 
 
-def test_a_share_counts_queries_when_their_completions_agree(script: ModuleType) -> None:
+def test_a_share_counts_queries_when_their_completions_agree() -> None:
     together = {str(i): [i < 10] * 4 for i in range(20)}
     apart = {str(i): [True, True, False, False] for i in range(20)}
     wilson = stats.binomtest(10, 20).proportion_ci(method="wilson")
@@ -45,7 +33,7 @@ def test_a_share_counts_queries_when_their_completions_agree(script: ModuleType)
     assert never["high"] == pytest.approx(0.161, abs=1e-3)
 
 
-def test_a_difference_is_paired_by_query(script: ModuleType) -> None:
+def test_a_difference_is_paired_by_query() -> None:
     base = {str(i): [i % 2 == 0] * 2 for i in range(20)}
     same = script.difference(base, base)
     assert (same["value"], same["low"], same["high"]) == (0.0, 0.0, 0.0)
@@ -57,9 +45,7 @@ def test_a_difference_is_paired_by_query(script: ModuleType) -> None:
     assert found["high"] == pytest.approx(interval.high, abs=1e-3)
 
 
-def test_the_page_is_made_from_the_numbers(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_page_is_made_from_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(script, "DOCS", tmp_path)
     script.render()
     shown = (tmp_path / "safety.md").read_text(encoding="utf-8")

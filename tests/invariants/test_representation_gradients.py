@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import CacheLayerMixin
 
 from rlprompt.model.fingerprint import fingerprint
 from rlprompt.policy import Policy, SharedPrefix
@@ -93,6 +94,7 @@ def _extended(before: DynamicCache, part: PrefixPrompt) -> DynamicCache:
     cache = DynamicCache()
     for layer, (key, value) in enumerate(part.keys_values()):
         past = before.layers[layer]
+        assert isinstance(past, CacheLayerMixin)
         assert past.keys is not None and past.values is not None
         keys, values = (
             torch.cat([past.keys, key[None]], 2),
@@ -126,7 +128,7 @@ def _peft_of(prompt: AdapterPrompt, model: Any) -> tuple[Any, list[Tensor]]:
         autocast_adapter_dtype=False,
     )
     weights = {f"base_model.model.{k}": v for k, v in prompt.state_dict().items()}
-    result = peft.set_peft_model_state_dict(wrapped, weights)
+    result: Any = peft.set_peft_model_state_dict(wrapped, weights)
     assert not result.unexpected_keys
     named = {k.replace(".default", ""): p for k, p in wrapped.named_parameters() if p.requires_grad}
     return wrapped, [named[name] for name in weights]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -147,13 +149,13 @@ def test_padding_in_transformers_changes_nothing_once_positions_are_explicit(
     ("dtype", "largest", "mean"), [("float32", 1e-3, 1e-4), ("auto", 1.0, 0.1)]
 )
 def test_the_real_model(
-    smollm2_oracle: PreTrainedModel, dtype: str, largest: float, mean: float
+    smollm2_oracle: PreTrainedModel, dtype: Literal["float32", "auto"], largest: float, mean: float
 ) -> None:
     """float32 to the last digits; bfloat16 within its rounding (measured: 0.07, at most 0.35)."""
     text = "You are a pirate. Answer in short sentences."
     asked = [query("What is the capital of France?"), query("Hi")]
     groups = [completions(20, 1, 33, seed=5), completions(8, seed=6)]
-    base = load_base(ModelSettings(path="smollm2-135m", dtype=dtype))  # type: ignore[arg-type]
+    base = load_base(ModelSettings(path="smollm2-135m", dtype=dtype))
     policy = Policy(base, ChatSlot.from_tokenizer(base.tokenizer))
     rows = [
         own_logprobs(smollm2_oracle, context_ids(policy, text, q), c.token_ids)

@@ -43,7 +43,7 @@ def _attend(
     packed = [made(1, n, tokens, DIM) for n in (heads, KV_HEADS, KV_HEADS)]
     prefix = [made(KV_HEADS, PREFIX, DIM) for _ in range(2)]
     context = TreeContext(tree, PrefixKV([prefix[0]], [prefix[1]]), keep_queries=True, fused=fused)
-    call = LayerCall(0, (packed[0], packed[1], packed[2]), DIM**-0.5, window, softcap)
+    call = LayerCall(0, packed[0], packed[1], packed[2], DIM**-0.5, window, softcap)
     out = context.attend(call)
     grads = torch.autograd.grad(out, [*packed, *prefix], torch.randn_like(out))
     return out, [*grads, context.query_keys[0], context.query_values[0]]
@@ -88,14 +88,15 @@ def test_log_probabilities_and_the_prompts_gradient_are_alike(
 def test_decoding_over_a_cache_is_alike() -> None:
     torch.manual_seed(0)
     tree = _tree([[], [], []])
-    prefix = PrefixKV(*[[torch.randn(KV_HEADS, PREFIX, DIM, device=DEVICE)] for _ in range(2)])
+    keys, values = ([torch.randn(KV_HEADS, PREFIX, DIM, device=DEVICE)] for _ in range(2))
+    prefix = PrefixKV(keys, values)
     heads = KV_HEADS * SHARE
 
     def call(tokens: int) -> LayerCall:
         tensors = [
             torch.randn(1, n, tokens, DIM, device=DEVICE) for n in (heads, KV_HEADS, KV_HEADS)
         ]
-        return LayerCall(0, (tensors[0], tensors[1], tensors[2]), DIM**-0.5, None, None)
+        return LayerCall(0, tensors[0], tensors[1], tensors[2], DIM**-0.5, None, None)
 
     context = TreeContext(tree, prefix, keep_queries=True, fused=False)
     context.attend(call(tree.num_tokens))

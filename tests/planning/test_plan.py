@@ -69,13 +69,13 @@ def test_the_traffic_of_shards_is_the_one_that_is_counted(
     assert ended.codes == [0, 0], ended.logs
     first, second = (row["weights"] for row in read_jsonl(logs / "rank_1.jsonl"))
     made = plan(load_recipe(recipe), TINY, 2, DEVICES["cpu"])
-    predicted = sum(size for part, size in made.traffic if part.startswith("base"))
+    predicted = sum(size for part, size in made.traffic.items() if part.startswith("base"))
     assert second - first == pytest.approx(predicted, rel=CLOSE)
 
 
 def test_the_memory_of_a_cache_is_that_of_its_tensors(tmp_path: Path) -> None:
     recipe = load_recipe(recipe_of(tmp_path, tmp_path))
-    made = dict(plan(recipe, TINY, 2, DEVICES["h100"], query_tokens=20).memory)
+    made = plan(recipe, TINY, 2, DEVICES["h100"], query_tokens=20).memory
     rows, columns = 2 * 2, 4 + 20 + 6
     assert made["cache of a rollout"] == rows * columns * 2 * 2 * 2 * 16 * 4
     assert made["cache, while it grows"] == 0
@@ -85,10 +85,10 @@ def test_the_memory_of_a_cache_is_that_of_its_tensors(tmp_path: Path) -> None:
 def test_a_base_that_does_not_fit_is_gathered_layer_by_layer_and_decoded_together() -> None:
     recipe = load_recipe(ROOT / "recipes" / "distributed" / "two_nodes.yaml")
     small, large = (plan(recipe, SHAPES[size], 16, DEVICES["h100"]) for size in ("8b", "70b"))
-    gathered = [dict(made.memory)["base, gathered for a rollout"] for made in (small, large)]
+    gathered = [made.memory["base, gathered for a rollout"] for made in (small, large)]
     assert gathered[0] == SHAPES["8b"].parameters * 2
     assert gathered[1] < 0.1 * SHAPES["70b"].parameters * 2
-    caches = [dict(made.memory)["cache of a rollout"] for made in (small, large)]
+    caches = [made.memory["cache of a rollout"] for made in (small, large)]
     assert caches[1] / caches[0] == 256 / 32 * SHAPES["70b"].kv_elements / SHAPES["8b"].kv_elements
     whole = plan(
         load_recipe(ROOT / "recipes" / "distributed" / "one_node.yaml"),
@@ -125,7 +125,7 @@ def test_rollouts_during_updates_meet_them_in_memory_and_hide_behind_them() -> N
     )
     assert both.rollout_bytes == both.update_bytes > max(turns.rollout_bytes, turns.update_bytes)
     assert both.bounds == turns.bounds
-    assert both.step_seconds == max(seconds for _, seconds in turns.bounds) < turns.step_seconds
+    assert both.step_seconds == max(turns.bounds.values()) < turns.step_seconds
     with pytest.raises(InputError, match="works on one rank, the plan is for 2"):
         recipe = load_recipe(path, ["training.overlap_rollouts=true"])
         plan(recipe, TINY, 2, DEVICES["h100"])

@@ -32,7 +32,7 @@ TOKENS = (40, 50, 60, 70)
 
 
 def _saved(kind: str, family: str, folder: Path, **method: Any) -> AdapterPrompt:
-    changes = {"method": method} if method else {}
+    changes: dict[str, Any] = {"method": method} if method else {}
     prompt = make(kind, policy_of(family), noise=5.0, **changes)
     assert isinstance(prompt, AdapterPrompt)
     save_artifact(folder, policy_of(family), prompt, name="n", recipe={}, metrics={})
@@ -94,7 +94,9 @@ def test_hooks_go_and_leave_nothing() -> None:
         assert hooks() == before + len(prompt.adapter.layers)
         with forward.adapted(None):
             assert hooks() == before
-        with pytest.raises(ZeroDivisionError), forward.adapted(make("ia3", policy).adapter):  # type: ignore[attr-defined]
+        other = make("ia3", policy)
+        assert isinstance(other, AdapterPrompt)
+        with pytest.raises(ZeroDivisionError), forward.adapted(other.adapter):
             raise ZeroDivisionError
         assert hooks() == before + len(prompt.adapter.layers)
     assert hooks() == before

@@ -56,8 +56,9 @@ def test_a_text_is_repeated_or_cut_to_the_length(length: int) -> None:
 
 
 def test_a_drawn_start_is_seeded() -> None:
-    settings = {"num_virtual_tokens": 4, "init_text": None}
-    drawn, same, other = _create(**settings), _create(**settings), _create(seed=1, **settings)
+    drawn, same, other = (
+        _create(seed=seed, num_virtual_tokens=4, init_text=None) for seed in (0, 0, 1)
+    )
     assert torch.equal(drawn.start, same.start)
     assert not torch.equal(drawn.start, other.start)
 

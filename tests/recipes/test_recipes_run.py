@@ -15,11 +15,13 @@ import pytest
 from rlprompt.algorithms.make import ALGORITHMS
 from rlprompt.files import read_jsonl
 from rlprompt.model.base import verify_unchanged
-from rlprompt.prompts.adapter import METHODS
+from rlprompt.prompts.adapter import AdapterSettings
+from rlprompt.prompts.layer_adapters import METHODS
 from rlprompt.prompts.make import PROMPTS
 from rlprompt.recipe.build import build_run
 from rlprompt.recipe.schema import Recipe, load_recipe
 from rlprompt.runs.run import Run
+from rlprompt.search.make import SEARCHERS
 from tests.fixtures.tiny import tiny_model, tiny_tokenizer
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -79,22 +81,25 @@ def step_twice(path: Path, output: Path, *overrides: str) -> list[Run]:
     recipe = load_recipe(path, [*SHORT, *replaced(recipe), *overrides])
     run = build_run(recipe, path.parent, output)
     summary = run.run()
-    assert math.isfinite(summary["heldout_reward_after"])
+    assert run.metrics.learned is not None and math.isfinite(run.metrics.learned)
     trainers = [run] if isinstance(run, Run) else list(run.members.values())
     assert summary["steps"] == 2 * len(trainers)
     for trainer in trainers:
         assert verify_unchanged(trainer.parts.policy.base) == summary["base_fingerprint_before"]
         rows = read_jsonl(trainer.folder / "metrics.jsonl")
-        assert all(math.isfinite(row["loss"]) for row in rows) and len(rows) == 2
+        learned = "loss" if recipe.search is None else "search/best_reward"
+        assert all(math.isfinite(row[learned]) for row in rows) and len(rows) == 2
     return trainers
 
 
-def test_every_algorithm_and_representation_has_a_recipe() -> None:
+def test_every_algorithm_representation_and_searcher_has_a_recipe() -> None:
     recipes = [load_recipe(path) for path in RECIPES]
     assert {recipe.algorithm.type for recipe in recipes} == set(ALGORITHMS)
-    trained = {recipe.prompt.type for recipe in recipes}
+    assert {recipe.search.type for recipe in recipes if recipe.search} == set(SEARCHERS)
+    trained = {recipe.prompt.type for recipe in recipes if recipe.search is None}
     assert trained == set(PROMPTS) - {"text"}  # it has nothing to train
-    methods = {r.prompt.method.type for r in recipes if r.prompt.type == "adapter"}
+    adapters = [r.prompt for r in recipes if isinstance(r.prompt, AdapterSettings)]
+    methods = {settings.method.type for settings in adapters}
     assert methods == {name.lower() for name in METHODS}
 
 

@@ -37,7 +37,9 @@ def test_sides_depend_on_seed_and_text_alone() -> None:
     backward = divide([*ROWS[::-1], judged("another", "one", 1.0)], 0.1, 0.3, seed=0)
     for one, other in zip(forward, backward, strict=True):
         assert {r.query for r in one} == {r.query for r in other} - {"another"}
-    assert {r.query for r in divide(ROWS, 0.1, 0.3, 1)[2]} != {r.query for r in forward[2]}
+    assert {r.query for r in divide(ROWS, 0.1, 0.3, 1).heldout} != {
+        r.query for r in forward.heldout
+    }
     spaced = judged("Question  5\n", "x", 0.0)
     assert divide([spaced], 0.1, 0.3, 0).index([spaced]) == [
         any(r.query == "question 5" for r in side) for side in forward

@@ -126,7 +126,7 @@ def test_published_pairs_in_both_forms(folder: Path) -> None:
     for number, row in enumerate(rows):
         row["prompt"] = f"{row['prompt']} {number}"
     (folder / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    data = {"type": "pairs", "path": "pairs.jsonl", "query_column": "prompt"}
+    data: dict[str, Any] = {"type": "pairs", "path": "pairs.jsonl", "query_column": "prompt"}
     shown = train(folder, "learning.epochs=1", data=data, compare=None)
     assert shown.code == 0, shown.err
     summary = json.loads((folder / "out" / "summary.json").read_text())

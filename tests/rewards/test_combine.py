@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 
-from rlprompt.rewards import RewardRunner, RewardSettings
+from rlprompt.rewards import LoadedReward, RewardRunner, RewardSettings
 from rlprompt.rewards.check.inputs import make_group
 
 GROUPS = [make_group("one?", {}, ["a", "b"]), make_group("two?", {}, ["c", "d"])]
 
 
 def runner(*rewards: tuple[list[float | None], dict[str, Any]]) -> RewardRunner:
-    pairs = []
+    loaded = []
     for index, (values, fields) in enumerate(rewards):
         settings = RewardSettings(path="x:y", name=f"r{index}", **fields)
-        pairs.append((settings, lambda values=values, **kwargs: values))
-    return RewardRunner(pairs)
+        loaded.append(LoadedReward(settings, lambda values=values, **kwargs: values))
+    return RewardRunner(loaded)
 
 
 def test_only_scores_enter_the_total() -> None:
@@ -85,8 +85,8 @@ def test_a_reward_that_names_group_index_gets_it_and_no_other_does() -> None:
         return [0.0] * 4
 
     rewards = [
-        (RewardSettings(path="x:y", name="a"), named),
-        (RewardSettings(path="x:y", name="b"), any_keywords),
+        LoadedReward(RewardSettings(path="x:y", name="a"), named),
+        LoadedReward(RewardSettings(path="x:y", name="b"), any_keywords),
     ]
     batch = RewardRunner(rewards).score(GROUPS, step=0)
     assert seen["named"] == [0, 0, 1, 1]

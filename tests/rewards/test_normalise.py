@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from rlprompt.errors import InputError
-from rlprompt.rewards import RewardRunner, RewardSettings
+from rlprompt.rewards import LoadedReward, RewardRunner, RewardSettings
+from rlprompt.rewards.base import Normalise
 from rlprompt.rewards.check.inputs import make_group
 from rlprompt.rewards.normalise import RunningStatistics
 
@@ -26,7 +27,7 @@ def test_running_statistics_are_those_of_all_numbers_at_once() -> None:
     assert stats.std == pytest.approx(float(everything.std()), rel=1e-6)
 
 
-def runner(mode: str, tables: list[Tensor], weights: list[float]) -> RewardRunner:
+def runner(mode: Normalise, tables: list[Tensor], weights: list[float]) -> RewardRunner:
     """Rewards that return rows of tables, one table [steps, B] per reward."""
     rewards = []
     for index, (table, weight) in enumerate(zip(tables, weights, strict=True)):
@@ -36,7 +37,7 @@ def runner(mode: str, tables: list[Tensor], weights: list[float]) -> RewardRunne
             return [None if math.isnan(value) else value for value in row]
 
         settings = RewardSettings(path="x:y", name=f"r{index}", weight=weight, normalise=mode)
-        rewards.append((settings, reward))
+        rewards.append(LoadedReward(settings, reward))
     return RewardRunner(rewards)
 
 
@@ -54,7 +55,7 @@ def test_group_normalisation_is_that_of_trl() -> None:
     tables[1][0, 2] = math.nan
     tables[0][0, 3:] = 4.0  # a group without spread
     made = runner("group", tables, [1.0, 0.5])
-    ours = made.objective(made.score(GROUPS, step=0))
+    ours = made.training_rewards(made.score(GROUPS, step=0))
     grouped = torch.stack([table[0] for table in tables], dim=1).view(2, 3, 2)
     mean = torch.nanmean(grouped, dim=1, keepdim=True)
     std = grpo_trainer.nanstd(grouped, dim=1, keepdim=True)
@@ -65,9 +66,9 @@ def test_group_normalisation_is_that_of_trl() -> None:
 
 def test_batch_normalisation_has_mean_0_and_deviation_1() -> None:
     made = runner("batch", random_tables(1, 1), [1.0])
-    objective = made.objective(made.score(GROUPS, step=0))
-    assert float(objective.mean()) == pytest.approx(0.0, abs=1e-5)
-    assert float(objective.std()) == pytest.approx(1.0, abs=1e-3)
+    trained_on = made.training_rewards(made.score(GROUPS, step=0))
+    assert float(trained_on.mean()) == pytest.approx(0.0, abs=1e-5)
+    assert float(trained_on.std()) == pytest.approx(1.0, abs=1e-3)
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -78,13 +79,13 @@ def test_running_normalisation_uses_all_values_so_far_and_resumes() -> None:
     (table,) = random_tables(1, 3)
     made = runner("running", [table], [1.0])
     for step in range(2):
-        made.objective(made.score(GROUPS, step=step))
+        made.training_rewards(made.score(GROUPS, step=step))
     resumed = runner("running", [table], [1.0])
     resumed.load_state_dict(made.state_dict())
     for each in (made, resumed):
-        objective = each.objective(each.score(GROUPS, step=2))
+        trained_on = each.training_rewards(each.score(GROUPS, step=2))
         expected = (table[2] - table.mean()) / (table.std() + 1e-4)
-        torch.testing.assert_close(objective, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(trained_on, expected, rtol=1e-4, atol=1e-5)
     assert same(made.state_dict(), resumed.state_dict())
 
 
@@ -102,10 +103,10 @@ def test_a_state_of_other_rewards_is_refused() -> None:
         made.load_state_dict({"other": torch.tensor([1.0, 0.0, 0.0])})
 
 
-def test_without_normalisation_the_objective_is_the_total() -> None:
+def test_without_normalisation_the_total_is_trained_on() -> None:
     made = runner("none", random_tables(1, 1), [1.0])
     batch = made.score(GROUPS, step=0)
-    assert made.objective(batch) is batch.total
+    assert made.training_rewards(batch) is batch.total
 
 
 def test_a_gate_vetoes_the_normalised_total_too() -> None:
@@ -115,8 +116,11 @@ def test_a_gate_vetoes_the_normalised_total_too() -> None:
     ]
     values = SimpleNamespace(s=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], g=[1.0, 1.0, 1.0, 1.0, 1.0, 0.0])
     made = RewardRunner(
-        [(each, lambda each=each, **kwargs: getattr(values, each.name)) for each in settings]
+        [
+            LoadedReward(each, lambda each=each, **kwargs: getattr(values, each.name))
+            for each in settings
+        ]
     )
-    objective = made.objective(made.score(GROUPS, step=0))
-    assert objective[5] == -5.0
-    assert objective[4] == objective[:5].max()
+    trained_on = made.training_rewards(made.score(GROUPS, step=0))
+    assert trained_on[5] == -5.0
+    assert trained_on[4] == trained_on[:5].max()

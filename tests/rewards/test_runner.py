@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlprompt.errors import InputError
-from rlprompt.rewards import RewardRunner, RewardSettings, build_rewards
+from rlprompt.rewards import LoadedReward, RewardRunner, RewardSettings, build_rewards
 from rlprompt.types import Completion, Group, Query
 
 
@@ -31,7 +31,7 @@ def runner_of(*functions: Callable[..., Any], **fields: Any) -> RewardRunner:
     settings = [
         RewardSettings(path="x:y", name=f"r{index}", **fields) for index in range(len(functions))
     ]
-    return RewardRunner(list(zip(settings, functions, strict=True)))
+    return RewardRunner(list(map(LoadedReward, settings, functions)))
 
 
 def returns(output: Any) -> Callable[..., Any]:
@@ -105,7 +105,7 @@ def test_total_is_trls_weighted_nansum() -> None:
         RewardSettings(path="x:y", name="a", weight=2.0),
         RewardSettings(path="x:y", name="b", weight=-0.5),
     ]
-    runner = RewardRunner(list(zip(settings, [returns(first), returns(second)], strict=True)))
+    runner = RewardRunner(list(map(LoadedReward, settings, [returns(first), returns(second)])))
     batch = runner.score(GROUPS, step=0)
     table = torch.tensor([[1.0, 10.0], [math.nan, 20.0], [math.nan, math.nan], [4.0, math.nan]])
     expected = (table * torch.tensor([2.0, -0.5])).nansum(dim=1)  # what GRPOTrainer computes
@@ -124,7 +124,7 @@ def gated(scores: list[Any], gate: list[Any], floor: float = -1.0) -> list[float
         RewardSettings(path="x:y", name="watch", role="metric"),
     ]
     functions = [returns(scores), returns(gate), returns([100.0] * 4)]
-    batch = RewardRunner(list(zip(settings, functions, strict=True))).score(GROUPS, step=0)
+    batch = RewardRunner(list(map(LoadedReward, settings, functions))).score(GROUPS, step=0)
     assert batch.values["watch"].tolist() == [100.0] * 4
     return [round(value, 4) for value in batch.total.tolist()]
 
@@ -148,7 +148,7 @@ def test_veto_rate_is_logged() -> None:
         RewardSettings(path="x:y", name="gate", role="gate"),
     ]
     functions = [returns([1.0] * 4), returns([0.0, 1.0, None, 1.0])]
-    batch = RewardRunner(list(zip(settings, functions, strict=True))).score(GROUPS, step=0)
+    batch = RewardRunner(list(map(LoadedReward, settings, functions))).score(GROUPS, step=0)
     assert batch.metrics["rewards/gate/veto_rate"] == pytest.approx(1 / 3)
 
 
@@ -369,9 +369,9 @@ def test_input_error_of_a_reward_is_raised_even_under_skip() -> None:
 def test_two_rewards_of_one_name_and_no_score_are_refused() -> None:
     same = RewardSettings(path="builtin:length")
     with pytest.raises(InputError, match="2 rewards are named 'length'"):
-        RewardRunner([(same, returns([])), (same, returns([]))])
+        RewardRunner([LoadedReward(same, returns([]))] * 2)
     with pytest.raises(InputError, match="no reward has role: score"):
-        RewardRunner([(RewardSettings(path="x:y", role="metric"), returns([]))])
+        RewardRunner([LoadedReward(RewardSettings(path="x:y", role="metric"), returns([]))])
     with pytest.raises(InputError, match="no reward has role: score"):
         build_rewards([], Path())
 

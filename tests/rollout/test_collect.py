@@ -11,7 +11,7 @@ import torch
 
 from rlprompt.engines.native import NativeEngine
 from rlprompt.engines.sampling import SamplingSettings
-from rlprompt.rewards.base import RewardBatch, RewardSettings
+from rlprompt.rewards.base import LoadedReward, RewardBatch, RewardSettings
 from rlprompt.rewards.runner import RewardRunner
 from rlprompt.rollout.collect import RolloutBatch, collect, completion_metrics, completion_rows
 from rlprompt.types import Group, Query
@@ -43,7 +43,7 @@ def test_completions_are_drawn_and_scored_group_by_group() -> None:
         steps.append(trainer_state.global_step)
         return [float(len(ids)) for ids in completion_ids]
 
-    runner = RewardRunner([(RewardSettings(path="here:reward"), reward)])
+    runner = RewardRunner([LoadedReward(RewardSettings(path="here:reward"), reward)])
     sampling = SamplingSettings(max_tokens=5, stop_token_ids=tuple(range(10, 60)))
 
     def drawn(seed: int) -> RolloutBatch:

@@ -247,13 +247,13 @@ def test_a_failing_reward_is_told_as_in_a_plain_run(tmp_path: Path) -> None:
 def poison(trainer: Run, step: int) -> None:
     gradient, calls = gradient_step(trainer).updater.gradient, 0
 
-    def poisoned(*args: Any) -> Any:
+    def poisoned(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == step:
             with torch.no_grad():
                 trainer.parts.policy.parameters()[0][0, 0] = torch.nan
-        return gradient(*args)
+        return gradient(*args, **kwargs)
 
     gradient_step(trainer).updater.gradient = poisoned  # type: ignore[method-assign]
 
@@ -346,8 +346,9 @@ def test_a_reward_rises(tmp_path: Path) -> None:
         },
         {"training": {"optimizer": {"lr": 0.1}}},
     ).run()
-    assert summary["heldout_reward_before"] < 0.3
-    assert summary["heldout_reward_after"] > 0.6
+    before, after = summary["heldout_reward_before"], summary["heldout_reward_after"]
+    assert before is not None and before < 0.3
+    assert after is not None and after > 0.6
 
 
 GIVEN = {"data": {"rows": [{"query": "a", "completion": "b", "chosen": "b", "rejected": "c"}] * 4}}

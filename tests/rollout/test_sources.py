@@ -14,7 +14,7 @@ from rlprompt.engines.native import NativeEngine
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.errors import InputError
 from rlprompt.policy import Policy
-from rlprompt.rewards.base import RewardSettings
+from rlprompt.rewards.base import LoadedReward, RewardSettings
 from rlprompt.rewards.runner import RewardRunner
 from rlprompt.rollout.sources import ColumnSource, RolloutSource, given_completion
 from rlprompt.types import Query
@@ -47,7 +47,7 @@ def rollouts(policy: Policy, algorithm: GRPO, seed: int = 0, size: int = 2) -> R
         QuerySampler(3, size, seed),
         NativeEngine(policy),
         policy.prompt,
-        RewardRunner([(RewardSettings(path="here:by_query"), by_query)]),
+        RewardRunner([LoadedReward(RewardSettings(path="here:by_query"), by_query)]),
         algorithm,
         SamplingSettings(max_tokens=3, temperature=0.7),
     )

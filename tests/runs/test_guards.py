@@ -86,7 +86,8 @@ def test_an_alarm_is_logged_once_while_the_metric_shows_how_long_it_holds(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     guard = LimitGuard(name="long", metric="n", above=1.0, window=2, patience=1, action="stop")
-    watch, state = GuardWatch([guard]), {}
+    watch = GuardWatch([guard])
+    state: dict[str, Any] = {}
     with caplog.at_level(logging.WARNING):
         seen = [watch.observe(i, {"n": v}, state) for i, v in enumerate([0, 3, 3, 0, 0, 5, 5], 1)]
     assert [shown["guards/long"] for shown in seen] == [0, 1, 1, 1, 0, 1, 1]
@@ -119,7 +120,8 @@ def test_a_resumed_run_raises_the_alarms_of_an_uninterrupted_one() -> None:
 
 def test_only_the_split_that_a_guard_names_is_watched() -> None:
     guard = LimitGuard(name="a", metric="n", above=1.0, window=2, patience=1, split="heldout")
-    watch, state = GuardWatch([guard]), {}
+    watch = GuardWatch([guard])
+    state: dict[str, Any] = {}
     for step in range(3):
         assert watch.observe(step, {"n": 9.0}, state) == {}
     for step in range(3):
@@ -131,7 +133,8 @@ def test_a_metric_that_is_sometimes_missing_is_passed_over_and_one_that_never_co
     None
 ):
     guard = LimitGuard(name="long", metric="lenght", above=1.0, window=3)
-    watch, state = GuardWatch([guard]), {}
+    watch = GuardWatch([guard])
+    state: dict[str, Any] = {}
     watch.observe(1, {"length": 1.0}, state)
     watch.observe(2, {"length": 1.0}, state)
     with pytest.raises(InputError, match=r"watches the metric 'lenght'.*did you mean 'length'"):

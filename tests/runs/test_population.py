@@ -20,6 +20,7 @@ from rlprompt.recipe.build import build_run, build_single_run
 from rlprompt.recipe.schema import Recipe
 from rlprompt.runs.learner import NotFiniteError
 from rlprompt.runs.population import Population
+from rlprompt.runs.summary import Summary
 from tests.fixtures.runs import comparable_rows, gradient_step, stops, tiny_recipe
 
 MEMBERS: list[dict[str, Any]] = [
@@ -39,7 +40,7 @@ def population(folder: Path, output: Path, **changes: Any) -> Population:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Summary]:
     """A finished population: the folder of its model, with the run in `run`."""
     folder = tmp_path_factory.mktemp("population")
     return folder, population(folder, folder / "run").run()
@@ -59,7 +60,7 @@ def test_members_share_one_base_and_nothing_that_learns(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("member", ["soft", "lora"])
 def test_a_member_is_the_run_that_it_would_be_alone(
-    done: tuple[Path, dict[str, Any]], member: str, tmp_path: Path
+    done: tuple[Path, Summary], member: str, tmp_path: Path
 ) -> None:
     folder, _ = done
     recipe = tiny_recipe(
@@ -72,7 +73,7 @@ def test_a_member_is_the_run_that_it_would_be_alone(
         assert ours == comparable_rows(tmp_path, kind)
 
 
-def test_the_best_members_artifact_is_the_runs(done: tuple[Path, dict[str, Any]]) -> None:
+def test_the_best_members_artifact_is_the_runs(done: tuple[Path, Summary]) -> None:
     folder, summary = done
     run = folder / "run"
     rewards = {name: row["heldout_reward_after"] for name, row in summary["members"].items()}
@@ -90,7 +91,7 @@ def test_the_best_members_artifact_is_the_runs(done: tuple[Path, dict[str, Any]]
     assert (run / "report.html").read_text() == (theirs.parent / "report.html").read_text()
 
 
-def test_baselines_are_the_same_and_were_drawn_once(done: tuple[Path, dict[str, Any]]) -> None:
+def test_baselines_are_the_same_and_were_drawn_once(done: tuple[Path, Summary]) -> None:
     folder, _ = done
     rows = [
         list(read_jsonl(folder / "run" / "members" / name / "evaluation.jsonl"))
@@ -103,9 +104,7 @@ def test_baselines_are_the_same_and_were_drawn_once(done: tuple[Path, dict[str, 
     }
 
 
-def test_a_resumed_population_runs_what_is_left(
-    done: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
+def test_a_resumed_population_runs_what_is_left(done: tuple[Path, Summary], tmp_path: Path) -> None:
     folder, whole = done
     cut = population(folder, tmp_path)
     next(iter(cut.members.values())).run()  # the process dies after the first member

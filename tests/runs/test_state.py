@@ -6,15 +6,17 @@ import copy
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from rlprompt.data.sampler import QuerySampler
 from rlprompt.errors import InputError
+from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.soft import SoftPrompt
-from rlprompt.runs.checkpoint import load_checkpoint, save_checkpoint
-from rlprompt.runs.learner import LearnerState, StepResult
+from rlprompt.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from rlprompt.runs.learner import LearnerState, StepResult, named_under
 from rlprompt.runs.state import RunState
 from rlprompt.training.optimizer import (
     build_optimizer,
@@ -33,6 +35,8 @@ class Drifting:
         self.prompt = SoftPrompt(torch.ones(tokens, 3))
         self.optimizer = build_optimizer(self.prompt.parameters(), OptimizerSettings(), 0.1)
         self.sampler = QuerySampler(5, 2, seed=0)
+        self.is_over = False
+        self.tried: list[dict[str, Any]] = []
 
     def step(
         self, step: int, seed: int, *, next_seed: int | None = None, time_share: float = 0.0
@@ -43,12 +47,22 @@ class Drifting:
         self.sampler.next()
         return StepResult({}, [], 0, 0.0)
 
+    def prompt_state(self) -> LearnerState:
+        return LearnerState(self.prompt.state_dict(), {})
+
+    def restored_prompt(self, state: LearnerState) -> Prompt:
+        prompt = self.prompt.copy()
+        prompt.load_state_dict(dict(state.tensors))
+        return prompt
+
     def state(self) -> LearnerState:
         tensors = optimizer_tensors(self.optimizer, "optimizer")
         own = {name: tensor.clone() for name, tensor in tensors.items()}
+        own |= {f"prompt/{name}": tensor for name, tensor in self.prompt.state_dict().items()}
         return LearnerState(own, {"source": self.sampler.state_dict()})
 
     def restore(self, state: LearnerState) -> None:
+        self.prompt.load_state_dict(named_under(state.tensors, "prompt"))
         load_optimizer_tensors(self.optimizer, state.tensors, "optimizer")
         self.sampler.load_state_dict(state.plain["source"])
 
@@ -69,7 +83,7 @@ def advance(state: RunState) -> None:
 def snapshot(state: RunState) -> dict[str, object]:
     return {
         "prompt": state.learner.prompt.state_dict()["embeddings"].tolist(),
-        "best": state.best["embeddings"].tolist(),
+        "best": state.best.tensors["embeddings"].tolist(),
         "progress": copy.deepcopy(state.progress),
         "next": copy.deepcopy(state.learner.state().plain),
         "optimizer": {
@@ -115,6 +129,21 @@ def test_a_checkpoint_in_memory_does_not_follow_the_run() -> None:
     assert state.progress.step == 1 and state.progress.step_seconds == [0.5]
 
 
+def test_a_checkpoint_from_before_searches_goes_on() -> None:
+    """Its best prompt is tensors alone, which is all that a gradient step needs."""
+    state = fresh()
+    advance(state)
+    state.remember_best(0.5, {"reward": 0.5})
+    advance(state)
+    kept = state.checkpoint(IDENTITY)
+    older = {name: value for name, value in kept.state.items() if name != "best"}
+    resumed = fresh()
+    resumed.restore(Checkpoint(kept.step, kept.tensors, older), IDENTITY)
+    assert snapshot(resumed) == snapshot(state)
+    best = resumed.best_prompt().state_dict()["embeddings"]
+    assert torch.equal(best, kept.tensors["best/embeddings"])
+
+
 def test_the_best_is_kept_and_what_follows_is_stale() -> None:
     state = fresh()
     rewards = [0.1, 0.3, 0.3, 0.2]
@@ -126,7 +155,7 @@ def test_the_best_is_kept_and_what_follows_is_stale() -> None:
     assert (state.progress.best_reward, state.progress.best_step) == (0.3, 1)
     assert state.progress.stale_evaluations == 2
     assert not torch.equal(
-        state.best["embeddings"], state.learner.prompt.state_dict()["embeddings"]
+        state.best.tensors["embeddings"], state.learner.prompt.state_dict()["embeddings"]
     )
 
 
@@ -147,5 +176,5 @@ def test_a_checkpoint_of_other_data_or_another_base_is_refused(changed: str) -> 
 
 
 def test_a_checkpoint_of_another_prompt_is_refused() -> None:
-    with pytest.raises(InputError, match=r"holds another prompt .*start a new run"):
+    with pytest.raises(InputError, match=r"holds another prompt, .*start a new run"):
         fresh(tokens=4).restore(fresh().checkpoint(IDENTITY), IDENTITY)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from rlprompt.runs.state import Progress
-from rlprompt.runs.summary import build_summary, peak_rss_mb
+from rlprompt.runs.stop_reason import FINISHED
+from rlprompt.runs.summary import Summary, build_summary, peak_rss_mb
 from tests.fixtures.runs import tiny_policy
 
 
-def summary_of(progress: Progress) -> dict[str, Any]:
+def summary_of(progress: Progress) -> Summary:
     return build_summary(
-        progress, tiny_policy(), artifact=Path("out/artifact"), fingerprint_after="f", reason="r"
+        progress,
+        tiny_policy(),
+        artifact=Path("out/artifact"),
+        fingerprint_after="f",
+        reason=FINISHED,
     )
 
 
@@ -30,7 +34,7 @@ def test_rates_and_rewards_come_from_the_counters() -> None:
     assert summary["heldout_reward_before"] == 0.1
     assert summary["heldout_reward_after"] == 0.5
     assert summary["heldout_reward_handwritten"] is None
-    assert summary["stopped_because"] == "r"
+    assert summary["stopped_because"] == "finished"
     assert summary["base_fingerprint_after"] == "f"
     assert len(summary["base_fingerprint_before"]) == 64
     assert {"rlprompt", "python", "torch", "transformers"} <= set(summary["versions"])

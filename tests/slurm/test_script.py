@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,10 +35,10 @@ TWO_NODES = ClusterSettings(
 COMMAND = ["python3", "-m", "rlprompt", "train", "/work/a recipe.yaml"]
 
 
-def one_job(**changes: object) -> TrainJob:
+def one_job(**changes: Any) -> TrainJob:
     plain = ClusterSettings(python="python3", time="10:00")
     values = {"name": "tiny", "folder": Path("/runs/tiny/slurm"), "commands": [COMMAND]}
-    return TrainJob(**{**values, "cluster": plain, **changes})  # type: ignore[arg-type]
+    return TrainJob(**{**values, "cluster": plain, **changes})
 
 
 SCRIPTS = {

@@ -24,8 +24,9 @@ from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.soft import SoftSettings
 from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.rollout.collect import RolloutBatch
+from rlprompt.runs.learner import NotFiniteError
 from rlprompt.training.rows import rows_of, view_of
-from rlprompt.training.update import NotFiniteError, PhaseClock, Updater
+from rlprompt.training.update import PhaseClock, Updater
 from tests.fixtures.runs import completion, queries, sampled_batch, scored, tiny_policy
 
 ONE, MANY = 100_000, 64
@@ -297,7 +298,7 @@ def test_a_loss_that_is_not_finite_is_caught_before_the_optimizer() -> None:
 class Exploding(torch.optim.SGD):
     """An optimizer whose update overflows."""
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter.data[0, 0] = math.inf

@@ -38,12 +38,12 @@ def run(
     evaluation.
 
     Args:
-        artifact: None = the recipe's prompt before training.
+        artifact: the artifact's folder; None = the recipe's prompt before training.
         recipe_path: a YAML file.
         overrides: `key.path=value` strings.
         output: a folder for `evaluation.json`, and for the prompt where there is no artifact.
-        force: load an artifact of another base.
-        verbose: log more.
+        force: whether an artifact of another base is loaded.
+        verbose: whether to log more.
 
     Raises:
         InputError: recipe or artifact is wrong, or the folder cannot be written.

@@ -45,17 +45,18 @@ def run(
         highlight=False,
     )
     memory = Table("memory of each GPU", "GB")
-    for part, size in ((part, size) for part, size in made.memory if size):
-        memory.add_row(part, _gigabytes(size))
+    for part, size in made.memory.items():
+        if size:
+            memory.add_row(part, _gigabytes(size))
     memory.add_section()
     for part, size in (("a rollout", made.rollout_bytes), ("an update", made.update_bytes)):
         fits = "fits" if size < device.memory else f"does not fit {device.memory / 1e9:.0f} GB"
         memory.add_row(f"together in {part}", f"{_gigabytes(size)}  {fits}")
     console.print(memory)
     step = Table("a step", "")
-    for part, size in made.traffic:
+    for part, size in made.traffic.items():
         step.add_row(f"received by each GPU: {part}", f"{_gigabytes(size)} GB")
-    for part, seconds in made.bounds:
+    for part, seconds in made.bounds.items():
         step.add_row(f"{part}, at least", f"{seconds:.3g} s")
     step.add_row("step, at least", f"{made.step_seconds:.3g} s")
     step.add_row("completion tokens, at most", f"{made.decode_tokens_per_second:,.0f} /s")

@@ -12,13 +12,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlprompt.runs.read_folder import Row, load_run
+from rlprompt.reports.candidates import candidate_rows, made_by
+from rlprompt.runs.read_folder import Row, RunFiles, load_run
 from rlprompt.runs.summary import Summary
 from rlprompt.tracking.console import clean_text, format_number
 
 _WHO = {"base": "base", "handwritten": "hand-written", "learned": "learned"}
 _NUM_SAMPLES = 2
 _MAX_ANSWER = 600
+_NUM_CANDIDATES = 10
+_MAX_CELL = 120
 
 
 def show_results(
@@ -29,11 +32,14 @@ def show_results(
     Args:
         folder: the run folder; sample answers come from its completions.
         summary: the content of its summary.json.
-        console: where to.
+        console: the console to print to.
         prompt_classes: paths of classes of the user's own, which chatting must name.
     """
     heldout: Mapping[str, Row] = summary["heldout"]
     run = folder
+    if "candidates" in summary:
+        console.print()
+        console.print(_candidates(load_run(folder), console))
     if "members" in summary:
         console.print()
         console.print(_members(summary))
@@ -89,6 +95,22 @@ def _members(summary: Summary) -> Table:
             format_number(row.get("seconds")),
             Text(_ending(row)),
             style="bold" if best else "",
+        )
+    return table
+
+
+def _candidates(run: RunFiles, console: Console) -> Table:
+    """What a search has tried, the most tried first."""
+    table = Table()
+    for column in ("candidate", "reward", "completions", "made by", "text"):
+        table.add_column(column, justify="left" if column in ("made by", "text") else "right")
+    for row in candidate_rows(run)[:_NUM_CANDIDATES]:
+        table.add_row(
+            str(row.get("id")),
+            format_number(row.get("reward")),
+            str(row.get("completions")),
+            Text(clean_text(made_by(row), _MAX_CELL, console.encoding)),
+            Text(clean_text(str(row.get("text")), _MAX_CELL, console.encoding)),
         )
     return table
 

@@ -14,7 +14,7 @@ from rich.text import Text
 from rlprompt.cli.commands.terminal import setup_logging
 from rlprompt.recipe.yaml_file import apply_override
 from rlprompt.rewards.base import RewardSettings
-from rlprompt.rewards.check.checks import CheckRow, Probe, check_reward
+from rlprompt.rewards.check.checks import CheckRow, Trial, check_reward
 from rlprompt.rewards.check.inputs import read_pairs
 
 _STYLES = {"passed": "green", "failed": "bold red", "skipped": "dim"}
@@ -30,10 +30,11 @@ def check(
     """Try a reward and print what was found; returns the exit code, 1 when a check failed.
 
     Args:
-        path: as in a recipe, relative to the working directory; `file.py` means `file.py:reward`.
+        path: the reward as in a recipe, relative to the working directory; `file.py` means
+            `file.py:reward`.
         options: `key=value` strings, values parsed as YAML.
-        columns: dataset columns in the same form.
-        pairs: JSONL file of compared answers.
+        columns: the dataset columns, in the same form.
+        pairs: a JSONL file of compared answers.
         timeout: seconds that one call may take.
 
     Raises:
@@ -47,9 +48,9 @@ def check(
         options=_pairs_of(options),
     )
     known = [] if pairs is None else read_pairs(pairs)
-    probe = Probe(settings, Path.cwd(), _pairs_of(columns), known)
+    trial = Trial(settings, Path.cwd(), _pairs_of(columns), known)
     with console.status(f"checking {settings.path}"):
-        rows = check_reward(probe)
+        rows = check_reward(trial)
     console.print(_table(rows))
     failed = sum(row.outcome == "failed" for row in rows)
     verdict = f"{failed} of {len(rows)} checks failed" if failed else "ready to train on"

@@ -73,12 +73,13 @@ def serve(
     """Serve a reward until Ctrl-C or SIGTERM.
 
     Args:
-        path: as in a recipe, relative to the working directory; `file.py` means `file.py:reward`.
+        path: the reward as in a recipe, relative to the working directory; `file.py` means
+            `file.py:reward`.
         options: `key=value` strings, values parsed as YAML.
-        access: address and token.
+        access: the address and the token.
         timeout: seconds that one call of the reward may take.
-        isolate: run it in a worker process.
-        verbose: log every request.
+        isolate: whether it runs in a worker process.
+        verbose: whether every request is logged.
 
     Raises:
         InputError: the reward cannot be loaded, or the address cannot be used.

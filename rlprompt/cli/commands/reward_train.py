@@ -26,7 +26,7 @@ def train(
         recipe_path: a YAML file.
         overrides: `key.path=value` strings.
         output: an empty folder; `runs/<name>` when None.
-        verbose: log more.
+        verbose: whether to log more.
 
     Raises:
         InputError: something the recipe names is wrong, or the folder is not empty.

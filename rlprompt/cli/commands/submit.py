@@ -66,9 +66,9 @@ def submit(
     Args:
         recipe_path: a YAML file, which must stay as it is until the job ends.
         overrides: `key.path=value` strings.
-        options: see there.
-        dry_run: print the scripts and do nothing.
-        wait: show what happens until the jobs end.
+        options: what the command line asks for beside the recipe.
+        dry_run: whether the scripts are only printed.
+        wait: whether to show what happens until the jobs end.
 
     Raises:
         InputError: recipe, overrides or options are wrong, or Slurm refuses.

@@ -33,9 +33,9 @@ def setup_logging(console: Console, level: int, verbose: bool = False) -> None:
     console; elsewhere they are plain lines of any length.
 
     Args:
-        console: where they go.
-        level: lowest level of rlprompt's own records.
-        verbose: show everything of rlprompt, and what other libraries inform about.
+        console: the console that records go to.
+        level: the lowest level of rlprompt's own records.
+        verbose: whether everything of rlprompt is shown, and what other libraries inform about.
     """
     # Read when transformers and tokenizers are imported, which the commands do after this.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -28,7 +28,7 @@ def input_pairs(weight: Tensor) -> Tensor:
     """A bfloat16 weight [n, k] in the order in which the kernels read it, int32 [k / 2, n].
 
     Args:
-        weight: dense; n is a multiple of `LANES`, k is even.
+        weight: the weight, dense; n is a multiple of `LANES`, k is even.
     """
     out: Tensor = _OPS.input_pairs(weight)
     return out

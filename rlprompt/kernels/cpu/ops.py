@@ -18,6 +18,7 @@ from torch.nn import functional
 from rlprompt.errors import InputError
 from rlprompt.kernels.cpu import build
 from rlprompt.kernels.cpu.cache_layout import LANES
+from rlprompt.kernels.operands import KeyValue, Packed
 from rlprompt.kernels.reference import masked_attention
 
 logger = logging.getLogger(__name__)
@@ -68,9 +69,9 @@ def choose(choice: Choice, folder: Path, dtype: torch.dtype, device: torch.devic
 
     Args:
         choice: `model.cpu_kernels` of a recipe.
-        folder: where built kernels are kept.
-        dtype: of the model.
-        device: of the model.
+        folder: the folder where built kernels are kept.
+        dtype: the dtype of the model.
+        device: the device of the model.
 
     Raises:
         InputError: they are asked for and cannot be used.
@@ -159,8 +160,8 @@ def branch_norm(
     Args:
         residual: [..., d].
         update: what a branch adds to it, [..., d]; None = nothing.
-        weight: of the norm, [d]; it gets no gradient.
-        eps: of the norm.
+        weight: the weight of the norm, [d]; it gets no gradient.
+        eps: the epsilon of the norm.
 
     Returns:
         The sum and its norm, [..., d] each.
@@ -208,7 +209,7 @@ def rotary(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor
             is overwritten, so nothing else may need its values.
         cos: [N, D], of the tensor's type.
         sin: [N, D].
-        kv_heads: H_kv.
+        kv_heads: the number of key/value heads, H_kv.
 
     Returns:
         q [N, H, D], k and v [N, H_kv, D]: views of one block.
@@ -263,16 +264,11 @@ class _TreeAttention(torch.autograd.Function):
         return dq, dk, dv, d_prefix_keys.to(wide), d_prefix_values.to(wide), None, None
 
 
-def tree_attention(
-    tensors: tuple[Tensor, Tensor, Tensor],
-    prefix: tuple[Tensor, Tensor],
-    spans: Tensor,
-    scaling: float,
-) -> Tensor:
+def tree_attention(packed: Packed, prefix: KeyValue, spans: Tensor, scaling: float) -> Tensor:
     """Attention of packed tokens over [prefix | their query | their own causal keys].
 
     Args:
-        tensors: q [N, H, D], k and v [N, H_kv, D], bfloat16, dense in D; D a multiple of `LANES`.
+        packed: queries, keys and values, bfloat16, dense in D; D a multiple of `LANES`.
         prefix: keys and values [H_kv, P, D] of any float type; their gradient is summed in float32.
         spans: int64 [R, 4], for each query and each completion its first packed token, its number
             of tokens, and the same two of the query that a completion follows (0, 0 for a query).
@@ -282,12 +278,12 @@ def tree_attention(
     Returns:
         [N, H, D].
     """
-    out: Tensor = _TreeAttention.apply(*tensors, *prefix, spans, scaling)  # type: ignore[no-untyped-call]
+    out: Tensor = _TreeAttention.apply(*packed, *prefix, spans, scaling)  # type: ignore[no-untyped-call]
     return out
 
 
 def decode_attention(
-    tensors: tuple[Tensor, Tensor, Tensor],
+    new: Packed,
     cache: Tensor,
     layer: int,
     table: Tensor,
@@ -298,10 +294,10 @@ def decode_attention(
     """Write one column of a layer's cache and attend to what each row sees of it.
 
     Args:
-        tensors: q [B, H, D], k and v [B, H_kv, D] of one new token per row.
+        new: queries, keys and values of one new token per row, N = B.
         cache: [2 L, at least B, H_kv, S, D], dense, keys of all layers first; this layer's stand
             in the kernel's order (`rlprompt.kernels.cpu.cache_layout`).
-        layer: number of the layer.
+        layer: the number of the layer.
         table: int64 [2, B or more], dense: of each row, how much shorter its query is than the
             longest one, and the row whose shared columns are read in place of its own, which are
             equal.
@@ -312,7 +308,7 @@ def decode_attention(
     Returns:
         [B, H, D].
     """
-    out: Tensor = _ops().decode_attention(*tensors, cache, layer, table, [shared, column], scaling)
+    out: Tensor = _ops().decode_attention(*new, cache, layer, table, [shared, column], scaling)
     return out
 
 
@@ -325,7 +321,7 @@ def head_scores(
         logits: [M, V], dense. Where `grad`, they become the gradient of each target's
             log-probability in the scaled logits.
         targets: int64 [M].
-        temperature: logits are divided by it.
+        temperature: the temperature that logits are divided by.
         grad: whether gradients are wanted.
         spread: [M, V] of the type of `logits` that gets the gradient of the entropy; None = not
             wanted.
@@ -346,7 +342,7 @@ def draw(
     Args:
         logits: [B, V], dense.
         uniform: float64 [B] in [0, 1).
-        temperature: above 0; logits are divided by it.
+        temperature: the temperature, above 0, that logits are divided by.
         banned: int64 ids that are not drawn; None = none.
 
     Returns:
@@ -374,7 +370,7 @@ def _check() -> None:
         q, k, v = (torch.randn(4, h, 16).bfloat16().requires_grad_() for h in (4, 2, 2))
         prefix = torch.randn(2, 2, 3, 16).bfloat16().requires_grad_()
         spans = torch.tensor([[0, 4, 0, 0]])
-        ours = tree_attention((q, k, v), (prefix[0], prefix[1]), spans, 0.25)
+        ours = tree_attention(Packed(q, k, v), KeyValue(prefix[0], prefix[1]), spans, 0.25)
         own = (k.transpose(0, 1), v.transpose(0, 1))
         both = [torch.cat([prefix[i], own[i]], 1)[None] for i in range(2)]
         mask = torch.arange(7)[None] <= torch.arange(4)[:, None] + 3

@@ -27,7 +27,7 @@ def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None, chunk: int) -
         x: bfloat16 [B, K], dense.
         weight: [N, K] in oneDNN's layout, for which `product_chunk` has found `chunk`.
         bias: [N], or None.
-        chunk: see `product_chunk`.
+        chunk: the number that `product_chunk` has found.
 
     Returns:
         [B, N].

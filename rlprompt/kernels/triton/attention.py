@@ -19,32 +19,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlprompt.kernels.operands import KeyValue, Packed, Scoring, Spans
 from rlprompt.kernels.triton import attention_launch as launch
-from rlprompt.kernels.triton.attention_launch import Saved, Scoring
+from rlprompt.kernels.triton.attention_launch import Saved
 from rlprompt.kernels.triton.attention_rows import MAX_HEAD_DIM, AttentionRows
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def prefix_attention(
-    packed: tuple[Tensor, Tensor, Tensor],
-    prefix: tuple[Tensor, Tensor],
-    rows: AttentionRows,
-    scaling: float,
-    softcap: float | None = None,
-    window: int | None = None,
+    packed: Packed, prefix: KeyValue, rows: AttentionRows, scoring: Scoring
 ) -> Tensor:
     """Softmax attention of packed tokens; differentiable in all five tensors, once.
 
     Args:
-        packed: queries [N, H, D], keys and values [N, H_kv, D], of one dtype; every token belongs
-            to one row. Any strides as long as the last dimension is contiguous, else it is copied.
+        packed: tensors of one dtype; every token belongs to one row. Any strides as long as the
+            last dimension is contiguous, else it is copied.
         prefix: keys and values [H_kv, P, D]; P may be 0. May have another dtype than `packed`: it
             is rounded to that one, and its gradient comes in its own.
-        rows: who sees whom; on the same device.
-        scaling: factor on the scores, usually D ** -0.5.
-        softcap: scores become softcap * tanh(scores / softcap).
-        window: positions seen, the own included; None = all.
+        rows: the ranges that say who sees whom; on the same device.
+        scoring: how scores come about.
 
     Returns:
         [N, H, D], contiguous.
@@ -52,20 +46,16 @@ def prefix_attention(
     Raises:
         ValueError: shapes that do not fit, or D beyond 256.
     """
-    check_shapes(packed[0], packed[1:], prefix)
+    check_shapes(packed.query, KeyValue(packed.key, packed.value), prefix)
     out: Tensor = _forward_op(
         *packed, *prefix, rows.table, rows.positions, rows.max_length,
-        scaling, softcap or 0.0, window or 0,
+        scoring.scaling, scoring.softcap or 0.0, scoring.window or 0,
     )[0]  # fmt: skip
     return out
 
 
 def prefix_decode(
-    query: Tensor,
-    own: tuple[Tensor, Tensor],
-    prefix: tuple[Tensor, Tensor],
-    spans: tuple[Tensor, Tensor],
-    scoring: tuple[float, float | None, int | None],
+    query: Tensor, own: KeyValue, prefix: KeyValue, spans: Spans, scoring: Scoring
 ) -> Tensor:
     """Attention of one new token per row; no gradient.
 
@@ -73,9 +63,8 @@ def prefix_decode(
         query: [B, H, D].
         own: keys and values [B, H_kv, S, D], the new token's among them.
         prefix: keys and values [H_kv, P, D] in the dtype of `query`; P may be 0.
-        spans: int32 [B] each: the first column of a row, and how many it has; the new token stands
-            in the last of them. A row without columns sees the prefix alone.
-        scoring: scaling, softcap and window, as of `prefix_attention`.
+        spans: columns that each row sees; a row without any sees the prefix alone.
+        scoring: how scores come about.
 
     Returns:
         [B, H, D]; zero for a row that sees nothing.
@@ -89,15 +78,15 @@ def prefix_decode(
     return out
 
 
-def check_shapes(query: Tensor, own: tuple[Tensor, ...], prefix: tuple[Tensor, Tensor]) -> None:
+def check_shapes(query: Tensor, own: KeyValue, prefix: KeyValue) -> None:
     """Raise ValueError unless heads and head dims fit each other; kernels would read elsewhere."""
     heads, dim = query.shape[-2:]
-    kv_heads = own[0].shape[1]
-    if own[0].shape != own[1].shape or prefix[0].shape != prefix[1].shape:
+    kv_heads = own.key.shape[1]
+    if own.key.shape != own.value.shape or prefix.key.shape != prefix.value.shape:
         raise ValueError("keys and values differ in shape")
-    if prefix[0].shape[0] != kv_heads or heads % kv_heads:
-        raise ValueError(f"{heads} query, {kv_heads} own, {prefix[0].shape[0]} prefix heads")
-    if {own[0].shape[-1], prefix[0].shape[-1]} != {dim} or dim > MAX_HEAD_DIM:
+    if prefix.key.shape[0] != kv_heads or heads % kv_heads:
+        raise ValueError(f"{heads} query, {kv_heads} own, {prefix.key.shape[0]} prefix heads")
+    if {own.key.shape[-1], prefix.key.shape[-1]} != {dim} or dim > MAX_HEAD_DIM:
         raise ValueError(f"head dims must be equal and at most {MAX_HEAD_DIM}, not {dim}")
 
 
@@ -124,10 +113,10 @@ def _forward_op(
     query, key, value = _straight(query, key, value)
     prefix = _straight(prefix_key.to(query.dtype), prefix_value.to(query.dtype))
     return launch.forward(
-        (query, key, value),
-        (prefix[0], prefix[1]),
+        Packed(query, key, value),
+        KeyValue(*prefix),
         AttentionRows(table.contiguous(), positions.contiguous(), max_length),
-        Scoring(scaling, softcap, window),
+        Scoring(scaling, softcap or None, window or None),
     )
 
 
@@ -160,10 +149,10 @@ def _backward_op(
     grad_out, query, key, value = _straight(grad_out, query, key, value)
     prefix = _straight(prefix_key.to(query.dtype), prefix_value.to(query.dtype))
     saved = Saved(
-        (query, key, value),
-        (prefix[0], prefix[1]),
+        Packed(query, key, value),
+        KeyValue(*prefix),
         AttentionRows(table.contiguous(), positions.contiguous(), max_length),
-        Scoring(scaling, softcap, window),
+        Scoring(scaling, softcap or None, window or None),
         out,
         lse,
     )
@@ -234,9 +223,9 @@ def _decode_op(
 ) -> Tensor:
     """`prefix_decode`; an operator's signature is flat."""
     query, key, value, *prefix = _straight(query, key, value, prefix_key, prefix_value)
-    spans = (firsts.contiguous(), lengths.contiguous())
-    scoring = Scoring(scaling, softcap, window)
-    return launch.decode(query, (key, value), (prefix[0], prefix[1]), *spans, scoring)
+    spans = Spans(firsts.contiguous(), lengths.contiguous())
+    scoring = Scoring(scaling, softcap or None, window or None)
+    return launch.decode(query, KeyValue(key, value), KeyValue(*prefix), spans, scoring)
 
 
 @_decode_op.register_fake

@@ -8,7 +8,7 @@ The prefix is seen by every token of the batch, yet has few keys, so one program
 leave most of a GPU idle. Its kernel splits the batch's tokens; splits write float32 partial sums,
 and the wrapper adds them in a fixed order.
 
-Letters as in `prefix_attention_forward`; there, too, the reason for long parameter lists.
+Letters as in `attention_forward`; there, too, the reason for long parameter lists.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Launching the prefix-attention kernels: outputs, grids and the constants of each launch.
 
-Letters as in `prefix_attention_forward`; S is the number of splits of the prefix's backward.
+Letters as in `attention_forward`; S is the number of splits of the prefix's backward.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlprompt.kernels.operands import Heads, KeyValue, Packed, Scoring, Spans
 from rlprompt.kernels.triton.attention_backward import (
     backward_own_kernel,
     backward_prefix_kernel,
@@ -41,49 +42,38 @@ KERNELS = {
 }
 
 
-class Scoring(NamedTuple):
-    """How scores come about; the same for all launches of a layer."""
-
-    scaling: float
-    softcap: float
-    """0 = none."""
-    window: int
-    """0 = unlimited."""
-
-
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """What sums over tensors of `dtype` are held in: float32, or float64 in the interpreter."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def constants(
-    kernel: str, backend: str, dtype: torch.dtype, heads: tuple[int, int, int], scoring: Scoring
+    kernel: str, backend: str, dtype: torch.dtype, heads: Heads, scoring: Scoring
 ) -> tuple[Tile, dict[str, Any]]:
     """The tile and the compile-time arguments of a launch.
 
     Args:
         kernel: a key of `KERNELS`.
         backend: "cuda", "hip" or "interpreter".
-        dtype: of queries, keys and values.
-        heads: H, H_kv and D.
+        dtype: dtype of queries, keys and values.
+        heads: number and size of the layer's heads.
         scoring: how scores come about.
     """
-    num_heads, kv_heads, dim = heads
-    share = num_heads // kv_heads
-    tile = tile_for(kernel, backend, dtype, dim, share)
+    share = heads.queries // heads.keys
+    tile = tile_for(kernel, backend, dtype, heads.dim, share)
     double = accumulator(dtype) == torch.float64
     return tile, {
-        "KV_HEADS": kv_heads,
+        "KV_HEADS": heads.keys,
         "G": share,
         "SCALE": scoring.scaling,
-        "SOFTCAP": scoring.softcap,
-        "WINDOW": scoring.window,
+        "SOFTCAP": scoring.softcap or 0.0,
+        "WINDOW": scoring.window or 0,
         "ACC": tl.float64 if double else tl.float32,
         # Three TF32 products keep a float32 mantissa; a single one would lose 13 bits.
         "PRECISION": "tf32x3" if dtype == torch.float32 and backend == "cuda" else "ieee",
         "UPCAST": backend == "interpreter" and dtype == torch.bfloat16,
-        "D": dim,
-        "BD": block_dim(dim),
+        "D": heads.dim,
+        "BD": block_dim(heads.dim),
         "BM": tile.rows,
         "BN": tile.keys,
     }
@@ -97,7 +87,7 @@ class Launcher:
         heads, dim = query.shape[-2:]
         self._kernel = KERNELS[kernel]
         self.tile, self._constants = constants(
-            kernel, backend_here(), query.dtype, (heads, kv_heads, dim), scoring
+            kernel, backend_here(), query.dtype, Heads(heads, kv_heads, dim), scoring
         )
 
     def __call__(self, programs: int, *arguments: Any) -> None:
@@ -125,20 +115,17 @@ def prefix_strides(*tensors: Tensor) -> list[int]:
 
 
 def forward(
-    packed: tuple[Tensor, Tensor, Tensor],
-    prefix: tuple[Tensor, Tensor],
-    rows: AttentionRows,
-    scoring: Scoring,
+    packed: Packed, prefix: KeyValue, rows: AttentionRows, scoring: Scoring
 ) -> tuple[Tensor, Tensor]:
     """Outputs [N, H, D] and natural-log LSE [N, H]; arguments as of `prefix_attention`."""
-    query, key, _ = packed
+    query = packed.query
     tokens, heads, dim = query.shape
-    kv_heads = key.shape[1]
+    kv_heads = packed.key.shape[1]
     out = query.new_empty(tokens, heads, dim)
     lse = query.new_empty(tokens, heads, dtype=accumulator(query.dtype))
     launch = Launcher("forward", query, kv_heads, scoring)
     tiles = triton.cdiv(rows.max_length * (heads // kv_heads), launch.tile.rows)
-    num_rows, num_prefix = rows.table.shape[0], prefix[0].shape[1]
+    num_rows, num_prefix = rows.table.shape[0], prefix.key.shape[1]
     launch(
         tiles * num_rows * kv_heads,
         *packed, *prefix, rows.table, out, lse, num_rows, num_prefix, tiles,
@@ -150,8 +137,8 @@ def forward(
 class Saved(NamedTuple):
     """What the backward needs of the forward."""
 
-    packed: tuple[Tensor, Tensor, Tensor]
-    prefix: tuple[Tensor, Tensor]
+    packed: Packed
+    prefix: KeyValue
     rows: AttentionRows
     scoring: Scoring
     out: Tensor
@@ -161,13 +148,13 @@ class Saved(NamedTuple):
 
 
 def backward_query(saved: Saved, grad_out: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the queries [N, H, D], and delta [N, H] (see `prefix_attention_backward`)."""
+    """Gradients of the queries [N, H, D], and delta [N, H] (see `attention_backward`)."""
     query, key, _ = saved.packed
     kv_heads = key.shape[1]
     grad, delta = torch.empty_like(saved.out), torch.empty_like(saved.lse)
     launch = Launcher("backward_query", query, kv_heads, saved.scoring)
     tiles = triton.cdiv(saved.rows.max_length * (query.shape[1] // kv_heads), launch.tile.rows)
-    num_rows, num_prefix = saved.rows.table.shape[0], saved.prefix[0].shape[1]
+    num_rows, num_prefix = saved.rows.table.shape[0], saved.prefix.key.shape[1]
     launch(
         tiles * num_rows * kv_heads,
         *saved.packed, *saved.prefix, saved.rows.table, saved.out, grad_out, saved.lse, delta, grad,
@@ -195,8 +182,8 @@ def backward_own(saved: Saved, grad_out: Tensor, delta: Tensor) -> tuple[Tensor,
 
 def backward_prefix(saved: Saved, grad_out: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the prefix [H_kv, P, D], summed over all tokens in the accumulator's dtype."""
-    query = saved.packed[0]
-    kv_heads, num_prefix, dim = saved.prefix[0].shape
+    query = saved.packed.query
+    kv_heads, num_prefix, dim = saved.prefix.key.shape
     tokens, heads = query.shape[:2]
     launch = Launcher("backward_prefix", query, kv_heads, saved.scoring)
     key_tiles = triton.cdiv(num_prefix, launch.tile.keys)
@@ -216,16 +203,11 @@ def backward_prefix(saved: Saved, grad_out: Tensor, delta: Tensor) -> tuple[Tens
 
 
 def decode(
-    query: Tensor,
-    own: tuple[Tensor, Tensor],
-    prefix: tuple[Tensor, Tensor],
-    firsts: Tensor,
-    lengths: Tensor,
-    scoring: Scoring,
+    query: Tensor, own: KeyValue, prefix: KeyValue, spans: Spans, scoring: Scoring
 ) -> Tensor:
     """Outputs [B, H, D]; arguments as of `prefix_decode`."""
     rows, heads, dim = query.shape
-    kv_heads, num_prefix = prefix[0].shape[:2]
+    kv_heads, num_prefix = prefix.key.shape[:2]
     acc = accumulator(query.dtype)
     held = rows if num_prefix else 0
     state = query.new_empty(held, heads, dim, dtype=acc)
@@ -236,12 +218,12 @@ def decode(
         tiles = triton.cdiv(rows * (heads // kv_heads), launch.tile.rows)
         launch(
             tiles * kv_heads,
-            query, *prefix, lengths, state, tops, totals, rows, num_prefix,
+            query, *prefix, spans.lengths, state, tops, totals, rows, num_prefix,
             *strides(query), *prefix_strides(*prefix),
         )  # fmt: skip
     Launcher("decode_own", query, kv_heads, scoring)(
         rows * kv_heads,
-        query, *own, firsts, lengths, state, tops, totals, out, num_prefix, *strides(query),
+        query, *own, *spans, state, tops, totals, out, num_prefix, *strides(query),
         *(step for t in own for step in t.stride()[:3]),
     )  # fmt: skip
     return out

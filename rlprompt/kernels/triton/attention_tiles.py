@@ -13,16 +13,6 @@ from typing import NamedTuple
 import torch
 import triton
 
-PLACES = {
-    "forward": 0,
-    "backward_query": 1,
-    "backward_own": 2,
-    "backward_prefix": 2,
-    "decode_shared": 3,
-    "decode_own": 4,
-}
-"""Where in a column of the table a kernel finds its tile."""
-
 
 class Tile(NamedTuple):
     """One entry of the table."""
@@ -39,13 +29,27 @@ class Tile(NamedTuple):
 INTERPRETER_TILE = Tile(16, 16, 1, 1)
 """Small, so that tiny tests cross tile borders."""
 
-Column = tuple[Tile, Tile, Tile, Tile, Tile]
-"""Tiles of forward, backward_query, both backwards of keys, decode_shared, decode_own."""
 
+class Column(NamedTuple):
+    """The tiles of all kernels for one backend, element size and head dim."""
 
-def _column(*tiles: tuple[int, int, int, int]) -> Column:
-    one, two, three, four, five = (Tile(*t) for t in tiles)
-    return one, two, three, four, five
+    forward: Tile
+    backward_query: Tile
+    backward_keys: Tile
+    """Of a row's own keys, and of the prefix."""
+    decode_shared: Tile
+    decode_own: Tile
+
+    def of(self, kernel: str) -> Tile:
+        """The tile of a kernel; KeyError when there is no such kernel."""
+        return {
+            "forward": self.forward,
+            "backward_query": self.backward_query,
+            "backward_own": self.backward_keys,
+            "backward_prefix": self.backward_keys,
+            "decode_shared": self.decode_shared,
+            "decode_own": self.decode_own,
+        }[kernel]
 
 
 # By backend, bytes per element and padded head dim (64 also serves smaller ones). NVIDIA's entries
@@ -54,35 +58,45 @@ def _column(*tiles: tuple[int, int, int, int]) -> Column:
 # would. Float32 multiplies three times, from two halves of each number, and needs the registers:
 # at head dim 256 no tile fits, and attention is written out (`dispatch`).
 TILES: dict[tuple[str, int, int], Column] = {
-    ("cuda", 2, 64): _column(
-        (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (16, 64, 4, 3)
+    ("cuda", 2, 64): Column(
+        Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2),
+        Tile(64, 64, 4, 2), Tile(16, 64, 4, 3),
     ),
-    ("cuda", 2, 128): _column(
-        (128, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (64, 64, 8, 2), (16, 64, 4, 3)
+    ("cuda", 2, 128): Column(
+        Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2),
+        Tile(64, 64, 8, 2), Tile(16, 64, 4, 3),
     ),
-    ("cuda", 2, 256): _column(
-        (64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 2), (64, 32, 8, 2), (16, 32, 4, 2)
+    ("cuda", 2, 256): Column(
+        Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 8, 2),
+        Tile(64, 32, 8, 2), Tile(16, 32, 4, 2),
     ),
-    ("cuda", 4, 64): _column(
-        (64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (16, 32, 4, 2)
+    ("cuda", 4, 64): Column(
+        Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2),
+        Tile(32, 32, 8, 2), Tile(16, 32, 4, 2),
     ),
-    ("cuda", 4, 128): _column(
-        (32, 32, 8, 2), (16, 32, 8, 2), (32, 16, 8, 1), (32, 32, 8, 2), (16, 32, 4, 2)
+    ("cuda", 4, 128): Column(
+        Tile(32, 32, 8, 2), Tile(16, 32, 8, 2), Tile(32, 16, 8, 1),
+        Tile(32, 32, 8, 2), Tile(16, 32, 4, 2),
     ),
-    ("hip", 2, 64): _column(
-        (128, 64, 8, 2), (64, 64, 4, 2), (32, 64, 4, 1), (64, 64, 4, 2), (16, 64, 4, 2)
+    ("hip", 2, 64): Column(
+        Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(32, 64, 4, 1),
+        Tile(64, 64, 4, 2), Tile(16, 64, 4, 2),
     ),
-    ("hip", 2, 128): _column(
-        (128, 32, 8, 2), (64, 32, 4, 2), (32, 64, 4, 1), (64, 64, 4, 2), (16, 64, 4, 2)
+    ("hip", 2, 128): Column(
+        Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 1),
+        Tile(64, 64, 4, 2), Tile(16, 64, 4, 2),
     ),
-    ("hip", 2, 256): _column(
-        (64, 32, 4, 2), (32, 32, 4, 1), (16, 32, 4, 1), (64, 32, 4, 2), (16, 32, 4, 2)
+    ("hip", 2, 256): Column(
+        Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(16, 32, 4, 1),
+        Tile(64, 32, 4, 2), Tile(16, 32, 4, 2),
     ),
-    ("hip", 4, 64): _column(
-        (64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1), (64, 32, 4, 2), (16, 32, 4, 2)
+    ("hip", 4, 64): Column(
+        Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1),
+        Tile(64, 32, 4, 2), Tile(16, 32, 4, 2),
     ),
-    ("hip", 4, 128): _column(
-        (32, 32, 4, 2), (32, 32, 4, 1), (32, 16, 4, 1), (32, 32, 4, 2), (16, 32, 4, 2)
+    ("hip", 4, 128): Column(
+        Tile(32, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 16, 4, 1),
+        Tile(32, 32, 4, 2), Tile(16, 32, 4, 2),
     ),
 }  # fmt: skip
 
@@ -116,7 +130,7 @@ def tile_for(kernel: str, backend: str, dtype: torch.dtype, head_dim: int, share
         found = TILES.get((backend, dtype.itemsize, max(64, block_dim(head_dim))))
         if found is None:
             raise ValueError(f"no tiles for {dtype} and head dim {head_dim} on {backend}")
-        tile = found[PLACES[kernel]]
+        tile = found.of(kernel)
     if kernel == "decode_own":  # its rows are the heads of one group, padded to a power of two
         tile = tile._replace(rows=max(tile.rows, int(triton.next_power_of_2(share))))
     return tile

@@ -96,8 +96,8 @@ def head_rows(
             log-probability in capped-and-divided logits, times d capped / d raw; what is left to
             multiply by is 1 / temperature.
         targets: int64 [C].
-        temperature: logits are divided by it, after the cap.
-        softcap: logits become softcap * tanh(logits / softcap) first.
+        temperature: the temperature that logits are divided by, after the cap.
+        softcap: the soft cap, by which logits first become softcap * tanh(logits / softcap).
         grad: whether gradients are wanted.
         spread: [C, V] that gets the gradient of the entropy likewise; None = not wanted.
 

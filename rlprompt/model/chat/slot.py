@@ -8,12 +8,12 @@ header. How a query's text is kept free of control tokens is told in `tokenizati
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from rlprompt.errors import InputError
 from rlprompt.model.chat.conversation import checked_text, contents_of
-from rlprompt.model.chat.slot_pieces import added_text, hole_position, last_control, through_control
 from rlprompt.model.chat.template import (
     PLAIN,
     SYSTEM,
@@ -38,6 +38,16 @@ _SYSTEM_PROBES = (
     "x",
 )
 _CONTENT_PROBES = ("What is 2 + 2? Answer now.", "It is four.", "Why?\n\nExplain in two lines.")
+
+
+class _Split(NamedTuple):
+    """A layout with a system message, cut at its slot."""
+
+    layout: Layout
+    head: Pieces
+    """Before the slot."""
+    tail: tuple[str | Hole, ...]
+    """The parts after it."""
 
 
 class ChatSlot:
@@ -70,7 +80,7 @@ class ChatSlot:
         self._none_head: Pieces | None = None
         self._head: Pieces | None = None
         self._none_head = self._none_split(1)[1]
-        self._head = self._split(1)[1]
+        self._head = self._split(1).head
         self.none_head_ids = encoder.encode_pieces(self._none_head)
         turn_break = self._turn_break()
         end_of_turn = next(iter(encoder.split(turn_break.lstrip())), None)
@@ -92,7 +102,7 @@ class ChatSlot:
         """Find the slot of a tokenizer's chat template, and check it.
 
         Args:
-            tokenizer: With a chat template, unless `template` is given.
+            tokenizer: The tokenizer, with a chat template unless `template` is given.
             template: `"plain"`, the path of a Jinja file, or Jinja source; it replaces the
                 tokenizer's own.
 
@@ -108,7 +118,7 @@ class ChatSlot:
         """Tokens after the slot, through the assistant header where the completion starts.
 
         Args:
-            messages: Turns user, assistant, ..., user.
+            messages: The turns user, assistant, ..., user.
 
         Raises:
             InputError: The messages are not such turns, or the template cannot take this many.
@@ -160,7 +170,7 @@ class ChatSlot:
                 "Neither the chat template nor the tokenizer has a token that ends an answer, so "
                 "given answers cannot be learned from; choose a base with one."
             )
-        header = self._encoder.pieces(self._split(1)[2], {0: ""})
+        header = self._encoder.pieces(self._split(1).tail, {0: ""})
         before = last_control(header)
         last = header[-1] if header else ""
         lead = strip_beside(last, before, None) if isinstance(last, str) else ""
@@ -192,8 +202,8 @@ class ChatSlot:
             self._layouts[key] = self._template.layout(num_messages, with_system=with_system)
         return self._layouts[key]
 
-    def _split(self, num_messages: int) -> tuple[Layout, Pieces, tuple[str | Hole, ...]]:
-        """Layout with a system message, the pieces before its slot, and the parts after it."""
+    def _split(self, num_messages: int) -> _Split:
+        """The layout of a conversation of so many messages, cut at its slot."""
         layout = self._layout(num_messages, with_system=True)
         at = hole_position(layout, SYSTEM)
         before, tail = layout.parts[:at], layout.parts[at + 1 :]
@@ -210,7 +220,7 @@ class ChatSlot:
             )
         head = self._encoder.pieces(before, {})
         self._check_constant("system text", self._head, head, num_messages)
-        return layout, head, tail
+        return _Split(layout, head, tail)
 
     def _none_split(self, num_messages: int) -> tuple[Layout, Pieces]:
         """Layout without a system message, and its pieces that no content can be joined with.
@@ -318,3 +328,35 @@ class ChatSlot:
                 "The tokenizer reads the chat template's text in a way that rlprompt cannot "
                 "reproduce piece by piece; pass another template or use another model."
             )
+
+
+# Small questions about the pieces of a rendered template.
+
+
+def hole_position(layout: Layout, index: int) -> int:
+    """Where the hole of a content (or SYSTEM) stands among a layout's parts."""
+    parts = enumerate(layout.parts)
+    return next(i for i, part in parts if isinstance(part, Hole) and part.index == index)
+
+
+def last_control(pieces: Pieces) -> Control | None:
+    """The last control token; None without one."""
+    return next((piece for piece in reversed(pieces) if isinstance(piece, Control)), None)
+
+
+def through_control(pieces: Pieces) -> Pieces:
+    """The pieces without the text after the last control token."""
+    return pieces[:-1] if pieces and isinstance(pieces[-1], str) else pieces
+
+
+def added_text(none: str, head: str, turn_break: str) -> str:
+    """What a template writes only when no system message is given."""
+    rest = none[shared_length(none, head) :]
+    return rest[: len(rest) - shared_length(rest[::-1], turn_break[::-1])]
+
+
+def shared_length(a: str, b: str) -> int:
+    """How many characters two texts begin with in common."""
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )

@@ -134,9 +134,9 @@ class ChatTemplate:
     """A Jinja chat template as a function from conversation shape to `Layout`.
 
     Args:
-        tokenizer: Renders (its special tokens are the template's variables).
+        tokenizer: The tokenizer, which renders (its special tokens are the template's variables).
         text: The Jinja source.
-        variables: Further template variables; they win over the tokenizer's.
+        variables: Further variables of the template; they win over the tokenizer's.
 
     Raises:
         InputError: The template cannot be rendered for one user message.

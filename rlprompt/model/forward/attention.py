@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rlprompt.errors import InputError
 from rlprompt.kernels.cpu.ops import serves_dim, tree_attention
+from rlprompt.kernels.operands import KeyValue, Packed
 from rlprompt.kernels.reference import masked_attention
 from rlprompt.model.cpu.rollout_products import ProductRows
 from rlprompt.types import PrefixKV
@@ -38,7 +39,9 @@ class LayerCall:
     def __init__(
         self,
         layer: int,
-        tensors: tuple[Tensor, Tensor, Tensor],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
         scaling: float,
         window: int | None,
         softcap: float | None,
@@ -49,7 +52,7 @@ class LayerCall:
         `cpp` = contexts may use the C++ kernels (`rlprompt.kernels.cpu`).
         """
         self.layer = layer
-        self.query, self.key, self.value = tensors
+        self.query, self.key, self.value = query, key, value
         self.scaling = scaling
         self.window = window
         self.softcap = softcap
@@ -129,13 +132,13 @@ class CausalContext:
         """The same of one row by the C++ kernel: a tree of one span."""
         tokens = [t.squeeze(0).transpose(0, 1) for t in (call.query, call.key, call.value)]
         if self._after is None:
-            before = call.key[0, :, :0], call.value[0, :, :0]
+            before = KeyValue(call.key[0, :, :0], call.value[0, :, :0])
         else:
-            before = self._after.keys[call.layer], self._after.values[call.layer]
-        self.keys.append(_joined(before[0], call.key))
-        self.values.append(_joined(before[1], call.value))
+            before = KeyValue(self._after.keys[call.layer], self._after.values[call.layer])
+        self.keys.append(_joined(before.key, call.key))
+        self.values.append(_joined(before.value, call.value))
         span = torch.tensor([[0, call.query.shape[2], 0, 0]])
-        packed = (tokens[0], tokens[1], tokens[2])
+        packed = Packed(*tokens)
         return tree_attention(packed, before, span, call.scaling).transpose(0, 1)[None]
 
     def prefix(self) -> PrefixKV:
@@ -185,8 +188,7 @@ def attention_function(
         raise InputError(f"{type(module).__name__} has no layer_idx; choose another base model")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    tensors = (query, key, value)
-    call = LayerCall(int(layer), tensors, scaling, sliding_window, softcap, cpp_attention)
+    call = LayerCall(int(layer), query, key, value, scaling, sliding_window, softcap, cpp_attention)
     out = attention_context.attend(call)
     return out.transpose(1, 2).contiguous(), None
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from rlprompt.kernels.cpu.ops import tree_attention
 from rlprompt.kernels.dispatch import fused_attention, uses_triton
 from rlprompt.kernels.gather import fold, repeat_rows, unfold
+from rlprompt.kernels.operands import KeyValue, Packed, Scoring
 from rlprompt.kernels.reference import mask_bias
 from rlprompt.kernels.triton.attention_rows import AttentionRows, attention_rows
 from rlprompt.model.cpu.rollout_products import ProductRows
@@ -116,9 +117,9 @@ def build_tree(
     """Pack G queries with their completions.
 
     Args:
-        queries: per group, the tokens between the slot and the completion; at least one each.
-        completions: per group, its completions' tokens; may be empty lists (a prefill).
-        prefix_length: P.
+        queries: the tokens between the slot and the completion, of each group, at least one each.
+        completions: the completions' tokens, of each group; may be empty lists (a prefill).
+        prefix_length: the number of prefix tokens, P.
         device: where the tensors go.
 
     Raises:
@@ -128,11 +129,11 @@ def build_tree(
     if any(len(q) == 0 for q in queries) or any(len(row) == 0 for _, row in rows):
         raise ValueError("a tree needs at least one token in every query and completion")
     query_lengths = [len(q) for q in queries]
-    query_total = sum(query_lengths)
+    row_groups = [g for g, _ in rows]
     input_lengths = [len(row) - 1 for _, row in rows]
     tokens = [t for q in queries for t in q] + [t for _, row in rows for t in row[:-1]]
     query_starts = [prefix_length] * len(queries)
-    row_starts = [prefix_length + query_lengths[g] for g, _ in rows]
+    row_starts = [prefix_length + query_lengths[g] for g in row_groups]
     spans = zip(query_starts + row_starts, query_lengths + input_lengths, strict=True)
     positions = [start + i for start, length in spans for i in range(length)]
     query_rows = _padded_rows(query_lengths, query_starts)
@@ -144,25 +145,24 @@ def build_tree(
         prefix_length=prefix_length,
         queries=query_rows,
         completions=row_rows,
-        group_of_row=torch.tensor([g for g, _ in rows], dtype=torch.int64),
-        predictors=_predictors(rows, query_lengths, query_total),
+        group_of_row=torch.tensor(row_groups, dtype=torch.int64),
+        predictors=_predictors(row_groups, input_lengths, query_lengths),
         targets=torch.tensor([t for _, row in rows for t in row], dtype=torch.int64),
         target_mask=_target_mask([len(row) for _, row in rows]),
-        spans=_spans(query_lengths, [g for g, _ in rows], input_lengths),
+        spans=_spans(query_lengths, row_groups, input_lengths),
     )
     return tree if device.type == "cpu" else _to_device(tree, device)
 
 
-def _predictors(
-    rows: Sequence[tuple[int, list[int]]], query_lengths: list[int], query_total: int
-) -> Tensor:
+def _predictors(groups: list[int], input_lengths: list[int], query_lengths: list[int]) -> Tensor:
+    """The packed place that each completion token is predicted from: the one before it."""
     last_of_query = torch.cumsum(torch.tensor(query_lengths), 0) - 1
     out: list[int] = []
-    offset = query_total
-    for group, row in rows:
+    offset = sum(query_lengths)
+    for group, length in zip(groups, input_lengths, strict=True):
         out.append(int(last_of_query[group]))
-        out.extend(range(offset, offset + len(row) - 1))
-        offset += len(row) - 1
+        out.extend(range(offset, offset + length))
+        offset += length
     return torch.tensor(out, dtype=torch.int64)
 
 
@@ -221,7 +221,7 @@ class TreeContext:
         Args:
             tree: the packed tokens.
             prefix: keys and values of the P shared positions; gradients flow back into them.
-            keep_queries: whether each layer's padded query keys and values stay in
+            keep_queries: whether each layer's padded query keys and values are kept in
                 `query_keys/query_values` ([G, H_kv, Q, D], right padded), for decoding to go on
                 from.
             fused: whether attention goes through the Triton kernels; None = as the device suggests.
@@ -288,10 +288,10 @@ class TreeContext:
         if self._keep_queries:
             self.query_keys.append(self._tree.queries.unfold(self._split(call.key)[0]))
             self.query_values.append(self._tree.queries.unfold(self._split(call.value)[0]))
-        query, key, value = (t[0].transpose(0, 1) for t in (call.query, call.key, call.value))
-        prefix = (self._prefix.keys[call.layer], self._prefix.values[call.layer])
-        scoring = (call.scaling, call.softcap, call.window)
-        out = fused_attention((query, key, value), prefix, self._rows, scoring)
+        packed = Packed(*(t[0].transpose(0, 1) for t in (call.query, call.key, call.value)))
+        prefix = KeyValue(self._prefix.keys[call.layer], self._prefix.values[call.layer])
+        scoring = Scoring(call.scaling, call.softcap, call.window)
+        out = fused_attention(packed, prefix, self._rows, scoring)
         return out.transpose(0, 1)[None]
 
     def _attend_cpp(self, call: LayerCall) -> Tensor:
@@ -303,10 +303,8 @@ class TreeContext:
             self.cpp_layers.add(call.layer)
             self.query_keys.append(rows.unfold(tensors[1][: rows.num_tokens]))
             self.query_values.append(rows.unfold(tensors[2][: rows.num_tokens]))
-        prefix = (self._prefix.keys[call.layer], self._prefix.values[call.layer])
-        out = tree_attention(
-            (tensors[0], tensors[1], tensors[2]), prefix, self._tree.spans, call.scaling
-        )
+        prefix = KeyValue(self._prefix.keys[call.layer], self._prefix.values[call.layer])
+        out = tree_attention(Packed(*tensors), prefix, self._tree.spans, call.scaling)
         return out.transpose(0, 1)[None]
 
     def _split(self, packed: Tensor) -> tuple[Tensor, Tensor]:

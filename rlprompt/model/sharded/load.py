@@ -44,9 +44,9 @@ def read_sharded_model(
     The first rank reads the weights, one tensor at a time, and every rank keeps its part.
 
     Args:
-        folder: with safetensors files.
-        config: of the model.
-        dtype: of weights and activations.
+        folder: the folder with the safetensors files.
+        config: the configuration of the model.
+        dtype: the dtype of weights and activations.
         settings: how it is cut up.
 
     Raises:
@@ -82,9 +82,9 @@ def read_sharded_classifier(
     """A sequence classifier of which this rank has its part only.
 
     Args:
-        folder: with safetensors files.
-        config: of the model.
-        dtype: of weights and activations.
+        folder: the folder with the safetensors files.
+        config: the configuration of the model.
+        dtype: the dtype of weights and activations.
 
     Returns:
         The model, for its configuration and device, and what all ranks call together in its place.

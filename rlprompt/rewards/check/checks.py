@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from rlprompt.errors import InputError, describe_error, quote
 from rlprompt.rewards import NAMED
-from rlprompt.rewards.base import Example, RewardFunction, RewardSettings
+from rlprompt.rewards.base import Example, LoadedReward, RewardFunction, RewardSettings
 from rlprompt.rewards.check.inputs import (
     HUGE_CHARACTERS,
     HUGE_UNITS,
@@ -51,8 +51,8 @@ class CheckRow:
 
 
 @dataclass(frozen=True)
-class Probe:
-    """What a reward is tried with."""
+class Trial:
+    """A reward, and what it is tried with."""
 
     settings: RewardSettings
     """Path, options and timeout of the reward. Its options hold for examples without their own."""
@@ -72,14 +72,14 @@ class _SkippedError(Exception):
     """A check has nothing to work on; the message says what it lacks."""
 
 
-def check_reward(probe: Probe) -> list[CheckRow]:
+def check_reward(trial: Trial) -> list[CheckRow]:
     """Run every check on a reward.
 
     Raises:
         InputError: the reward cannot be loaded, or needs a dataset column that neither its
-            examples nor `probe.columns` have.
+            examples nor `trial.columns` have.
     """
-    subject = _Subject(probe)
+    subject = _Subject(trial)
     subject.values(subject.query, [_PLAIN_TEXTS[0]], subject.columns)  # a missing column ends here
     return [_row(name, function, subject) for name, function in _CHECKS.items()]
 
@@ -103,26 +103,26 @@ def sees_group(function: RewardFunction) -> bool:
 
 
 class _Subject:
-    """A loaded reward with its examples, and the row that its other probes are made of."""
+    """A loaded reward with its examples, and the row that the other checks are made of."""
 
-    def __init__(self, probe: Probe) -> None:
-        self.probe = probe
-        settings = probe.settings
-        target = resolve_target(settings.path, probe.base_dir, NAMED)
+    def __init__(self, trial: Trial) -> None:
+        self.trial = trial
+        settings = trial.settings
+        target = resolve_target(settings.path, trial.base_dir, NAMED)
         self.examples = examples_of(target)
         first = self.examples[0] if self.examples else None
         # A reward with an option that must be given shows in its examples how to give it.
         self.options = dict(settings.options or (first.options if first else {}))
         self.query = first.query if first else _PLAIN_QUERY
-        self.columns = {**(first.columns if first else {}), **probe.columns}
+        self.columns = {**(first.columns if first else {}), **trial.columns}
         self.texts = [each.completion for each in self.examples] or list(_PLAIN_TEXTS)
         self.group = sees_group(self.load())
 
     def load(self, options: Mapping[str, Any] | None = None) -> RewardFunction:
         """The reward, made from options in place of the usual ones."""
         chosen = dict(self.options if options is None else options)
-        settings = self.probe.settings.model_copy(update={"options": chosen})
-        return load_reward(settings, self.probe.base_dir, NAMED)
+        settings = self.trial.settings.model_copy(update={"options": chosen})
+        return load_reward(settings, self.trial.base_dir, NAMED)
 
     def values(
         self,
@@ -137,10 +137,10 @@ class _Subject:
 
     def score(self, reward: RewardFunction, groups: Sequence[Group]) -> list[float]:
         """Values through a runner of its own."""
-        settings = self.probe.settings.model_copy(
+        settings = self.trial.settings.model_copy(
             update={"role": "score", "weight": 1.0, "on_error": "raise", "options": {}}
         )
-        runner = RewardRunner([(settings, reward)])
+        runner = RewardRunner([LoadedReward(settings, reward)])
         try:
             values: list[float] = runner.score(groups, step=0).values[settings.name].tolist()
         finally:
@@ -208,15 +208,15 @@ def _check_order(subject: _Subject) -> str:
 
 
 def _check_pairs(subject: _Subject) -> str:
-    if not subject.probe.pairs:
+    if not subject.trial.pairs:
         raise _SkippedError("no pairs were given; name a JSONL file with --pairs")
     wrong = []
-    for pair in subject.probe.pairs:
+    for pair in subject.trial.pairs:
         columns = {**subject.columns, **pair.columns}
         good, bad = subject.values(pair.query, [pair.good, pair.bad], columns)
         if not good > bad:
             wrong.append(f"{quote(pair.good)} {good:.3f}, {quote(pair.bad)} {bad:.3f}")
-    total = len(subject.probe.pairs)
+    total = len(subject.trial.pairs)
     if wrong:
         raise _FailedError(f"{len(wrong)} of {total} pairs in the wrong order: {wrong[0]}")
     return f"{total} supplied pairs"

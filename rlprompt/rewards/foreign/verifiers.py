@@ -9,7 +9,7 @@ import asyncio
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlprompt.errors import InputError
 from rlprompt.rewards.base import RewardFunction
@@ -23,6 +23,22 @@ _PLURALS = {
     "tasks": "task",
 }
 """Keywords by which verifiers knows a function that wants a whole group."""
+
+
+class _Call(NamedTuple):
+    """A call of one function."""
+
+    rows: list[int]
+    """The rows that it is about."""
+    run: Callable[[], Any]
+
+
+class _Result(NamedTuple):
+    """What a call gave."""
+
+    rows: list[int]
+    value: Any
+    """A number, or one per row."""
 
 
 class VerifiersReward:
@@ -66,18 +82,18 @@ class VerifiersReward:
         """The weighted sum per completion."""
         states = _states(prompts, completions, columns)
         tables = [
-            [(rows, call()) for rows, call in self._calls(function, states, group_index)]
+            [_Result(call.rows, call.run()) for call in self._calls(function, states, group_index)]
             for function in self.functions
         ]
         return self._totals(tables, len(states), log_extra)
 
     def _calls(
         self, function: Any, states: Sequence[dict[str, Any]], group_index: Sequence[int]
-    ) -> list[tuple[list[int], Callable[[], Any]]]:
-        """The calls of one function, each with the rows that it is about."""
+    ) -> list[_Call]:
+        """The calls of one function."""
         if not _PLURALS.keys() & inspect.signature(function).parameters.keys():
             return [
-                ([row], _named(function, {**state, "state": state, **self.objects}))
+                _Call([row], _named(function, {**state, "state": state, **self.objects}))
                 for row, state in enumerate(states)
             ]
         calls = []
@@ -85,21 +101,21 @@ class VerifiersReward:
             rows = [row for row, each in enumerate(group_index) if each == group]
             members = [{**states[row], "state": states[row]} for row in rows]
             given = {many: [each[one] for each in members] for many, one in _PLURALS.items()}
-            calls.append((rows, _named(function, given | self.objects)))
+            calls.append(_Call(rows, _named(function, given | self.objects)))
         return calls
 
     def _totals(
         self,
-        tables: Sequence[Sequence[tuple[list[int], Any]]],
+        tables: Sequence[Sequence[_Result]],
         num_completions: int,
         log_extra: Callable[..., None],
     ) -> list[float]:
         totals = [0.0] * num_completions
         for function, weight, table in zip(self.functions, self.weights, tables, strict=True):
             values = [0.0] * num_completions
-            for rows, result in table:
-                results = result if isinstance(result, list | tuple) else [result]
-                for row, value in zip(rows, results, strict=True):
+            for result in table:
+                found = result.value if isinstance(result.value, list | tuple) else [result.value]
+                for row, value in zip(result.rows, found, strict=True):
                     values[row] = float(value)
             log_extra(getattr(function, "__name__", "rubric"), values)
             totals = [total + weight * value for total, value in zip(totals, values, strict=True)]
@@ -122,10 +138,12 @@ class AsyncVerifiersReward(VerifiersReward):
         tables = []
         for function in self.functions:
             calls = self._calls(function, states, group_index)
-            results = [call() for _, call in calls]
+            results = [call.run() for call in calls]
             if inspect.iscoroutinefunction(function):
                 results = list(await asyncio.gather(*results))
-            tables.append([(rows, each) for (rows, _), each in zip(calls, results, strict=True)])
+            tables.append(
+                [_Result(call.rows, each) for call, each in zip(calls, results, strict=True)]
+            )
         return self._totals(tables, len(states), log_extra)
 
 

@@ -39,10 +39,10 @@ class ConversationEncoder:
     """Renders and tokenises conversations for one preference model.
 
     Args:
-        tokenizer: of the preference model.
-        template: Jinja source, `plain`, `pair`, or None for the tokenizer's own chat template.
-        max_tokens: longest result; the longest text of a conversation is shortened to fit.
-        keep: which end of that text stays.
+        tokenizer: the tokenizer of the preference model.
+        template: the template: Jinja source, `plain`, `pair`, or None for the tokenizer's own.
+        max_tokens: the longest result; the longest text of a conversation is shortened to fit.
+        keep: the end of that text that stays.
 
     Raises:
         InputError: the tokenizer has no chat template and none is given.

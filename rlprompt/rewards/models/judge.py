@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field, PositiveInt, model_validator
@@ -49,6 +49,15 @@ class JudgeSettings(Settings):
     def _check(self) -> JudgeSettings:
         check_verdicts(self.verdicts)
         return self
+
+
+class _Form(NamedTuple):
+    """One way to write a verdict."""
+
+    word: str
+    """The verdict, a key of `JudgeSettings.verdicts`."""
+    completion: Completion
+    """Its tokens."""
 
 
 class JudgeReward:
@@ -119,7 +128,7 @@ class JudgeReward:
         if self._prefix is None:
             self._prefix = policy.prefix(self._prompt)
         forms = self._forms(policy)
-        weights = torch.tensor([self.settings.verdicts[word] for word, _ in forms])
+        weights = torch.tensor([self.settings.verdicts[form.word] for form in forms])
         rows = []
         for start in range(0, len(questions), self.settings.batch_queries):
             part = questions[start : start + self.settings.batch_queries]
@@ -133,16 +142,16 @@ class JudgeReward:
         policy: Policy,
         prefix: PrefixKV,
         questions: Sequence[str],
-        forms: Sequence[tuple[str, Completion]],
+        forms: Sequence[_Form],
     ) -> Tensor:
         queries = [Query(({"role": "user", "content": text},)) for text in questions]
-        written = [[completion for _, completion in forms]] * len(queries)
+        written = [[form.completion for form in forms]] * len(queries)
         tree = policy.tree(queries, written, prefix, self._prompt)
         scores = policy.logprobs(tree, prefix)
         total = scores.logprobs.double().sum(dim=1)  # [n * F], 0 in the padding
         return total.exp().view(len(queries), len(forms)).float().cpu()
 
-    def _forms(self, policy: Policy) -> list[tuple[str, Completion]]:
+    def _forms(self, policy: Policy) -> list[_Form]:
         """Each verdict as tokens, with and without a space before it."""
         tokenizer = policy.base.tokenizer
         forms: dict[tuple[int, ...], str] = {}
@@ -151,7 +160,8 @@ class JudgeReward:
                 ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
                 forms.setdefault(ids, word)
         return [
-            (word, Completion(ids, (0.0,) * len(ids), word, True)) for ids, word in forms.items()
+            _Form(word, Completion(ids, (0.0,) * len(ids), word, True))
+            for ids, word in forms.items()
         ]
 
     def _judge(self) -> Policy:

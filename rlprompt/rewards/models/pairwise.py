@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field
@@ -24,8 +24,14 @@ from rlprompt.rewards.models.preference import scored_once
 from rlprompt.rewards.models.score_cache import ScoreCache
 from rlprompt.rewards.rules.text import message_texts
 
-_Pair = tuple[str, str, str]
-"""Query, first answer, second answer."""
+
+class _Pair(NamedTuple):
+    """A comparison to make."""
+
+    query: str
+    first: str
+    """The answer in the first place."""
+    second: str
 
 
 class PairwiseSettings(ClassifierSettings):
@@ -95,14 +101,14 @@ class PairwiseReward:
         pairs: dict[_Pair, None] = {}
         for query, text, others in zip(queries, texts, rivals, strict=True):
             for other in others:
-                pairs[query, text, other] = None
-                pairs[query, other, text] = None
+                pairs[_Pair(query, text, other)] = None
+                pairs[_Pair(query, other, text)] = None
         table, _ = scored_once(self._cache, list(pairs), self._compare)
         first = {pair: row[0] for pair, row in zip(pairs, table, strict=True)}
         values: list[float | None] = []
         for query, text, others in zip(queries, texts, rivals, strict=True):
             wins = [
-                (first[query, text, other] + 1.0 - first[query, other, text]) / 2
+                (first[_Pair(query, text, other)] + 1.0 - first[_Pair(query, other, text)]) / 2
                 for other in others
             ]
             values.append(sum(wins) / len(wins) if wins else None)
@@ -126,12 +132,13 @@ class PairwiseReward:
 
     def _compare(self, pairs: Sequence[_Pair]) -> tuple[Tensor, float]:
         """[n, 1] probability that the first answer is better."""
+        answers = self.settings.answers
         rows = [
             [
-                {"role": "user", "content": self.settings.question.format(query=query)},
-                {"role": "assistant", "content": self.settings.answers.format(a=a, b=b)},
+                {"role": "user", "content": self.settings.question.format(query=pair.query)},
+                {"role": "assistant", "content": answers.format(a=pair.first, b=pair.second)},
             ]
-            for query, a, b in pairs
+            for pair in pairs
         ]
         logits, cut = self._classifier.logits(rows)
         if logits.shape[1] == 1:

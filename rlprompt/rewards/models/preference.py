@@ -5,7 +5,7 @@ Letters: B completions, K labels, E members of an ensemble.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -213,14 +213,17 @@ class _Member:
 
 
 def scored_once(
-    cache: ScoreCache[list[float]], rows: Sequence[Any], score: Any
+    cache: ScoreCache[list[float]],
+    rows: Sequence[Any],
+    score: Callable[[Sequence[Any]], tuple[Tensor, float]],
 ) -> tuple[list[list[float]], float]:
     """Scores of rows, each distinct one that the cache lacks scored once.
 
     Args:
-        cache: of earlier scores, by content.
+        cache: earlier scores, by content.
         rows: JSON values.
-        score: rows -> ([n, m] tensor, share that had to be shortened).
+        score: function of rows that gives [n, m] scores, and the share of rows that had to be
+            shortened.
 
     Returns:
         A list of m numbers per row, and the share among the rows that were scored now.

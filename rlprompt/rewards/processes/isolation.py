@@ -45,9 +45,9 @@ class IsolatedReward:
     """Calls one reward in a worker process; from outside it is an async reward like any other.
 
     Args:
-        settings: of the reward, with `isolation`.
-        base_dir: folder that its path is relative to.
-        builtin: built-in name -> `package.module:object`.
+        settings: the settings of the reward, with `isolation`.
+        base_dir: the folder that its path is relative to.
+        builtin: the built-in rewards, name -> `package.module:object`.
 
     Raises:
         InputError: the worker cannot load the reward or does not answer, or this system cannot

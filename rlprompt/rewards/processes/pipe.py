@@ -22,7 +22,7 @@ class Channel:
     Args:
         read_fd: where messages come from; made non-blocking.
         write_fd: where messages go to; made non-blocking.
-        max_bytes: longest message that is accepted.
+        max_bytes: the longest message that is accepted.
     """
 
     def __init__(self, read_fd: int, write_fd: int, max_bytes: int) -> None:

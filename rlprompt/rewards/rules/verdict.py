@@ -23,7 +23,7 @@ def report(
     Args:
         verdicts: one per completion.
         log_extra: what the reward was called with; None outside of a run.
-        name: of the rule.
+        name: the name of the rule.
     """
     if log_extra is not None:
         log_extra(f"{name}_reason", [verdict.reason for verdict in verdicts])

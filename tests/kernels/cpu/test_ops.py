@@ -17,10 +17,11 @@ from rlprompt.kernels.cpu.cache_layout import (
     plain_values,
 )
 from rlprompt.kernels.lm_head import Head, head_scores
+from rlprompt.kernels.operands import KeyValue, Packed
 from rlprompt.kernels.reference import masked_attention
 from rlprompt.model.files.fetch import cache_dir
 from rlprompt.model.forward.attention import CausalContext, LayerCall
-from rlprompt.model.forward.tree import TreeContext, build_tree
+from rlprompt.model.forward.tree import TokenTree, TreeContext, build_tree
 from rlprompt.types import PrefixKV
 
 FOLDER = cache_dir() / "kernels"
@@ -109,10 +110,11 @@ def test_rotary_has_the_bits_of_the_written_out_one() -> None:
         assert torch.equal(a, b)
     torch.autograd.backward(ours, upstream)
     torch.autograd.backward(theirs, upstream)
-    assert torch.equal(inputs[0].grad, inputs[1].grad)  # type: ignore[arg-type]
+    first, second = (each.grad for each in inputs)
+    assert first is not None and second is not None and torch.equal(first, second)
 
 
-def tree_case(prefix_tokens: int) -> tuple[list[Tensor], list[Tensor], object]:
+def tree_case(prefix_tokens: int) -> tuple[list[Tensor], list[Tensor], TokenTree]:
     queries = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
     completions = [[[1] * n for n in (4, 1, 20)], [[2] * 2], [[3] * n for n in (6, 30, 2, 9, 3)]]
     tree = build_tree(queries, completions, prefix_tokens, CPU)
@@ -130,18 +132,18 @@ def test_tree_attention_is_that_of_the_written_out_tree(prefix_tokens: int) -> N
     for cpp, dtype in ((True, torch.bfloat16), (False, torch.float64)):
         inputs = [t.detach().to(dtype).requires_grad_() for t in tensors]
         shared = [p.detach().bfloat16().to(p.dtype).requires_grad_() for p in prefix]
-        context = TreeContext(tree, PrefixKV([shared[0]], [shared[1]]), keep_queries=True)  # type: ignore[arg-type]
+        context = TreeContext(tree, PrefixKV([shared[0]], [shared[1]]), keep_queries=True)
         out = context.attend(
-            LayerCall(0, (inputs[0], inputs[1], inputs[2]), 32**-0.5, None, None, cpp)
+            LayerCall(0, inputs[0], inputs[1], inputs[2], 32**-0.5, None, None, cpp)
         )
         out.backward(upstream.to(dtype))
         gradients = [t.grad for t in (*inputs, *shared)]
         results.append([out.detach(), *gradients, context.query_keys[0], context.query_values[0]])
     names = ["o", "dq", "dk", "dv", "dkp", "dvp", "query keys", "query values"]
     for name, ours, exact in zip(names, *results, strict=True):
-        assert ours.shape == exact.shape, name  # type: ignore[union-attr]
-        if exact.numel():  # type: ignore[union-attr]
-            assert_near(ours, exact, 0.02)  # type: ignore[arg-type]
+        assert ours.shape == exact.shape, name
+        if exact.numel():
+            assert_near(ours, exact, 0.02)
 
 
 @needs_kernels
@@ -153,7 +155,7 @@ def test_a_prefill_is_that_of_the_written_out_one(before: int) -> None:
     for cpp, dtype in ((True, torch.bfloat16), (False, torch.float64)):
         q, k, v, *shared = (t.detach().to(dtype).requires_grad_() for t in (*tensors, *after))
         context = CausalContext(PrefixKV([shared[0]], [shared[1]]) if before else None)
-        out = context.attend(LayerCall(0, (q, k, v), 32**-0.5, None, None, cpp))
+        out = context.attend(LayerCall(0, q, k, v, 32**-0.5, None, None, cpp))
         made = context.prefix()
         loss = (out * upstream).sum() + made.keys[0].square().sum() + made.values[0].square().sum()
         inputs = (q, k, v, *shared) if before else (q, k, v)
@@ -170,9 +172,9 @@ def test_gradients_of_the_shared_keys_do_not_depend_on_threads() -> None:
     found = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        spans = tree.spans  # type: ignore[attr-defined]
+        spans = tree.spans
         q, k, v = (t[0].transpose(0, 1) for t in tensors)
-        out = ops.tree_attention((q, k, v), (prefix[0], prefix[1]), spans, 0.2)
+        out = ops.tree_attention(Packed(q, k, v), KeyValue(prefix[0], prefix[1]), spans, 0.2)
         found.append(torch.autograd.grad(out.float().square().sum(), [*tensors, *prefix]))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -189,16 +191,15 @@ def test_decode_attention(share: int) -> None:
     cache = torch.cat([lay_out_keys(plain[:2]), lay_out_values(plain[2:])])
     q, k, v = (randn(rows, h, dim) for h in (kv_heads * share, kv_heads, kv_heads))
     table = torch.stack([padding, leaders])
-    ours = ops.decode_attention((q, k, v), cache, 1, table, shared, column, dim**-0.5)
+    ours = ops.decode_attention(Packed(q, k, v), cache, 1, table, shared, column, dim**-0.5)
     for row in range(rows):
         last = int(column - padding[row])
         keys[row, :, last], values[row, :, last] = k[row], v[row]
-        own = (keys[row, :, : last + 1], values[row, :, : last + 1])
+        own_keys, own_values = (t[row, None, :, : last + 1].double() for t in (keys, values))
         assert torch.equal(plain_keys(cache[1, row])[:, last], k[row])
         assert torch.equal(plain_values(cache[3, row])[:, last], v[row])
-        exact = masked_attention(
-            q[row, :, None].double()[None], *(t.double()[None] for t in own), None, dim**-0.5
-        )
+        query = q[row, None, :, None].double()
+        exact = masked_attention(query, own_keys, own_values, None, dim**-0.5)
         assert_near(ours[row], exact[0, :, 0])
 
 
@@ -218,7 +219,7 @@ def test_the_head_scores_as_the_plain_path(temperature: float, entropy_grad: boo
         loss.backward()
         results.append((out.logprobs.detach(), out.entropy.detach(), states.grad))
     for ours, theirs in zip(*results, strict=True):
-        assert_near(ours, theirs, 2e-3)  # type: ignore[arg-type]
+        assert_near(ours, theirs, 2e-3)
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
 
 

@@ -69,9 +69,9 @@ def test_a_frozen_layer_uses_it_for_few_rows_only(
     layer.packed.allow_kernel()
     calls: list[int] = []
 
-    def counted(x: Tensor, *rest: object) -> Tensor:
+    def counted(x: Tensor, weight: Tensor, bias: Tensor | None, chunk: int) -> Tensor:
         calls.append(len(x))
-        return packed_product(x, *rest)  # type: ignore[arg-type]
+        return packed_product(x, weight, bias, chunk)
 
     monkeypatch.setattr("rlprompt.model.cpu.packed_linear.packed_product", counted)
     after = [layer(few), layer(many)]

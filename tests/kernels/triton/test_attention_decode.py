@@ -8,19 +8,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlprompt.kernels.operands import KeyValue, Scoring, Spans
 from rlprompt.kernels.oracle import rms_ratio
 from rlprompt.kernels.reference import masked_attention
 from tests.fixtures.attention import DEVICE
 
 pytest.importorskip("triton")
 ON_GPU = DEVICE.type == "cuda"
+PLAIN = Scoring(0.2)
 
 
 class Batch(NamedTuple):
     query: Tensor
-    own: tuple[Tensor, Tensor]
-    prefix: tuple[Tensor, Tensor]
-    spans: tuple[Tensor, Tensor]
+    own: KeyValue
+    prefix: KeyValue
+    spans: Spans
 
 
 # Rows that use all columns, some in the middle, one, and none.
@@ -39,17 +41,17 @@ def batch(
     firsts, lengths = torch.tensor(spans, dtype=torch.int32, device=DEVICE).unbind(1)
     return Batch(
         made(rows, kv_heads * share, dim),
-        (made(rows, kv_heads, 21, dim), made(rows, kv_heads, 21, dim)),
-        (made(kv_heads, prefix, dim), made(kv_heads, prefix, dim)),
-        (firsts, lengths),
+        KeyValue(made(rows, kv_heads, 21, dim), made(rows, kv_heads, 21, dim)),
+        KeyValue(made(kv_heads, prefix, dim), made(kv_heads, prefix, dim)),
+        Spans(firsts, lengths),
     )
 
 
-def truth(given: Batch, scoring: tuple[float, float | None, int | None]) -> Tensor:
+def truth(given: Batch, scoring: Scoring) -> Tensor:
     scaling, softcap, window = scoring
     firsts, lengths = (t.long()[:, None] for t in given.spans)
-    prefix = given.prefix[0].shape[1]
-    column = torch.arange(given.own[0].shape[2], device=DEVICE)[None]
+    prefix = given.prefix.key.shape[1]
+    column = torch.arange(given.own.key.shape[2], device=DEVICE)[None]
     seen = (column >= firsts) & (column < firsts + lengths)
     first = torch.arange(prefix, device=DEVICE)[None].expand(len(seen), -1)
     positions = torch.cat([first, prefix + column - firsts], 1)
@@ -78,7 +80,7 @@ def test_decoding_is_one_softmax_over_prefix_and_own(prefix: int, options: dict[
     from rlprompt.kernels.triton.attention import prefix_decode
 
     given = batch(prefix, torch.float32 if ON_GPU else torch.float64, **options)
-    error = rms_ratio(truth(given, (0.2, None, None)), prefix_decode(*given, (0.2, None, None)))
+    error = rms_ratio(truth(given, PLAIN), prefix_decode(*given, PLAIN))
     assert error < (2e-5 if ON_GPU else 1e-14)
 
 
@@ -87,7 +89,7 @@ def test_window_and_soft_cap(window: int) -> None:
     from rlprompt.kernels.triton.attention import prefix_decode
 
     given = batch(11, torch.float32 if ON_GPU else torch.float64, kv_heads=1)
-    scoring = (0.2, 1.5, window)
+    scoring = Scoring(0.2, 1.5, window)
     error = rms_ratio(truth(given, scoring), prefix_decode(*given, scoring))
     assert error < (2e-5 if ON_GPU else 1e-14)
 
@@ -97,17 +99,17 @@ def test_low_precision(dtype: torch.dtype) -> None:
     from rlprompt.kernels.triton.attention import prefix_decode
 
     given = batch(11, dtype, kv_heads=1)
-    out = prefix_decode(*given, (0.2, None, None))
+    out = prefix_decode(*given, PLAIN)
     assert out.dtype == dtype
-    assert rms_ratio(truth(given, (0.2, None, None)), out) < 8e-3
+    assert rms_ratio(truth(given, PLAIN), out) < 8e-3
 
 
 def test_a_row_that_sees_nothing_is_zero() -> None:
     from rlprompt.kernels.triton.attention import prefix_decode
 
     given = batch(0, torch.float32)
-    nothing = (given.spans[0], torch.zeros_like(given.spans[1]))
-    out = prefix_decode(given.query, given.own, given.prefix, nothing, (0.2, None, None))
+    nothing = given.spans._replace(lengths=torch.zeros_like(given.spans.lengths))
+    out = prefix_decode(given.query, given.own, given.prefix, nothing, PLAIN)
     assert torch.equal(out, torch.zeros_like(out))
 
 
@@ -115,9 +117,9 @@ def test_unseen_columns_may_hold_anything() -> None:
     from rlprompt.kernels.triton.attention import prefix_decode
 
     given = batch(7, torch.float32, kv_heads=1)
-    before = prefix_decode(*given, (0.2, None, None))
+    before = prefix_decode(*given, PLAIN)
     for row, (first, length) in enumerate(SPANS):
         for t in given.own:
             t[row, :, :first] = float("nan")
             t[row, :, first + length :] = float("nan")
-    assert torch.equal(before, prefix_decode(*given, (0.2, None, None)))
+    assert torch.equal(before, prefix_decode(*given, PLAIN))

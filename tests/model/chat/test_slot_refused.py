@@ -117,6 +117,6 @@ def test_wrong_queries_are_refused(case: str) -> None:
 def test_wrong_system_texts_are_refused() -> None:
     slot = ChatSlot.from_tokenizer(build_tokenizer(family("phi4")))
     with pytest.raises(InputError, match="The system text has content of type int"):
-        slot.slot_ids(3)  # type: ignore[arg-type]
+        slot.slot_ids(3)  # type: ignore[arg-type]  # the error
     with pytest.raises(InputError, match="surrogate"):
         slot.slot_ids("\udfff")

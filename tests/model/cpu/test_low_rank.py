@@ -84,21 +84,23 @@ def test_gradients_are_those_of_the_plain_form(
 def test_it_is_beside_the_product_where_a_kernel_can_and_a_hook_elsewhere() -> None:
     odd = FrozenLinear(nn.Linear(16, 24, bias=False).bfloat16().requires_grad_(False))
     odd.packed.allow_kernel()
-    model = nn.ModuleDict({"fits": _linear(16, 32), "odd": odd, "plain": nn.Linear(16, 32)})
+    fits = _linear(16, 32)
+    model = nn.ModuleDict({"fits": fits, "odd": odd, "plain": nn.Linear(16, 32)})
     widths = {"fits": 32, "odd": 24, "plain": 32}
     x = torch.randn(4, 16)
-    before = {name: model[name](x.to(model[name].weight.dtype)) for name in widths}
+    asked = {"fits": x.bfloat16(), "odd": x.bfloat16(), "plain": x}
+    before = {name: model[name](asked[name]) for name in widths}
     parts = {name: _part(16, width) for name, width in widths.items()}
     detach = attach_low_rank(model, parts)
     hooked = {name for name in widths if model[name]._forward_hooks}
-    assert hooked == {"odd", "plain"} and model["fits"].addition is parts["fits"]
+    assert hooked == {"odd", "plain"} and fits.addition is parts["fits"]
     for name, part in parts.items():
-        given = x.to(model[name].weight.dtype)
+        given = asked[name]
         more = functional.linear(functional.linear(given.float(), part.down) * SCALE, part.up)
         _assert_near(model[name](given), before[name].float() + more)
     detach()
     for name in widths:
-        assert torch.equal(model[name](x.to(model[name].weight.dtype)), before[name])
+        assert torch.equal(model[name](asked[name]), before[name])
 
 
 @needs_kernels

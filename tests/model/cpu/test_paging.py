@@ -32,7 +32,8 @@ def share_in_memory(tensor: Tensor) -> float:
     with Path("/proc/self/pagemap").open("rb") as file:
         file.seek(8 * first)
         entries = struct.unpack(f"{pages}Q", file.read(8 * pages))
-    return sum(entry >> 63 for entry in entries) / pages
+    present = sum(int(entry) >> 63 for entry in entries)
+    return present / pages
 
 
 def test_a_files_pages_go_and_are_read_again(mapped: Tensor) -> None:

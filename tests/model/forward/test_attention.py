@@ -125,7 +125,7 @@ def test_causal_context_is_causal_and_records(window: int | None) -> None:
     context = CausalContext()
     query = torch.randn(1, 4, 6, 8, dtype=torch.float64)
     key, value = torch.randn(2, 1, 2, 6, 8, dtype=torch.float64)
-    out = context.attend(LayerCall(0, (query, key, value), 0.4, window, None))
+    out = context.attend(LayerCall(0, query, key, value, 0.4, window, None))
     distance = torch.arange(6)[:, None] - torch.arange(6)[None]
     seen = (distance >= 0) & (distance < (window or 99))
     expected = nn.functional.scaled_dot_product_attention(

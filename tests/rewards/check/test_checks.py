@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rlprompt.errors import InputError
 from rlprompt.rewards import BUILTIN, RewardSettings
-from rlprompt.rewards.check.checks import CheckRow, Probe, check_reward
+from rlprompt.rewards.check.checks import CheckRow, Trial, check_reward
 from rlprompt.rewards.check.inputs import Pair, read_pairs
 from tests.cli.runs import rlprompt
 
@@ -30,11 +31,11 @@ EXAMPLES = [
 """
 
 
-def check(path: str, folder: Path = ROOT, **fields: object) -> dict[str, CheckRow]:
+def check(path: str, folder: Path = ROOT, **fields: Any) -> dict[str, CheckRow]:
     columns = fields.pop("columns", {})
     pairs = fields.pop("pairs", ())
-    settings = RewardSettings(path=path, name="r", **fields)  # type: ignore[arg-type]
-    rows = check_reward(Probe(settings, folder, columns, pairs))  # type: ignore[arg-type]
+    settings = RewardSettings(path=path, name="r", **fields)
+    rows = check_reward(Trial(settings, folder, columns, pairs))
     return {row.name: row for row in rows}
 
 

@@ -154,7 +154,7 @@ def test_a_rubric_of_the_library_itself() -> None:
             log_extra=logged.__setitem__,
         )
     )
-    kept = {"answer": "4", "info": {}, "task": "", "trajectory": [], "timing": {}}
+    kept: dict[str, Any] = {"answer": "4", "info": {}, "task": "", "trajectory": [], "timing": {}}
     states = [
         {"prompt": q, "completion": text, **kept} for q, text in zip(chat, texts, strict=True)
     ]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rlprompt.rewards import RewardRunner, RewardSettings, build_rewards
+from rlprompt.rewards import LoadedReward, RewardRunner, RewardSettings, build_rewards
 from rlprompt.types import Completion, Group, Query
 
 trl_rewards = pytest.importorskip("trl.rewards")
@@ -103,7 +103,8 @@ def test_the_runner_calls_a_reward_as_grpo_trainer_does() -> None:
         seen.update(kwargs)
         return [0.0] * len(TEXTS)
 
-    RewardRunner([(RewardSettings(path="x:y", name="r"), spy)]).score([GROUP], step=3)
+    reward = LoadedReward(RewardSettings(path="x:y", name="r"), spy)
+    RewardRunner([reward]).score([GROUP], step=3)
     theirs = call_by_trl(spy)
     assert seen.keys() == theirs.keys()
     for key in ("prompts", "completions", "completion_ids", "solution"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -83,6 +84,10 @@ def test_written_verdicts(tmp_path: Any, written: str, value: float | None) -> N
     assert "logprobs" not in seen[0].body
 
 
+def always(answer: Answer) -> Callable[[Seen], Answer]:
+    return lambda _: answer
+
+
 def test_equal_questions_are_asked_once(tmp_path: Any) -> None:
     with answering(lambda _: token_answer(Yes=0.9)) as (url, seen):
         score(tmp_path, "a", "a", "b", calls=3, url=url)
@@ -93,7 +98,7 @@ def test_equal_questions_are_asked_once(tmp_path: Any) -> None:
 
 def test_garbage_costs_one_batch(tmp_path: Any) -> None:
     for answer in (Answer({"error": "no such model"}), Answer([]), text_answer("Yes")):
-        with answering(lambda _, answer=answer: answer) as (url, _):
+        with answering(always(answer)) as (url, _):
             (failure,) = score(tmp_path, "x", url=url).errors
         assert failure.kind == "values"
         assert "holds no token probabilities" in failure.message

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rlprompt.errors import InputError
-from rlprompt.rewards import RewardRunner, RewardSettings
+from rlprompt.rewards import LoadedReward, RewardRunner, RewardSettings
 from rlprompt.rewards.processes import execution as execution_module
 from rlprompt.types import Completion, Group, Query
 
@@ -21,7 +21,9 @@ GROUP = Group(
 def runner_of(*functions: Any, timeout: float | None = 0.1, on_error: Any = "skip") -> RewardRunner:
     return RewardRunner(
         [
-            (RewardSettings(path="x:y", name=f"r{i}", timeout=timeout, on_error=on_error), each)
+            LoadedReward(
+                RewardSettings(path="x:y", name=f"r{i}", timeout=timeout, on_error=on_error), each
+            )
             for i, each in enumerate(functions)
         ]
     )

@@ -92,7 +92,8 @@ PROSE = {
 
 @pytest.mark.parametrize("code", PROSE)
 def test_prose_scores_highest_in_its_own_language(code: str) -> None:
-    values = {other: Language(language=other)([PROSE[code]])[0] for other in PROSE}  # type: ignore[arg-type]
+    rules = {other: Language.model_validate({"language": other}) for other in PROSE}
+    values = {other: rule([PROSE[code]])[0] for other, rule in rules.items()}
     assert max(values, key=lambda each: values[each]) == code
     assert values[code] >= 0.5
     assert sorted(values.values())[-2] <= 0.6 * values[code], values

@@ -18,14 +18,14 @@ from rlprompt.rollout.packing import pack
 from rlprompt.types import Group
 
 
-class Probe(Protocol):
+class Measure(Protocol):
     """A number about a prompt, or about what was drawn under it."""
 
     def __call__(self, prompt: Prompt, drawn: Sequence[Group]) -> float:
         """The number.
 
         Args:
-            prompt: that is evaluated.
+            prompt: the prompt that is evaluated.
             drawn: held-out completions under it.
         """
         ...
@@ -78,9 +78,9 @@ class TeacherKL:
         """Keep the parts; nothing is drawn yet.
 
         Args:
-            policy: over the base that both share.
-            teacher: its prompt.
-            write: draws completions of the held-out queries under a prompt.
+            policy: policy over the base that both share.
+            teacher: the teacher's prompt.
+            write: function that draws completions of the held-out queries under a prompt.
             token_budget: most packed tokens per micro-batch.
         """
         self._policy = policy
@@ -93,7 +93,7 @@ class TeacherKL:
         """See the class; what was drawn under the prompt does not matter."""
         if self._written is None:
             self._written = self._write(self._teacher)
-        return mean_kl(self._policy, (self._teacher, prompt), self._written, self._budget)
+        return mean_kl(self._policy, self._teacher, prompt, self._written, self._budget)
 
 
 class BaseKL:
@@ -110,25 +110,23 @@ class BaseKL:
 
     def __call__(self, prompt: Prompt, drawn: Sequence[Group]) -> float:
         """See the class."""
-        return mean_kl(self._policy, (prompt, NonePrompt()), drawn, self._budget)
+        return mean_kl(self._policy, prompt, NonePrompt(), drawn, self._budget)
 
 
 @torch.no_grad()
 def mean_kl(
-    policy: Policy, prompts: tuple[Prompt, Prompt], groups: Sequence[Group], token_budget: int
+    policy: Policy, first: Prompt, second: Prompt, groups: Sequence[Group], token_budget: int
 ) -> float:
     """Mean KL(first || second) per token of given completions, over the whole vocabulary."""
     total, count = 0.0, 0
-    prefixes = [policy.prefix(each) for each in prompts]
-    for some in _whole_groups(policy, prompts[1], groups, token_budget):
+    first_prefix, second_prefix = policy.prefix(first), policy.prefix(second)
+    for some in _whole_groups(policy, second, groups, token_budget):
         queries = [group.query for group in some]
         completions = [group.completions for group in some]
-        first, second = (
-            policy.hidden_scored(queries, completions, prefix, each)
-            for prefix, each in zip(prefixes, prompts, strict=True)
-        )
+        of_first = policy.hidden_scored(queries, completions, first_prefix, first)
+        of_second = policy.hidden_scored(queries, completions, second_prefix, second)
         with policy.whole_ends():
-            divergence = head_divergence(second, first, policy.forward.head, "forward_kl")
+            divergence = head_divergence(of_second, of_first, policy.forward.head, "forward_kl")
         total += float(divergence.sum())
         count += divergence.numel()
     return total / count

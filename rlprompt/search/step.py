@@ -1,0 +1,235 @@
+"""One step of a search on one page: candidates, completions, scores, and what is logged.
+
+    searcher.ask              candidates
+      -> engine.generate      completions of each on the same queries, drawn with the same seed
+      -> rewards.score        all of them in one call, each candidate's query a group of its own
+      -> searcher.tell        one trial per candidate
+
+Nothing here asks which searcher it is. A run (`rlprompt.runs`) sees this through the protocol
+`Learner` and knows no candidate.
+
+Letters: C candidates, Q queries, n completions per query, B = C * Q * n completions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from rlprompt.artifacts.memory import PackedPrompt
+from rlprompt.engines.base import Engine, Generation
+from rlprompt.engines.sampling import SamplingSettings
+from rlprompt.errors import InputError
+from rlprompt.prompts.base import Prompt
+from rlprompt.rewards.runner import RewardRunner
+from rlprompt.rollout.collect import RolloutBatch, collect, completion_metrics, completion_rows
+from rlprompt.rollout.sources import QuerySource
+from rlprompt.runs.learner import LearnerState, StepResult, named_under
+from rlprompt.search.base import Candidate, Searcher, Trial
+from rlprompt.search.lineage import Lineage
+from rlprompt.types import Group, Query
+
+
+@dataclass(frozen=True)
+class SearchParts:
+    """What a step of a search is made of."""
+
+    searcher: Searcher
+    """Says what is tried."""
+    engine: Engine
+    """Draws completions under a candidate's prompt."""
+    rewards: RewardRunner
+    """Scores them."""
+    queries: QuerySource
+    """The training queries and the position in them."""
+    sampling: SamplingSettings
+    """How tokens are drawn."""
+    completions_per_query: int
+    """n."""
+    base: str
+    """Id of the base, for prompts whose saved form names it."""
+
+
+class SearchStep:
+    """Learns a prompt by trial; implements `rlprompt.runs.learner.Learner`."""
+
+    def __init__(self, parts: SearchParts) -> None:
+        """Join the parts; nothing is tried yet.
+
+        Raises:
+            InputError: the engine cannot apply the prompt that the search starts from.
+        """
+        self.parts = parts
+        self._lineage = Lineage()
+        if not parts.engine.supports(self.prompt):
+            raise InputError(
+                f"the engine cannot apply a {self.prompt.kind} prompt, which the search starts "
+                "from; choose another engine, or another prompt.type"
+            )
+
+    @property
+    def prompt(self) -> Prompt:
+        """The incumbent's prompt."""
+        return self.parts.searcher.incumbent.prompt
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the searcher has nothing more to ask for."""
+        return self.parts.searcher.is_over
+
+    @property
+    def tried(self) -> Sequence[Mapping[str, Any]]:
+        """One row per candidate; see `Lineage`."""
+        return self._lineage.rows
+
+    def step(
+        self, step: int, seed: int, *, next_seed: int | None = None, time_share: float = 0.0
+    ) -> StepResult:
+        """Ask, try, and tell; see `Learner.step`."""
+        del next_seed, time_share  # a searcher asks for nothing before it was told
+        start = time.perf_counter()
+        searcher = self.parts.searcher
+        asked = _checked(searcher, searcher.ask())
+        asking = time.perf_counter() - start
+        batch = self._try(asked, self.parts.queries.next(seed), step, seed)
+        trials = _trials(asked, batch)
+        for trial in trials:
+            self._lineage.add(trial, step + 1)
+        start = time.perf_counter()
+        searcher.tell(trials)
+        return StepResult(
+            metrics=self._metrics(batch, trials),
+            rows=_rows(batch, asked, searcher.incumbent.id),
+            num_tokens=int(batch.lengths.sum()),
+            rollout_seconds=batch.rollout_seconds,
+            phases={
+                "rollout": batch.rollout_seconds,
+                "reward": batch.reward_seconds,
+                "search": asking + time.perf_counter() - start,
+            },
+        )
+
+    def prompt_state(self) -> LearnerState:
+        """The incumbent's prompt as its artifact would hold it."""
+        packed = PackedPrompt.of(self.prompt, self.parts.base)
+        return LearnerState(packed.tensors, packed.plain)
+
+    def restored_prompt(self, state: LearnerState) -> Prompt:
+        """That prompt, of whatever kind; see `Learner.restored_prompt`."""
+        return PackedPrompt(state.tensors, state.plain).unpack()
+
+    def state(self) -> LearnerState:
+        """The searcher's state, what was tried, and the position in the data."""
+        searcher = self.parts.searcher.state()
+        return LearnerState(
+            {f"search/{name}": tensor.clone() for name, tensor in searcher.tensors.items()},
+            {
+                "searcher": dict(searcher.plain),
+                "tried": self._lineage.state(),
+                "source": self.parts.queries.state_dict(),
+            },
+        )
+
+    def restore(self, state: LearnerState) -> None:
+        """Take over what `state` gave; see `Learner.restore`."""
+        plain = state.plain
+        if "searcher" not in plain:
+            raise ValueError("it was learned by gradients")
+        own = LearnerState(named_under(state.tensors, "search"), plain["searcher"])
+        self.parts.searcher.restore(own)
+        self._lineage = Lineage(plain["tried"])
+        self.parts.queries.load_state_dict(plain["source"])
+
+    def close(self) -> None:
+        """End threads and processes of the rewards."""
+        self.parts.rewards.close()
+
+    def _try(
+        self, asked: Sequence[Candidate], queries: Sequence[Query], step: int, seed: int
+    ) -> RolloutBatch:
+        """Completions of every candidate, candidate by candidate, with their scores."""
+        parts = self.parts
+
+        def draw() -> Generation:
+            groups: list[Group] = []
+            for candidate in asked:
+                parts.engine.sync(candidate.prompt)
+                groups += parts.engine.generate(
+                    queries, parts.completions_per_query, parts.sampling, seed
+                ).groups
+            return Generation(tuple(groups))
+
+        return collect(draw, parts.rewards, step=step)
+
+    def _metrics(self, batch: RolloutBatch, trials: Sequence[Trial]) -> dict[str, float]:
+        """Means over all candidates of the step, and where the search stands."""
+        metrics = completion_metrics(batch)
+        known = [trial.reward for trial in trials if not trial.rewards.isnan().all()]
+        if known:
+            metrics["search/best_reward"] = max(known)
+        return metrics | {
+            "search/candidates": float(len(trials)),
+            "search/incumbent": float(self.parts.searcher.incumbent.id),
+            "search/calls": float(self._lineage.completions),
+            "epoch": self.parts.queries.epoch,
+        }
+
+
+def _checked(searcher: Searcher, asked: Sequence[Candidate]) -> Sequence[Candidate]:
+    """Refuse what cannot be told apart, or is nothing.
+
+    Raises:
+        InputError: the searcher broke its contract.
+    """
+    name = type(searcher).__name__
+    if not asked:
+        raise InputError(
+            f"the searcher {name} asked for no candidate and is not over; ask for one at least, or "
+            "let is_over be True"
+        )
+    if len({candidate.id for candidate in asked}) < len(asked):
+        raise InputError(
+            f"the searcher {name} asked for two candidates of one id; give each an id of its own"
+        )
+    return asked
+
+
+def _trials(asked: Sequence[Candidate], batch: RolloutBatch) -> list[Trial]:
+    """A batch [C * Q * n] as one trial per candidate."""
+    queries = len(batch.groups) // len(asked)
+    rows = len(batch.rewards.total) // len(asked)
+    trials = []
+    for place, candidate in enumerate(asked):
+        own = slice(place * rows, (place + 1) * rows)
+        trials.append(
+            Trial(
+                candidate,
+                batch.groups[place * queries : (place + 1) * queries],
+                _table(batch.rewards.total[own], queries),
+                {name: _table(v[own], queries) for name, v in batch.rewards.values.items()},
+                {name: values[own] for name, values in batch.rewards.extras.items()},
+            )
+        )
+    return trials
+
+
+def _table(values: Tensor, queries: int) -> Tensor:
+    """[Q * n] -> [Q, n], a copy of its own."""
+    return values.reshape(queries, -1).clone()
+
+
+def _rows(
+    batch: RolloutBatch, asked: Sequence[Candidate], incumbent: int
+) -> list[dict[str, object]]:
+    """Rows of `completions.jsonl` with the candidate's id; the incumbent's are the learned ones."""
+    rows = completion_rows(batch, "train", "candidate")
+    each = len(rows) // len(asked)
+    for place, row in enumerate(rows):
+        row["candidate"] = asked[place // each].id
+        if row["candidate"] == incumbent:
+            row["who"] = "learned"
+    return rows
