@@ -78,12 +78,11 @@ def load_class(path: str, base_dir: Path, base: UserClass) -> UserClass:
             settings of its own.
     """
     found: Any = load_object(path, base_dir)
-    if not (isinstance(found, type) and issubclass(found, base)):
-        kind = "class" if isinstance(found, type) else type(found).__name__
-        raise InputError(
-            f"{path} is a {kind}, not a class that derives from {_full_name(base)}; name one that "
-            "does"
-        )
+    if not isinstance(found, type):
+        kind = type(found).__name__
+        raise InputError(f"{path} is a {kind}; name a class that derives from {_public(base)}")
+    if not issubclass(found, base):
+        raise InputError(f"{path} does not derive from {_public(base)}; name a class that does")
     made: UserClass = found
     missing = sorted(getattr(made, "__abstractmethods__", ()))
     if missing:
@@ -91,14 +90,15 @@ def load_class(path: str, base_dir: Path, base: UserClass) -> UserClass:
     own = made.Settings
     if own is base.Settings or not (isinstance(own, type) and issubclass(own, base.Settings)):
         raise InputError(
-            f"{path} has no settings of its own; derive a class from {_full_name(base.Settings)} "
+            f"{path} has no settings of its own; derive a class from {_public(base.Settings)} "
             f"and write `Settings = ` with its name in {made.__name__}"
         )
     return made
 
 
-def _full_name(kind: UserClass) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+def _public(base: UserClass) -> str:
+    """Where a class of the user's own finds what it derives from."""
+    return f"rlprompt.extend.{base.__name__}"
 
 
 def _find_file(location: str, base_dir: Path) -> Path:

@@ -148,7 +148,7 @@ def _load(use: _Use, base_dir: Path) -> UserClass:
     if ".parts." in use.place and not issubclass(found, SlotPrompt):
         raise InputError(
             f"{use.path} fills no positions of the slot, as a part of a sequence must; derive it "
-            "from rlprompt.prompts.base.SlotPrompt, or use it alone"
+            "from rlprompt.extend.SlotPrompt, or use it alone"
         )
     return found
 

@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import save_file
 
 from tests.cli.runs import with_changes, write_recipe
+from tests.docs.bad_classes import OWN
 from tests.fixtures.tiny import tiny_model, tiny_tokenizer
 
 TRAIN = ("train", "recipe.yaml")
@@ -537,6 +538,7 @@ SECTIONS: dict[str, list[tuple[str, Callable[[Project], Sequence[str]]]]] = {
     "Recipes": RECIPES,
     "Prompts": PROMPTS,
     "Search": SEARCHES,
+    "Classes of your own": OWN,
     "Models": MODELS,
     "Rewards": REWARDS,
     "Rewards that ask a model": ASKING,
