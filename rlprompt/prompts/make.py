@@ -25,12 +25,17 @@ AnyPromptSettings = Annotated[
 ]
 
 
+def prompt_class(settings: PromptSettings) -> type[Prompt]:
+    """The representation that settings choose."""
+    kind: type[Prompt] = settings.user_class or PROMPTS[settings.type]
+    return kind
+
+
 def make_prompt(
     settings: PromptSettings, conditioner: Conditioner, seed: int, load: Loader
 ) -> Prompt:
     """The prompt that a recipe describes; arguments and errors are those of `Prompt.create`."""
-    kind: type[Prompt] = settings.user_class or PROMPTS[settings.type]
-    return kind.create(settings, conditioner, seed, load)
+    return prompt_class(settings).create(settings, conditioner, seed, load)
 
 
 def own_classes(settings: PromptSettings) -> dict[str, type[Prompt]]:
@@ -58,7 +63,7 @@ def load_prompt_class(path: str, base_dir: Path) -> type[Prompt]:
     """The representation of the user's own that a path names.
 
     Args:
-        path: see `rlprompt.user_code.load_object`.
+        path: path of the class; see `rlprompt.user_code.load_object`.
         base_dir: folder that file paths are relative to.
 
     Raises:

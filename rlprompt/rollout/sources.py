@@ -97,8 +97,8 @@ class QuerySource:
 
         Args:
             queries: queries to draw from.
-            sampler: draws their numbers.
-            augment: changes a query before it is asked.
+            sampler: sampler of their numbers.
+            augment: change of a query before it is asked.
         """
         self._queries = queries
         self._sampler = sampler
