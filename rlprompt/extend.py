@@ -35,6 +35,9 @@ from rlprompt.prompts.base import (
     load_nothing,
 )
 from rlprompt.prompts.settings import start_ids
+from rlprompt.prompts.text import NonePrompt, TextPrompt
+from rlprompt.runs.learner import LearnerState
+from rlprompt.search.base import Candidate, Searcher, SearchSettings, SearchStart, Trial
 from rlprompt.settings import Settings
 from rlprompt.tracking.tracker import Histogram, RunInfo, Tracker, TrackerSettings, TrackingSettings
 from rlprompt.types import Completion, Group, Message, PrefixKV, Query
@@ -43,6 +46,7 @@ __all__ = [
     "Algorithm",
     "AlgorithmSettings",
     "BatchView",
+    "Candidate",
     "Completion",
     "Conditioner",
     "Engine",
@@ -51,12 +55,14 @@ __all__ = [
     "Group",
     "Histogram",
     "InputError",
+    "LearnerState",
     "Loader",
     "Message",
     "MicroSignal",
     "NativeEngine",
     "NativeSettings",
     "Need",
+    "NonePrompt",
     "OwnParameters",
     "Policy",
     "PolicyGradient",
@@ -68,14 +74,19 @@ __all__ = [
     "RunInfo",
     "SamplingSettings",
     "SavedPrompt",
+    "SearchSettings",
+    "SearchStart",
+    "Searcher",
     "Settings",
     "Signal",
     "SlotPrompt",
+    "TextPrompt",
     "TokenLosses",
     "TokenScores",
     "Tracker",
     "TrackerSettings",
     "TrackingSettings",
+    "Trial",
     "check_state",
     "group_advantages",
     "groups_with_spread",

@@ -18,7 +18,8 @@ from pydantic_core import CoreSchema, core_schema
 UserClass = type[Any]
 """A class that a path in a recipe names."""
 EXTENSIBLE = "x-extensible"
-"""Mark in a JSON schema: `type` may also be the path of a class of the user's own."""
+"""Mark in a JSON schema: `type` may also be the path of a class of the user's own. Its value is the
+type where none is given, or empty."""
 
 
 def _make_scalars_strict(node: Any) -> None:
@@ -129,7 +130,7 @@ class OneOf:
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        return {**handler(schema), EXTENSIBLE: True}
+        return {**handler(schema), EXTENSIBLE: self._default}
 
     def _as_mapping(self, value: object) -> object:
         """What stands for a mapping with `type`, as that mapping."""

@@ -20,48 +20,46 @@ from typing import Any
 
 from pydantic import Field
 
-from rlprompt.prompts.text import TextPrompt
-from rlprompt.runs.learner import LearnerState
-from rlprompt.search.base import Candidate, Searcher, SearchSettings, SearchStart, Trial
+import rlprompt.extend as rl
 
 
-class ClimbSettings(SearchSettings):
+class ClimbSettings(rl.SearchSettings):
     """Climb from text to better text by swapping one phrase at a time."""
 
     phrases: tuple[tuple[str, ...], ...] = Field(min_length=1)
     """For each place behind the text of the start, what may stand there. All begin empty."""
 
 
-class Climb(Searcher):
+class Climb(rl.Searcher):
     """Hill climbing with common random numbers."""
 
     Settings = ClimbSettings
     starts_from = ("text",)
 
-    def __init__(self, settings: ClimbSettings, given: SearchStart) -> None:
+    def __init__(self, settings: ClimbSettings, given: rl.SearchStart) -> None:
         """Begin at the start, where every place is empty."""
         self._seed = given.seed
         self._text = given.prompt.init_text
         self._options = [("", *phrases) for phrases in settings.phrases]
-        self._best = Candidate(0, given.prompt, origin="start")
+        self._best = rl.Candidate(0, given.prompt, origin="start")
         self._choice = [0] * len(self._options)
         self._rival = self._choice
         self._refused: list[list[int]] = []
         self._made = 0
 
     @classmethod
-    def make(cls, settings: Any, given: SearchStart) -> Climb:
+    def make(cls, settings: Any, given: rl.SearchStart) -> Climb:
         """The searcher of a recipe."""
         return cls(settings, given)
 
-    def ask(self) -> Sequence[Candidate]:
+    def ask(self) -> Sequence[rl.Candidate]:
         """The best text so far, and a neighbour that was not refused yet."""
         left = self._neighbours()
         self._rival = random.Random(f"{self._seed} {self._made}").choice(left)
         prompt, parents = self._prompt(self._rival), (self._best.id,)
-        return [self._best, Candidate(self._made + 1, prompt, parents, "swap")]
+        return [self._best, rl.Candidate(self._made + 1, prompt, parents, "swap")]
 
-    def tell(self, trials: Sequence[Trial]) -> None:
+    def tell(self, trials: Sequence[rl.Trial]) -> None:
         """Go to the neighbour where it is better, query by query."""
         here, there = trials
         self._made = there.candidate.id
@@ -71,7 +69,7 @@ class Climb(Searcher):
             self._refused.append(self._rival)
 
     @property
-    def incumbent(self) -> Candidate:
+    def incumbent(self) -> rl.Candidate:
         """The best text so far."""
         return self._best
 
@@ -80,20 +78,20 @@ class Climb(Searcher):
         """Whether every neighbour was refused."""
         return not self._neighbours()
 
-    def state(self) -> LearnerState:
+    def state(self) -> rl.LearnerState:
         """Where the climb stands, as plain values; a text needs no tensors."""
         parents = list(self._best.parents)
         best = {"id": self._best.id, "parents": parents, "origin": self._best.origin}
         kept = {"choice": self._choice, "refused": list(self._refused), "made": self._made}
-        return LearnerState({}, kept | {"best": best})
+        return rl.LearnerState({}, kept | {"best": best})
 
-    def restore(self, state: LearnerState) -> None:
+    def restore(self, state: rl.LearnerState) -> None:
         """Go on where `state` was taken."""
         plain, best = state.plain, state.plain["best"]
         self._choice, self._refused = list(plain["choice"]), list(plain["refused"])
         self._made = int(plain["made"])
         prompt = self._prompt(self._choice)
-        self._best = Candidate(best["id"], prompt, tuple(best["parents"]), best["origin"])
+        self._best = rl.Candidate(best["id"], prompt, tuple(best["parents"]), best["origin"])
 
     def _neighbours(self) -> list[list[int]]:
         """Choices that differ from the present one in one place and were not refused since."""
@@ -105,6 +103,6 @@ class Climb(Searcher):
                     found.append(choice)
         return found
 
-    def _prompt(self, choice: Sequence[int]) -> TextPrompt:
+    def _prompt(self, choice: Sequence[int]) -> rl.TextPrompt:
         phrases = [options[number] for options, number in zip(self._options, choice, strict=True)]
-        return TextPrompt(" ".join([self._text, *filter(None, phrases)]))
+        return rl.TextPrompt(" ".join([self._text, *filter(None, phrases)]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -44,18 +44,22 @@ class PackedPrompt:
         }
         return cls(tensors, plain)
 
-    def unpack(self) -> Prompt:
+    def unpack(self, own: Iterable[type[Prompt]] = ()) -> Prompt:
         """A prompt of its own with this content.
+
+        Args:
+            own: classes of the user's own that it may be of, beside the built-in ones.
 
         Raises:
             ValueError: there is no such representation.
         """
+        kinds = {**PROMPTS, **{each.kind: each for each in own}}
         kind = str(self.plain.get("representation"))
-        if kind not in PROMPTS:
+        if kind not in kinds:
             raise ValueError(f"there is no representation {kind}")
         tensors = {n: t.clone() for n, t in self.tensors.items() if not n.startswith(_FILE)}
         text, details = self.plain["init_text"], self.plain["details"]
-        return PROMPTS[kind].restore(SavedPrompt(text, tensors, details, self._file))
+        return kinds[kind].restore(SavedPrompt(text, tensors, details, self._file, kinds))
 
     def _file(self, name: str) -> bytes:
         return self.tensors[_FILE + name].numpy().tobytes()

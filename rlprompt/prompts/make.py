@@ -25,12 +25,17 @@ AnyPromptSettings = Annotated[
 ]
 
 
+def prompt_class(settings: PromptSettings) -> type[Prompt]:
+    """The representation that settings choose."""
+    kind: type[Prompt] = settings.user_class or PROMPTS[settings.type]
+    return kind
+
+
 def make_prompt(
     settings: PromptSettings, conditioner: Conditioner, seed: int, load: Loader
 ) -> Prompt:
     """The prompt that a recipe describes; arguments and errors are those of `Prompt.create`."""
-    kind: type[Prompt] = settings.user_class or PROMPTS[settings.type]
-    return kind.create(settings, conditioner, seed, load)
+    return prompt_class(settings).create(settings, conditioner, seed, load)
 
 
 def own_classes(settings: PromptSettings) -> dict[str, type[Prompt]]:

@@ -2,6 +2,7 @@
 
     algorithm: {type: "algorithm.py:MaxRL", ...}
     prompt: {type: "prompt.py:LowRank", ...}           also in its parts, and in a population
+    search: {type: "searcher.py:Climb", ...}
     engine: {type: "engine.py:Timed", ...}
     tracking: {trackers: [console, {type: "tracker.py:Csv", ...}]}
 
@@ -33,6 +34,9 @@ from rlprompt.prompts.make import DEFAULT as DEFAULT_PROMPT
 from rlprompt.prompts.make import PROMPTS, load_prompt_class
 from rlprompt.prompts.sequence import MOST_PARTS, SequenceSettings
 from rlprompt.prompts.single import PARTS
+from rlprompt.search.base import Searcher
+from rlprompt.search.make import DEFAULT as DEFAULT_SEARCHER
+from rlprompt.search.make import SEARCHERS
 from rlprompt.settings import ChosenSettings, OneOf, Settings, UserClass, chosen_as
 from rlprompt.tracking.make import TRACKERS, TrackersSettings
 from rlprompt.tracking.tracker import Tracker, TrackerSettings
@@ -56,6 +60,7 @@ class Point:
 POINTS: Mapping[str, Point] = {
     "algorithm": Point(ALGORITHMS, DEFAULT_ALGORITHM, partial(load_class, base=Algorithm)),
     "prompt": Point(PROMPTS, DEFAULT_PROMPT, load_prompt_class),
+    "search": Point(SEARCHERS, DEFAULT_SEARCHER, partial(load_class, base=Searcher)),
     "engine": Point(ENGINES, DEFAULT_ENGINE, partial(load_class, base=Engine)),
 }
 """Sections of the recipe that a class of the user's own can be named in."""
@@ -180,8 +185,9 @@ def _extended(recipe: type[_Recipe], named: tuple[Named, ...]) -> type[_Recipe]:
         settings = {name: each.Settings for name, each in point.builtin.items()}
         if section == "prompt":
             settings["sequence"] = _sequence_with(own)
-        kind = Annotated[ChosenSettings, OneOf({**settings, **own}, default=point.default)]
-        fields[section] = (kind, recipe.model_fields[section].default)
+        kind: Any = Annotated[ChosenSettings, OneOf({**settings, **own}, default=point.default)]
+        default = recipe.model_fields[section].default
+        fields[section] = (kind if default is not None else kind | None, default)
     return create_model(recipe.__name__, __base__=recipe, **fields)
 
 

@@ -28,14 +28,14 @@ from rlprompt.evaluation.heldout import EvaluationSettings
 from rlprompt.model.base import ModelSettings
 from rlprompt.model.chat.template import read_template
 from rlprompt.prompts.base import Prompt
-from rlprompt.prompts.make import AnyPromptSettings, own_classes
+from rlprompt.prompts.make import AnyPromptSettings, own_classes, prompt_class
 from rlprompt.prompts.soft import SoftSettings
 from rlprompt.recipe.extensions import extended, load_named
 from rlprompt.recipe.yaml_file import apply_override, explain, read_tree, set_value
 from rlprompt.rewards.base import RewardSettings
 from rlprompt.runs.guards import Guard, require_known_rewards
 from rlprompt.runs.settings import MemberSettings, RunSettings
-from rlprompt.search.make import SEARCHERS, AnySearchSettings
+from rlprompt.search.make import AnySearchSettings, searcher_class
 from rlprompt.settings import Settings
 from rlprompt.tracking.make import TrackersSettings
 from rlprompt.training.settings import TrainingSettings
@@ -120,8 +120,8 @@ class Recipe(Settings):
         if self.search is None:
             return self
         name = self.search.type
-        kinds = SEARCHERS[name].starts_from
-        if self.prompt.type not in kinds:
+        kinds = searcher_class(self.search).starts_from
+        if prompt_class(self.prompt).kind not in kinds:
             raise ValueError(
                 f"search.type: {name} starts from a prompt of type {' or '.join(kinds)}, "
                 f"prompt.type is {self.prompt.type}; set prompt.type: {kinds[0]}"

@@ -26,15 +26,13 @@ from torch import Tensor
 
 from rlprompt.prompts.base import Prompt
 from rlprompt.runs.learner import LearnerState
-from rlprompt.settings import Settings
+from rlprompt.settings import ChosenSettings
 from rlprompt.types import Group
 
 
-class SearchSettings(Settings):
+class SearchSettings(ChosenSettings):
     """What the settings of every searcher have."""
 
-    type: str
-    """Searcher."""
     completions_per_query: int = Field(default=1, ge=1)
     """Completions of each of the step's queries under each candidate."""
 
@@ -109,7 +107,7 @@ class Searcher(ABC):
     `state` keeps, so that a resumed search is the uninterrupted one.
     """
 
-    Settings: ClassVar[type[SearchSettings]]
+    Settings: ClassVar[type[SearchSettings]] = SearchSettings
     """The settings that a recipe's `search` is read into."""
     starts_from: ClassVar[tuple[str, ...]] = ("text",)
     """Kinds of prompt (`prompt.type`) that it can start from."""

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Annotated
 
 from rlprompt.search.base import Searcher, SearchSettings, SearchStart
-from rlprompt.search.texts import Texts, TextsSettings
-
-AnySearchSettings = TextsSettings
+from rlprompt.search.texts import Texts
+from rlprompt.settings import OneOf
 
 SEARCHERS: Mapping[str, type[Searcher]] = {
     "texts": Texts,
 }
-"""`search.type` -> the searcher."""
+"""The built-in searchers: what `search.type` says -> the class."""
+
+DEFAULT = "texts"
+"""The searcher of a search without a `type`."""
+
+AnySearchSettings = Annotated[
+    SearchSettings,
+    OneOf({name: each.Settings for name, each in SEARCHERS.items()}, default=DEFAULT),
+]
+
+
+def searcher_class(settings: SearchSettings) -> type[Searcher]:
+    """The searcher that settings choose."""
+    kind: type[Searcher] = settings.user_class or SEARCHERS[settings.type]
+    return kind
 
 
 def make_searcher(settings: SearchSettings, given: SearchStart) -> Searcher:
@@ -21,4 +35,4 @@ def make_searcher(settings: SearchSettings, given: SearchStart) -> Searcher:
     Raises:
         InputError: see `Searcher.make`.
     """
-    return SEARCHERS[settings.type].make(settings, given)
+    return searcher_class(settings).make(settings, given)

@@ -65,6 +65,7 @@ class SearchStep:
         """
         self.parts = parts
         self._lineage = Lineage()
+        self._start = type(self.prompt)
         if not parts.engine.supports(self.prompt):
             raise InputError(
                 f"the engine cannot apply a {self.prompt.kind} prompt, which the search starts "
@@ -120,7 +121,8 @@ class SearchStep:
 
     def restored_prompt(self, state: LearnerState) -> Prompt:
         """That prompt, of whatever kind; see `Learner.restored_prompt`."""
-        return PackedPrompt(state.tensors, state.plain).unpack()
+        # Of a class of the user's own, a searcher makes prompts only where it starts from one.
+        return PackedPrompt(state.tensors, state.plain).unpack(own=(self._start,))
 
     def state(self) -> LearnerState:
         """The searcher's state, what was tried, and the position in the data."""

@@ -17,6 +17,7 @@ def card_of(**changes: Any) -> str:
         "base_fingerprint": "f" * 64,
         "template_hash": "t" * 64,
         "created": "2026-01-01T00:00:00+00:00",
+        "recipe": {"prompt": {"type": "soft"}},
         "metrics": {"heldout_reward_before": -1.23456, "heldout_reward_handwritten": None},
     }
     return card({**info, **changes})
@@ -29,6 +30,12 @@ def test_it_says_what_the_prompt_is_and_how_it_did() -> None:
     assert "| started from | Be brief. |" in text
     assert "-1.235 |" in text and "| heldout\\_reward\\_handwritten | - |" in text
     assert "rlprompt chat" in text and text.endswith("\n")
+
+
+def test_it_says_how_to_name_a_class_of_ones_own() -> None:
+    assert "rlprompt chat . --compare\n" in card_of()
+    own = card_of(recipe={"prompt": {"type": "my prompts.py:Mine"}})
+    assert "rlprompt chat . --compare --prompt-class 'my prompts.py:Mine'\n" in own
 
 
 def test_a_random_start_and_no_results() -> None:

@@ -65,8 +65,11 @@ def rows(
         place = f"{path}{key}"
         value = resolve(entry, schema)
         description = " ".join(entry.get("description", "").split())
-        choices = value.get("oneOf", [])  # by `type`, or by if and then
+        parts = [value, *(resolve(each, schema) for each in value.get("anyOf", []))]  # or null
+        choices = next((each["oneOf"] for each in parts if "oneOf" in each), [])
         choices = choices or [part["then"] for part in value.get("allOf", []) if "then" in part]
+        if choices and "anyOf" in value:
+            yield place, "mapping or null", code("null"), description
         if "properties" in value and not choices:
             yield from rows(value, schema, f"{place}.")
         elif choices:
@@ -75,7 +78,7 @@ def rows(
                 kind = target["properties"]["type"]["const"]
                 kept = {k: v for k, v in target["properties"].items() if k != "type"}
                 about = " ".join(target["description"].split())
-                default = "default" if entry.get("default", {}).get("type") == kind else ""
+                default = "default" if (entry.get("default") or {}).get("type") == kind else ""
                 yield f"{place}.type", json.dumps(kind), default, about
                 others = {"properties": kept, "required": target.get("required", [])}
                 for path_, type_, default_, about_ in rows(others, schema, f"{place}."):

@@ -192,9 +192,10 @@ def test_members_of_a_population_may_be_of_it(tiny: Sequence[str], tmp_path: Pat
     changes = (*changes[:-1], f"population={json.dumps(members)}")
     shown = rlprompt("train", RECIPE, *changes, "--output", tmp_path / "run")
     assert shown.code == 0, shown.err
+    folder = tmp_path / "run" / "members"
     kinds = [
-        json.loads((tmp_path / "run/members" / each["name"] / "artifact/prompt.json").read_text())
-        for each in members
+        json.loads((folder / name / "artifact" / "prompt.json").read_text())
+        for name in ("own", "soft", "again")
     ]
     assert [each["representation"] for each in kinds] == ["low_rank", "soft", "low_rank"]
 
@@ -262,3 +263,22 @@ def test_maxrl_without_strength_is_a_group_baseline() -> None:
     assert advantages(rewards, 0.0).tolist() == pytest.approx([0.25, 0.0, 0.0, -0.25])
     with pytest.raises(public.InputError, match="give rewards of at least 0"):
         advantages(torch.tensor([1.0, -1.0]), 1.0)
+
+
+def test_a_searcher_of_ones_own_runs_and_resumes(tiny: Sequence[str], tmp_path: Path) -> None:
+    recipe = FOLDER / "search.yaml"
+    changes = [each for each in tiny if not each.startswith("engine.")]
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    shown = rlprompt("train", recipe, *changes, "--output", whole)
+    assert shown.code == 0, shown.err
+    tried = json.loads((whole / "summary.json").read_text())["candidates"]
+    assert {row["origin"] for row in tried} == {"start", "swap"}
+    shutil.copytree(whole, again)
+    shutil.rmtree(sorted((again / "checkpoints").iterdir())[-1])
+    shown = rlprompt("train", recipe, *changes, "--output", again, "--resume")
+    assert shown.code == 0, shown.err
+    assert json.loads((again / "summary.json").read_text())["candidates"] == tried
+    shown = rlprompt("train", recipe, *changes, "search.phrase=[[a]]")
+    assert "unknown key 'search.phrase'; did you mean 'phrases'?" in shown.err
+    shown = rlprompt("train", recipe, *changes, "prompt={type: soft}")
+    assert "search.type: searcher.py:Climb starts from a prompt of type text" in shown.err

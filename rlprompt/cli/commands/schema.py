@@ -42,11 +42,12 @@ def _told_by_type(node: Any) -> Any:
     if not isinstance(node, dict):
         return node
     node = {key: _told_by_type(value) for key, value in node.items()}
-    extensible = node.pop(EXTENSIBLE, False)
+    default_type = node.pop(EXTENSIBLE, None)
+    extensible = default_type is not None
     names: dict[str, str] | None = node.get("discriminator", {}).get("mapping")
     if names is None:
         return {"anyOf": [node, _PATH, _OWN]} if extensible else node
-    default = (node.get("default") or {}).get("type")
+    default = (node.get("default") or {}).get("type") or default_type
     cases = []
     for name, reference in names.items():
         condition: dict[str, Any] = {"properties": {"type": {"const": name}}}
