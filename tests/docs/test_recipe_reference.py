@@ -66,7 +66,7 @@ def rows(
         value = resolve(entry, schema)
         description = " ".join(entry.get("description", "").split())
         parts = [value, *(resolve(each, schema) for each in value.get("anyOf", []))]  # or null
-        choices = next((each["oneOf"] for each in parts if "oneOf" in each), [])
+        choices: list[Any] = next((each["oneOf"] for each in parts if "oneOf" in each), [])
         choices = choices or [part["then"] for part in value.get("allOf", []) if "then" in part]
         if choices and "anyOf" in value:
             yield place, "mapping or null", code("null"), description
