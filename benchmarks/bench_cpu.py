@@ -47,7 +47,7 @@ from rlprompt.kernels.lm_head import Head, head_scores
 from rlprompt.kernels.reference import mask_bias, masked_attention
 from rlprompt.model.base import ModelSettings, load_base
 from rlprompt.model.chat.slot import ChatSlot
-from rlprompt.model.cpu.packed_linear import FrozenLinear, can_pack, pack_weight
+from rlprompt.model.cpu.packed_linear import PackedLinear, can_pack, pack_weight
 from rlprompt.model.files.fetch import cache_dir
 from rlprompt.model.forward.attention import LayerCall
 from rlprompt.model.forward.tree import TreeContext, build_tree
@@ -118,7 +118,7 @@ def linear() -> None:
             if not can_pack(layers[0]):
                 print("linear: this machine or build of torch does not pack bf16 weights")
                 return
-            frozen = [FrozenLinear(layer) for layer in layers]
+            frozen = [PackedLinear(layer) for layer in layers]
             x = torch.randn(rows, inputs, dtype=torch.bfloat16)
             with torch.no_grad():
                 plain = best(partial(through, layers, x)) / 10

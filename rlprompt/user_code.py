@@ -68,7 +68,7 @@ def load_class(path: str, base_dir: Path, base: UserClass) -> UserClass:
     """The class that a path names, which can stand where `base` is wanted.
 
     Args:
-        path: path of the class; see `load_object`.
+        path: a path as `load_object` takes it.
         base_dir: folder that file paths are relative to.
         base: the class that it must derive from; its `Settings` is what the class's own must
             derive from.

@@ -115,6 +115,27 @@ def test_keywords_are_the_recipe_that_says_the_same(folder: Path, tmp_path: Path
     assert written.metrics.learned == mapped.metrics.learned == given.metrics.learned
 
 
+def test_a_search_begins_at_the_text(folder: Path) -> None:
+    texts = ["the sun and rain", "in here", "there"]
+    run = rlprompt.train(
+        model=folder,
+        rewards=vowels,
+        data=list(QUERIES),
+        heldout=2,
+        prompt=texts[0],
+        search={"type": "texts", "texts": texts[1:], "completions": 2},
+        training={"steps": 9, "queries_per_step": 2},
+        sampling={"max_tokens": 6},
+        progress=False,
+    )
+    assert isinstance(run, rlprompt.Run)
+    assert [row["text"] for row in run.summary["candidates"]] == texts
+    assert run.metrics.handwritten is not None
+    assert run.prompt.kind == "text" and run.prompt.text in texts
+    answer = run.prompt.generate("the rain", max_tokens=5)
+    assert rlprompt.load_prompt(run.folder).generate("the rain", max_tokens=5) == answer
+
+
 def test_keywords_replace_parts_of_a_recipe(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(
         yaml.safe_dump(

@@ -65,11 +65,11 @@ class AlgorithmSettings(ChosenSettings):
         """Whether its loss has a probability ratio, which corrects for batches drawn earlier."""
         return False
 
-    def check_ratio(self, *, drawn_ahead: bool) -> None:
+    def check_ratio(self, *, prefetched: bool) -> None:
         """Refuse settings of the probability ratio where it is always 1.
 
         Args:
-            drawn_ahead: whether batches are drawn before the last update of the prompt.
+            prefetched: whether batches are drawn before the last update of the prompt.
 
         Raises:
             ValueError: one is not at its default; the sentence names its place in a recipe.

@@ -78,9 +78,9 @@ class PolicyGradientSettings(AlgorithmSettings):
         """True."""
         return True
 
-    def check_ratio(self, *, drawn_ahead: bool) -> None:
+    def check_ratio(self, *, prefetched: bool) -> None:
         """Refuse a changed ratio that is always 1; see `AlgorithmSettings.check_ratio`."""
-        if not (drawn_ahead or self.has_later_updates):
+        if not (prefetched or self.has_later_updates):
             refuse_changed(
                 self,
                 self._of_the_ratio,

@@ -22,7 +22,7 @@ from rlprompt.engines.cache import DecodeCache
 from rlprompt.kernels.cpu.product import MOST_ROWS
 from rlprompt.model.cpu.fused_modules import FusedAttention, FusedMLP, FusedNorm
 from rlprompt.model.cpu.low_rank import side_by_side
-from rlprompt.model.cpu.packed_linear import FrozenLinear, PackedWeight
+from rlprompt.model.cpu.packed_linear import PackedLinear, PackedWeight
 from rlprompt.model.cpu.rollout_products import ProductStore, StepProducts
 from rlprompt.model.forward.prefix_forward import PrefixForward
 from rlprompt.types import LowRank
@@ -178,7 +178,7 @@ def _products(layer: Any) -> list[PackedWeight]:
     return [*joined, mlp.joined.packed, mlp.down_proj.packed]
 
 
-def _linears(layer: Any) -> list[list[FrozenLinear]]:
+def _linears(layer: Any) -> list[list[PackedLinear]]:
     """The linear layers that each of the four products of a layer joins."""
     attention, mlp = layer.self_attn, layer.mlp
     joined = [attention.q_proj, attention.k_proj, attention.v_proj]
@@ -186,7 +186,7 @@ def _linears(layer: Any) -> list[list[FrozenLinear]]:
 
 
 def _joined_pairs(
-    linears: list[FrozenLinear], additions: list[LowRank | None]
+    linears: list[PackedLinear], additions: list[LowRank | None]
 ) -> list[Tensor | None]:
     """What an adapter adds to layers whose outputs are joined, as the step reads it."""
     if not any(additions):
@@ -216,5 +216,5 @@ def _known(layer: nn.Module) -> bool:
     norms = [parts["input_layernorm"], parts["post_attention_layernorm"]]
     linears = [*attention.children(), mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     plain = attention.window is None and attention.softcap is None
-    frozen = all(type(linear) is FrozenLinear for linear in linears)
+    frozen = all(type(linear) is PackedLinear for linear in linears)
     return plain and frozen and all(type(norm) is FusedNorm for norm in norms)

@@ -63,7 +63,7 @@ def load_prompt_class(path: str, base_dir: Path) -> type[Prompt]:
     """The representation of the user's own that a path names.
 
     Args:
-        path: path of the class; see `rlprompt.user_code.load_object`.
+        path: a path as `rlprompt.user_code.load_object` takes it.
         base_dir: folder that file paths are relative to.
 
     Raises:

@@ -39,7 +39,7 @@ from rlprompt.recipe.schema import (
 )
 from rlprompt.reports.report import write_report
 from rlprompt.rewards import RewardBatch, RewardRunner, build_rewards
-from rlprompt.rollout.prefetch import OverlappedSource
+from rlprompt.rollout.prefetch import PrefetchedSource
 from rlprompt.rollout.sources import (
     ColumnSource,
     QuerySource,
@@ -363,7 +363,7 @@ def _source(recipe: Recipe, shared: Shared, rewards: RewardRunner, algorithm: Al
     source = RolloutSource(
         data.train, sampler, shared.engine, under, rewards, algorithm, recipe.sampling, augment
     )
-    return OverlappedSource(source, prompt, under) if overlaps else source
+    return PrefetchedSource(source, prompt, under) if overlaps else source
 
 
 def _sampler(recipe: Recipe, data: QuerySplit) -> QuerySampler:

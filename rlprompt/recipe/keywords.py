@@ -76,8 +76,8 @@ def recipe_of(
     if keywords.heldout is not None:
         tree["data"] = {**tree.get("data", {}), **_heldout(keywords.heldout, found)}
     if keywords.prompt is not None:
-        tree["prompt"] = _prompt(keywords.prompt, found)
-        if isinstance(keywords.prompt, str) and "init_text" in tree["prompt"]:
+        tree["prompt"] = _prompt(keywords.prompt, found, is_searched=bool(tree.get("search")))
+        if isinstance(keywords.prompt, str) and tree["prompt"].keys() & {"init_text", "text"}:
             tree["evaluation"] = {"handwritten": keywords.prompt, **tree.get("evaluation", {})}
     if model is not None:
         tree["model"] = {**tree.get("model", {}), "path": model}
@@ -171,12 +171,12 @@ def _heldout(heldout: Any, found: Found) -> dict[str, Any]:
     return {"heldout_path": path}
 
 
-def _prompt(prompt: Start, found: Found) -> dict[str, Any]:
+def _prompt(prompt: Start, found: Found, *, is_searched: bool) -> dict[str, Any]:
     if isinstance(prompt, Mapping):
         return dict(prompt)
     if isinstance(prompt, LoadedPrompt):
         if prompt.kind == "text":
-            return {"type": "soft", "init_text": prompt.text, "num_virtual_tokens": None}
+            return _text(prompt.text, is_searched)
         found.prompts[_START] = prompt.prompt
         return {"type": _built_in(prompt.kind), "from_artifact": _START}
     folder = artifact_folder(prompt)
@@ -188,7 +188,14 @@ def _prompt(prompt: Start, found: Found) -> dict[str, Any]:
             f"prompt is '{prompt}', which looks like a path, but there is no artifact; correct "
             "it, or write a text with spaces"
         )
-    return {"type": "soft", "init_text": prompt, "num_virtual_tokens": None}
+    return _text(prompt, is_searched)
+
+
+def _text(text: str, is_searched: bool) -> dict[str, Any]:
+    """The start at a text: a search begins with the text itself, gradients with its embeddings."""
+    if is_searched:
+        return {"type": "text", "text": text}
+    return {"type": "soft", "init_text": text, "num_virtual_tokens": None}
 
 
 def _built_in(kind: str) -> str:

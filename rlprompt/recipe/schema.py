@@ -204,7 +204,7 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _can_overlap(self) -> Recipe:
         overlap = self.training.overlap_rollouts
-        self.algorithm.check_ratio(drawn_ahead=overlap)
+        self.algorithm.check_ratio(prefetched=overlap)
         if not overlap:
             return self
         if not self.algorithm.has_ratio:

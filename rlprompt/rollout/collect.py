@@ -27,7 +27,7 @@ class RolloutBatch:
     rewards: RewardBatch
     rollout_seconds: float
     reward_seconds: float
-    drawn_ahead: bool = False
+    prefetched: bool = False
     """Whether the prompt has been updated since: sampling log-probabilities are then those of an
     earlier prompt."""
     products: RolloutProducts | None = field(default=None, compare=False, repr=False)

@@ -65,7 +65,7 @@ class _Behaviour:
         self.random = {k: v for k, v in state.items() if not k.startswith(start)}
 
 
-class OverlappedSource:
+class PrefetchedSource:
     """A source of rollouts that draws a batch ahead; see the module."""
 
     def __init__(self, source: RolloutSource, prompt: Prompt, behaviour: Prompt) -> None:
@@ -103,12 +103,12 @@ class OverlappedSource:
             drawn = self._draw(step, seed, keep_products=True)
         else:
             drawn = self._drawn or self._draw_again(step, seed)
-        ahead, self._epoch = self._start is not None, drawn.epoch
+        prefetched, self._epoch = self._start is not None, drawn.epoch
         self._start, self._drawn, self._behaviour.random = None, None, {}
-        return replace(drawn.batch, drawn_ahead=ahead)
+        return replace(drawn.batch, prefetched=prefetched)
 
     @contextmanager
-    def ahead(self, step: int, seed: int) -> Iterator[dict[str, float]]:
+    def prefetch(self, step: int, seed: int) -> Iterator[dict[str, float]]:
         """Draw the batch of a step, under the prompt as it is now, while the block runs.
 
         The block does not end before the batch is there. When it fails, the rollout is ended.

@@ -57,7 +57,7 @@ class Source(Protocol):
         """
         ...
 
-    def ahead(self, step: int, seed: int) -> AbstractContextManager[dict[str, float]]:
+    def prefetch(self, step: int, seed: int) -> AbstractContextManager[dict[str, float]]:
         """A block in which the batch of the next step may be drawn.
 
         Arguments are those that `collect` will be given then. What the block gives holds metrics,
@@ -97,8 +97,8 @@ class QuerySource:
 
         Args:
             queries: queries to draw from.
-            sampler: sampler of their numbers.
-            augment: change of a query before it is asked.
+            sampler: the order of their numbers.
+            augment: function that changes a query before it is asked.
         """
         self._queries = queries
         self._sampler = sampler
@@ -109,7 +109,7 @@ class QuerySource:
         """Passes over the training queries."""
         return self._sampler.epoch
 
-    def ahead(self, step: int, seed: int) -> AbstractContextManager[dict[str, float]]:
+    def prefetch(self, step: int, seed: int) -> AbstractContextManager[dict[str, float]]:
         """Nothing is drawn ahead."""
         del step, seed
         return nullcontext({})

@@ -47,7 +47,7 @@ def rows_of(batch: RolloutBatch) -> list[list[Row]]:
     for group in batch.groups:
         rows.append([Row(index + i, c) for i, c in enumerate(group.completions)])
         index += len(group.completions)
-        if batch.drawn_ahead:
+        if batch.prefetched:
             for row in rows[-1]:
                 row.sampling_logprobs = _drawn_with(row.completion)
     return rows

@@ -198,7 +198,7 @@ class GradientStep:
         self, following: int, seed: int | None
     ) -> AbstractContextManager[dict[str, float]]:
         """A block in which the source may draw the next batch, if there is a next step."""
-        return nullcontext({}) if seed is None else self.parts.source.ahead(following, seed)
+        return nullcontext({}) if seed is None else self.parts.source.prefetch(following, seed)
 
     def _next_lr(self, time_share: float) -> float:
         """Set the learning rate of the coming update."""
@@ -227,7 +227,7 @@ def _phases(batch: RolloutBatch, clock: PhaseClock, waited: float) -> dict[str, 
 
     A batch that was drawn ahead took none of this step; to wait for the next one counts as rollout.
     """
-    drew = 0.0 if batch.drawn_ahead else 1.0
+    drew = 0.0 if batch.prefetched else 1.0
     return {
         "rollout": drew * batch.rollout_seconds + waited,
         "reward": drew * batch.reward_seconds,

@@ -176,7 +176,7 @@ class Updater:
                 self._apply(result, optimizer, lr, max_grad_norm)
                 clock.lap("optimizer")
                 results.append(result)
-        metrics = merged(results, whole.signal, drawn_ahead=batch.drawn_ahead)
+        metrics = merged(results, whole.signal, prefetched=batch.prefetched)
         return whole.signal, {**metrics, **self._algorithm.after_batch(metrics)}
 
     def gradient(
@@ -340,7 +340,7 @@ class Updater:
         """Fill in what the algorithm needs of every row before the first update."""
         needs = self._algorithm.needs
         weighing = self._query_weights is not None and self._query_weights.needs_logprobs
-        later = self._algorithm.num_minibatches > 1 and not batch.drawn_ahead
+        later = self._algorithm.num_minibatches > 1 and not batch.prefetched
         if needs & {"old_logprobs", "values"} or later or weighing:
             for chosen, scores in self._score_all(batch, rows, self._policy.prompt):
                 remember(chosen, "old_logprobs", scores.logprobs)

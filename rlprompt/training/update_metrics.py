@@ -96,14 +96,14 @@ def account(
 
 
 def merged(
-    results: Sequence[UpdateResult], signal: Signal, *, drawn_ahead: bool = False
+    results: Sequence[UpdateResult], signal: Signal, *, prefetched: bool = False
 ) -> dict[str, float]:
     """Means over tokens or completions, then over updates; a mean over none is left out.
 
     Args:
         results: the results of the updates on a batch, in their order.
         signal: the signal of the batch.
-        drawn_ahead: whether the batch was drawn ahead, see `RolloutBatch`; what tokens were drawn
+        prefetched: whether the batch was drawn ahead, see `RolloutBatch`; what tokens were drawn
             with then tells how old the batch is, and nothing of how well engine and training agree.
     """
     out: dict[str, float] = defaultdict(float)
@@ -119,7 +119,7 @@ def merged(
         out["prompt/grad_norm"] += share * result.grad_norm
     # Later updates are off-policy on purpose: only the first compares like with like.
     first = results[0]
-    if first.num_sampled and drawn_ahead:
+    if first.num_sampled and prefetched:
         out["sampling/importance_sampling_ratio/mean"] = first.ratio_sum / first.num_sampled
         out["sampling/importance_sampling_ratio/max"] = first.largest_ratio
         out["off_policy/kl"] = first.kl_sum / first.num_sampled

@@ -91,7 +91,7 @@ class Training:
             ).groups
             hits = [float(c.token_ids[0] == TARGET) for g in groups for c in g.completions]
             batch, clock = scored(groups, hits), PhaseClock()
-            batch = replace(batch, drawn_ahead=ahead)
+            batch = replace(batch, prefetched=ahead)
             self.updater.learn(
                 batch, self.optimizer, partial(float, lr), 1.0, clock, seed=self.step
             )

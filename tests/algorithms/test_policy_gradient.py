@@ -61,9 +61,9 @@ def test_a_ratio_needs_later_updates_or_batches_drawn_ahead(settings: dict[str, 
     _, name = settings
     made = adapter.validate_python(settings)
     with pytest.raises(ValueError, match=rf"algorithm\.{name} has no effect with one update per"):
-        made.check_ratio(drawn_ahead=False)
-    made.check_ratio(drawn_ahead=True)
-    adapter.validate_python({**settings, "num_epochs": 2}).check_ratio(drawn_ahead=False)
+        made.check_ratio(prefetched=False)
+    made.check_ratio(prefetched=True)
+    adapter.validate_python({**settings, "num_epochs": 2}).check_ratio(prefetched=False)
 
 
 def view(rewards: list[float], **extra: Any) -> BatchView:

@@ -255,7 +255,7 @@ class Sampled:
         torch.manual_seed(seed)
         return sampled_batch(self.policy, seed=step)
 
-    def ahead(self, step: int, seed: int) -> AbstractContextManager[dict[str, float]]:
+    def prefetch(self, step: int, seed: int) -> AbstractContextManager[dict[str, float]]:
         return nullcontext({})
 
     @property

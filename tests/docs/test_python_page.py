@@ -14,17 +14,20 @@ from tests.docs.pages import DOCS
 
 STEPS = {
     'prompt="Answer in one short sentence.")\nprint': (
-        'prompt="Answer in one short sentence.", training={"steps": 1, "queries_per_step": 2})\n'
+        'prompt="Answer in one short sentence.", training={"steps": 1, "queries_per_step": 2}, '
+        'sampling={"max_tokens": 12})\n'
         "print"
     ),
     'training={"steps": 10, "queries_per_step": 4}': (
-        'training={"steps": 1, "queries_per_step": 2}, evaluation={"max_queries": 2}'
+        'training={"steps": 1, "queries_per_step": 2}, evaluation={"max_queries": 2}, '
+        'sampling={"max_tokens": 12}'
     ),
 }
 """What keeps the test short: text of the page, and what stands for it."""
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.model
 def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smollm2_dir: Path) -> None:
     page = (DOCS / "python.md").read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.text import TextPrompt
 from rlprompt.training.startup import check_trainable
+from rlprompt.types import Group
 from tests.fixtures.prompts import make
 from tests.invariants.oracle import (
     completion,
@@ -57,6 +59,13 @@ def _logprobs(policy: Policy, prompt: Prompt) -> Tensor:
     return flat(scores(policy, prompt, ASKED, GROUPS))
 
 
+def _gap(policy: Policy, prompt: Prompt, groups: Sequence[Group]) -> Tensor:
+    """Between the log-probabilities of drawn tokens in decoding and in the training forward."""
+    drawn = [group.completions for group in groups]
+    sampled = [torch.tensor(each.sampling_logprobs) for group in drawn for each in group]
+    return (flat(scores(policy, prompt, ASKED, drawn)) - torch.cat(sampled)).abs()
+
+
 @pytest.mark.model
 @pytest.mark.parametrize("kind", KINDS)
 def test_fresh_is_the_text(exact: Policy, kind: str) -> None:
@@ -77,11 +86,12 @@ def test_what_is_sampled_is_scored_and_a_run_could_start(fast: Policy, kind: str
     engine.sync(TextPrompt(TEXT))
     plain = engine.generate(ASKED, 2, sampling, seed=1)
     engine.sync(moved)
-    groups = engine.generate(ASKED, 2, sampling, seed=1).groups
-    got = scores(fast, moved, ASKED, [g.completions for g in groups])
-    sampled = torch.cat([torch.tensor(c.sampling_logprobs) for g in groups for c in g.completions])
-    gap = (flat(got) - sampled).abs()
-    assert float(gap.mean()) < 0.03  # two bfloat16 forwards round in different places
+    gap = _gap(fast, moved, engine.generate(ASKED, 2, sampling, seed=1).groups)
+    # Two bfloat16 forwards round in different places; how far apart they are depends on what
+    # multiplies (0.04 nats with AMX, under a plain text too).
+    rounding = float(_gap(fast, TextPrompt(TEXT), plain.groups).mean())
+    assert rounding < 0.06
+    assert float(gap.mean()) < max(0.03, 1.5 * rounding)
     assert float(gap.max()) < 0.4
     engine.sync(TextPrompt(TEXT))
     assert engine.generate(ASKED, 2, sampling, seed=1) == plain

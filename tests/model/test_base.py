@@ -329,7 +329,9 @@ def test_real_model(smollm2: FrozenBase) -> None:
 
 
 @pytest.mark.model
-def test_real_model_answers(smollm2: FrozenBase) -> None:
+def test_real_model_answers(smollm2_dir: Path) -> None:
+    """As transformers runs it: a base of its own, since a policy replaces modules."""
+    smollm2 = load_base(ModelSettings(path="smollm2-135m"))
     tokenizer = smollm2.tokenizer
     messages = [
         {"role": "user", "content": "What is the capital of France?"},

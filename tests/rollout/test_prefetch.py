@@ -179,7 +179,7 @@ def test_the_ratio_is_that_of_now_and_the_prompt_before_the_last_update(
     watch = Watch(trainer)
     trainer.run()
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
-    assert [batch.drawn_ahead for batch in watch.batches] == [False, True, True, True]
+    assert [batch.prefetched for batch in watch.batches] == [False, True, True, True]
     for step in (1, 2, 3):
         batch = watch.batches[step]
         now, mask = watch.logprobs(batch, watch.prompts[step])

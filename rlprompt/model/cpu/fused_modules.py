@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rlprompt.kernels.cpu import ops
-from rlprompt.model.cpu.packed_linear import FrozenLinear, PackedWeight
+from rlprompt.model.cpu.packed_linear import PackedLinear, PackedWeight
 from rlprompt.model.cpu.rollout_products import ProductRows
 from rlprompt.model.forward.attention import AttentionContext, LayerCall, attention_function
 
@@ -43,7 +43,7 @@ class JoinedLinear:
     def take_over(self) -> None:
         """Give back what the layers have packed one by one: only a wrapped layer needs that."""
         for layer in self._layers:
-            if isinstance(layer, FrozenLinear):
+            if isinstance(layer, PackedLinear):
                 layer.packed.forget()
 
     def __call__(
@@ -142,7 +142,7 @@ class FusedAttention(nn.Module):
 
 def _applied(module: nn.Module, x: Tensor, products: ProductRows | None) -> Tensor:
     """The output of a linear layer or an MLP; one that has been wrapped knows of no products."""
-    takes = products is not None and isinstance(module, FrozenLinear | FusedMLP)
+    takes = products is not None and isinstance(module, PackedLinear | FusedMLP)
     out: Tensor = module(x, products) if takes else module(x)
     return out
 
@@ -184,7 +184,7 @@ def fuse_modules(body: nn.Module) -> int:
     """Replace what the kernels can stand in for, in place.
 
     Args:
-        body: a frozen bf16 decoder on a CPU whose linear layers are `FrozenLinear` and whose
+        body: a frozen bf16 decoder on a CPU whose linear layers are `PackedLinear` and whose
             attention is rlprompt's.
 
     Returns:
@@ -205,7 +205,7 @@ def fuse_modules(body: nn.Module) -> int:
 def allow_kernel(model: nn.Module) -> None:
     """Let the kernels multiply few rows in all packed layers of a model, after `fuse_modules`."""
     for module in model.modules():
-        if isinstance(module, FrozenLinear):
+        if isinstance(module, PackedLinear):
             module.packed.allow_kernel()
         elif isinstance(module, FusedAttention | FusedMLP):
             module.joined.packed.allow_kernel()
@@ -311,7 +311,7 @@ def _frozen(
 ) -> bool:
     """Whether these are all the children, and the linear ones are packed."""
     known = set(children) == {*linears, *others}
-    return known and all(type(children[name]) is FrozenLinear for name in linears)
+    return known and all(type(children[name]) is PackedLinear for name in linears)
 
 
 def _agree(ours: Tensor, theirs: Tensor) -> bool:

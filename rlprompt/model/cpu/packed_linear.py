@@ -38,7 +38,7 @@ class PackedWeight:
     Several layers that share an input may be packed as one: their outputs stand side by side.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear | FrozenLinear]) -> None:
+    def __init__(self, layers: Sequence[nn.Linear | PackedLinear]) -> None:
         """Keep the layers; their parameters are read when packing, and never again."""
         self._layers = tuple(layers)
         self._forward: Tensor | None = None
@@ -94,12 +94,12 @@ class PackedWeight:
         Returns:
             [..., outputs].
         """
-        additions = [x.addition if isinstance(x, FrozenLinear) else None for x in self._layers]
+        additions = [x.addition if isinstance(x, PackedLinear) else None for x in self._layers]
         if any(addition is not None for addition in additions):
             widths = [layer.out_features for layer in self._layers]
             return low_rank_product(x, self, widths, additions, products)
         if torch.is_grad_enabled() and x.requires_grad:
-            out: Tensor = _PackedLinear.apply(x, self, products)  # type: ignore[no-untyped-call]
+            out: Tensor = _PackedProduct.apply(x, self, products)  # type: ignore[no-untyped-call]
             return out
         return self.forward_or_take(x, products)[0]
 
@@ -153,7 +153,7 @@ class PackedWeight:
         return weights[0] if len(weights) == 1 else torch.cat(weights)
 
 
-class _PackedLinear(torch.autograd.Function):
+class _PackedProduct(torch.autograd.Function):
     """y = x W^T + b with packed W forward and packed W^T backward; nothing saved."""
 
     @staticmethod
@@ -166,7 +166,7 @@ class _PackedLinear(torch.autograd.Function):
         return ctx.packed.input_gradient(grads[0]), None, None
 
 
-class FrozenLinear(nn.Module):
+class PackedLinear(nn.Module):
     """A stand-in for a frozen bf16 `nn.Linear` on a CPU, with the same parameters and results."""
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -220,7 +220,7 @@ def can_pack(model: nn.Module) -> bool:
     if linear.weight.dtype != torch.bfloat16:
         return False
     try:
-        frozen = FrozenLinear(linear)
+        frozen = PackedLinear(linear)
         x = torch.randn(3, linear.in_features, generator=torch.Generator().manual_seed(0))
         packed = frozen.packed_forward(x.bfloat16())
         frozen.packed_input_gradient(packed)
@@ -232,7 +232,7 @@ def can_pack(model: nn.Module) -> bool:
 
 
 def pack_linears(model: nn.Module) -> int:
-    """Replace every `nn.Linear` of a frozen model by a `FrozenLinear`, in place.
+    """Replace every `nn.Linear` of a frozen model by a `PackedLinear`, in place.
 
     Returns:
         How many layers were replaced; 0 where packing does not apply (see `can_pack`).
@@ -244,7 +244,7 @@ def pack_linears(model: nn.Module) -> int:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
-                frozen = FrozenLinear(child)
+                frozen = PackedLinear(child)
                 if id(child.weight) in tables:
                     frozen.packed.keep_original()
                 setattr(parent, name, frozen)
@@ -277,7 +277,7 @@ def head_of(output: nn.Module, softcap: float | None, scale: float = 1.0) -> Hea
 def _both_directions(
     output: nn.Module, weight: Tensor
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    if isinstance(output, FrozenLinear):
+    if isinstance(output, PackedLinear):
         return output.packed_forward, output.packed_input_gradient
     frozen = weight.detach()
     if frozen.numel():

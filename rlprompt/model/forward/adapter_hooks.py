@@ -1,9 +1,9 @@
 """Linear layers of a base that an adapter may change, and how: by hooks, or beside their products.
 
 A hook leaves module and weight as they are, so that names, bytes and fingerprint of the base stay,
-and it acts on `FrozenLinear` as on `nn.Linear`. It acts where a layer's module is called: code that
+and it acts on `PackedLinear` as on `nn.Linear`. It acts where a layer's module is called: code that
 reads weights past the modules must not run under an adapter. What is of low rank is added by the
-C++ kernels where these multiply a layer (`FrozenLinear.addition`), with a hook's bits.
+C++ kernels where these multiply a layer (`PackedLinear.addition`), with a hook's bits.
 """
 
 from __future__ import annotations

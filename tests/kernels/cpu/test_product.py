@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlprompt.kernels.cpu import ops
 from rlprompt.kernels.cpu.product import MOST_ROWS, packed_product, product_chunk
-from rlprompt.model.cpu.packed_linear import FrozenLinear, pack_weight
+from rlprompt.model.cpu.packed_linear import PackedLinear, pack_weight
 from rlprompt.model.files.fetch import cache_dir
 
 USABLE = ops.choose("auto", cache_dir() / "kernels", torch.bfloat16, torch.device("cpu"))
@@ -63,7 +63,7 @@ def test_wrong_rows_are_refused() -> None:
 def test_a_frozen_layer_uses_it_for_few_rows_only(
     biased: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer = FrozenLinear(torch.nn.Linear(64, 128, bias=biased).bfloat16().requires_grad_(False))
+    layer = PackedLinear(torch.nn.Linear(64, 128, bias=biased).bfloat16().requires_grad_(False))
     few, many = torch.randn(2, 3, 64).bfloat16(), torch.randn(MOST_ROWS + 1, 64).bfloat16()
     before = [layer(few), layer(many)]
     layer.packed.allow_kernel()

@@ -10,7 +10,7 @@ from torch import nn
 
 from rlprompt.kernels.cpu import ops
 from rlprompt.model.cpu.fused_modules import FusedAttention, FusedMLP
-from rlprompt.model.cpu.packed_linear import FrozenLinear
+from rlprompt.model.cpu.packed_linear import PackedLinear
 from rlprompt.model.files.fetch import cache_dir
 from rlprompt.policy import Policy
 from tests.fixtures.runs import sampled_batch, tiny_policy
@@ -23,13 +23,13 @@ pytestmark = pytest.mark.skipif(
 JOINED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 
 
-def joined_layers(policy: Policy) -> Iterator[FrozenLinear]:
+def joined_layers(policy: Policy) -> Iterator[PackedLinear]:
     """The layers whose products run as one."""
     for module in policy.forward.body.modules():
         if isinstance(module, FusedAttention | FusedMLP):
             for name, child in module.named_children():
                 if name in JOINED:
-                    assert isinstance(child, FrozenLinear)
+                    assert isinstance(child, PackedLinear)
                     yield child
 
 
@@ -44,7 +44,7 @@ def test_what_is_joined_is_packed_once() -> None:
 
 
 def test_a_layer_that_gave_its_copy_back_packs_again() -> None:
-    layer = FrozenLinear(nn.Linear(64, 32, bias=False).bfloat16().requires_grad_(False))
+    layer = PackedLinear(nn.Linear(64, 32, bias=False).bfloat16().requires_grad_(False))
     x = torch.randn(3, 64).bfloat16()
     grad = torch.randn(3, 32).bfloat16()
     before = layer(x), layer.packed_input_gradient(grad)

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from rlprompt.kernels.cpu import ops
 from rlprompt.model.cpu.low_rank import low_rank_product, side_by_side
-from rlprompt.model.cpu.packed_linear import FrozenLinear, PackedWeight
+from rlprompt.model.cpu.packed_linear import PackedLinear, PackedWeight
 from rlprompt.model.files.fetch import cache_dir
 from rlprompt.model.forward.adapter_hooks import attach_low_rank
 from rlprompt.types import LowRank
@@ -19,8 +19,8 @@ needs_kernels = pytest.mark.skipif(not USABLE, reason="the CPU kernels cannot be
 SCALE = 0.5
 
 
-def _linear(inputs: int, outputs: int) -> FrozenLinear:
-    linear = FrozenLinear(nn.Linear(inputs, outputs, bias=False).bfloat16().requires_grad_(False))
+def _linear(inputs: int, outputs: int) -> PackedLinear:
+    linear = PackedLinear(nn.Linear(inputs, outputs, bias=False).bfloat16().requires_grad_(False))
     linear.packed.allow_kernel()
     return linear
 
@@ -30,7 +30,7 @@ def _part(inputs: int, outputs: int, rank: int = 3) -> LowRank:
     return LowRank(down, nn.Parameter(torch.randn(outputs, rank)), SCALE)
 
 
-def _plain(x: Tensor, layers: list[FrozenLinear], parts: list[LowRank | None]) -> Tensor:
+def _plain(x: Tensor, layers: list[PackedLinear], parts: list[LowRank | None]) -> Tensor:
     """The same in float32, as autograd sees it."""
     outs = []
     for layer, part in zip(layers, parts, strict=True):
@@ -82,7 +82,7 @@ def test_gradients_are_those_of_the_plain_form(
 
 @needs_kernels
 def test_it_is_beside_the_product_where_a_kernel_can_and_a_hook_elsewhere() -> None:
-    odd = FrozenLinear(nn.Linear(16, 24, bias=False).bfloat16().requires_grad_(False))
+    odd = PackedLinear(nn.Linear(16, 24, bias=False).bfloat16().requires_grad_(False))
     odd.packed.allow_kernel()
     fits = _linear(16, 32)
     model = nn.ModuleDict({"fits": fits, "odd": odd, "plain": nn.Linear(16, 32)})

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rlprompt.model.cpu import packed_linear as frozen
-from rlprompt.model.cpu.packed_linear import FrozenLinear, can_pack, head_of, pack_linears
+from rlprompt.model.cpu.packed_linear import PackedLinear, can_pack, head_of, pack_linears
 from tests.fixtures.tiny import tiny_model
 
 
@@ -26,7 +26,7 @@ needs_packing = pytest.mark.skipif(
 @pytest.mark.parametrize("shape", [(1, 48), (3, 48), (1, 7, 48), (1, 200, 48), (2, 3, 5, 48)])
 def test_forward_and_input_gradient_are_those_of_linear(bias: bool, shape: tuple[int, ...]) -> None:
     linear = _linear(bias)
-    packed = FrozenLinear(linear)
+    packed = PackedLinear(linear)
     x = torch.randn(shape, dtype=torch.bfloat16, requires_grad=True)
     upstream = torch.randn(*shape[:-1], 80, dtype=torch.bfloat16)
     ours, theirs = packed(x), linear(x)
@@ -39,7 +39,7 @@ def test_forward_and_input_gradient_are_those_of_linear(bias: bool, shape: tuple
 
 @needs_packing
 def test_strided_inputs_and_gradients_give_the_same() -> None:
-    packed = FrozenLinear(_linear())
+    packed = PackedLinear(_linear())
     x = torch.randn(48, 9, dtype=torch.bfloat16).t().requires_grad_()
     dense = x.detach().contiguous().requires_grad_()
     upstream = torch.randn(80, 9, dtype=torch.bfloat16).t()
@@ -52,7 +52,7 @@ def test_strided_inputs_and_gradients_give_the_same() -> None:
 
 @needs_packing
 def test_without_a_gradient_the_result_is_the_same() -> None:
-    packed = FrozenLinear(_linear())
+    packed = PackedLinear(_linear())
     x = torch.randn(5, 48, dtype=torch.bfloat16)
     with torch.no_grad():
         plain = packed(x)
@@ -97,7 +97,7 @@ def test_packing_that_computes_something_else_is_not_used(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 def test_the_head_maps_in_both_directions(dtype: torch.dtype, scale: float) -> None:
     output = nn.Linear(48, 80, bias=False).to(dtype).requires_grad_(False)
-    wrapped = FrozenLinear(output) if can_pack(output) else output
+    wrapped = PackedLinear(output) if can_pack(output) else output
     head = head_of(wrapped, softcap=3.0, scale=scale)
     assert (head.vocab_size, head.softcap, head.dtype) == (80, 3.0, dtype)
     hidden, grad = torch.randn(5, 48, dtype=dtype), torch.randn(5, 80, dtype=dtype)

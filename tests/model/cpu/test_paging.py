@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlprompt.model.cpu.packed_linear import FrozenLinear
+from rlprompt.model.cpu.packed_linear import PackedLinear
 from rlprompt.model.cpu.paging import page_out
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it is Linux that is asked")
@@ -64,7 +64,7 @@ def test_a_packed_layer_lets_its_weight_go_unless_something_else_reads_it(mapped
     linear = torch.nn.Linear(4096, 1024, bias=False)
     linear.weight = torch.nn.Parameter(mapped, requires_grad=False)
     for kept in (True, False):
-        layer = FrozenLinear(linear)
+        layer = PackedLinear(linear)
         if kept:
             layer.packed.keep_original()
         layer(torch.randn(2, 4096).bfloat16())
