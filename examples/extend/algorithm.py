@@ -9,7 +9,7 @@ Letters: N groups, G completions of each, B = N * G, b rows of a micro-batch, T 
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 import rlprompt.extend as rl
@@ -22,15 +22,6 @@ class MaxRLSettings(rl.AlgorithmSettings):
     """Completions drawn per query; their mean reward is the baseline, and what it is divided by."""
     strength: float = Field(default=1.0, ge=0.0, le=1.0)
     """Power of the mean: 0 = REINFORCE with the group's mean as its baseline, 1 = MaxRL."""
-
-    @model_validator(mode="after")
-    def _one_update_per_batch(self) -> MaxRLSettings:
-        if self.num_epochs * self.num_minibatches > 1:
-            raise ValueError(
-                "num_epochs and num_minibatches must be 1, because there is no probability ratio "
-                "to correct for a second update; remove them"
-            )
-        return self
 
 
 class MaxRL(rl.Algorithm):
@@ -47,7 +38,7 @@ class MaxRL(rl.Algorithm):
     def signal(self, view: rl.BatchView) -> rl.Signal:
         """Advantages [B], from the rewards of a batch; NaN is "could not be scored"."""
         grouped = view.rewards.view(-1, view.group_size)  # [N, G]
-        if bool((grouped < 0).any()):
+        if self.settings.strength and bool((grouped < 0).any()):
             raise rl.InputError(
                 "MaxRL divides by the mean reward of a query, and one is negative; give rewards of "
                 "at least 0"
@@ -62,6 +53,11 @@ class MaxRL(rl.Algorithm):
         return rl.row_weights(counted_lengths, "constant", self.max_tokens)
 
     def losses(self, scores: rl.TokenScores, micro: rl.MicroSignal) -> rl.TokenLosses:
-        """The loss of a micro-batch; `weights` are those above, 0 in the padding."""
-        loss = -(micro.weights * micro.advantages * scores.logprobs).sum()
+        """The loss of a micro-batch; `weights` are those above, 0 in the padding.
+
+        In the first update on a batch the ratio is 1, and its gradient that of the log-probability.
+        """
+        old = scores.logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
+        ratio = (scores.logprobs - old).exp()
+        loss = -(micro.weights * micro.advantages * ratio).sum()
         return rl.TokenLosses(rl=loss, metrics={"entropy": scores.entropy.detach()})

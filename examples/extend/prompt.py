@@ -20,8 +20,8 @@ import rlprompt.extend as rl
 class LowRankSettings(rl.PromptSettings):
     """What a recipe may say."""
 
-    num_virtual_tokens: int = Field(default=16, ge=1)
-    """m; the text is repeated or cut to it."""
+    num_virtual_tokens: int | None = Field(default=None, ge=1)
+    """m, to which the text is repeated or cut; null = as many as it has."""
     init_text: str = "You are a helpful assistant."
     """Text that the prompt starts from, exactly."""
     rank: int = Field(default=2, ge=1)
@@ -50,9 +50,9 @@ class LowRankPrompt(rl.SlotPrompt):
     ) -> Self:
         """A fresh prompt: exactly its text."""
         del load, before  # it starts from no artifact, and means the same wherever it stands
-        m, r = settings.num_virtual_tokens, settings.rank
-        start = conditioner.embed(rl.start_ids(settings.init_text, m, conditioner, seed)).float()
-        left = torch.randn(m, r, generator=torch.Generator().manual_seed(seed)) / r**0.5
+        ids = rl.start_ids(settings.init_text, settings.num_virtual_tokens, conditioner, seed)
+        start, r = conditioner.embed(ids).float(), settings.rank
+        left = torch.randn(len(ids), r, generator=torch.Generator().manual_seed(seed)) / r**0.5
         return cls(start, left.to(start), start.new_zeros(r, start.shape[1]), settings.init_text)
 
     @classmethod

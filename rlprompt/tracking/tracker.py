@@ -163,6 +163,11 @@ class TrackerGroup:
         self._settings = settings or TrackingSettings()
         self._running: list[str] = []
 
+    @property
+    def names(self) -> list[str]:
+        """The trackers by name, in the order in which they are called."""
+        return list(self._trackers)
+
     def start(self, run: RunInfo) -> None:
         """Start every tracker.
 

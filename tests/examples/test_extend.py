@@ -220,7 +220,7 @@ def test_it_can_be_part_of_a_sequence(tiny: Sequence[str], tmp_path: Path) -> No
     [
         ("algorithm.strenght=1", "unknown key 'algorithm.strenght'; did you mean 'strength'?"),
         ("algorithm.strength=2", "'algorithm.strength' must be at most 1.0, given 2"),
-        ("algorithm.num_epochs=2", "'algorithm': num_epochs and num_minibatches must be 1"),
+        ("algorithm.num_epochs=0", "'algorithm.num_epochs' must be at least 1, given 0"),
         ("prompt.rank=two", "'prompt.rank' must be an integer, given 'two'"),
         ("engine.log_evry=1", "unknown key 'engine.log_evry'; did you mean 'log_every'?"),
         (
