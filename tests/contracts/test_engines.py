@@ -78,7 +78,9 @@ def test_completions_end_where_they_should(name: str) -> None:
     assert told[-1] == max(len(each.token_ids) for each in completions)
 
 
-@pytest.mark.parametrize("prompt", [None, TextPrompt("the rain"), NonePrompt()], ids=str)
+@pytest.mark.parametrize(
+    "prompt", [None, TextPrompt("the rain"), NonePrompt()], ids=["soft", "text", "none"]
+)
 @pytest.mark.parametrize("name", KINDS)
 def test_sampling_logprobs_are_those_of_the_training_forward(
     name: str, prompt: Prompt | None
