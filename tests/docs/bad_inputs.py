@@ -537,8 +537,8 @@ CLUSTER = [
 SECTIONS: dict[str, list[tuple[str, Callable[[Project], Sequence[str]]]]] = {
     "Recipes": RECIPES,
     "Prompts": PROMPTS,
-    "Search": SEARCHES,
     "Classes of your own": OWN,
+    "Search": SEARCHES,
     "Models": MODELS,
     "Rewards": REWARDS,
     "Rewards that ask a model": ASKING,
