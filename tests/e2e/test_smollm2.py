@@ -15,6 +15,7 @@ from rlprompt.files import read_jsonl
 from rlprompt.policy import open_policy
 from rlprompt.recipe.build import build_single_run
 from rlprompt.recipe.schema import Recipe
+from tests.fixtures.products import KEEPS
 from tests.fixtures.runs import REWARDS, comparable_rows
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
@@ -55,7 +56,10 @@ def test_two_and_two_steps_are_four(tmp_path: Path, smollm2_dir: Path) -> None:
     rows = read_jsonl(straight / "metrics.jsonl")
     assert all(row["prompt/grad_norm"] > 0 for row in rows)
     assert rows[-1]["prompt/drift_from_init"] > 0
-    assert all(row["sampling/sampling_logp_difference/mean"] < 0.05 for row in rows)
+    # Where decoding and training multiply in the same order they agree; else both round, each in
+    # its own places (0.06 nats with AMX).
+    most = 0.001 if KEEPS else 0.1
+    assert all(row["sampling/sampling_logp_difference/mean"] < most for row in rows)
 
     with pytest.raises(InputError, match="fell over"):
         build_single_run(recipe(2), tmp_path, resumed).run()
