@@ -20,7 +20,7 @@ PACKAGE = "rlprompt"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("ground",),
-    ("kernels", "data", "tracking"),
+    ("certify", "kernels", "data", "tracking"),
     ("model",),
     ("prompts",),
     ("policy",),
