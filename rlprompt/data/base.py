@@ -116,3 +116,5 @@ class QuerySplit:
     """Empty only when the recipe says `heldout: 0`."""
     fingerprint: str
     """sha256 (hex) over both sides: messages, columns and order; a checkpoint can compare it."""
+    test: tuple[Query, ...] = ()
+    """Queries that nothing is chosen on; empty where the data has no such split."""
