@@ -146,7 +146,7 @@ def sign_flip_test(differences: NDArray[np.float64]) -> float:
     Args:
         differences: mean difference of each query, [Q], without NaN.
     """
-    if not len(differences) or not differences.any():
+    if len(differences) < 2 or not differences.any():
         return 1.0
     result = stats.permutation_test(
         (differences,),
