@@ -27,6 +27,10 @@ class Progress:
     """Its held-out reward."""
     stale_evaluations: int = 0
     """Evaluations since then."""
+    evaluated_step: int = -1
+    """Step of the last held-out evaluation of the prompt; -1 = none yet."""
+    extent: list[int | None] = field(default_factory=list)
+    """How far the run was to go, as `runs.changes.extent` has it; empty before it began."""
     seconds: float = 0.0
     """Time spent, summed over resumed parts."""
     num_tokens: int = 0
@@ -119,5 +123,7 @@ class RunState:
         best = {name: tensor.clone() for name, tensor in named_under(tensors, "best").items()}
         # Earlier versions kept nothing but tensors.
         self.best = LearnerState(best, checkpoint.state.get("best", {}))
-        self.progress = Progress(**copy.deepcopy(checkpoint.state["progress"]))
+        stored = copy.deepcopy(checkpoint.state["progress"])
+        # Earlier versions evaluated before they saved, and did not say so.
+        self.progress = Progress(**{"evaluated_step": stored.get("step", 0), **stored})
         restore_global_random_state(tensors, checkpoint.state["random"])
