@@ -40,6 +40,9 @@ class EvaluationSettings(Settings):
     max_queries: int | None = Field(default=None, ge=1)
     """Evaluate on the first this many queries of a split; null = all."""
 
+    query_information: bool = False
+    """Also measure how much an answer tells about its query, under the base, in nats per token: a
+    sign of relevance that no built-in reward looks at. One more pass over the answers."""
     select_by: str = "reward"
     """What makes a prompt the best one, which the artifact holds: `reward` (the total), or the name
     of a reward, such as a gold one with the role `metric` that the trained reward cannot buy."""

@@ -1,4 +1,4 @@
-"""Numbers about a prompt that no reward gives: log-probabilities of completions.
+"""Numbers about a prompt that no reward gives: log-probabilities under the base or the prompt.
 
 Letters: Q queries, B completions, T tokens.
 """
@@ -16,7 +16,7 @@ from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.text import NonePrompt
 from rlprompt.rollout.packing import pack
-from rlprompt.types import Group
+from rlprompt.types import Completion, Group, Query
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,55 @@ class BaseLogprob:
     def __call__(self, prompt: Prompt, drawn: Sequence[Group]) -> TokenMeans:
         """See the class."""
         return logprobs_by_query(self._policy, NonePrompt(), drawn, self._budget)
+
+
+class QueryInformation:
+    """How much an answer tells about its query: log p(query | answer) - log p(query), in nats.
+
+    Per token of the query, under the base without a system message, which is asked for the question
+    behind the answer, and behind no answer. It is the pointwise mutual information of the two, used
+    to rank answers by Li et al. (2016, arXiv 1510.03055, section 4.2). No reward of ours looks at
+    it, so it can tell whether answers that a reward likes still are about what was asked. It cannot
+    tell whether they are true.
+    """
+
+    def __init__(self, policy: Policy, token_budget: int) -> None:
+        """Score in micro-batches of at most `token_budget` packed tokens."""
+        self._policy = policy
+        self._budget = token_budget
+
+    def __call__(self, prompt: Prompt, drawn: Sequence[Group]) -> TokenMeans:
+        """See the class; what the prompt is does not matter.
+
+        Raises:
+            InputError: see `ChatSlot.completion_ids`, or answer and query are too long for the
+                base together.
+        """
+        asked = [
+            Group(_behind(completion.text), (self._given(group.query.text),))
+            for group in drawn
+            for completion in group.completions
+        ]
+        alone = [Group(_behind(""), (self._given(group.query.text),)) for group in drawn]
+        known = logprobs_by_query(self._policy, NonePrompt(), asked, self._budget)
+        before = logprobs_by_query(self._policy, NonePrompt(), alone, self._budget)
+        totals, counts, place = [], [], 0
+        for g, group in enumerate(drawn):
+            copies = len(group.completions)
+            told = sum(known.totals[place : place + copies])
+            totals.append(told - copies * before.totals[g])
+            counts.append(copies * before.counts[g])
+            place += copies
+        return TokenMeans(totals, counts)
+
+    def _given(self, text: str) -> Completion:
+        return Completion(tuple(self._policy.slot.completion_ids(text)), (), text, True)
+
+
+def _behind(answer: str) -> Query:
+    """What is asked about an answer, or about none."""
+    text = f"Here is an answer.\n\n{answer}\n\nWhat was the question?"
+    return Query(({"role": "user", "content": text},))
 
 
 class TargetLogprob:

@@ -23,7 +23,14 @@ from rlprompt.engines.base import Engine
 from rlprompt.engines.make import make_engine, require_support
 from rlprompt.errors import InputError
 from rlprompt.evaluation.heldout import Criterion, HeldoutEvaluator
-from rlprompt.evaluation.measures import BaseKL, BaseLogprob, Measure, TargetLogprob, TeacherKL
+from rlprompt.evaluation.measures import (
+    BaseKL,
+    BaseLogprob,
+    Measure,
+    QueryInformation,
+    TargetLogprob,
+    TeacherKL,
+)
 from rlprompt.model.sharded.shards import ShardSettings
 from rlprompt.policy import Policy, open_policy
 from rlprompt.prompts.base import Prompt
@@ -432,6 +439,8 @@ def _evaluator(
         "base_logprob": BaseLogprob(policy, budget),
         "base_kl": BaseKL(policy, budget),
     }
+    if settings.query_information:
+        measures["query_information"] = QueryInformation(policy, budget)
     criterion: Criterion | None = None
     columns = recipe.algorithm.answer_columns[:1]
     if columns and queries:

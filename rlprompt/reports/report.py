@@ -30,6 +30,7 @@ _MAX_RECIPE = 60_000
 _TABLE_EXTRAS = {
     "base_logprob": "log-probability under the base (nats per token)",
     "base_kl": "KL to the base (nats per token)",
+    "query_information": "information about the query (nats per token)",
     "mean_length": "completion length (tokens)",
     "terminated_share": "share that ended by itself",
 }

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from rlprompt.engines.native import NativeEngine
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.evaluation.heldout import EvaluationSettings, HeldoutEvaluator
-from rlprompt.evaluation.measures import BaseKL, BaseLogprob
+from rlprompt.evaluation.measures import BaseKL, BaseLogprob, QueryInformation
 from rlprompt.policy import Policy
 from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.rewards.base import LoadedReward, RewardSettings
@@ -134,6 +134,34 @@ def test_base_kl_is_that_of_two_whole_conversations(token_budget: int) -> None:
     assert expected > 0.01
     assert measure(TextPrompt(text), groups).mean == pytest.approx(expected, abs=1e-4)
     assert measure(NonePrompt(), groups).mean == pytest.approx(0.0, abs=1e-6)
+
+
+def test_query_information_is_that_of_two_whole_conversations() -> None:
+    """log p(query | answer) - log p(query) per token, against transformers' own forwards."""
+    policy = tiny_policy()
+    groups = evaluator(policy).evaluate(NonePrompt(), 1).batch.groups
+    model, tokenizer = tiny_model("llama"), policy.base.tokenizer
+
+    def logprob(answer: str, query: str) -> tuple[float, int]:
+        text = f"Here is an answer.\n\n{answer}\n\nWhat was the question?"
+        rendered = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+        )
+        asked = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        given = policy.slot.completion_ids(query)
+        with torch.no_grad():
+            logits: torch.Tensor = model(input_ids=torch.tensor([[*asked, *given]])).logits[0]
+        table = logits[len(asked) - 1 : -1].log_softmax(-1)
+        return float(table.gather(1, torch.tensor(given)[:, None]).sum()), len(given)
+
+    total, count = 0.0, 0
+    for group in groups:
+        for completion in group.completions:
+            told, tokens = logprob(completion.text, group.query.text)
+            total, count = total + told - logprob("", group.query.text)[0], count + tokens
+    found = QueryInformation(policy, 256)(policy.prompt, groups)
+    assert found.mean == pytest.approx(total / count, abs=1e-4) and abs(found.mean) > 1e-4
+    assert len(found.by_query) == len(groups)
 
 
 def test_evaluating_leaves_the_trained_prompt_alone() -> None:

@@ -159,7 +159,10 @@ def _comparison(heldout: Mapping[str, Row]) -> Table:
         ("ended by themselves", "terminated_share"),
         ("log-prob under base", "base_logprob"),
         ("KL to base", "base_kl"),
+        ("information about the query", "query_information"),
     ):
+        if all(heldout[who].get(key) is None for who in shown):
+            continue
         table.add_row(label, *(format_number(heldout[who].get(key)) for who in shown))
     return table
 
