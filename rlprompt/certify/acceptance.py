@@ -36,6 +36,7 @@ Letters: T queries, J bets.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -151,12 +152,7 @@ class PairedTest:
         Args:
             state: what `state_dict` gave.
         """
-        return cls(
-            **{
-                name: list(value) if isinstance(value, list) else value
-                for name, value in state.items()
-            }
-        )
+        return cls(**copy.deepcopy(dict(state)))
 
     def _fresh(self, values: NDArray[np.float64], queries: Sequence[int | str] | None) -> list[int]:
         """Places of differences that are known and belong to queries not met before."""

@@ -87,7 +87,7 @@ def test_what_cannot_be_scored_or_was_met_before_says_nothing() -> None:
 
 
 def test_the_spread_is_a_promise_that_is_checked() -> None:
-    with pytest.raises(ValueError, match="a difference is 1.5, beyond the spread of 1"):
+    with pytest.raises(ValueError, match=r"a difference is 1\.5, beyond the spread of 1"):
         PairedTest(0.05).update([0.2, 1.5])
     assert PairedTest(0.05).update([1.0 + 1e-7]) == "more"
     wide, narrow = PairedTest(0.05, spread=20.0, min_effect=2.0), PairedTest(0.05)

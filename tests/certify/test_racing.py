@@ -52,11 +52,11 @@ def test_queries_met_before_say_nothing_and_end_the_race() -> None:
     race = Race(2)
     scores = np.array([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
     race.update(scores, ["a", "b", "a"])
-    assert race.test(1, 0).num_queries == 2 and not race.is_over
-    race.update(scores, ["b", "c", "b"])
-    assert race.test(1, 0).num_queries == 3 and not race.is_over
-    race.update(scores, ["a", "b", "c"])
-    assert race.test(1, 0).num_queries == 3 and race.is_over
+    stands = [(race.test(1, 0).num_queries, race.is_over)]
+    for queries in (["b", "c", "b"], ["a", "b", "c"]):
+        race.update(scores, queries)
+        stands.append((race.test(1, 0).num_queries, race.is_over))
+    assert stands == [(2, False), (3, False), (3, True)]
     assert race.left == (0, 1) and race.incumbent == 0
 
 
