@@ -222,8 +222,8 @@ def _require_marks(table: Table, column: str, name: str) -> None:
         if _side_of(row.get(column)) != name:
             raise InputError(
                 f"{table.where(position)} is for the {SIDES[name]} split and has "
-                f"{row.get(column)!r} in the split column '{column}'; leave only rows "
-                f"marked '{SIDES[name]}' there"
+                f"{row.get(column)!r} in the split column '{column}'; leave only rows marked "
+                f"'{SIDES[name]}' there"
             )
 
 

@@ -87,6 +87,19 @@ def test_a_race_ends_when_one_text_is_left(tmp_path: Path) -> None:
     assert times == pytest.approx([row["step_time"] for row in metrics])
 
 
+def test_by_evidence_a_search_ends_when_it_has_met_all_queries(tmp_path: Path) -> None:
+    """A few queries show nothing at 5%: the text it began with stays, and no more is drawn."""
+    output = tmp_path / "run"
+    changes: dict[str, Any] = {"search": {"completions": None}, "training": {"steps": 60}}
+    summary = search_run(tmp_path, output, **changes).run()
+    rows = trained_rows(output)
+    met = {(row["query"], row["candidate"]) for row in rows}
+    # All but those of the last step, which brought no new query and so ended it.
+    assert len(rows) == len(met) + len(TEXTS) + 1
+    assert summary["steps"] < 60 and summary["stopped_because"] == "finished"
+    assert text_of(output) == "Be nice."
+
+
 def test_a_finished_search_is_resumed_without_change(tmp_path: Path) -> None:
     output = tmp_path / "run"
     changes = {"training": {"steps": 30}}
@@ -126,13 +139,13 @@ def assert_same_search(one: Path, two: Path) -> None:
 SIX: dict[str, Any] = {"training": {"steps": 6, "save_every": 2}}
 
 
-@pytest.mark.parametrize("kind", ["texts", "mixed"])
+@pytest.mark.parametrize("kind", ["texts", "evidence", "mixed"])
 @pytest.mark.parametrize(
     ("how", "at"), [("crash", 0), ("crash", 3), ("SIGTERM", 0), ("SIGTERM", 2), ("SIGINT", 4)]
 )
 def test_resumed_is_uninterrupted_bit_for_bit(tmp_path: Path, kind: str, how: str, at: int) -> None:
-    made = search_run if kind == "texts" else wandering_run
-    changes = {**SIX, "search": {"completions": 4}}
+    made = wandering_run if kind == "mixed" else search_run
+    changes = {**SIX, "search": {"completions": None if kind == "evidence" else 4}}
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     made(tmp_path, straight, **changes, **stops(99, how)).run()
     first = made(tmp_path, resumed, **changes, **stops(at, how))

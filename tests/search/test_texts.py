@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
 
+from rlprompt.errors import InputError
 from rlprompt.prompts.text import TextPrompt
-from rlprompt.search.base import SearchStart, Trial
-from rlprompt.search.texts import Texts, TextsSettings
+from rlprompt.runs.learner import LearnerState
+from rlprompt.search.base import Candidate, SearchStart, Trial
+from rlprompt.search.texts import EvidenceSettings, Texts, TextsSettings
 from tests.fixtures.searches import trial
 
 Score = Callable[[int], float]
@@ -22,6 +26,107 @@ Score = Callable[[int], float]
 
 def texts(count: int) -> list[str]:
     return [f"text {number}" for number in range(count)]
+
+
+def weigh(race: Texts, means: Sequence[float], seed: int, most: int = 400) -> int:
+    """Scores of 0 or 1 with these means, five new queries a step; gives the steps it took."""
+    draw = random.Random(seed)
+    for number in range(most):
+        if race.is_over:
+            return number
+        asked = race.ask()
+        race.tell([coins(c, means[c.id], 5 * number, draw) for c in asked])
+    return most
+
+
+def coins(candidate: Candidate, mean: float, first: int, draw: random.Random) -> Trial:
+    """Five queries numbered from `first`, one completion each, of which `mean` score 1."""
+    told = trial(candidate, [[float(draw.random() < mean)] for _ in range(5)])
+    groups = [
+        replace(group, query=replace(group.query, index=first + place))
+        for place, group in enumerate(told.groups)
+    ]
+    return replace(told, groups=tuple(groups))
+
+
+def by_evidence(count: int, **evidence: Any) -> Texts:
+    given = texts(count)
+    settings = TextsSettings(texts=tuple(given[1:]), evidence=EvidenceSettings(**evidence))
+    return Texts.make(settings, SearchStart(TextPrompt(given[0]), 0))
+
+
+def test_by_evidence_a_better_text_replaces_the_start() -> None:
+    found = 0
+    for seed in range(10):
+        race = by_evidence(4, min_effect=0.2, spread=1.0)
+        assert race.incumbent.id == 0
+        weigh(race, [0.4, 0.4, 0.8, 0.4], seed)
+        found += race.is_over and race.incumbent.id == 2
+    assert found >= 8
+
+
+def test_by_evidence_equal_texts_leave_the_start_where_halving_names_a_winner() -> None:
+    kept = halved = 0
+    for seed in range(20):
+        race = by_evidence(4, min_effect=0.3)
+        weigh(race, [0.5] * 4, seed)
+        kept += race.incumbent.id == 0
+        halving = Texts(texts(4), 0.5, 24)
+        weigh(halving, [0.5] * 4, seed)
+        halved += halving.incumbent.id == 0
+    assert kept >= 18 and halved <= 12
+
+
+def test_by_evidence_is_the_default_and_either_setting_of_halving_asks_for_halving() -> None:
+    start = SearchStart(TextPrompt("start"), 0)
+
+    def is_by_evidence(**settings: Any) -> bool:
+        made = Texts.make(TextsSettings(texts=("a", "b"), **settings), start)
+        return "race" in made.state().plain
+
+    assert is_by_evidence() and is_by_evidence(evidence={})
+    assert not is_by_evidence(keep=0.3) and not is_by_evidence(completions=3)
+
+
+def test_by_evidence_queries_that_come_again_end_the_search() -> None:
+    race = by_evidence(3)
+    asked = race.ask()
+    for is_over in (False, True):
+        race.tell([trial(c, [[0.5], [0.5]]) for c in asked])
+        assert race.is_over is is_over
+    assert race.incumbent.id == 0 and len(race.ask()) == 3
+
+
+def test_by_evidence_a_restored_search_is_the_one_that_went_on() -> None:
+    means = [0.4, 0.7, 0.3, 0.5]
+    race, again = by_evidence(4, min_effect=0.2), by_evidence(4, min_effect=0.2)
+    weigh(race, means, 1, most=6)
+    state = race.state()
+    again.restore(LearnerState(state.tensors, json.loads(json.dumps(dict(state.plain)))))
+    draw = [random.Random(2), random.Random(2)]
+    for number in range(10, 40):
+        for each, chance in zip((race, again), draw, strict=True):
+            each.tell([coins(c, means[c.id], 5 * number, chance) for c in each.ask()])
+    assert race.state().plain == again.state().plain
+    assert race.incumbent.id == again.incumbent.id
+    with pytest.raises(ValueError, match="by another rule"):
+        Texts(texts(4)).restore(state)
+    with pytest.raises(ValueError, match="by another rule"):
+        by_evidence(4).restore(Texts(texts(4)).state())
+
+
+def test_by_evidence_rewards_beyond_the_stated_spread_end_the_run() -> None:
+    race = by_evidence(2 + 1, spread=1.0)
+    with pytest.raises(
+        InputError, match=r"search\.evidence\.spread does not hold: a difference is"
+    ):
+        race.tell([trial(c, [[3.0 * c.id]]) for c in race.ask()])
+
+
+def test_by_evidence_what_cannot_be_scored_drops_nobody() -> None:
+    race = by_evidence(3)
+    race.tell([trial(c, [[math.nan], [math.nan]]) for c in race.ask()])
+    assert len(race.ask()) == 3 and race.incumbent.id == 0
 
 
 def step(race: Texts, score: Score, size: int = 3) -> list[int]:
@@ -145,6 +250,15 @@ def test_the_text_of_the_prompt_takes_part_once() -> None:
         ({"texts": ["a", "b"], "keep": 1.0}, "less than 1"),
         ({"texts": ["a", "b"], "completions": 0}, "greater than or equal to 1"),
         ({"texts": ["a", "b"], "completions_per_query": 0}, "greater than or equal to 1"),
+        ({"texts": ["a", "b"], "evidence": {}, "keep": 0.5}, "keep is for halving"),
+        ({"texts": ["a", "b"], "evidence": {}, "completions": 5}, "completions is for halving"),
+        ({"texts": ["a", "b"], "evidence": {"alpha": 1.0}}, "less than 1"),
+        ({"texts": ["a", "b"], "evidence": {"spread": 0.0}}, "greater than 0"),
+        ({"texts": ["a", "b"], "evidence": {"min_effect": 1.0}}, "choose it below 1"),
+        (
+            {"texts": ["a", "b"], "evidence": {"spread": 0.5, "min_effect": 0.5}},
+            "below the spread, 0.5",
+        ),
     ],
 )
 def test_settings_that_make_no_race_are_refused(settings: dict[str, Any], sentence: str) -> None:
