@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlprompt.data.base import DEFAULT_SPLIT, DataSettings, QuerySplit, Table
-from rlprompt.data.conversation import build_queries, match_key
+from rlprompt.data.conversation import build_queries, common_system, match_key
 from rlprompt.data.files import SUFFIXES, read_file, read_rows
 from rlprompt.data.hub import read_hub
 from rlprompt.errors import InputError
@@ -32,7 +32,12 @@ Rows = Mapping[str, Sequence[Any]]
 """Rows in memory, by the path of a recipe that stands for them."""
 
 
-def load_queries(settings: DataSettings, base_dir: Path, given: Rows | None = None) -> QuerySplit:
+def load_queries(
+    settings: DataSettings,
+    base_dir: Path,
+    given: Rows | None = None,
+    answers: Sequence[str] = (),
+) -> QuerySplit:
     """Read, check, deduplicate and divide the queries that a recipe names.
 
     Two queries are the same when they differ only in case, white space or the punctuation of a
@@ -42,6 +47,7 @@ def load_queries(settings: DataSettings, base_dir: Path, given: Rows | None = No
         settings: The data section of the recipe.
         base_dir: The recipe's folder, to which local paths are relative.
         given: Rows in memory, by the path that stands for them.
+        answers: Columns with the answers that an algorithm learns from, which are checked.
 
     Returns:
         Both sides, in an order drawn with `shuffle_seed`.
@@ -51,16 +57,26 @@ def load_queries(settings: DataSettings, base_dir: Path, given: Rows | None = No
             or there are too few queries for it.
     """
     table = read_table(settings, base_dir, given)
-    queries = build_queries(table, settings.query_column, settings.split_column)
+    queries = build_queries(
+        table,
+        settings.query_column,
+        settings.split_column,
+        system=settings.system,
+        answers=answers,
+    )
+    tables = [table]
     if settings.heldout_path is not None:
-        train, heldout = _divide_by_file(settings, base_dir, table, queries, given or {})
+        other = _heldout_table(settings, base_dir, given or {})
+        train, heldout = _divide_by_file(settings, table, other, queries, answers)
+        tables.append(other)
     elif settings.split_column is not None:
         train, heldout = _divide_by_column(settings, table, queries)
     else:
         train, heldout = _divide_by_draw(settings, table, queries)
-    return QuerySplit(
-        train=tuple(train), heldout=tuple(heldout), fingerprint=_fingerprint(train, heldout)
-    )
+    system = None
+    if settings.system == "init":
+        system = common_system([(each, settings.query_column) for each in tables])
+    return QuerySplit(tuple(train), tuple(heldout), _fingerprint(train, heldout), system)
 
 
 @dataclass(frozen=True)
@@ -104,15 +120,27 @@ def _refuse_hub_settings(settings: DataSettings, source: str) -> None:
             )
 
 
-def _divide_by_file(
-    settings: DataSettings, base_dir: Path, table: Table, queries: list[Query], given: Rows
-) -> tuple[list[Query], list[Query]]:
+def _heldout_table(settings: DataSettings, base_dir: Path, given: Rows) -> Table:
     path = settings.heldout_path or ""
     if path in given:
-        other = read_rows(list(given[path]), settings.query_column, "heldout")
-    else:
-        other = read_file(path, base_dir, settings.query_column)
-    held = build_queries(other, settings.query_column, first_index=len(queries))
+        return read_rows(list(given[path]), settings.query_column, "heldout")
+    return read_file(path, base_dir, settings.query_column)
+
+
+def _divide_by_file(
+    settings: DataSettings,
+    table: Table,
+    other: Table,
+    queries: list[Query],
+    answers: Sequence[str],
+) -> tuple[list[Query], list[Query]]:
+    held = build_queries(
+        other,
+        settings.query_column,
+        first_index=len(queries),
+        system=settings.system,
+        answers=answers,
+    )
     if held[0].conversational != queries[0].conversational:
         raise InputError(
             f"one of {table.label} and {other.label} holds text, the other conversations; use one "
