@@ -1,12 +1,13 @@
 """A first recipe with its data and reward, for one of four targets, written into a folder.
 
-The files are those of the repository (`recipes/`, `reward_models/`), which lie beside the package in a
-checkout and travel inside it in a wheel. The recipe is written with paths of the new folder, and
-with the description of each key above it.
+The files are those of the repository (`recipes/`, `reward_models/`), which lie beside the package
+in a checkout and travel inside it in a wheel. The recipe is written with paths of the new folder,
+and with the description of each key above it.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -115,26 +116,30 @@ def write_starter(target: str, folder: Path) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path, text in files.items():
-            if any(other.exists() for other in files if other not in written):
+            if any(_is_there(other) for other in files if other not in written):
                 raise FileExistsError
             with path.open("x", encoding="utf-8", newline="\n") as file:
                 written.append(path)
                 file.write(text)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         for path in written:
             path.unlink(missing_ok=True)
         raise InputError(_not_written(folder, files, error)) from error
     return written
 
 
-def _not_written(folder: Path, files: Mapping[Path, str], error: Exception) -> str:
-    if folder.exists() and not folder.is_dir():
+def _not_written(folder: Path, files: Mapping[Path, str], error: OSError) -> str:
+    if os.path.isfile(folder):
         return f"'{folder}' is a file; name a folder"
-    there = [path for path in files if path.exists()] if folder.is_dir() else []
+    there = [path for path in files if _is_there(path)]
     if there:
         return f"'{there[0]}' is there already and was left as it is; name another folder"
-    reason = getattr(error, "strerror", None) or error
-    return f"'{folder}' cannot be written to ({reason}); name another folder"
+    return f"'{folder}' cannot be written to ({error.strerror}); name another folder"
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a name is taken, by a link that leads nowhere too."""
+    return os.path.lexists(path)
 
 
 def _source(path: str) -> Path:
