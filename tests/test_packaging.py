@@ -102,3 +102,32 @@ def test_a_wheel_alone_writes_a_first_recipe_and_trains_it(
     )
     assert (tmp_path / "run" / "artifact" / "prompt.json").is_file()
     assert run("-m", "rlprompt", "chat", "run/artifact", "--query", "what is rain").strip()
+
+
+def dockerfile() -> list[str]:
+    """The instructions, each on one line."""
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+    return [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+
+
+def test_the_container_has_a_device_to_choose_and_ends_as_a_user() -> None:
+    lines = dockerfile()
+    assert "ARG DEVICE=cpu" in lines
+    (torch,) = [line for line in lines if line.startswith("RUN case")]
+    assert "cpu)" in torch and "cuda)" in torch and "exit 2" in torch
+    user = next(i for i, line in enumerate(lines) if line.startswith("USER "))
+    assert lines[user] != "USER root" and not any("RUN" in line for line in lines[user:])
+    assert 'ENTRYPOINT ["rlprompt"]' in lines[user:]
+
+
+def test_the_container_is_built_of_what_the_wheel_needs_and_nothing_else() -> None:
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    rules = [line for line in ignored if line and not line.startswith("#")]
+    assert rules[0] == "*"
+    kept = {line.removeprefix("!") for line in rules if line.startswith("!")}
+    assert all((ROOT / name).exists() for name in kept)
+    settings = project()
+    included = settings["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    needed = {Path(path).parts[0] for path in included}
+    needed |= {"pyproject.toml", settings["project"]["readme"], "rlprompt", "constraints.txt"}
+    assert needed | set(settings["project"]["license-files"]) == kept
