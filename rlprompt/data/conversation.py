@@ -106,18 +106,20 @@ def build_queries(
     return queries
 
 
-def common_system(tables: Sequence[tuple[Table, str]]) -> str:
+def common_system(tables: Sequence[Table], query_column: str, answers: Sequence[str]) -> str:
     """The system turn that all rows begin with, as the start of a prompt.
 
     Args:
-        tables: The tables whose queries were built, each with its query column.
+        tables: The tables whose queries were built.
+        query_column: Their column with the text or the conversation.
+        answers: Their columns with answers.
 
     Raises:
         InputError: No row has one, or two rows have different ones.
     """
     first: tuple[str, str] | None = None
-    for table, query_column in tables:
-        table, _ = with_implicit_queries(table, query_column, ())
+    for given in tables:
+        table, _ = with_implicit_queries(given, query_column, answers)
         for position, row in enumerate(table.rows):
             text = system_text(row[query_column])
             if not text:
@@ -131,7 +133,7 @@ def common_system(tables: Sequence[tuple[Table, str]]) -> str:
             first = first or (text, table.where(position))
     if first is None:
         raise InputError(
-            f"{tables[0][0].label} has no system turn for data.system: init to start from; write "
+            f"{tables[0].label} has no system turn for data.system: init to start from; write "
             "the start as prompt.init_text and remove data.system"
         )
     return first[0]
