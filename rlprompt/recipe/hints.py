@@ -193,6 +193,22 @@ def foreign_hint(name: str, schema: Mapping[str, Any]) -> str:
     return ""
 
 
+def other_type(place: str, schema: Mapping[str, Any]) -> str:
+    """The `type` key that decides whether a key is known, where another choice of it would have it.
+
+    Args:
+        place: the YAML path of an unknown key.
+        schema: the JSON schema.
+
+    Returns:
+        Its YAML path, such as `prompt.type`; empty where no choice has the key.
+    """
+    parts = ["N" if part.isdecimal() else part for part in place.split(".")]
+    if ".".join(parts) not in key_paths(schema):
+        return ""
+    return ".".join([*place.split(".")[:-1], "type"])
+
+
 def elsewhere(name: str, place: str, schema: Mapping[str, Any]) -> str:
     """Where a key of that name stands, as the end of a sentence; empty where it stands nowhere.
 

@@ -17,7 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from rlprompt.errors import InputError
-from rlprompt.recipe.hints import elsewhere, foreign_hint
+from rlprompt.recipe.hints import elsewhere, foreign_hint, other_type
 
 Schema = Mapping[str, Any]
 """A JSON schema, or a node of one."""
@@ -203,6 +203,11 @@ def _sentence(problem: Any, place: str, node: Schema, schema: Schema) -> str:
         _, parent = _follow(problem["loc"][:-1], schema)
         known = list(parent.get("properties", {}))
         name = str(problem["loc"][-1])
+        if kind_key := other_type(place, schema):
+            return (
+                f"unknown key '{place}', which another {kind_key} has; known keys: "
+                f"{', '.join(known)}"
+            )
         meant = foreign_hint(name, schema) or elsewhere(name, place, schema)
         return f"unknown key '{place}'; {meant or _nearest(name, known, 'known keys: ')}"
     if kind == "missing":

@@ -138,7 +138,20 @@ def test_a_key_of_another_place_is_named_with_its_place() -> None:
     assert foreign_hint("nothing_of_theirs", schema) == ""
 
 
+def test_a_key_of_another_type_is_said_to_be_one() -> None:
+    for tree, place in (
+        ({"algorithm": {"gamma": 1.0}}, "algorithm.gamma"),
+        ({"algorithm": {"normalize_advantages": True}}, "algorithm.normalize_advantages"),
+        ({"prompt": {"rank": 4}}, "prompt.rank"),
+    ):
+        kind = f"{place.partition('.')[0]}.type"
+        assert told(tree).startswith(f"unknown key '{place}', which another {kind} has; known keys")
+    assert told({"augment": [{"type": "override", "num_queries": 2}]}).startswith(
+        "unknown key 'augment.0.num_queries', which another augment.0.type has; known keys: "
+    )
+
+
 def test_a_schema_without_the_key_gets_no_hint() -> None:
-    schema = {"properties": {"learning": {"properties": {"rate": {}}}}}
+    schema: dict[str, Any] = {"properties": {"learning": {"properties": {"rate": {}}}}}
     assert foreign_hint("beta", schema) == ""
     assert key_paths(schema) == ["learning", "learning.rate"]
