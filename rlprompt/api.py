@@ -249,8 +249,10 @@ def evaluate(
     """
     policy, loaded = _on_one_base(prompts, model, tokenizer)
     found = Found()
-    data_settings = {"heldout": 0, **data_section(data, found)}
-    queries = load_queries(_checked(DataSettings, data_settings, "data"), Path(), found.rows).train
+    asked = _checked(DataSettings, {"heldout": 0, **data_section(data, found)}, "data")
+    if asked.system == "init":
+        raise InputError("data.system: init starts a prompt, and none is trained here; write drop")
+    queries = load_queries(asked, Path(), found.rows).train
     settings = [
         _checked(RewardSettings, each, f"rewards.{place}")
         for place, each in enumerate(reward_sections(rewards, found))

@@ -32,7 +32,7 @@ FUNCTIONS = {
         "**sampling)"
     ),
     "load_recipe": "(path, overrides=())",
-    "load_queries": "(settings, base_dir, given=None)",
+    "load_queries": "(settings, base_dir, given=None, answers=())",
     "build_rewards": "(settings, base_dir, *, needs_score=True, given=None)",
 }
 

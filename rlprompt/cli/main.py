@@ -86,6 +86,21 @@ def _root(
 
 
 @app.command()
+def init(
+    folder: Path = typer.Argument(
+        None, metavar="[FOLDER]", help="Where to write; by default a folder of the target's name."
+    ),
+    target: str = typer.Option(
+        "style", "--target", metavar="TARGET", help="persona, style, safety or task."
+    ),
+) -> None:
+    """Write a recipe, example data and a reward to edit; they run as they are."""
+    from rlprompt.cli.commands.init import run
+
+    run(folder, target)
+
+
+@app.command()
 def train(
     recipe: Path = typer.Argument(..., metavar="RECIPE", help="A YAML file; see docs/recipe.md."),
     overrides: list[str] = typer.Argument(
@@ -242,7 +257,13 @@ def plan(
     model_size: str = typer.Option(
         "8b", "--model-size", metavar="SIZE", help="135m, 1b, 3b, 8b or 70b."
     ),
-    gpus: int = typer.Option(8, "--gpus", min=1, metavar="N", help="One rank each."),
+    gpus: int | None = typer.Option(
+        None,
+        "--gpus",
+        min=1,
+        metavar="N",
+        help="One rank each; by default 8, or one per query of a step where those are fewer.",
+    ),
     gpu: str = typer.Option("h100", "--gpu", metavar="NAME", help="a100, h100, h200, l40s or cpu."),
     query_tokens: int = typer.Option(
         64, "--query-tokens", min=1, metavar="N", help="Mean length of a query with its template."

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -19,6 +19,9 @@ from rlprompt.types import Query
 
 DEFAULT_SPLIT = "train"
 DEFAULT_HELDOUT = 0.2
+
+SystemTurns = Literal["refuse", "drop", "init"]
+"""What becomes of system turns in the data."""
 
 
 class TestSettings(Settings):
@@ -45,8 +48,14 @@ class DataSettings(Settings):
     """The dataset itself: strings, or mappings with the query column and any others. Give this or
     `path`."""
     query_column: str = "query"
-    """Column with the query: a plain string, or a list of messages `{role, content}` that ends
-    with the user's turn. All other columns are handed to the rewards by name."""
+    """Column with the query: a plain string, or a list of messages `{role, content}` or `{from,
+    value}` that ends with the user's turn (in a column with another name than query or prompt, an
+    assistant's last turn becomes the column `completion`). All other columns are handed to the
+    rewards by name."""
+    system: SystemTurns = "refuse"
+    """What becomes of a system turn in the data, whose place the learned prompt takes: refuse the
+    row, drop the turn, or init: drop it and start the prompt from its text, which must be the same
+    in all rows."""
     heldout: int | float = DEFAULT_HELDOUT
     """Queries held out from training for validation, by which prompts are chosen: a count (integer,
     0 for none) or a share between 0 and 1."""
@@ -164,3 +173,5 @@ class QuerySplit:
     test: tuple[Query, ...] = ()
     """Queries for one look at the end; nothing may be chosen by them. Empty where the data has
     none."""
+    system: str | None = None
+    """With `system: init`, the text of the data's system turns."""

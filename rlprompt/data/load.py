@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rlprompt.data.base import DEFAULT_SPLIT, DataSettings, QuerySplit, Table, TestSettings
-from rlprompt.data.conversation import build_queries, match_key
+from rlprompt.data.conversation import build_queries, common_system, match_key
 from rlprompt.data.files import SUFFIXES, read_file, read_rows
 from rlprompt.data.hub import read_hub
 from rlprompt.data.near_duplicates import find_near_duplicates
@@ -48,7 +48,12 @@ Rows = Mapping[str, Sequence[Any]]
 """Rows in memory, by the path of a recipe that stands for them."""
 
 
-def load_queries(settings: DataSettings, base_dir: Path, given: Rows | None = None) -> QuerySplit:
+def load_queries(
+    settings: DataSettings,
+    base_dir: Path,
+    given: Rows | None = None,
+    answers: Sequence[str] = (),
+) -> QuerySplit:
     """Read, check, deduplicate and divide the queries that a recipe names.
 
     Two queries are the same when they differ only in case, white space or the punctuation of a
@@ -60,6 +65,7 @@ def load_queries(settings: DataSettings, base_dir: Path, given: Rows | None = No
         settings: The data section of the recipe.
         base_dir: The recipe's folder, to which local paths are relative.
         given: Rows in memory, by the path that stands for them.
+        answers: Columns with the answers that an algorithm learns from, which are checked.
 
     Returns:
         The splits, each in an order drawn with `shuffle_seed`.
@@ -69,8 +75,14 @@ def load_queries(settings: DataSettings, base_dir: Path, given: Rows | None = No
             or there are too few queries for it.
     """
     table = read_table(settings, base_dir, given)
-    queries = build_queries(table, settings.query_column, settings.split_column)
-    source = _Source(settings, base_dir, table, queries, given or {})
+    queries = build_queries(
+        table,
+        settings.query_column,
+        settings.split_column,
+        system=settings.system,
+        answers=answers,
+    )
+    source = _Source(settings, base_dir, table, queries, given or {}, answers, [table])
     sides = _divide_by_column(source) if settings.split_column else _divide_by_draw(source)
     if settings.heldout_path is not None:
         sides["heldout"] = _read_beside(source, settings.heldout_path, "heldout", len(queries))
@@ -91,12 +103,16 @@ def load_queries(settings: DataSettings, base_dir: Path, given: Rows | None = No
             "chosen, looks better than it is; set data.test, or mark rows as test",
             table.label,
         )
+    system = None
+    if settings.system == "init":
+        system = common_system(source.tables, settings.query_column, answers)
     train, heldout, test = (tuple(kept[side].queries) for side in SIDES)
     return QuerySplit(
         train=train,
         heldout=heldout,
         fingerprint=_fingerprint({"train": train, "heldout": heldout, "test": test}),
         test=test,
+        system=system,
     )
 
 
@@ -109,6 +125,9 @@ class _Source:
     table: Table
     queries: list[Query]
     given: Rows
+    answers: Sequence[str]
+    tables: list[Table]
+    """Those that were read, this one and files beside it."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +191,15 @@ def _read_beside(source: _Source, path: str, name: str, first_index: int) -> _Si
         _require_marks(other, column, name)
     else:
         column = None
-    beside = build_queries(other, settings.query_column, column, first_index)
+    source.tables.append(other)
+    beside = build_queries(
+        other,
+        settings.query_column,
+        column,
+        first_index,
+        system=settings.system,
+        answers=source.answers,
+    )
     if beside[0].conversational != queries[0].conversational:
         raise InputError(
             f"one of {table.label} and {other.label} holds text, the other conversations; use one "

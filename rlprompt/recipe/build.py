@@ -35,6 +35,7 @@ from rlprompt.model.sharded.shards import ShardSettings
 from rlprompt.policy import Policy, open_policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.make import make_prompt
+from rlprompt.prompts.settings import StartSettings
 from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.recipe.objects import Objects, in_memory
 from rlprompt.recipe.schema import (
@@ -113,9 +114,9 @@ def build_run(
     for member in members.values():
         _refuse_fixed(member)
     rewards = _rewards(recipe, base_dir, ranks, objects)
-    shared = _shared(
-        recipe, load_queries(recipe.data, base_dir, objects.rows), rewards, ranks, objects
-    )
+    data = _queries(recipe, base_dir, objects)
+    members = {name: started_from_data(member, data) for name, member in members.items()}
+    shared = _shared(recipe, data, rewards, ranks, objects)
     if not shared.data.heldout:
         raise InputError(
             "population needs held-out queries to choose the best prompt by (data.heldout is 0); "
@@ -157,7 +158,8 @@ def build_single_run(
     ranks, objects = ranks or Ranks(), objects or Objects()
     _refuse_overlap(recipe, ranks)
     recipe = with_template_text(recipe, base_dir)
-    data = load_queries(recipe.data, base_dir, objects.rows)
+    data = _queries(recipe, base_dir, objects)
+    recipe = started_from_data(recipe, data)
     rewards = _rewards(recipe, base_dir, ranks, objects)
     trackers = _trackers(recipe, console, ranks)
     shared = _shared(recipe, data, rewards, ranks, objects)
@@ -172,8 +174,36 @@ def build_shared(recipe: Recipe, base_dir: Path, objects: Objects | None = None)
     """
     ranks, objects = Ranks(), objects or Objects()
     recipe = with_template_text(recipe, base_dir)
-    data = load_queries(recipe.data, base_dir, objects.rows)
+    data = _queries(recipe, base_dir, objects)
     return _shared(recipe, data, _rewards(recipe, base_dir, ranks, objects), ranks, objects)
+
+
+def _queries(recipe: Recipe, base_dir: Path, objects: Objects) -> QuerySplit:
+    """The queries, with the answers that the algorithm learns from where it does."""
+    answers = recipe.algorithm.answer_columns if recipe.search is None else ()
+    return load_queries(recipe.data, base_dir, objects.rows, answers)
+
+
+def started_from_data(recipe: Recipe, data: QuerySplit) -> Recipe:
+    """The recipe with the data's system turn as `prompt.init_text`, where `data.system` says so.
+
+    Raises:
+        InputError: the recipe names another text to start from.
+    """
+    if data.system is None or not isinstance(recipe.prompt, StartSettings):
+        return recipe
+    fields = type(recipe.prompt).model_fields
+    given = recipe.prompt.model_dump()
+    if recipe.prompt.init_text not in (None, fields["init_text"].default, data.system):
+        raise InputError(
+            "prompt.init_text and data.system: init both say what the prompt starts from, and "
+            "their texts differ; remove init_text, or set data.system: drop"
+        )
+    given["init_text"] = data.system
+    if given["num_virtual_tokens"] == fields["num_virtual_tokens"].default:
+        given["num_virtual_tokens"] = None  # as many as the text has
+    prompt = type(recipe.prompt).model_validate(given)
+    return recipe.model_copy(update={"prompt": prompt})
 
 
 def _refuse_fixed(recipe: Recipe) -> None:

@@ -23,8 +23,8 @@ Start = str | Path | LoadedPrompt | Mapping[str, Any]
 
 _TYPED = ("algorithm", "engine", "reference", "search")
 """Sections for which a text stands for their type."""
-_QUERY_COLUMNS = ("query", "prompt")
-"""Columns that hold the query when no other is named: ours, and TRL's."""
+_QUERY_COLUMNS = ("query", "prompt", "messages", "conversations")
+"""Columns that hold the query when no other is named: ours, TRL's two, and ShareGPT's."""
 _START = f"{MEMORY}start"
 _NO_FILE_NAME = "\n ?!"
 """Characters that a text has and the path of an artifact rarely."""
@@ -159,7 +159,7 @@ def data_section(data: Any, found: Found) -> dict[str, Any]:
 
 
 def _query_column(rows: Sequence[Any]) -> str:
-    """The column of the queries: `query`, or TRL's `prompt` where there is no `query`."""
+    """The column of the queries: the first of the usual names that there is."""
     first = rows[0] if rows else None
     names = [name for name in _QUERY_COLUMNS if isinstance(first, Mapping) and name in first]
     return names[0] if names else _QUERY_COLUMNS[0]

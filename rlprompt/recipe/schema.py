@@ -29,6 +29,7 @@ from rlprompt.model.base import ModelSettings
 from rlprompt.model.chat.template import read_template
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.make import AnyPromptSettings, own_classes, prompt_class
+from rlprompt.prompts.settings import StartSettings
 from rlprompt.prompts.soft import SoftSettings
 from rlprompt.recipe.extensions import extended, load_named
 from rlprompt.recipe.paths import with_absolute_paths
@@ -200,6 +201,22 @@ class Recipe(Settings):
             raise ValueError(
                 "sampling.temperature is 0, so all completions of a group would be the same; set "
                 "it above 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _starts_from_one_text(self) -> Recipe:
+        if self.data.system != "init":
+            return self
+        if not isinstance(self.prompt, StartSettings):
+            raise ValueError(
+                "data.system: init fills prompt.init_text, which a prompt of type "
+                f"{self.prompt.type} does not have; set data.system: drop"
+            )
+        if self.prompt.from_artifact is not None:
+            raise ValueError(
+                "data.system: init and prompt.from_artifact both say what the prompt starts from; "
+                "remove from_artifact, or set data.system: drop"
             )
         return self
 

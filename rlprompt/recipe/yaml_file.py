@@ -17,6 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from rlprompt.errors import InputError
+from rlprompt.recipe.hints import elsewhere, foreign_hint, other_type
 
 Schema = Mapping[str, Any]
 """A JSON schema, or a node of one."""
@@ -201,7 +202,14 @@ def _sentence(problem: Any, place: str, node: Schema, schema: Schema) -> str:
     if kind == "extra_forbidden":
         _, parent = _follow(problem["loc"][:-1], schema)
         known = list(parent.get("properties", {}))
-        return f"unknown key '{place}'; {_nearest(problem['loc'][-1], known, 'known keys: ')}"
+        name = str(problem["loc"][-1])
+        if kind_key := other_type(place, schema):
+            return (
+                f"unknown key '{place}', which another {kind_key} has; known keys: "
+                f"{', '.join(known)}"
+            )
+        meant = foreign_hint(name, schema) or elsewhere(name, place, schema)
+        return f"unknown key '{place}'; {meant or _nearest(name, known, 'known keys: ')}"
     if kind == "missing":
         return f"'{place}' is missing; add it"
     if kind == "invalid_key":

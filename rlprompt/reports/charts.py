@@ -60,7 +60,7 @@ _HEALTH = (
     _Health("Entropy", "nats per token", ("entropy",)),
     _Health("Completion length", "tokens", ("completions/mean_length",)),
     _Health("Cut off at the token limit", "share", ("completions/clipped_ratio",)),
-    _Health("Gradient norm of the prompt", "norm", ("prompt/grad_norm",)),
+    _Health("Gradient norm of the prompt", "norm", ("grad_norm",)),
     _Health("Norm of the prompt", "norm", ("prompt/norm",)),
     _Health("Drift of the prompt from its start", "norm", ("prompt/drift_from_init",)),
     _Health(
@@ -75,7 +75,7 @@ _HEALTH = (
     ),
     _Health("Groups without reward spread", "share", ("frac_reward_zero_std",)),
     _Health("Loss", "loss", ("loss",)),
-    _Health("Learning rate", "rate", ("lr",)),
+    _Health("Learning rate", "rate", ("learning_rate",)),
     _Health("Reward of the step's best candidate", "reward", ("search/best_reward",)),
     _Health("Candidates of the step", "count", ("search/candidates",)),
 )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from rlprompt.data.base import DataSettings
 from rlprompt.engines.sampling import SamplingSettings
@@ -117,6 +117,16 @@ class SampledData(Settings):
     """Least difference of two totals that makes a preference."""
     max_pairs: PositiveInt = 20_000
     """At most this many pairs."""
+
+    @field_validator("queries")
+    @classmethod
+    def _starts_no_prompt(cls, queries: DataSettings) -> DataSettings:
+        if queries.system == "init":
+            raise ValueError(
+                "system: init starts a prompt, and none is trained here; write drop, and the text "
+                "as data.system"
+            )
+        return queries
 
 
 AnyData = Annotated[PairData | LabelData | SampledData, Field(discriminator="type")]

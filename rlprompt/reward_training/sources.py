@@ -10,6 +10,7 @@ from typing import Any
 from rlprompt.data import load_queries
 from rlprompt.data.base import DataSettings, Table
 from rlprompt.data.load import read_table
+from rlprompt.data.messages import is_message, read_message
 from rlprompt.engines.make import make_engine
 from rlprompt.errors import InputError
 from rlprompt.model.base import load_base
@@ -34,6 +35,7 @@ from rlprompt.reward_training.settings import (
 from rlprompt.rewards import build_rewards
 from rlprompt.types import Message
 
+_ROLES = ("system", "user", "assistant")
 _LEAST = 4
 """Fewest pairs or answers on a side that a number can be made of."""
 
@@ -122,20 +124,23 @@ def _turns(row: dict[str, Any], column: str, role: str, where: str) -> list[Mess
     value = row.get(column)
     if isinstance(value, str) and value.strip():
         return [{"role": role, "content": value}]
-    if isinstance(value, list) and value and all(_is_message(each) for each in value):
-        return [{"role": each["role"], "content": each["content"]} for each in value]
-    raise InputError(
-        f"{where}: '{column}' is neither text nor a list of messages; correct it, or name another "
-        f"column"
-    )
-
-
-def _is_message(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.get("role") in ("system", "user", "assistant")
-        and isinstance(value.get("content"), str)
-    )
+    given = [value] if is_message(value) else value
+    if not isinstance(given, list) or not given or not all(is_message(each) for each in given):
+        raise InputError(
+            f"{where}: '{column}' is neither text nor a list of messages; correct it, or name "
+            "another column"
+        )
+    turns = [
+        read_message(each, f"{where}, column '{column}', turn {i + 1}")
+        for i, each in enumerate(given)
+    ]
+    wrong = next((i for i, each in enumerate(turns) if each["role"] not in _ROLES), None)
+    if wrong is not None:
+        raise InputError(
+            f"{where}, column '{column}', turn {wrong + 1} has the role {turns[wrong]['role']!r}; "
+            f"write one of {', '.join(_ROLES)}"
+        )
+    return turns
 
 
 def _sample(data: SampledData, base_dir: Path, seed: int) -> list[Judged]:

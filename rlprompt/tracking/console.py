@@ -29,7 +29,7 @@ _KEY_METRICS = {
     "kl": "kl",
     "entropy": "entropy",
     "completions/mean_length": "length",
-    "prompt/grad_norm": "grad norm",
+    "grad_norm": "grad norm",
     "step_time": "s/step",
 }
 _WHO = {"base": "base", "handwritten": "hand-written", "learned": "learned"}

@@ -116,7 +116,7 @@ def merged(
         for name, value in result.losses.items():
             out[name] += share * value
         out["loss"] += share * sum(result.losses.values())
-        out["prompt/grad_norm"] += share * result.grad_norm
+        out["grad_norm"] += share * result.grad_norm
     # Later updates are off-policy on purpose: only the first compares like with like.
     first = results[0]
     if first.num_sampled and prefetched:
@@ -126,5 +126,5 @@ def merged(
     elif first.num_sampled:
         out["sampling/sampling_logp_difference/mean"] = first.gap_sum / first.num_sampled
         out["sampling/sampling_logp_difference/max"] = first.largest_gap
-    out["lr"] = results[-1].lr
+    out["learning_rate"] = results[-1].lr
     return {**out, **signal.metrics}

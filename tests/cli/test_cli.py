@@ -71,6 +71,7 @@ def test_commands_and_options_are_those_of_the_design() -> None:
             "--wait",
             "--status",
         ],
+        "init": ["folder", "--target"],
         "plan": ["recipe", "overrides", "--model-size", "--gpus", "--gpu", "--query-tokens"],
         "chat": [
             "artifact",

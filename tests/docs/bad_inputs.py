@@ -156,7 +156,10 @@ RECIPES = [
     ("no name", lambda p: p.recipe(name=None)),
     ("no rewards", lambda p: p.recipe(rewards=[])),
     ("a misspelt section", lambda p: p.recipe(trainig={"steps": 3})),
-    ("a misspelt key inside", lambda p: p.recipe(training__optimizer={"learning_rate": 0.1})),
+    ("a misspelt key inside", lambda p: p.recipe(training__optimizer={"shedule": "linear"})),
+    ("a name of TRL's", lambda p: train("training.learning_rate=0.1")),
+    ("a name of PEFT's", lambda p: p.recipe(prompt={"prompt_tuning_init_text": "Be nice."})),
+    ("a key in another place", lambda p: train("kl_coef=0.1")),
     ("a misspelt key of a list entry", lambda p: train("rewards.0.wieght=2")),
     ("true where a number belongs", lambda p: train("prompt.num_virtual_tokens=true")),
     ("text where a number belongs", lambda p: p.recipe(training__steps="many")),
@@ -452,6 +455,33 @@ DATA = [
         lambda p: p.rows(
             "queries.jsonl",
             {"query": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        ),
+    ),
+    (
+        "a speaker that is not known",
+        lambda p: p.rows(
+            "queries.jsonl",
+            {"chat": [{"from": "human", "value": "a"}]},
+            {"chat": [{"from": "tool", "value": "b"}]},
+            query_column="chat",
+        ),
+    ),
+    (
+        "an image in a message",
+        lambda p: p.rows(
+            "queries.jsonl",
+            {"query": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]},
+        ),
+    ),
+    (
+        "two system turns to start from",
+        lambda p: p.rows(
+            "queries.jsonl",
+            *(
+                {"query": [{"role": "system", "content": x}, {"role": "user", "content": x}]}
+                for x in "ab"
+            ),
+            system="init",
         ),
     ),
     (

@@ -34,7 +34,7 @@ FOLDERS = [
 SHORT = (ROOT, ROOT / "rlprompt", ROOT / "benchmarks", ROOT / "tests")
 """A path to code may leave these out: `kernels/dispatch.py`."""
 CODE = (".py", ".cpp", ".h", ".jinja")
-EXAMPLES = {"path/file.py", "file.py", "FILE.py", "my_reward.py", "waits.py"}
+EXAMPLES = {"path/file.py", "file.py", "FILE.py", "my_reward.py", "first/reward.py", "waits.py"}
 """Files of a user."""
 PLACEHOLDER = re.compile(r"_[A-Z]+\b|\b(?!README|CONTRIBUTING|CHANGELOG)[A-Z]+\.\w+$")
 PACKAGES = [path.name for path in (ROOT / "rlprompt").iterdir() if (path / "__init__.py").exists()]

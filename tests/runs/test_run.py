@@ -63,13 +63,14 @@ def test_a_run_leaves_everything_up_to_the_report(tmp_path: Path) -> None:
     assert [row["step"] for row in metrics] == [1, 2, 3]
     for name in ("reward", "reward_std", "rewards/letters/mean", "loss", "loss/rl", "entropy",
                  "clip_ratio/region_mean", "completions/mean_length", "frac_reward_zero_std",
-                 "sampling/sampling_logp_difference/mean", "prompt/grad_norm", "prompt/norm",
-                 "prompt/drift_from_init", "lr", "num_tokens", "epoch", "step_time",
+                 "sampling/sampling_logp_difference/mean", "grad_norm", "prompt/norm",
+                 "prompt/drift_from_init", "learning_rate", "num_tokens", "epoch", "step_time",
                  "time/rollout", "time/reward", "time/prefill", "time/forward", "time/backward",
                  "time/optimizer", "time/other"):  # fmt: skip
         assert all(row[name] is not None for row in metrics), name
     assert all(row["sampling/sampling_logp_difference/max"] < 1e-4 for row in metrics)
-    assert [row["lr"] for row in metrics] == sorted((row["lr"] for row in metrics), reverse=True)
+    rates = [row["learning_rate"] for row in metrics]
+    assert rates == sorted(rates, reverse=True)
     times = [
         sum(value for name, value in row.items() if name.startswith("time/")) for row in metrics
     ]

@@ -20,7 +20,7 @@ METRICS = {
     "kl": 0.02,
     "entropy": float("nan"),
     "completions/mean_length": 31.25,
-    "prompt/grad_norm": 0.4,
+    "grad_norm": 0.4,
     "step_time": 2.0,
 }
 HOSTILE = {

@@ -146,7 +146,7 @@ def test_every_update_gets_its_own_rate_and_moves_the_prompt() -> None:
     before = policy.parameters()[0].detach().clone()
     clock = PhaseClock()
     _, metrics = updater.learn(batch, optimizer, lambda: next(rates), 1.0, clock)
-    assert metrics["lr"] == 0.3 and list(rates) == []
+    assert metrics["learning_rate"] == 0.3 and list(rates) == []
     assert not torch.equal(policy.parameters()[0], before)
     assert set(clock.seconds) == {"prefill", "forward", "backward", "optimizer"}
 
@@ -258,14 +258,14 @@ def test_a_batch_of_truncated_completions_teaches_nothing_and_has_no_means() -> 
     batch = sampled_batch(policy, max_tokens=3, min_tokens=3, stop_token_ids=())
     assert not bool(batch.terminated.any())
     metrics = learn(policy, batch, mask_truncated=True)
-    assert metrics["loss"] == metrics["prompt/grad_norm"] == 0.0
+    assert metrics["loss"] == metrics["grad_norm"] == 0.0
     assert "entropy" not in metrics
 
 
 def test_completions_of_one_token_can_be_learned_from() -> None:
     policy = tiny_policy()
     batch = sampled_batch(policy, max_tokens=1)
-    assert learn(policy, batch, budget=MANY)["prompt/grad_norm"] > 0
+    assert learn(policy, batch, budget=MANY)["grad_norm"] > 0
 
 
 def test_equal_rewards_leave_the_prompt_alone() -> None:

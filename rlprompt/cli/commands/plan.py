@@ -15,17 +15,27 @@ from rlprompt.planning.plan import plan
 from rlprompt.planning.tables import DEVICES, SHAPES
 from rlprompt.recipe.schema import load_recipe
 
+_DEFAULT_GPUS = 8
+
 
 def run(
     recipe_path: Path,
     overrides: Sequence[str],
     *,
     model_size: str,
-    gpus: int,
+    gpus: int | None,
     gpu: str,
     query_tokens: int,
 ) -> None:
     """Print memory per GPU, traffic and bounds.
+
+    Args:
+        recipe_path: a YAML file.
+        overrides: `key.path=value` strings.
+        model_size: a key of `SHAPES`.
+        gpus: how many; None = 8, or one per query of a step where those are fewer.
+        gpu: a key of `DEVICES`.
+        query_tokens: mean length of a query with its template.
 
     Raises:
         InputError: the recipe is wrong, or size or device have no entry.
@@ -37,6 +47,7 @@ def run(
             listed = ", ".join(known)
             raise InputError(f"there is no {name} '{value}' in the tables; use one of {listed}")
     recipe = load_recipe(recipe_path, overrides)
+    gpus = gpus or min(_DEFAULT_GPUS, recipe.training.queries_per_step)
     shape, device = SHAPES[model_size], DEVICES[gpu]
     made = plan(recipe, shape, gpus, device, query_tokens=query_tokens)
     console.print(
