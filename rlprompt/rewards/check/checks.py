@@ -18,8 +18,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlprompt.errors import InputError, describe_error, quote
-from rlprompt.rewards import NAMED
-from rlprompt.rewards.base import Example, LoadedReward, RewardFunction, RewardSettings
+from rlprompt.rewards import NAMED, in_main_thread
+from rlprompt.rewards.base import (
+    Example,
+    LoadedReward,
+    RewardFunction,
+    RewardSettings,
+    RunPlan,
+)
 from rlprompt.rewards.check.inputs import (
     HUGE_CHARACTERS,
     HUGE_UNITS,
@@ -36,6 +42,15 @@ HUGE_SECONDS = 1.0
 """CPU time that a completion of `HUGE_CHARACTERS` may take."""
 THROUGHPUT_COMPLETIONS = 256
 _TOLERANCE = 1e-6
+_PLAN = RunPlan(
+    steps=100,
+    num_queries=100,
+    queries_per_step=8,
+    completions_per_step=64,
+    eval_steps=10,
+    save_steps=10,
+)
+"""What a reward sees of a run that there is not."""
 _PLAIN_QUERY = "How do I keep basil plants alive in winter?"
 _PLAIN_TEXTS = ("Put the pot on a sunny sill and water it once a week.", "Yes.", "")
 
@@ -140,7 +155,10 @@ class _Subject:
         settings = self.trial.settings.model_copy(
             update={"role": "score", "weight": 1.0, "on_error": "raise", "options": {}}
         )
-        runner = RewardRunner([LoadedReward(settings, reward)])
+        whole = settings.model_copy(update={"options": self.options})
+        isolate = functools.partial(in_main_thread, whole, self.trial.base_dir)
+        runner = RewardRunner([LoadedReward(settings, reward, isolate)])
+        runner.plan = _PLAN
         try:
             values: list[float] = runner.score(groups, step=0).values[settings.name].tolist()
         finally:
