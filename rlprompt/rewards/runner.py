@@ -211,7 +211,7 @@ class RewardRunner:
             ],
             "completion_ids": [list(completion.token_ids) for _, completion in rows],
             **{
-                key: copy.copy(column) if isinstance(column, list | TrainerState) else column
+                key: list(column) if isinstance(column, list) else copy.deepcopy(column)
                 for key, column in columns.items()
             },
             "log_extra": sink.log_extra,

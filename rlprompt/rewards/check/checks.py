@@ -95,8 +95,12 @@ def check_reward(trial: Trial) -> list[CheckRow]:
             examples nor `trial.columns` have.
     """
     subject = _Subject(trial)
-    subject.values(subject.query, [_PLAIN_TEXTS[0]], subject.columns)  # a missing column ends here
-    return [_row(name, function, subject) for name, function in _CHECKS.items()]
+    try:
+        # A missing column ends here.
+        subject.values(subject.query, [_PLAIN_TEXTS[0]], subject.columns)
+        return [_row(name, function, subject) for name, function in _CHECKS.items()]
+    finally:
+        subject.close()
 
 
 def examples_of(target: Any) -> Sequence[Example]:
@@ -117,6 +121,11 @@ def sees_group(function: RewardFunction) -> bool:
         return False
 
 
+def _scored(runner: RewardRunner, groups: Sequence[Group]) -> list[float]:
+    values: list[float] = runner.score(groups, step=0).values[runner.settings[0].name].tolist()
+    return values
+
+
 class _Subject:
     """A loaded reward with its examples, and the row that the other checks are made of."""
 
@@ -131,13 +140,12 @@ class _Subject:
         self.query = first.query if first else _PLAIN_QUERY
         self.columns = {**(first.columns if first else {}), **trial.columns}
         self.texts = [each.completion for each in self.examples] or list(_PLAIN_TEXTS)
+        self._apart: dict[str, RewardRunner] = {}
         self.group = sees_group(self.load())
 
     def load(self, options: Mapping[str, Any] | None = None) -> RewardFunction:
         """The reward, made from options in place of the usual ones."""
-        chosen = dict(self.options if options is None else options)
-        settings = self.trial.settings.model_copy(update={"options": chosen})
-        return load_reward(settings, self.trial.base_dir, NAMED)
+        return load_reward(self._settings(options), self.trial.base_dir, NAMED)
 
     def values(
         self,
@@ -148,22 +156,48 @@ class _Subject:
         conversational: bool = True,
     ) -> list[float]:
         """Values of the completions of one query; NaN for None."""
-        return self.score(self.load(options), [make_group(query, columns, texts, conversational)])
+        groups = [make_group(query, columns, texts, conversational)]
+        return self.score(self.load(options), groups, options)
 
-    def score(self, reward: RewardFunction, groups: Sequence[Group]) -> list[float]:
-        """Values through a runner of its own."""
+    def score(
+        self,
+        reward: RewardFunction,
+        groups: Sequence[Group],
+        options: Mapping[str, Any] | None = None,
+    ) -> list[float]:
+        """Values through a runner of its own, or the one in whose process it has a main thread."""
+        key = repr(self._chosen(options))
+        if key in self._apart:
+            return _scored(self._apart[key], groups)
         settings = self.trial.settings.model_copy(
             update={"role": "score", "weight": 1.0, "on_error": "raise", "options": {}}
         )
-        whole = settings.model_copy(update={"options": self.options})
-        isolate = functools.partial(in_main_thread, whole, self.trial.base_dir)
+        moved: list[RewardFunction] = []
+
+        def isolate() -> RewardFunction:
+            moved.append(in_main_thread(self._settings(options), self.trial.base_dir))
+            return moved[0]
+
         runner = RewardRunner([LoadedReward(settings, reward, isolate)])
         runner.plan = _PLAN
         try:
-            values: list[float] = runner.score(groups, step=0).values[settings.name].tolist()
+            return _scored(runner, groups)
         finally:
+            if moved:
+                self._apart[key] = runner
+            else:
+                runner.close()
+
+    def close(self) -> None:
+        """End what runs in processes of its own."""
+        for runner in self._apart.values():
             runner.close()
-        return values
+
+    def _chosen(self, options: Mapping[str, Any] | None) -> dict[str, Any]:
+        return dict(self.options if options is None else options)
+
+    def _settings(self, options: Mapping[str, Any] | None) -> RewardSettings:
+        return self.trial.settings.model_copy(update={"options": self._chosen(options)})
 
 
 def _row(name: str, function: Callable[[_Subject], str], subject: _Subject) -> CheckRow:
