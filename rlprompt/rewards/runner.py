@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlprompt.errors import InputError
+from rlprompt.errors import InputError, first_error
 from rlprompt.rewards.base import (
     GROUP_KEYWORD,
     RESERVED_KEYWORDS,
@@ -319,13 +319,14 @@ def _columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
 def _evaluate(
     call: Call, outcome: Outcome, rows: Sequence[Row], sink: Sink
 ) -> list[float] | RewardFailure:
-    if isinstance(outcome.error, InputError):  # a wrong input is the user's to mend, not to skip
-        raise InputError(f"reward '{call.name}': {outcome.error}") from outcome.error
+    error = None if outcome.error is None else first_error(outcome.error)
+    if isinstance(error, InputError):  # a wrong input is the user's to mend, not to skip
+        raise InputError(f"reward '{call.name}': {error}") from error
     if outcome.timed_out or outcome.error is not None:
         message = describe_failure(call, outcome, rows)
         kind: FailureKind = "timeout" if outcome.timed_out else "exception"
-        if isinstance(outcome.error, ReportedError):
-            kind = outcome.error.kind
+        if isinstance(error, ReportedError):
+            kind = error.kind
         return RewardFailure(call.name, kind, message)
     try:
         sink.close()

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from rlprompt.errors import InputError, describe_error, quote, shorten, user_frame
+from rlprompt.errors import InputError, describe_error, first_error, quote, shorten, user_frame
 from rlprompt.rewards.base import (
     GROUP_KEYWORD,
     RESERVED_KEYWORDS,
@@ -134,8 +134,8 @@ def describe_failure(call: Call, outcome: Outcome, rows: Sequence[Row]) -> str:
             f"reward '{call.name}' took longer than its timeout of {call.timeout:g} s for "
             f"{len(rows)} completions, {example}; make it faster or raise the timeout"
         )
-    error = outcome.error
-    assert error is not None
+    assert outcome.error is not None
+    error = first_error(outcome.error)
     if isinstance(error, ReportedError):
         advice = f"; {error.advice}" if error.advice else ""
         return f"reward '{call.name}' {error}, {example}{advice}"
