@@ -37,13 +37,26 @@ def choices(wrong: str, known: Iterable[str]) -> str:
     return f"choose from {', '.join(names)}" if names else "it has none"
 
 
+def first_error(error: BaseException) -> BaseException:
+    """The exception itself, or the first one in a group: the group's own message says nothing."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
 def describe_error(error: BaseException) -> str:
-    """Type and message of an exception, on one line."""
-    return f"{type(error).__name__}: {shorten(str(error), 300)}"
+    """Type and message of an exception, or of the first one in a group, on one line."""
+    error = first_error(error)
+    try:
+        message = str(error)
+    except Exception as fault:
+        message = f"no message, because str of it raises {type(fault).__name__}"
+    return f"{type(error).__name__}: {shorten(message, 300)}"
 
 
 def user_frame(error: BaseException, filename: str | None = None) -> str:
     """`path:line (source)` of the deepest frame in `filename`, or of the deepest one at all."""
+    error = first_error(error)
     # The file of a SyntaxError is the one that was parsed; "<unknown>" when that was a string.
     if isinstance(error, SyntaxError) and error.filename and not error.filename.startswith("<"):
         return f"{error.filename}:{error.lineno} ({(error.text or '').strip()})"

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from rlprompt.errors import InputError, choices, describe_error, user_frame
+from rlprompt.process_exit import forks_end
 from rlprompt.settings import UserClass
 
 
@@ -122,7 +123,8 @@ def _import_file(file: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # before it runs: dataclasses and pickle look their module up
     try:
-        spec.loader.exec_module(module)
+        with forks_end():
+            spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise InputError(_import_failure(str(file), error, file)) from error
@@ -131,7 +133,8 @@ def _import_file(file: Path) -> ModuleType:
 
 def _import_module(name: str) -> ModuleType:
     try:
-        return importlib.import_module(name)
+        with forks_end():
+            return importlib.import_module(name)
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if name == missing or name.startswith(f"{missing}."):

@@ -50,10 +50,7 @@ class Comparison(Mapping[str, PromptScores]):
     @property
     def rows(self) -> list[dict[str, Any]]:
         """One row per prompt with all means; `pandas.DataFrame` takes the list."""
-        return [
-            {"prompt": each.name, "reward": each.reward, **each.rewards, **_scalars(each.metrics)}
-            for each in self.scores.values()
-        ]
+        return [_row(each) for each in self.scores.values()]
 
     def __str__(self) -> str:
         """A table of means."""
@@ -99,6 +96,17 @@ def compare(evaluator: HeldoutEvaluator, prompts: Mapping[str, Prompt]) -> Compa
         rewards: Any = result.metrics["rewards"]
         scores[name] = PromptScores(name, result.reward, rewards, result.metrics, tuple(rows))
     return Comparison(scores)
+
+
+def _row(scores: PromptScores) -> dict[str, Any]:
+    """One prompt's means; a reward that has the name of another column is `rewards/NAME`."""
+    own = {"prompt": scores.name, "reward": scores.reward}
+    others = _scalars(scores.metrics)
+    rewards = {
+        (f"rewards/{name}" if name in own or name in others else name): value
+        for name, value in scores.rewards.items()
+    }
+    return {**own, **rewards, **others}
 
 
 def _reward_names(comparison: Comparison) -> list[str]:

@@ -47,6 +47,7 @@ from rlprompt.recipe.schema import (
 )
 from rlprompt.reports.report import write_report
 from rlprompt.rewards import RewardBatch, RewardRunner, build_rewards
+from rlprompt.rewards.base import RunPlan
 from rlprompt.rollout.prefetch import PrefetchedSource
 from rlprompt.rollout.sources import (
     ColumnSource,
@@ -231,6 +232,26 @@ def _rewards(recipe: Recipe, base_dir: Path, ranks: Ranks, objects: Objects) -> 
     return rewards
 
 
+def _plan(recipe: Recipe, data: QuerySplit) -> RunPlan:
+    """What rewards see of the run ahead."""
+    training = recipe.training
+    queries = training.queries_per_step
+    search = recipe.search
+    if search is not None:
+        copies = search.completions_per_query
+    else:
+        given = len(recipe.algorithm.answer_columns)
+        copies = given or int(getattr(recipe.algorithm, "group_size", 1))
+    return RunPlan(
+        steps=training.steps,
+        num_queries=len(data.train),
+        queries_per_step=queries,
+        completions_per_step=queries * copies,
+        eval_steps=recipe.evaluation.every,
+        save_steps=training.save_every,
+    )
+
+
 def _together(ranks: Ranks, score: Callable[[], RewardBatch]) -> RewardBatch:
     """Score a batch on every rank, for a model of which each holds a part; all get the same."""
     return ranks.each(score, "the rewards")[0]
@@ -244,6 +265,7 @@ def _shared(
     recipe: Recipe, data: QuerySplit, rewards: RewardRunner, ranks: Ranks, objects: Objects
 ) -> Shared:
     policy = _policy(recipe, objects)
+    rewards.plan = _plan(recipe, data)
     judged = rewards.bind_policy(policy)
     if policy.base.shards is not None and judged:
         # A judge runs the base, which all ranks can only do together.
@@ -304,6 +326,7 @@ def _parts(
     """What one run has of its own, on what it may share."""
     policy, data = shared.policy, shared.data
     rewards.bind_policy(policy)
+    rewards.plan = _plan(recipe, data)
     policy.prompt = build_prompt(recipe, policy, base_dir, shared.objects)
     require_support(shared.engine, (policy.prompt,))
     learner: Learner

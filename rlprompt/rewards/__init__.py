@@ -7,6 +7,7 @@ their file (see `reward_models/` in the checkout).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rlprompt.errors import InputError
 from rlprompt.rewards.base import (
     Example,
+    IsolationSettings,
     LoadedReward,
     RewardBatch,
     RewardFailure,
@@ -83,8 +85,29 @@ def build_rewards(
     """
     from rlprompt.rewards.runner import RewardRunner
 
-    loaded = [LoadedReward(each, _load(each, base_dir, given or {})) for each in settings]
+    loaded = [_loaded(each, base_dir, given or {}) for each in settings]
     return RewardRunner(loaded, needs_score=needs_score)
+
+
+def _loaded(settings: RewardSettings, base_dir: Path, given: Mapping[str, Any]) -> LoadedReward:
+    function = _load(settings, base_dir, given)
+    is_here = settings.path in given or settings.isolation is not None
+    # A judge lends the run's base, and shards of a model talk to other ranks: both stay here.
+    is_bound = hasattr(function, "bind_policy") or getattr(function, "needs_all_ranks", False)
+    isolate = None if is_here or is_bound else partial(in_main_thread, settings, base_dir)
+    return LoadedReward(settings, function, isolate)
+
+
+def in_main_thread(settings: RewardSettings, base_dir: Path) -> RewardFunction:
+    """The reward in a process of its own for the sake of that process's main thread.
+
+    It may use as much memory as it would in the run.
+
+    Raises:
+        InputError: it cannot be loaded there.
+    """
+    isolation = IsolationSettings(memory_gb=None)
+    return IsolatedReward(settings.model_copy(update={"isolation": isolation}), base_dir, NAMED)
 
 
 def _load(settings: RewardSettings, base_dir: Path, given: Mapping[str, Any]) -> RewardFunction:

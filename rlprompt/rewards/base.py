@@ -22,6 +22,7 @@ Letters: B completions, flattened group by group.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -165,6 +166,9 @@ class LoadedReward:
 
     settings: RewardSettings
     function: RewardFunction
+    isolate: Callable[[], RewardFunction] | None = None
+    """Makes the same reward in a process of its own, should it need a main thread; None where that
+    cannot be: the object exists in this process only."""
 
 
 def default_name(path: str) -> str:
@@ -177,12 +181,87 @@ def default_name(path: str) -> str:
     return re.sub(r"[^A-Za-z0-9_\-]+", "_", attribute.rpartition(".")[2]) or "reward"
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrainerState:
-    """What a reward may know of the run: the one field of TRL's state that every loop has."""
+    """What a reward may know of the run: the fields of the state that TRL hands on.
+
+    Those are the fields of `transformers.TrainerState`. What is told by other means here is always
+    empty, as it is in TRL's at the first step: scores are in the run's `metrics.jsonl`, and the
+    best prompt in its artifact.
+    """
 
     global_step: int
     """Updates of the prompt made so far."""
+    max_steps: int = 1
+    """Updates of the whole run. Outside a run: as many as were made, and at least 1."""
+    epoch: float = 0.0
+    """How often the training queries have been drawn, with the fraction of the present pass, where
+    every step draws once."""
+    num_train_epochs: int = 1
+    """Passes over the training queries that the run begins."""
+    train_batch_size: int | None = None
+    """Completions of a training step."""
+    logging_steps: int = 1
+    """Steps between two rows of `metrics.jsonl`."""
+    eval_steps: int = 1
+    """Steps between two held-out evaluations."""
+    save_steps: int = 1
+    """Steps between two checkpoints."""
+    num_input_tokens_seen: int = 0
+    """Always 0: not counted before the rewards are called."""
+    total_flos: float = 0.0
+    """Always 0: not counted."""
+    log_history: list[dict[str, float]] = field(default_factory=list)
+    """Always empty."""
+    best_metric: float | None = None
+    """Always None."""
+    best_global_step: int | None = None
+    """Always None."""
+    best_model_checkpoint: str | None = None
+    """Always None."""
+    is_local_process_zero: bool = True
+    """Always True: rewards are called on the first rank."""
+    is_world_process_zero: bool = True
+    """Always True, as above."""
+    is_hyper_param_search: bool = False
+    """Always False."""
+    trial_name: str | None = None
+    """Always None."""
+    trial_params: dict[str, str | float | int | bool] | None = None
+    """Always None."""
+    stateful_callbacks: dict[str, Any] = field(default_factory=dict)
+    """Always empty."""
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run means to do, for the state that rewards see."""
+
+    steps: int
+    """Updates of the whole run."""
+    num_queries: int
+    """Training queries."""
+    queries_per_step: int
+    """Queries of a step."""
+    completions_per_step: int
+    """Completions of a step."""
+    eval_steps: int
+    """Steps between two held-out evaluations."""
+    save_steps: int
+    """Steps between two checkpoints."""
+
+    def at(self, step: int) -> TrainerState:
+        """The state after so many updates."""
+        per_step = self.queries_per_step / max(1, self.num_queries)
+        return TrainerState(
+            global_step=step,
+            max_steps=self.steps,
+            epoch=step * per_step,
+            num_train_epochs=math.ceil(self.steps * per_step),
+            train_batch_size=self.completions_per_step,
+            eval_steps=self.eval_steps,
+            save_steps=self.save_steps,
+        )
 
 
 FailureKind = Literal["exception", "timeout", "values"]
@@ -232,7 +311,7 @@ class RewardBatch:
     """Columns logged with `log_extra`, B values each."""
     metrics: dict[str, float]
     """`rewards/{name}/...` and what was logged with `log_metric`; a mean over no values is left
-    out, never NaN."""
+    out, never NaN. A name that the run itself uses is logged below `logged/`."""
     errors: list[RewardFailure]
     """The calls that failed under `on_error: skip`."""
     costs: dict[str, Tensor] = field(default_factory=dict)
@@ -240,6 +319,8 @@ class RewardBatch:
     mean must stay at or below `RewardRunner.cost_limits`."""
     group_index: tuple[int, ...] = ()
     """B numbers: the group that each completion belongs to."""
+    logged: tuple[str, ...] = ()
+    """Those of `metrics` that rewards have logged."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rlprompt.errors import InputError, choices, describe_error, shorten, user_frame
+from rlprompt.process_exit import forks_end
 from rlprompt.rewards.base import (
     BATCH_KEYWORDS,
     RESERVED_KEYWORDS,
@@ -24,6 +25,7 @@ from rlprompt.rewards.base import (
     RewardSettings,
 )
 from rlprompt.rewards.foreign.signatures import ADAPTERS
+from rlprompt.rewards.processes.main_thread import watch
 from rlprompt.user_code import load_object
 
 
@@ -50,13 +52,15 @@ def load_reward(
         InputError: the file, module or object is missing, importing it raised, it is not callable,
             or an option is unknown or wrong.
     """
+    watch()
     try:
         known = given or {}
-        if settings.path in known:
-            target = known[settings.path]
-        else:
-            target = resolve_target(settings.path, base_dir, builtin)
-        return _configure(target, settings, base_dir)
+        with forks_end():
+            if settings.path in known:
+                target = known[settings.path]
+            else:
+                target = resolve_target(settings.path, base_dir, builtin)
+            return _configure(target, settings, base_dir)
     except InputError as error:
         raise InputError(f"reward '{settings.name}': {error}") from error
 

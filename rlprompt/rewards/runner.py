@@ -5,7 +5,9 @@ Sync rewards run one after another, then all async ones together.
 
 from __future__ import annotations
 
+import copy
 import logging
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlprompt.errors import InputError
+from rlprompt.errors import InputError, first_error
 from rlprompt.rewards.base import (
     GROUP_KEYWORD,
     RESERVED_KEYWORDS,
@@ -23,6 +25,7 @@ from rlprompt.rewards.base import (
     RewardBatch,
     RewardFailure,
     RewardSettings,
+    RunPlan,
     TrainerState,
 )
 from rlprompt.rewards.combine import combine, costs, statistics
@@ -33,6 +36,7 @@ from rlprompt.rewards.validation import (
     Row,
     Sink,
     describe_failure,
+    mean,
     parse_values,
     select_keywords,
 )
@@ -67,6 +71,8 @@ class RewardRunner:
         self._normaliser = Normaliser(self.settings)
         self.once: Callable[[Callable[[], RewardBatch]], RewardBatch] = lambda work: work()
         """How a batch is scored; ranks of one run score it on the first of them."""
+        self.plan: RunPlan | None = None
+        """What the run means to do, which rewards see in `trainer_state`; None outside a run."""
 
     @property
     def settings(self) -> list[RewardSettings]:
@@ -115,7 +121,8 @@ class RewardRunner:
 
         Args:
             groups: queries with their completions; B completions in all.
-            step: updates made so far; rewards see it as `trainer_state.global_step`.
+            step: updates made so far; rewards see it as `trainer_state.global_step`, with the rest
+                of the state by `plan`.
 
         Returns:
             The scores in the order of the flattened groups.
@@ -129,19 +136,14 @@ class RewardRunner:
 
     def _score(self, groups: Sequence[Group], step: int) -> RewardBatch:
         rows = [Row(group.query, each) for group in groups for each in group.completions]
-        columns = _columns(rows)
+        columns: dict[str, Any] = dict(_columns(rows))
         index = tuple(i for i, group in enumerate(groups) for _ in group.completions)
         sinks = {each.name: Sink() for each in self.settings}
         values = {each.name: torch.full((len(rows),), torch.nan) for each in self.settings}  # [B]
         metrics: dict[str, float] = {}
         errors: list[RewardFailure] = []
-        own = {"trainer_state": TrainerState(global_step=step), GROUP_KEYWORD: list(index)}
-        calls = [
-            self._call(reward, rows, columns | own, sinks[reward.settings.name])
-            for reward in self._rewards
-            if rows
-        ]
-        for call, outcome in self._run(calls):
+        columns |= {"trainer_state": self._state(step), GROUP_KEYWORD: list(index)}
+        for call, outcome in self._called(rows, columns, sinks):
             result = _evaluate(call, outcome, rows, sinks[call.name])
             if isinstance(result, RewardFailure):
                 self._tolerate(result, outcome.error)
@@ -151,17 +153,19 @@ class RewardRunner:
                 values[call.name] = torch.tensor(result, dtype=torch.float32)
             metrics[f"rewards/{call.name}/seconds"] = outcome.seconds
             metrics[f"rewards/{call.name}/failures"] = float(isinstance(result, RewardFailure))
-        metrics |= statistics(self.settings, values) | _logged_metrics(sinks)
+        metrics |= statistics(self.settings, values)
+        logged = _logged_metrics(sinks)
         return RewardBatch(
             total=combine(self.settings, values) if values else torch.full((len(rows),), torch.nan),
             values=values,
             weights={each.name: each.weight for each in self.settings},
             roles={each.name: each.role for each in self.settings},
             extras=_merge_extras(sinks),
-            metrics=metrics,
+            metrics=metrics | logged,
             errors=errors,
             costs=costs(self.settings, values),
             group_index=index,
+            logged=tuple(logged),
         )
 
     def bind_policy(self, policy: Any) -> bool:
@@ -207,7 +211,7 @@ class RewardRunner:
             ],
             "completion_ids": [list(completion.token_ids) for _, completion in rows],
             **{
-                key: list(column) if isinstance(column, list) else column
+                key: list(column) if isinstance(column, list) else copy.deepcopy(column)
                 for key, column in columns.items()
             },
             "log_extra": sink.log_extra,
@@ -219,6 +223,36 @@ class RewardRunner:
         if timeout is not None:
             timeout += getattr(function, "backstop", 0.0)
         return Call(settings.name, function, kwargs, timeout)
+
+    def _state(self, step: int) -> TrainerState:
+        if self.plan is None:
+            return TrainerState(global_step=step, max_steps=max(1, step))
+        return self.plan.at(step)
+
+    def _called(
+        self, rows: Sequence[Row], columns: Mapping[str, Any], sinks: dict[str, Sink]
+    ) -> list[tuple[Call, Outcome]]:
+        """Call every reward on a batch, and those that need a main thread again where there is one.
+
+        Args:
+            rows: the completions; nothing is called for none.
+            columns: the keywords beside the batch itself.
+            sinks: the sink of each reward; a second call gets a new one.
+        """
+        if not rows:
+            return []
+        calls = [
+            self._call(reward, rows, columns, sinks[reward.settings.name])
+            for reward in self._rewards
+        ]
+        done = self._run(calls)
+        for place, (call, outcome) in enumerate(done):
+            if outcome.asked_for:
+                self._rewards[place] = _with_main_thread(self._rewards[place], outcome.asked_for)
+                sinks[call.name] = Sink()
+                again = self._call(self._rewards[place], rows, columns, sinks[call.name])
+                done[place] = self._run([again])[0]
+        return done
 
     def _run(self, calls: Sequence[Call]) -> list[tuple[Call, Outcome]]:
         waiting = [call for call in calls if is_async(call.function)]
@@ -237,6 +271,33 @@ class RewardRunner:
         if policy[failure.name] == "raise":
             raise InputError(failure.message) from cause
         logger.warning("skipped for this batch (on_error: skip): %s", failure.message)
+
+
+def _with_main_thread(reward: LoadedReward, asked_for: str) -> LoadedReward:
+    """A reward that asked for what only a main thread has, where there is one.
+
+    That is a process of its own, or else the calling thread, where no deadline can be held.
+
+    Raises:
+        InputError: there is neither.
+    """
+    name, timeout = reward.settings.name, reward.settings.timeout
+    needs = f"reward '{name}' calls {asked_for}, which needs a main thread"
+    if reward.isolate is not None:
+        logger.warning("%s: from now on it runs in a process of its own (isolation)", needs)
+        return LoadedReward(reward.settings, reward.isolate())
+    is_main = threading.current_thread() is threading.main_thread()
+    if timeout is None or not is_main or is_async(reward.function):
+        raise InputError(
+            f"{needs}, and it is scored in another; write it into a file of its own as a plain "
+            "function, and name it as path/file.py:object"
+        )
+    logger.warning(
+        "%s: from now on it runs in the run's own, where its timeout of %g s is not held",
+        needs,
+        timeout,
+    )
+    return LoadedReward(reward.settings.model_copy(update={"timeout": None}), reward.function)
 
 
 def _columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
@@ -258,15 +319,17 @@ def _columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
 def _evaluate(
     call: Call, outcome: Outcome, rows: Sequence[Row], sink: Sink
 ) -> list[float] | RewardFailure:
-    if isinstance(outcome.error, InputError):  # a wrong input is the user's to mend, not to skip
-        raise InputError(f"reward '{call.name}': {outcome.error}") from outcome.error
+    error = None if outcome.error is None else first_error(outcome.error)
+    if isinstance(error, InputError):  # a wrong input is the user's to mend, not to skip
+        raise InputError(f"reward '{call.name}': {error}") from error
     if outcome.timed_out or outcome.error is not None:
         message = describe_failure(call, outcome, rows)
         kind: FailureKind = "timeout" if outcome.timed_out else "exception"
-        if isinstance(outcome.error, ReportedError):
-            kind = outcome.error.kind
+        if isinstance(error, ReportedError):
+            kind = error.kind
         return RewardFailure(call.name, kind, message)
     try:
+        sink.close()
         values = parse_values(outcome.output, rows)
         sink.check(len(rows))
     except InvalidValuesError as error:
@@ -277,9 +340,9 @@ def _evaluate(
 def _logged_metrics(sinks: Mapping[str, Sink]) -> dict[str, float]:
     collected: dict[str, list[float]] = {}
     for sink in sinks.values():
-        for name, numbers in sink.metrics.items():
-            collected.setdefault(name, []).extend(float(number) for number in numbers)
-    return {name: sum(numbers) / len(numbers) for name, numbers in collected.items()}
+        for name, numbers in sink.numbers().items():
+            collected.setdefault(name, []).extend(numbers)
+    return {name: mean(numbers) for name, numbers in collected.items()}
 
 
 def _merge_extras(sinks: Mapping[str, Sink]) -> dict[str, list[Any]]:
@@ -287,5 +350,8 @@ def _merge_extras(sinks: Mapping[str, Sink]) -> dict[str, list[Any]]:
     extras: dict[str, list[Any]] = {}
     for reward, sink in sinks.items():
         for column, logged in sink.extras.items():
-            extras[f"{reward}.{column}" if column in extras else column] = logged
+            name = column
+            while name in extras:
+                name = f"{reward}.{name}"
+            extras[name] = logged
     return extras

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from rlprompt.errors import InputError, describe_error, quote, shorten, user_frame
+from rlprompt.errors import InputError, describe_error, first_error, quote, shorten, user_frame
 from rlprompt.rewards.base import (
     GROUP_KEYWORD,
     RESERVED_KEYWORDS,
@@ -16,6 +16,7 @@ from rlprompt.rewards.base import (
     RewardFunction,
 )
 from rlprompt.rewards.processes.execution import Call, Outcome
+from rlprompt.tracking.names import metric_name
 from rlprompt.types import Completion, Query
 
 
@@ -28,6 +29,8 @@ class Row(NamedTuple):
 
 NOT_A_LIST = "return a list with one float or None per completion"
 _FLOAT32_MAX = 3.4028234e38
+_EXACT = 2.0**63
+_LONGEST_NAME = 200
 
 
 class InvalidValuesError(Exception):
@@ -36,25 +39,39 @@ class InvalidValuesError(Exception):
 
 @dataclass
 class Sink:
-    """Receives `log_extra` and `log_metric` of one call; dropped when the call fails."""
+    """Receives `log_extra` and `log_metric` of one call; dropped when the call fails.
+
+    What its columns hold after `close` is plain: texts, numbers and what JSON makes of them.
+    """
 
     extras: dict[str, list[Any]] = field(default_factory=dict)
-    metrics: dict[str, list[float]] = field(default_factory=dict)
+    metrics: dict[str, list[Any]] = field(default_factory=dict)
+    is_closed: bool = False
 
     def log_extra(self, column: str, values: Sequence[Any]) -> None:
         """Add values of a column; over the whole call one per completion."""
-        self.extras.setdefault(str(column), []).extend(values)
+        self._check_open(f"log_extra({shown(column)}, ...)")
+        self.extras.setdefault(_name(column, "column"), []).extend(values)
 
     def log_metric(self, name: str, value: float) -> None:
         """Add a number; calls with the same name are averaged."""
-        self.metrics.setdefault(str(name), []).append(value)
+        self._check_open(f"log_metric({shown(name)}, ...)")
+        self.metrics.setdefault(_name(name, "metric"), []).append(value)
+
+    def close(self) -> None:
+        """Take nothing more: what a thread of the reward logs later would belong to no batch."""
+        self.is_closed = True
+        self.extras = {
+            column: [plain_value(value) for value in values]
+            for column, values in self.extras.items()
+        }
 
     def check(self, num_completions: int) -> None:
         """Raise InvalidValuesError for columns of the wrong length and numbers that are none."""
         for column, values in self.extras.items():
             if len(values) != num_completions:
                 raise InvalidValuesError(
-                    f"logged {len(values)} values in column '{column}' for {num_completions} "
+                    f"logged {len(values)} values in column {shown(column)} for {num_completions} "
                     f"completions; call log_extra with one value per completion"
                 )
         for name, values in self.metrics.items():
@@ -63,10 +80,23 @@ class Sink:
                     f"logged a metric '{name}'; names under rewards/ are taken, choose another"
                 )
             for value in values:
-                if _as_float(value) is None or not math.isfinite(value):
+                number = _as_float(value)
+                if number is None or not math.isfinite(number):
                     raise InvalidValuesError(
-                        f"logged {shorten(repr(value))} as metric '{name}'; log a finite number"
+                        f"logged {shown(value)} as metric {shown(name)}; log a finite number"
                     )
+
+    def numbers(self) -> dict[str, list[float]]:
+        """Checked metrics by the name that each has in a run's record, see `tracking.names`."""
+        found: dict[str, list[float]] = {}
+        for name, values in self.metrics.items():
+            numbers = [number for number in map(_as_float, values) if number is not None]
+            found.setdefault(metric_name(name), []).extend(numbers)
+        return found
+
+    def _check_open(self, what: str) -> None:
+        if self.is_closed:
+            raise RuntimeError(f"{what} came after the reward had returned; log before it returns")
 
 
 def parse_values(output: Any, rows: Sequence[Row]) -> list[float]:
@@ -104,8 +134,8 @@ def describe_failure(call: Call, outcome: Outcome, rows: Sequence[Row]) -> str:
             f"reward '{call.name}' took longer than its timeout of {call.timeout:g} s for "
             f"{len(rows)} completions, {example}; make it faster or raise the timeout"
         )
-    error = outcome.error
-    assert error is not None
+    assert outcome.error is not None
+    error = first_error(outcome.error)
     if isinstance(error, ReportedError):
         advice = f"; {error.advice}" if error.advice else ""
         return f"reward '{call.name}' {error}, {example}{advice}"
@@ -155,6 +185,65 @@ def select_keywords(
     return {key: value for key, value in available.items() if key in accepted}
 
 
+def mean(numbers: Sequence[float]) -> float:
+    """Of finite numbers; it does not overflow where their sum would."""
+    return sum(number / len(numbers) for number in numbers)
+
+
+def shown(value: Any) -> str:
+    """A value of user code for a sentence: its `repr`, shortened, whatever that does."""
+    try:
+        return shorten(repr(value))
+    except Exception as error:
+        if type(value) is int:  # Python prints no more than 4,300 digits
+            return f"an integer of {value.bit_length()} bits"
+        return f"an object of type {type(value).__name__}, whose repr raises {type(error).__name__}"
+
+
+def plain_value(value: Any, depth: int = 6) -> Any:
+    """A value of user code in a form that JSON has: its text where it has none or lies too deep."""
+    try:
+        return _plain(value, depth)
+    except Exception:  # an object of the user's may do anything when it is asked
+        return shown(value)
+
+
+def _plain(value: Any, depth: int) -> Any:
+    if value is None or type(value) in (bool, float):
+        return value
+    if isinstance(value, str):
+        return str(value)
+    if hasattr(value, "tolist") and hasattr(value, "ndim"):
+        value = value.tolist()
+    number = _as_float(value)
+    if number is not None:
+        return int(value) if isinstance(value, int) and abs(number) < _EXACT else number
+    if depth and isinstance(value, Mapping):
+        return {
+            (key if isinstance(key, str) else shown(key)): plain_value(each, depth - 1)
+            for key, each in value.items()
+        }
+    if depth and isinstance(value, list | tuple | set | frozenset):
+        return [plain_value(each, depth - 1) for each in value]
+    return shown(value)
+
+
+def _name(name: Any, kind: str) -> str:
+    """A name that can be logged under.
+
+    Raises:
+        TypeError: it is no text.
+        ValueError: it is empty, too long, or has characters that no table shows.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a {kind} is {shown(name)}; give a text")
+    if not name.strip() or len(name) > _LONGEST_NAME or not name.isprintable():
+        raise ValueError(
+            f"the name of a {kind} is {shown(name)}; give 1 to {_LONGEST_NAME} printable characters"
+        )
+    return str(name)
+
+
 def _parse_value(value: Any, position: int, rows: Sequence[Row]) -> float:
     if value is None:
         return math.nan
@@ -162,20 +251,21 @@ def _parse_value(value: Any, position: int, rows: Sequence[Row]) -> float:
     if number is not None and abs(number) <= _FLOAT32_MAX:  # False for NaN
         return number
     raise InvalidValuesError(
-        f"returned {shorten(repr(value))} for completion {position + 1} of {len(rows)} "
+        f"returned {shown(value)} for completion {position + 1} of {len(rows)} "
         f"({_describe(rows[position])}); return a finite number, or None for what cannot be scored"
     )
 
 
 def _as_float(value: Any) -> float | None:
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
-        value = value.item()
-    if not isinstance(value, bool | int | float):
-        return None
+    """The number that a value is; infinite beyond float64, None for what is no number."""
     try:
-        return float(value)
+        if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+            value = value.item()
+        return float(value) if isinstance(value, bool | int | float) else None
     except OverflowError:
         return math.inf
+    except Exception:  # an object of the user's may do anything when it is asked
+        return None
 
 
 def _describe(row: Row) -> str:

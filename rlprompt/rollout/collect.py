@@ -77,8 +77,8 @@ def collect(draw: Callable[[], Generation], rewards: RewardRunner, *, step: int)
 def completion_metrics(batch: RolloutBatch) -> dict[str, float]:
     """Lengths, truncation and reward of a batch under TRL's metric names.
 
-    A mean over nothing is left out: the reward when none was scored, the length of terminated
-    completions when all were cut.
+    What rewards have logged is not among them: see `logged_metrics`. A mean over nothing is left
+    out: the reward when none was scored, the length of terminated completions when all were cut.
     """
     lengths, ended = batch.lengths.float(), batch.terminated
     metrics = {
@@ -97,7 +97,13 @@ def completion_metrics(batch: RolloutBatch) -> dict[str, float]:
         metrics["reward"] = float(known.mean())
     if known.numel() > 1:
         metrics["reward_std"] = float(known.std())
-    return {**metrics, **batch.rewards.metrics}
+    logged = batch.rewards.logged
+    return metrics | {k: v for k, v in batch.rewards.metrics.items() if k not in logged}
+
+
+def logged_metrics(batch: RolloutBatch) -> dict[str, float]:
+    """What rewards have logged of a batch with `log_metric`."""
+    return {name: batch.rewards.metrics[name] for name in batch.rewards.logged}
 
 
 def completion_rows(
@@ -105,8 +111,8 @@ def completion_rows(
 ) -> list[dict[str, object]]:
     """Rows of `completions.jsonl`, one per completion.
 
-    What rewards logged with `log_extra` follows under its own name, or `extra.name` where the row
-    has that name already.
+    What rewards logged with `log_extra` follows under its own name, or `extra.name` where that is a
+    name of the rows' own.
     """
     rows: list[dict[str, object]] = []
     pairs = [
@@ -125,8 +131,35 @@ def completion_rows(
             "num_tokens": len(completion.token_ids),
             "advantage": None if advantages is None else float(advantages[position]),
         }
-        for name, values in batch.rewards.extras.items():
-            taken = name == "step" or name in row
-            row[f"extra.{name}" if taken else name] = values[position]
         rows.append(row)
+    names: set[str] = set()
+    for column, values in batch.rewards.extras.items():
+        name = column
+        while (
+            name in _ROW_KEYS or name in names or (name != column and name in batch.rewards.extras)
+        ):
+            name = f"extra.{name}"
+        names.add(name)
+        for row, value in zip(rows, values, strict=True):
+            row[name] = value
     return rows
+
+
+_ROW_KEYS = frozenset(
+    {
+        "advantage",
+        "candidate",
+        "completion",
+        "num_tokens",
+        "query",
+        "query_index",
+        "reward",
+        "rewards",
+        "split",
+        "step",
+        "terminated",
+        "time",
+        "who",
+    }
+)
+"""Names of the columns that a run writes itself."""

@@ -344,6 +344,7 @@ def _joined(first: RolloutBatch, second: RolloutBatch) -> RolloutBatch:
         errors=[*a.errors, *b.errors],
         costs={name: torch.cat([a.costs[name], b.costs[name]]) for name in a.costs},
         group_index=(*a.group_index, *(sizes[0] + g for g in b.group_index)),
+        logged=tuple(dict.fromkeys([*a.logged, *b.logged])),
     )
     return RolloutBatch(
         (*first.groups, *second.groups),

@@ -67,7 +67,7 @@ class PartingGuard(_GuardSettings):
     @property
     def metrics(self) -> tuple[str, ...]:
         """Metrics that it reads."""
-        return _mean_of(self.proxy), _mean_of(self.gold)
+        return _mean_of(self.proxy), f"rewards/{self.gold}/mean"  # gold is never the total
 
     def judge(self, history: Sequence[Sequence[float]]) -> str | None:
         """Why the rule holds now, or None.

@@ -42,6 +42,8 @@ class StepResult:
     """Completion tokens drawn."""
     rollout_seconds: float
     """Time spent drawing them, in seconds."""
+    logged: Mapping[str, float] = field(default_factory=dict)
+    """What rewards logged with `log_metric`; it never takes the name of another metric."""
     phases: Mapping[str, float] = field(default_factory=dict)
     """Seconds of this step by phase; what no phase claims is logged as `time/other`."""
     no_signal: NoSignal | None = None

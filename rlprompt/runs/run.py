@@ -38,6 +38,7 @@ from rlprompt.runs.state import RunState
 from rlprompt.runs.stop_reason import EARLY_STOPPING, FINISHED, MAX_SECONDS, StopReason
 from rlprompt.runs.summary import Summary, artifact_metrics, build_summary, rank_memory
 from rlprompt.serving.loaded import LoadedPrompt
+from rlprompt.tracking.names import with_logged
 from rlprompt.tracking.tracker import RunInfo
 
 logger = logging.getLogger(__name__)
@@ -224,7 +225,7 @@ class Run(Outcome):
         """Let the guards look at a step, and tell the trackers."""
         parts, progress = self.parts, self.state.progress
         observe_signal(result.no_signal, progress.signal, progress.step)
-        metrics = {**result.metrics, **_times(result, seconds)}
+        metrics = with_logged({**result.metrics, **_times(result, seconds)}, result.logged)
         metrics |= parts.guards.observe(progress.step, metrics, progress.guards)
         metrics["num_tokens"] = float(progress.num_tokens)
         parts.trackers.log_completions(progress.step, result.rows)

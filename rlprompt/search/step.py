@@ -26,7 +26,13 @@ from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.errors import InputError
 from rlprompt.prompts.base import Prompt
 from rlprompt.rewards.runner import RewardRunner
-from rlprompt.rollout.collect import RolloutBatch, collect, completion_metrics, completion_rows
+from rlprompt.rollout.collect import (
+    RolloutBatch,
+    collect,
+    completion_metrics,
+    completion_rows,
+    logged_metrics,
+)
 from rlprompt.rollout.sources import QuerySource
 from rlprompt.runs.learner import LearnerState, StepResult, named_under
 from rlprompt.runs.signal import missing_signal
@@ -108,6 +114,7 @@ class SearchStep:
             rows=_rows(batch, asked, searcher.incumbent.id),
             num_tokens=int(batch.lengths.sum()),
             rollout_seconds=batch.rollout_seconds,
+            logged=logged_metrics(batch),
             phases={
                 "rollout": batch.rollout_seconds,
                 "reward": batch.reward_seconds,

@@ -44,16 +44,18 @@ class JsonlTracker(Tracker):
 
     def log_metrics(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Append one row with the step, the Unix time and the metrics."""
-        self._writers["metrics"].write({"step": step, "time": time.time(), **metrics})
+        own = {"step": step, "time": time.time()}
+        self._writers["metrics"].write({**own, **metrics, **own})
 
     def log_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append one row per completion."""
         for row in rows:
-            self._writers["completions"].write({"step": step, **row})
+            self._writers["completions"].write({"step": step, **row} | {"step": step})
 
     def log_evaluation(self, step: int, who: str, metrics: Mapping[str, Any]) -> None:
         """Append one row."""
-        self._writers["evaluation"].write({"step": step, "who": who, **metrics})
+        own = {"step": step, "who": who}
+        self._writers["evaluation"].write({**own, **metrics, **own})
 
     def log_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
         """Append one row per histogram."""

@@ -23,7 +23,12 @@ from rlprompt.distributed.ranks import Ranks
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.rewards.runner import RewardRunner
-from rlprompt.rollout.collect import RolloutBatch, completion_metrics, completion_rows
+from rlprompt.rollout.collect import (
+    RolloutBatch,
+    completion_metrics,
+    completion_rows,
+    logged_metrics,
+)
 from rlprompt.rollout.prefetch import WAITED
 from rlprompt.rollout.sources import Source
 from rlprompt.runs.learner import LearnerState, NotFiniteError, StepResult, named_under
@@ -144,6 +149,7 @@ class GradientStep:
             rows=completion_rows(batch, "train", "learned", signal.row_advantages),
             num_tokens=int(batch.lengths.sum()),
             rollout_seconds=batch.rollout_seconds,
+            logged=logged_metrics(batch),
             phases=_phases(batch, clock, meanwhile.get(WAITED, 0.0)),
             no_signal=(
                 missing_signal(rewards, signal.advantages) if parts.learns_from_rewards else None

@@ -23,6 +23,7 @@ from rlprompt.prompts.soft import SoftSettings
 from rlprompt.recipe.build import build_single_run
 from rlprompt.recipe.schema import Recipe
 from rlprompt.runs.run import Run
+from rlprompt.tracking.names import is_taken
 from tests.fixtures.algorithms import (
     CASES,
     algorithm_of,
@@ -128,6 +129,7 @@ def test_a_run_trains_and_resumes_bit_for_bit(
     assert any(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
     rows = read_jsonl(tmp_path / "whole" / "metrics.jsonl")
     assert [math.isfinite(row["loss"]) for row in rows] == [True, True]
+    assert [name for name in rows[-1] if not is_taken(name)] == []  # rewards may log under no name
 
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     shutil.rmtree(sorted((tmp_path / "again" / "checkpoints").iterdir())[-1])

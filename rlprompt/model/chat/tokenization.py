@@ -67,14 +67,14 @@ class TextEncoder:
                 "holds a tokenizer.json."
             )
         added = backend.get_added_tokens_decoder()
-        self._controls = {t.content: _control(i, t) for i, t in added.items() if _is_control(t)}
+        self._controls = {t.content: _control(i, t) for i, t in added.items() if is_control(t)}
         self._control_ids = frozenset(control.id for control in self._controls.values())
         # Unknown characters are no harm, unless their token would end the conversation.
         is_harmless = tokenizer.unk_token_id != tokenizer.eos_token_id
         self._unknown = (tokenizer.unk_token_id if is_harmless else None, tokenizer.unk_token)
         longest_first = sorted(map(re.escape, self._controls), key=len, reverse=True)
         self._pattern = re.compile("|".join(longest_first) or r"(?!)")
-        self._build_plain(backend, {i: t for i, t in added.items() if not _is_control(t)})
+        self._build_plain(backend, {i: t for i, t in added.items() if not is_control(t)})
 
     def _build_plain(self, backend: Tokenizer, words: Mapping[int, AddedToken]) -> None:
         """Share model and pre-processing with the tokenizer, but not its control tokens."""
@@ -224,6 +224,7 @@ def _control(number: int, token: AddedToken) -> Control:
     return Control(number, token.content, token.lstrip, token.rstrip, bool(token.normalized))
 
 
-def _is_control(token: AddedToken) -> bool:
+def is_control(token: AddedToken) -> bool:
+    """Whether an added token is one that only a template may write; see the module."""
     is_layout = not token.content.strip(_WHITE_SPACE + "\u2581") or len(token.content) == 1
     return bool(token.special) or not is_layout

@@ -18,8 +18,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlprompt.errors import InputError, describe_error, quote
-from rlprompt.rewards import NAMED
-from rlprompt.rewards.base import Example, LoadedReward, RewardFunction, RewardSettings
+from rlprompt.rewards import NAMED, in_main_thread
+from rlprompt.rewards.base import (
+    Example,
+    LoadedReward,
+    RewardFunction,
+    RewardSettings,
+    RunPlan,
+)
 from rlprompt.rewards.check.inputs import (
     HUGE_CHARACTERS,
     HUGE_UNITS,
@@ -36,6 +42,15 @@ HUGE_SECONDS = 1.0
 """CPU time that a completion of `HUGE_CHARACTERS` may take."""
 THROUGHPUT_COMPLETIONS = 256
 _TOLERANCE = 1e-6
+_PLAN = RunPlan(
+    steps=100,
+    num_queries=100,
+    queries_per_step=8,
+    completions_per_step=64,
+    eval_steps=10,
+    save_steps=10,
+)
+"""What a reward sees of a run that there is not."""
 _PLAIN_QUERY = "How do I keep basil plants alive in winter?"
 _PLAIN_TEXTS = ("Put the pot on a sunny sill and water it once a week.", "Yes.", "")
 _LONGER_TEXTS = (
@@ -85,8 +100,12 @@ def check_reward(trial: Trial) -> list[CheckRow]:
             examples nor `trial.columns` have.
     """
     subject = _Subject(trial)
-    subject.values(subject.query, [_PLAIN_TEXTS[0]], subject.columns)  # a missing column ends here
-    return [_row(name, function, subject) for name, function in _CHECKS.items()]
+    try:
+        # A missing column ends here.
+        subject.values(subject.query, [_PLAIN_TEXTS[0]], subject.columns)
+        return [_row(name, function, subject) for name, function in _CHECKS.items()]
+    finally:
+        subject.close()
 
 
 def examples_of(target: Any) -> Sequence[Example]:
@@ -107,6 +126,11 @@ def sees_group(function: RewardFunction) -> bool:
         return False
 
 
+def _scored(runner: RewardRunner, groups: Sequence[Group]) -> list[float]:
+    values: list[float] = runner.score(groups, step=0).values[runner.settings[0].name].tolist()
+    return values
+
+
 class _Subject:
     """A loaded reward with its examples, and the row that the other checks are made of."""
 
@@ -121,13 +145,12 @@ class _Subject:
         self.query = first.query if first else _PLAIN_QUERY
         self.columns = {**(first.columns if first else {}), **trial.columns}
         self.texts = [each.completion for each in self.examples] or list(_PLAIN_TEXTS)
+        self._apart: dict[str, RewardRunner] = {}
         self.group = sees_group(self.load())
 
     def load(self, options: Mapping[str, Any] | None = None) -> RewardFunction:
         """The reward, made from options in place of the usual ones."""
-        chosen = dict(self.options if options is None else options)
-        settings = self.trial.settings.model_copy(update={"options": chosen})
-        return load_reward(settings, self.trial.base_dir, NAMED)
+        return load_reward(self._settings(options), self.trial.base_dir, NAMED)
 
     def values(
         self,
@@ -138,19 +161,48 @@ class _Subject:
         conversational: bool = True,
     ) -> list[float]:
         """Values of the completions of one query; NaN for None."""
-        return self.score(self.load(options), [make_group(query, columns, texts, conversational)])
+        groups = [make_group(query, columns, texts, conversational)]
+        return self.score(self.load(options), groups, options)
 
-    def score(self, reward: RewardFunction, groups: Sequence[Group]) -> list[float]:
-        """Values through a runner of its own."""
+    def score(
+        self,
+        reward: RewardFunction,
+        groups: Sequence[Group],
+        options: Mapping[str, Any] | None = None,
+    ) -> list[float]:
+        """Values through a runner of its own, or the one in whose process it has a main thread."""
+        key = repr(self._chosen(options))
+        if key in self._apart:
+            return _scored(self._apart[key], groups)
         settings = self.trial.settings.model_copy(
             update={"role": "score", "weight": 1.0, "on_error": "raise", "options": {}}
         )
-        runner = RewardRunner([LoadedReward(settings, reward)])
+        moved: list[RewardFunction] = []
+
+        def isolate() -> RewardFunction:
+            moved.append(in_main_thread(self._settings(options), self.trial.base_dir))
+            return moved[0]
+
+        runner = RewardRunner([LoadedReward(settings, reward, isolate)])
+        runner.plan = _PLAN
         try:
-            values: list[float] = runner.score(groups, step=0).values[settings.name].tolist()
+            return _scored(runner, groups)
         finally:
+            if moved:
+                self._apart[key] = runner
+            else:
+                runner.close()
+
+    def close(self) -> None:
+        """End what runs in processes of its own."""
+        for runner in self._apart.values():
             runner.close()
-        return values
+
+    def _chosen(self, options: Mapping[str, Any] | None) -> dict[str, Any]:
+        return dict(self.options if options is None else options)
+
+    def _settings(self, options: Mapping[str, Any] | None) -> RewardSettings:
+        return self.trial.settings.model_copy(update={"options": self._chosen(options)})
 
 
 def _row(name: str, function: Callable[[_Subject], str], subject: _Subject) -> CheckRow:

@@ -15,9 +15,8 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from rlprompt.errors import shorten
 from rlprompt.rewards.base import ReportedError
-from rlprompt.rewards.models.http_client import HttpSettings, JsonClient
+from rlprompt.rewards.models.http_client import HttpSettings, JsonClient, together
 from rlprompt.rewards.models.judge_question import ask_text, check_verdicts
 from rlprompt.rewards.models.options import SignatureOf
 from rlprompt.rewards.models.score_cache import ScoreCache, content_key
@@ -90,12 +89,7 @@ class OpenAIJudge:
             async with gate:
                 found[key] = self._verdict(await self._client.post(body, "/chat/completions"))
 
-        try:
-            async with asyncio.TaskGroup() as group:
-                for key, body in wanted.items():
-                    group.create_task(ask(key, body))
-        except* ReportedError as errors:
-            raise errors.exceptions[0] from None
+        await together(ask(key, body) for key, body in wanted.items())
         verdicts = [found[key] or (math.nan, 0.0) for key in keys]
         for key, verdict in zip(keys, verdicts, strict=True):
             self._cache.put(key, verdict)
@@ -128,7 +122,7 @@ class OpenAIJudge:
             pairs = [(str(each["token"]), math.exp(min(0.0, each["logprob"]))) for each in top]
         except (KeyError, IndexError, TypeError) as error:
             raise ReportedError(
-                f"got {shorten(repr(answer))} from {self._client.shown}, which holds no "
+                f"got {self._client.quoted(answer)} from {self._client.shown}, which holds no "
                 f"{'token probabilities' if self.settings.logprobs else 'answer'}",
                 "set logprobs: false if the server gives none, or check the url and the model",
                 "values",

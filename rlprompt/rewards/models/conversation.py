@@ -1,8 +1,10 @@
 """From a query and a completion to the tokens that a preference model reads.
 
 Training and scoring use the same function, so that a model is asked what it was trained on. Control
-tokens inside the texts are taken out: a completion that ends its own turn and praises itself in the
-next would otherwise be scored as if a person had praised it.
+tokens inside the texts are taken out, whether the tokenizer calls them special or not: a completion
+that ends its own turn and praises itself in the next would otherwise be scored as if a person had
+praised it. The tokenizer itself says what it would read as one, since it may do so in another
+spelling: after lower-casing, for example, or in a vocabulary that holds one as a plain word.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlprompt.errors import InputError
 from rlprompt.model.chat.template import PLAIN, PLAIN_TEMPLATE, plain_variables
+from rlprompt.model.chat.tokenization import is_control
 from rlprompt.types import Message
 
 PAIR = "pair"
@@ -67,9 +70,13 @@ class ConversationEncoder:
         )
         self.max_tokens = max_tokens
         self._keep = keep
-        added = tokenizer.added_tokens_decoder.values()
-        control = {str(each) for each in added if each.special} | set(tokenizer.all_special_tokens)
-        self._control = re.compile("|".join(re.escape(each) for each in sorted(control)) or r"(?!)")
+        added = tokenizer.added_tokens_decoder
+        self._control_ids = {number for number, each in added.items() if is_control(each)}
+        self._control_ids |= set(tokenizer.all_special_ids)
+        control = {str(added[number]) for number in self._control_ids & added.keys()}
+        control |= set(tokenizer.all_special_tokens)
+        longest_first = sorted(control, key=lambda text: (-len(text), text))
+        self._control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     def encode(self, messages: Sequence[Message]) -> Encoded:
         """The tokens of one conversation that ends with the assistant's turn.
@@ -77,7 +84,7 @@ class ConversationEncoder:
         Raises:
             InputError: the template cannot render it, or leaves no room for any text.
         """
-        texts = [self._control.sub(" ", message["content"]) for message in messages]
+        texts = [self.plain_text(message["content"]) for message in messages]
         ids, segments = self._tokens(messages, texts)
         is_cut = len(ids) > self.max_tokens
         while len(ids) > self.max_tokens:
@@ -94,6 +101,33 @@ class ConversationEncoder:
             texts[longest] = text[:left] if self._keep == "start" else text[len(text) - left :]
             ids, segments = self._tokens(messages, texts)
         return Encoded(ids, segments, is_cut)
+
+    def plain_text(self, text: str) -> str:
+        """A text with a space in the place of everything that would be read as a control token."""
+        while True:
+            plain = self._control.sub(" ", text)
+            for start, end in reversed(self._control_spans(plain)):
+                plain = f"{plain[:start]} {plain[end:]}"
+            if plain == text:
+                return plain
+            text = plain  # what stood around a token may be one now
+
+    def _control_spans(self, text: str) -> list[tuple[int, int]]:
+        """Where in a text its tokens are control tokens, in order and apart from each other."""
+        if not self._tokenizer.is_fast:  # others do not tell where a token stood
+            return []
+        found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        unknown, spelled = self._tokenizer.unk_token_id, self._tokenizer.unk_token
+        if unknown == self._tokenizer.eos_token_id:  # it would end the conversation
+            unknown = None
+        spans: list[tuple[int, int]] = []
+        for number, (start, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
+            counts = number in self._control_ids and end > start
+            if number == unknown and text[start:end] != spelled:
+                counts = False  # a character that the vocabulary lacks
+            if counts and (not spans or start >= spans[-1][1]):
+                spans.append((start, end))
+        return spans
 
     def _tokens(
         self, messages: Sequence[Message], texts: Sequence[str]

@@ -2,7 +2,11 @@
 
 The token is read from the environment, so that it is in no recipe, log or artifact. It is not sent
 over plain HTTP to another machine unless the recipe says so, and redirects are not followed: they
-would carry it elsewhere.
+would carry it elsewhere. A server may say it back: what is quoted of an answer has neither the
+token nor what the address holds behind its path.
+
+A proxy of the environment is asked, but not for what runs on this machine, nor for the server that
+a Slurm job has started beside its training (`{server}`).
 """
 
 from __future__ import annotations
@@ -13,16 +17,17 @@ import json
 import logging
 import os
 import random
+import re
 import ssl
-from collections.abc import Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import SplitResult, parse_qsl, quote, urlsplit
 from weakref import WeakKeyDictionary
 
 from pydantic import Field
 
-from rlprompt.errors import InputError, shorten
+from rlprompt.errors import InputError, describe_error, first_error, shorten
 from rlprompt.rewards.base import ReportedError
 from rlprompt.settings import Settings
 
@@ -34,6 +39,13 @@ logger = logging.getLogger(__name__)
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 _LONGEST_WAIT = 30.0
 _MEGABYTE = 1_000_000
+_QUOTED = 4096
+"""Of an answer, the characters of which a sentence may quote some."""
+_PIECE = 8
+"""Characters of a secret that are left out wherever they follow each other."""
+_HIDDEN = "[secret]"
+
+T = TypeVar("T")
 
 
 class HttpSettings(Settings):
@@ -74,21 +86,25 @@ class JsonClient:
 
     def __init__(self, settings: HttpSettings) -> None:
         self._settings = settings
-        parts = urlsplit(settings.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InputError(
-                f"url {settings.url!r} is no address; write http(s)://host[:port]/path"
-            )
-        if parts.username or parts.password:
-            raise InputError("the url holds a user name or password; use token_env instead")
+        parts = _parts(settings.url)
+        assert parts.hostname is not None
         self._local = _is_loopback(parts.hostname)
-        self.shown = f"{parts.scheme}://{parts.netloc}{parts.path}"
+        self._direct = self._local or _is_own_server(parts.hostname)
+        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+        port = "" if parts.port is None else f":{parts.port}"
+        self.shown = f"{parts.scheme}://{host}{port}{parts.path}"
         """The address without what follows the path, which may be secret."""
         if settings.token_env is None and settings.token_header != "Authorization":
             raise InputError("token_header has no effect without token_env; set it or remove both")
         self._check_token(parts.scheme)
-        if settings.ca_file is not None and not Path(settings.ca_file).is_file():
-            raise InputError(f"ca_file {settings.ca_file!r} does not exist; correct the path")
+        values = [value for _, value in parse_qsl(parts.query)] + [parts.query, parts.fragment]
+        self._secrets = [self._token(), *(value for value in values if len(value) > 3)]
+        self._trust()
+
+    def quoted(self, answer: Any) -> str:
+        """What a server has said, for a sentence: shortened, and without secrets."""
+        text = answer if isinstance(answer, str) else repr(answer)
+        return shorten(without_secrets(text[:_QUOTED], self._secrets), 200)
 
     async def post(self, payload: Mapping[str, Any], path: str = "") -> Any:
         """Send `payload` to the url followed by `path`; returns the parsed answer.
@@ -96,7 +112,13 @@ class JsonClient:
         Raises:
             ReportedError: no usable answer came, after the retries that the settings allow.
         """
-        body = json.dumps(payload).encode()
+        try:
+            body = json.dumps(payload, allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InputError(
+                f"the batch cannot be sent to {self.shown} as JSON ({describe_error(error)}); "
+                f"leave out the column or key that holds such values"
+            ) from error
         limit = self._settings.max_request_mb * _MEGABYTE
         if len(body) > limit:
             raise ReportedError(
@@ -136,17 +158,24 @@ class JsonClient:
         except TimeoutError:
             raise _Retryable(f"nothing within {self._settings.request_timeout:g} s") from None
         except httpx.TransportError as error:
+            reason = self.quoted(str(error)).rstrip(".") or type(error).__name__
             if isinstance(error.__cause__, ssl.SSLError) or "CERTIFICATE_VERIFY" in str(error):
                 raise ReportedError(
-                    f"cannot verify the certificate of {self.shown} ({shorten(str(error), 120)})",
+                    f"cannot verify the certificate of {self.shown} ({reason})",
                     "give ca_file for a certificate of your own",
                 ) from error
-            reason = shorten(str(error), 120).rstrip(".") or type(error).__name__
             raise _Retryable(reason) from error
+        except ReportedError:
+            raise
+        except Exception as error:  # what a client makes of a proxy, a host name or an answer
+            raise ReportedError(
+                f"cannot ask {self.shown} ({self.quoted(describe_error(error))})",
+                "check url and ca_file, and the proxy that the environment names",
+            ) from error
         return self._parsed(status, text, retry_after)
 
     def _parsed(self, status: int, text: bytes, retry_after: str | None) -> Any:
-        said = shorten(text[:400].decode(errors="replace"), 200)
+        said = self.quoted(text[:_QUOTED].decode(errors="replace"))
         if status in _RETRIED:
             raise _Retryable(f"status {status} ({said})", _seconds(retry_after))
         if status in (401, 403):
@@ -182,36 +211,133 @@ class JsonClient:
         import httpx
 
         pools = _POOLS.setdefault(asyncio.get_running_loop(), {})
-        key = (self._settings.ca_file, self._local)
+        key = (self._settings.ca_file, self._direct)
         if key not in pools:
-            context = ssl.create_default_context(cafile=self._settings.ca_file)
-            # A proxy of the environment is not asked for what runs on this machine.
             pools[key] = httpx.AsyncClient(
-                verify=context, trust_env=not self._local, timeout=None, follow_redirects=False
+                verify=self._trust(),
+                trust_env=not self._direct,
+                timeout=None,
+                follow_redirects=False,
             )
         return pools[key]
+
+    def _trust(self) -> ssl.SSLContext:
+        """The authorities that may have signed the server's certificate.
+
+        Raises:
+            InputError: the file of the recipe's own cannot be read or holds none.
+        """
+        name = self._settings.ca_file
+        if name is None:
+            return ssl.create_default_context()
+        if not Path(name).exists():
+            raise InputError(f"ca_file {name!r} does not exist; correct the path")
+        if not Path(name).is_file():
+            raise InputError(f"ca_file {name!r} is no file; name the PEM file")
+        try:
+            return ssl.create_default_context(cafile=name)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"ca_file {name!r} cannot be read as certificates ({describe_error(error)}); give "
+                f"a PEM file of the authority that signed the server's certificate"
+            ) from error
+
+    def _token(self) -> str:
+        variable = self._settings.token_env
+        return "" if variable is None else os.environ.get(variable, "").strip()
 
     def _authorization(self) -> dict[str, str]:
         if self._settings.token_env is None:
             return {}
-        token = os.environ.get(self._settings.token_env, "").strip()
-        header = self._settings.token_header
+        header, token = self._settings.token_header, self._token()
         return {header: f"Bearer {token}" if header == "Authorization" else token}
 
     def _check_token(self, scheme: str) -> None:
         variable = self._settings.token_env
         if variable is None:
             return
-        token = os.environ.get(variable, "").strip()
+        token = self._token()
         if not token:
             raise InputError(f"the environment variable {variable} (token_env) is not set; set it")
         if not (token.isascii() and token.isprintable()):
             raise InputError(f"the token in {variable} holds characters no header may; mend it")
+        header = self._settings.token_header
+        if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", header):
+            raise InputError(f"token_header {header!r} is no name of a header; correct it")
         if scheme == "http" and not self._local and not self._settings.plain_http_token:
             raise InputError(
                 f"the token in {variable} would go to {self.shown} unencrypted; use https://, or "
                 f"set plain_http_token: true on a network that you trust"
             )
+
+
+async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Await all; the first that fails cancels the others, and its own exception is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(each) for each in work]
+    except BaseExceptionGroup as errors:
+        raise first_error(errors) from None
+    return [task.result() for task in tasks]
+
+
+def without_secrets(text: str, secrets: Iterable[str]) -> str:
+    """A text in which no secret stands, nor a longer piece of one.
+
+    Args:
+        text: text of a server, which may repeat what it was sent.
+        secrets: texts that nobody may read; an empty one is none.
+    """
+    for secret in filter(None, secrets):
+        written = {secret, quote(secret, safe=""), json.dumps(secret)[1:-1]}
+        for form in sorted(written, key=len, reverse=True):
+            text = text.replace(form, _HIDDEN)
+        text = _without_pieces(text, secret)
+    return text
+
+
+def _without_pieces(text: str, secret: str) -> str:
+    """The text without the runs of characters that stand in a secret in the same order."""
+    hidden = bytearray(len(text))
+    for start in range(len(secret) - _PIECE + 1):
+        piece = secret[start : start + _PIECE]
+        at = text.find(piece)
+        while at >= 0:
+            hidden[at : at + _PIECE] = b"\1" * _PIECE
+            at = text.find(piece, at + 1)
+    shown = []
+    for at, character in enumerate(text):
+        if not hidden[at]:
+            shown.append(character)
+        elif at == 0 or not hidden[at - 1]:
+            shown.append(_HIDDEN)
+    return "".join(shown)
+
+
+def _parts(url: str) -> SplitResult:
+    """The parts of an address that can be asked.
+
+    Raises:
+        InputError: it is none, or holds a user name or a password.
+    """
+    import httpx
+
+    known = re.sub(r"//[^/?#]*@", "//", re.split(r"[?#]", url)[0])  # what may be shown of it
+    advice = "write http(s)://host[:port]/path"
+    if not url.isprintable() or " " in url:
+        raise InputError(f"url {known!r} holds blanks or line breaks; {advice}")
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+        httpx.URL(url)
+        (parts.hostname or "").encode("idna")
+    except (ValueError, httpx.InvalidURL) as error:
+        raise InputError(f"url {known!r} is no address ({shorten(str(error))}); {advice}") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        raise InputError(f"url {known!r} is no address; {advice}")
+    if parts.username or parts.password:
+        raise InputError("the url holds a user name or password; use token_env instead")
+    return parts
 
 
 class _Retryable(Exception):
@@ -239,9 +365,14 @@ def _seconds(retry_after: str | None) -> float | None:
 
 
 def _is_loopback(host: str) -> bool:
-    if host == "localhost":
+    if host.rstrip(".") == "localhost":
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _is_own_server(host: str) -> bool:
+    """Whether a Slurm job has started a server there, beside this run (see `slurm/server.sh`)."""
+    return "SLURM_JOB_ID" in os.environ and host == os.environ.get("SERVER", "").lower()

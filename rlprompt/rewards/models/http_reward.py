@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from rlprompt.errors import InputError, shorten
+from rlprompt.errors import InputError
 from rlprompt.rewards.base import ReportedError
-from rlprompt.rewards.models.http_client import HttpSettings, JsonClient
+from rlprompt.rewards.models.http_client import HttpSettings, JsonClient, together
 from rlprompt.rewards.models.options import SignatureOf
 from rlprompt.rewards.rules.text import message_texts
 
@@ -72,12 +72,7 @@ class ServerReward:
             async with gate:
                 return self._checked(await self._client.post(payload), len(completions[part]))
 
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(ask(start)) for start in starts]
-        except* (InputError, ReportedError) as errors:
-            raise errors.exceptions[0] from None
-        answers = [task.result() for task in tasks]
+        answers = await together(ask(start) for start in starts)
         _log(answers, kwargs)
         return [value for answer in answers for value in answer["rewards"]]
 
@@ -108,7 +103,8 @@ class ServerReward:
         shown = self._client.shown
         if not isinstance(values, list):
             raise ReportedError(
-                f"got {shorten(repr(answer))} from {shown}, not a mapping with a list 'rewards'",
+                f"got {self._client.quoted(answer)} from {shown}, not a mapping with a list "
+                f"'rewards'",
                 "check that the url is that of a reward server",
                 "values",
             )

@@ -8,7 +8,9 @@ catastrophic regular expression, a C extension) also delays the clock that watch
 
 The worker thread is kept between calls: OpenMP builds a thread pool per calling thread, and a
 thread per call would leak pools. The event loop is kept too, because HTTP clients that a reward
-keeps belong to the loop they were opened in.
+keeps belong to the loop they were opened in. Sync rewards find an event loop that does not run in
+their thread, as they would in a main thread; what else they ask a main thread for is noted in the
+outcome (see `main_thread`).
 """
 
 from __future__ import annotations
@@ -20,13 +22,15 @@ import inspect
 import queue
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rlprompt.errors import InputError
-from rlprompt.process_exit import left_behind
+from rlprompt.process_exit import forks_end, left_behind
 from rlprompt.rewards.base import RewardFunction
+from rlprompt.rewards.processes.main_thread import noticing
 
 ASYNC_GRACE = 5.0
 """Seconds after its timeout in which a cancelled coroutine must give control back."""
@@ -51,6 +55,9 @@ class Outcome:
     output: Any = None
     error: BaseException | None = None
     timed_out: bool = False
+    asked_for: str = ""
+    """What it asked for that only a main thread has, such as `signal.signal`; its output is then
+    not to be trusted."""
 
 
 def is_async(function: RewardFunction) -> bool:
@@ -83,7 +90,7 @@ class Executor:
             self._worker.start()
         worker = self._worker
         answer: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        worker.jobs.put(lambda: answer.put(_invoke(call)))
+        worker.jobs.put(lambda: answer.put(_invoke(call, in_own_thread=True)))
         try:
             return answer.get(timeout=call.timeout)
         except BaseException as error:  # its deadline, or Ctrl-C
@@ -156,19 +163,44 @@ class JobThread(threading.Thread):
 
     def run(self) -> None:
         """Job by job."""
-        while (job := self.jobs.get()) is not None:
-            job()
+        loop = asyncio.new_event_loop()
+        try:
+            while (job := self.jobs.get()) is not None:
+                if loop.is_closed():  # by the reward
+                    loop = asyncio.new_event_loop()
+                asyncio.set_event_loop(loop)
+                job()
+        finally:
+            asyncio.set_event_loop(None)
+            loop.close()
 
 
-def _invoke(call: Call) -> Outcome:
-    start = time.perf_counter()
+def provide_event_loop() -> None:
+    """Give the calling thread an event loop if it has none, or one that is closed."""
     try:
-        output = call.function(**call.kwargs)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # sys.exit in user code must not end the thread unseen
-        return Outcome(seconds=time.perf_counter() - start, error=error)
-    return Outcome(seconds=time.perf_counter() - start, output=output)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # where one is made by asking
+            has_one = not asyncio.get_event_loop().is_closed()
+    except RuntimeError:
+        has_one = False
+    if not has_one:
+        asyncio.set_event_loop(asyncio.new_event_loop())
+
+
+def _invoke(call: Call, *, in_own_thread: bool = False) -> Outcome:
+    """Call a plain function; a Ctrl-C is the run's, unless the thread can have had none."""
+    if not in_own_thread:
+        provide_event_loop()
+    start = time.perf_counter()
+    output, error = None, None
+    with forks_end(), noticing() as asked:
+        try:
+            output = call.function(**call.kwargs)
+        except BaseException as raised:  # sys.exit in user code must not end the thread unseen
+            if isinstance(raised, KeyboardInterrupt) and not in_own_thread:
+                raise
+            error = raised
+    return Outcome(time.perf_counter() - start, output, error, asked_for=", ".join(asked[:1]))
 
 
 async def _gather(calls: Sequence[Call], done: dict[str, Outcome]) -> None:
@@ -179,11 +211,12 @@ async def _await_one(call: Call, done: dict[str, Outcome]) -> None:
     start = time.perf_counter()
     output, error = None, None
     scope = asyncio.timeout(call.timeout)
-    try:
-        async with scope:
-            output = await call.function(**call.kwargs)
-    except (Exception, SystemExit, asyncio.CancelledError) as raised:
-        error = raised
+    with forks_end(), noticing() as asked:
+        try:
+            async with scope:
+                output = await call.function(**call.kwargs)
+        except (Exception, SystemExit, asyncio.CancelledError) as raised:
+            error = raised
     # A TimeoutError of the reward's own (an HTTP client's) is an exception, not our deadline.
     timed_out = scope.expired() and isinstance(error, TimeoutError)
     done[call.name] = Outcome(
@@ -191,4 +224,5 @@ async def _await_one(call: Call, done: dict[str, Outcome]) -> None:
         output=output,
         error=None if timed_out else error,
         timed_out=timed_out,
+        asked_for=", ".join(asked[:1]),
     )

@@ -1,8 +1,9 @@
 """A reward in a process of its own: user code that hangs, crashes or eats memory costs one batch.
 
 The run never imports the reward's file. A worker process (`rlprompt.rewards.processes.worker`)
-loads it, is sent each batch, and sends the values back. A worker that dies or misses its deadline
-is replaced while the run goes on; what then happens to the batch is the reward's `on_error`.
+loads it, is sent each batch, and sends the values back under the id of that call (see `pipe`). A
+worker that dies or misses its deadline is replaced while the run goes on; what then happens to the
+batch is the reward's `on_error`.
 
 This guards against faults, not against malice: the worker has the rights of the user.
 """
@@ -24,13 +25,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from rlprompt.errors import InputError, shorten
 from rlprompt.rewards.base import IsolationSettings, ReportedError, RewardSettings
-from rlprompt.rewards.processes.pipe import Channel
+from rlprompt.rewards.processes.pipe import Channel, new_call
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,15 @@ _LATE = 2.0
 """Seconds after its timeout in which a worker must have ended itself."""
 _HANG = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+) in ')
 _KEPT_LINES = 60
+_ANSWERS: tuple[Mapping[str, type], ...] = (
+    {"output": list, "extras": dict, "metrics": dict},
+    {"unusable": str},
+    {"raised": str},
+    {"input_error": str},
+)
+"""What an answer to a call may hold: keys and their types."""
+_GREETINGS: tuple[Mapping[str, type], ...] = ({"hello": dict}, {"input_error": str})
+"""The same of the answer to the first message."""
 
 
 class IsolatedReward:
@@ -129,9 +139,10 @@ class IsolatedReward:
             raise ReportedError(f"could not be started again: {error}") from error
         began = time.monotonic()
         deadline = None if self._timeout is None else began + self._timeout + _LATE
+        call = new_call()
         try:
-            worker.channel.send(message, deadline)
-            result = json.loads(worker.channel.receive(deadline))
+            worker.channel.send(call, message, deadline)
+            result = _parsed(worker.channel.receive(call, deadline), _ANSWERS)
         except (EOFError, TimeoutError, ValueError) as error:
             late = self._timeout is not None and time.monotonic() - began >= self._timeout
             how = worker.kill()
@@ -151,7 +162,8 @@ class IsolatedReward:
         limit = self._isolation.start_timeout
         prefix = f"reward '{self._name}': its worker process"
         try:
-            hello: dict[str, Any] = json.loads(worker.channel.receive(time.monotonic() + limit))
+            answer = worker.channel.receive(worker.start, time.monotonic() + limit)
+            told = _parsed(answer, _GREETINGS)
         except (EOFError, TimeoutError, ValueError) as error:
             how = worker.kill()
             self._worker = None
@@ -160,11 +172,11 @@ class IsolatedReward:
                 f"{prefix} {why}{_last_words(worker)}; mend the reward or raise "
                 f"isolation.start_timeout"
             ) from error
-        if "input_error" in hello:
+        if "input_error" in told:
             self.close()
-            raise InputError(hello["input_error"])
-        worker.hello = hello
-        return hello
+            raise InputError(told["input_error"])
+        worker.hello = told["hello"]
+        return worker.hello
 
     def _obituary(self, worker: _Worker, how: str, error: Exception, late: bool) -> ReportedError:
         """What to say of a worker that died, hung or talked nonsense."""
@@ -213,7 +225,13 @@ class _Worker:
         assert process.stdout is not None
         assert process.stderr is not None
         self.hello: dict[str, Any] | None = None
-        self.channel = Channel(process.stdout.fileno(), process.stdin.fileno(), _MAX_RESULT_BYTES)
+        self.start = new_call()
+        self.channel = Channel(
+            process.stdout.fileno(),
+            process.stdin.fileno(),
+            _MAX_RESULT_BYTES,
+            lambda: process.poll() is not None,
+        )
         self.lines: collections.deque[str] = collections.deque(maxlen=_KEPT_LINES)
         self._listener = threading.Thread(
             target=_collect, args=(process.stderr, self.lines), daemon=True
@@ -221,7 +239,7 @@ class _Worker:
         self._listener.start()
         # One that died at once is told of by whoever waits for its greeting.
         with contextlib.suppress(EOFError, TimeoutError):
-            self.channel.send(start, time.monotonic() + 60.0)
+            self.channel.send(self.start, start, time.monotonic() + 60.0)
 
     def kill(self) -> str:
         """End it and what it started; returns how it ended by itself, '' if it had not."""
@@ -240,6 +258,24 @@ class _Worker:
         if code is None:
             return ""
         return f"was killed by {_signal_name(-code)}" if code < 0 else f"exited with code {code}"
+
+
+def _parsed(message: bytes, forms: Sequence[Mapping[str, type]]) -> dict[str, Any]:
+    """The JSON object of a message.
+
+    Raises:
+        ValueError: it has none of the forms, each of which is the keys and their types.
+    """
+    try:
+        told = json.loads(message)
+    except RecursionError as error:
+        raise ValueError("values nested too deeply") from error
+    for form in forms if isinstance(told, dict) else ():
+        if told.keys() == form.keys() and all(isinstance(told[k], form[k]) for k in form):
+            logged = [*told.get("extras", {}).values(), *told.get("metrics", {}).values()]
+            if all(isinstance(values, list) for values in logged):
+                return dict(told)
+    raise ValueError("an answer of another form")
 
 
 def _signal_name(number: int) -> str:

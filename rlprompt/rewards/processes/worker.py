@@ -3,7 +3,10 @@
 `isolation` starts it as `python -m rlprompt.rewards.processes.worker`. It reads calls from its
 standard input and writes results to what was its standard output; what the reward itself prints
 goes to standard error. Calls arrive pickled, from the run that started this process; results go
-back as JSON, so that nothing in the run executes what user code made.
+back as JSON under the id of their call, so that nothing in the run executes what user code made.
+
+The reward has the main thread of this process and whatever goes with it: signals, an event loop.
+A process that it forks has neither of the two pipes, and ends where it comes back here.
 
 A call that takes too long is ended from inside by `faulthandler`. Its timer is a C thread: it also
 fires when the reward holds the interpreter lock, it tells the line on which the reward hangs, and
@@ -13,7 +16,9 @@ it ends this process even when the run is gone.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import faulthandler
+import fcntl
 import inspect
 import json
 import os
@@ -24,62 +29,105 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple, NoReturn
 
-from rlprompt.errors import InputError, describe_error, shorten, user_frame
+from rlprompt.errors import InputError, describe_error, user_frame
+from rlprompt.process_exit import forks_end, no_handler
 from rlprompt.rewards.base import RewardFunction, RewardSettings
 from rlprompt.rewards.load import load_reward
-from rlprompt.rewards.processes.execution import is_async
-from rlprompt.rewards.processes.pipe import read_message, write_message
-from rlprompt.rewards.validation import NOT_A_LIST, Sink, source_file
+from rlprompt.rewards.processes.execution import is_async, provide_event_loop
+from rlprompt.rewards.processes.pipe import Message, read_message, write_message
+from rlprompt.rewards.validation import NOT_A_LIST, Sink, plain_value, source_file
 
 _GIB = 2**30
+_OUT_OF_THE_WAY = 4096
+"""Descriptors of the pipes lie just below this, or below what the system allows: code that closes
+or writes to the first so many does not meet them."""
+
+
+class _Pipes(NamedTuple):
+    """Descriptors of the two pipes."""
+
+    calls: int
+    results: int
 
 
 def main() -> None:
     """Load the reward that the first message names, then serve calls until the input ends."""
-    calls, results = _claim_streams()
+    pipes = _claim_streams()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, lambda *_: None)  # they are the run's; handlers do not outlive exec
-    jobs: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=_feed, args=(calls, jobs), daemon=True).start()
-    start = pickle.loads(jobs.get())
+        signal.signal(number, no_handler)  # they are the run's
+    jobs: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    threading.Thread(target=_feed, args=(pipes.calls, jobs), daemon=True).start()
+    call, body = jobs.get()
+    start = pickle.loads(body)
     sys.path[:] = start["sys_path"]
     try:
         settings = RewardSettings.model_validate(start["settings"])
-        reward = load_reward(settings, Path(start["base_dir"]), start["builtin"])
-        write_message(results, _to_json(_describe(reward)))
+        with forks_end():
+            reward = load_reward(settings, Path(start["base_dir"]), start["builtin"])
+        _answer(pipes, call, _to_json({"hello": _describe(reward)}))
     except InputError as error:
-        write_message(results, _to_json({"input_error": str(error)}))
+        _answer(pipes, call, _to_json({"input_error": str(error)}))
         return
     _limit_memory(start["memory_gb"])
     loop = asyncio.Runner()  # one for all calls: clients that a reward keeps belong to their loop
     while True:
-        message = jobs.get()
+        call, body = jobs.get()
         if start["timeout"] is not None:
             faulthandler.dump_traceback_later(start["timeout"], exit=True, file=sys.stderr)
-        result = _serve(reward, message, loop)
+        with forks_end():
+            result = _serve(reward, body, loop)
         faulthandler.cancel_dump_traceback_later()
-        write_message(results, result)
+        _answer(pipes, call, result)
 
 
-def _claim_streams() -> tuple[BinaryIO, BinaryIO]:
-    """The two pipes, under descriptors that user code does not know."""
-    calls = os.fdopen(os.dup(0), "rb")
-    results = os.fdopen(os.dup(1), "wb")
+def _claim_streams() -> _Pipes:
+    """The two pipes, under descriptors that user code does not know; its children have neither."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    top = _OUT_OF_THE_WAY if soft == resource.RLIM_INFINITY else min(soft, _OUT_OF_THE_WAY)
+    lowest = max(3, top - 8)
+    pipes = _Pipes(*(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest) for fd in (0, 1)))
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
     os.dup2(2, 1)
     sys.stdout = sys.stderr
-    return calls, results
+    os.register_at_fork(after_in_child=lambda: _close(pipes))
+    return pipes
 
 
-def _feed(calls: BinaryIO, jobs: queue.SimpleQueue[bytes]) -> None:
+def _close(pipes: _Pipes) -> None:
+    for fd in pipes:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+def _answer(pipes: _Pipes, call: bytes, result: bytes) -> None:
+    """Send a result; without a pipe to send it through there is nothing left to do here."""
+    try:
+        write_message(pipes.results, call, result)
+    except BrokenPipeError:  # the run is gone
+        _end_session()
+    except OSError as error:
+        os.write(2, f"the reward closed the pipe of its answers ({error})\n".encode())
+        os._exit(1)
+
+
+def _feed(calls: int, jobs: queue.SimpleQueue[Message]) -> None:
     """Pass calls on; when the run closes the pipe or is gone, end this process at once."""
-    while (message := read_message(calls)) is not None:
-        jobs.put(message)
-    os._exit(0)
+    try:
+        while (message := read_message(calls)) is not None:
+            jobs.put(message)
+    finally:
+        _end_session()
+
+
+def _end_session() -> NoReturn:
+    """End this process, and with it all that the reward has started and left in its session."""
+    if os.getpgrp() == os.getpid():
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os._exit(1)
 
 
 def _limit_memory(gigabytes: float | None) -> None:
@@ -111,9 +159,11 @@ def _serve(reward: RewardFunction, message: bytes, loop: asyncio.Runner) -> byte
     try:
         call = pickle.loads(message)
         kwargs = call["kwargs"] | {name: logs[name] for name in call["logs"]}
-        output = reward(**kwargs)
         if is_async(reward):
-            output = loop.run(_awaited(output))
+            output = loop.run(_awaited(reward, kwargs))
+        else:
+            provide_event_loop()
+            output = reward(**kwargs)
         if getattr(output, "ndim", None) == 1 and hasattr(output, "tolist"):
             output = output.tolist()
         if not isinstance(output, list | tuple):
@@ -121,7 +171,9 @@ def _serve(reward: RewardFunction, message: bytes, loop: asyncio.Runner) -> byte
                 output.close()
             told = f"returned a value of type {type(output).__name__}, not a list; {NOT_A_LIST}"
             return _to_json({"unusable": told})
-        return _to_json({"output": output, "extras": sink.extras, "metrics": sink.metrics})
+        sink.close()
+        values = [plain_value(value) for value in output]
+        return _to_json({"output": values, "extras": sink.extras, "metrics": sink.metrics})
     except InputError as error:
         return _to_json({"input_error": str(error)})
     except BaseException as error:  # sys.exit in user code must not end the worker unseen
@@ -129,19 +181,12 @@ def _serve(reward: RewardFunction, message: bytes, loop: asyncio.Runner) -> byte
         return _to_json({"raised": f"{describe_error(error)} at {where}"})
 
 
-async def _awaited(output: Any) -> Any:
-    return await output
+async def _awaited(reward: RewardFunction, kwargs: dict[str, Any]) -> Any:
+    return await reward(**kwargs)
 
 
 def _to_json(result: dict[str, Any]) -> bytes:
-    return json.dumps(result, default=_plain).encode()
-
-
-def _plain(value: Any) -> Any:
-    """A tensor or array as numbers, and anything else as its text."""
-    if hasattr(value, "tolist") and hasattr(value, "ndim"):
-        return value.tolist()
-    return shorten(repr(value))
+    return json.dumps(result, default=plain_value).encode()
 
 
 if __name__ == "__main__":
