@@ -8,6 +8,7 @@ stopped early, or never evaluated, gets the report that its files allow.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import time
@@ -17,6 +18,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from rlprompt.artifacts.card import started_from
 from rlprompt.files import write_atomic
 from rlprompt.reports.candidates import candidate_rows, made_by
 from rlprompt.reports.charts import WHO, report_sections
@@ -287,9 +289,19 @@ def _details(run: RunFiles) -> list[tuple[str, str]]:
         "base_fingerprint_before": "Base fingerprint before",
         "base_fingerprint_after": "Base fingerprint after",
     }
-    return [
+    shown = [
         (label, _value(run.summary[key])) for key, label in labels.items() if run.summary.get(key)
     ]
+    return _start(run) + shown
+
+
+def _start(run: RunFiles) -> list[tuple[str, str]]:
+    """Return what the prompt started from, as its card says it; nothing without an artifact."""
+    try:
+        info = json.loads((run.folder / "artifact" / "prompt.json").read_bytes())
+        return [("Started from", _clean(started_from(info), _MAX_TEXT))]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return []
 
 
 def _environment(run: RunFiles) -> list[tuple[str, str]]:
