@@ -284,7 +284,8 @@ def _activations(work: _Work, tokens: int) -> float:
 def _traffic(work: _Work) -> dict[str, float]:
     """Bytes that a rank receives per step: its own share of what is gathered is there already."""
     recipe, shape = work.recipe, work.shape
-    updates = work.of("num_epochs") * work.of("num_minibatches")
+    minibatches = min(work.of("num_minibatches"), recipe.training.queries_per_step)
+    updates = work.of("num_epochs") * minibatches
     # Summed in float64, and copied from the first rank after the optimizer's step.
     gradient = 2.0 * work.prompt_tokens * shape.width * 8 * updates
     if not work.is_sharded:
