@@ -34,7 +34,7 @@ from rlprompt.prompts.base import (
     check_state,
     load_nothing,
 )
-from rlprompt.prompts.settings import start_ids
+from rlprompt.prompts.settings import Start, fresh_start, start_ids
 from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.runs.learner import LearnerState
 from rlprompt.search.base import Candidate, Searcher, SearchSettings, SearchStart, Trial
@@ -80,6 +80,7 @@ __all__ = [
     "Settings",
     "Signal",
     "SlotPrompt",
+    "Start",
     "TextPrompt",
     "TokenLosses",
     "TokenScores",
@@ -88,6 +89,7 @@ __all__ = [
     "TrackingSettings",
     "Trial",
     "check_state",
+    "fresh_start",
     "group_advantages",
     "groups_with_spread",
     "load_nothing",

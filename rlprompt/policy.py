@@ -185,6 +185,10 @@ class Policy:
         """A text as tokens of the slot."""
         return self.slot.slot_ids(text)
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Tokens as text, without control tokens."""
+        return self.slot.decode(token_ids)
+
     def tail_ids(self, messages: Sequence[Message]) -> list[int]:
         """Tokens after the slot."""
         return self.slot.tail_ids(messages)

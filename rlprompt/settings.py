@@ -22,9 +22,48 @@ EXTENSIBLE = "x-extensible"
 type where none is given, or empty."""
 
 
+_WORDS: Mapping[bool | None, tuple[str, ...]] = {
+    True: ("on", "yes", "true"),
+    False: ("off", "no", "false"),
+    None: ("null",),
+}
+"""What YAML 1.1 reads a bare word as -> the words that it may have been."""
+
+
+class _Words:
+    """Gives a field back the word that YAML has read as a truth value, if it is one of its own.
+
+    `model.cpu_kernels=off` is False to YAML 1.1.
+    """
+
+    def __init__(self, choices: Iterable[Any]) -> None:
+        known = {value: [w for w in words if w in choices] for value, words in _WORDS.items()}
+        self.meant = {value: words[0] for value, words in known.items() if words}
+
+    def __call__(self, value: Any) -> Any:
+        is_read = value is None or isinstance(value, bool)
+        return self.meant.get(value, value) if is_read else value
+
+
+def _take_words(node: dict[str, Any]) -> None:
+    """Let a field that is one of several words take those that YAML reads as something else."""
+    words = _Words(node["expected"])
+    if words.meant:
+        inner = dict(node)
+        node.clear()
+        node.update(core_schema.no_info_before_validator_function(words, inner))  # type: ignore[arg-type]
+
+
 def _make_scalars_strict(node: Any) -> None:
     # Only these: `strict` on the whole class would refuse YAML's lists where a tuple is wanted.
     if isinstance(node, dict):
+        if node.get("type") == "literal":
+            _take_words(node)
+            return
+        if isinstance(node.get("function"), dict) and isinstance(
+            node["function"].get("function"), _Words
+        ):
+            return
         if node.get("type") in ("int", "float", "bool"):
             node["strict"] = True
         for key, child in node.items():

@@ -50,10 +50,10 @@ class LowRankPrompt(rl.SlotPrompt):
     ) -> Self:
         """A fresh prompt: exactly its text."""
         del load, before  # it starts from no artifact, and means the same wherever it stands
-        ids = rl.start_ids(settings.init_text, settings.num_virtual_tokens, conditioner, seed)
-        start, r = conditioner.embed(ids).float(), settings.rank
-        left = torch.randn(len(ids), r, generator=torch.Generator().manual_seed(seed)) / r**0.5
-        return cls(start, left.to(start), start.new_zeros(r, start.shape[1]), settings.init_text)
+        fresh = rl.fresh_start(settings.init_text, settings.num_virtual_tokens, conditioner, seed)
+        start, r = conditioner.embed(fresh.token_ids).float(), settings.rank
+        left = torch.randn(len(start), r, generator=torch.Generator().manual_seed(seed)) / r**0.5
+        return cls(start, left.to(start), start.new_zeros(r, start.shape[1]), fresh.text)
 
     @classmethod
     def restore(cls, saved: rl.SavedPrompt) -> Self:

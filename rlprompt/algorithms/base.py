@@ -33,7 +33,7 @@ class AlgorithmSettings(ChosenSettings):
     num_epochs: int = Field(default=1, ge=1)
     """Passes over each batch."""
     num_minibatches: int = Field(default=1, ge=1)
-    """Updates per pass, each on its share of the queries."""
+    """Updates per pass, each on its share of the queries; never more than there are queries."""
 
     @property
     def answer_columns(self) -> tuple[str, ...]:

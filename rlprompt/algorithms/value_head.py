@@ -23,7 +23,7 @@ class ValueHeadSettings(Settings):
     hidden_size: int | None = Field(default=64, ge=1)
     """Units of the one hidden layer; null = a linear function of the hidden state."""
     lr: float = Field(default=1e-3, gt=0.0)
-    """Learning rate (AdamW, constant)."""
+    """Peak learning rate (AdamW); it follows warm-up and schedule of `training.optimizer`."""
 
 
 class ValueHead(nn.Module):

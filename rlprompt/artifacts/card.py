@@ -32,7 +32,7 @@ def card(info: Mapping[str, Any]) -> str:
         f"| base | {cell(info['base'])} |",
         f"| base fingerprint | `{info['base_fingerprint']}` |",
         f"| chat template hash | `{info['template_hash']}` |",
-        f"| started from | {cell(info['init_text']) or 'random embeddings'} |",
+        f"| started from | {cell(started_from(info))} |",
         f"| created | {info['created']} |",
         "",
     ]
@@ -55,6 +55,51 @@ def card(info: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def started_from(info: Mapping[str, Any]) -> str:
+    """What a prompt really started from, in words: the text that was left of it, or the artifact.
+
+    Args:
+        info: the fields of `ArtifactInfo`.
+    """
+    settings = _mapping(info["recipe"].get("prompt"))
+    parts = _list(_mapping(info.get("details")).get("parts"))
+    asked = _list(settings.get("parts"))
+    if len(parts) < 2 or len(parts) != len(asked):
+        return _start(info["init_text"], settings)
+    started = [
+        _start(str(_mapping(part).get("init_text", "")), _mapping(wanted))
+        for part, wanted in zip(parts, asked, strict=True)
+    ]
+    return " | ".join(started)
+
+
+def _start(text: str, settings: Mapping[str, Any]) -> str:
+    """What a prompt, or one part of a sequence, started from.
+
+    Args:
+        text: the text that was left of it.
+        settings: the prompt's part of the recipe.
+    """
+    artifact = settings.get("from_artifact")
+    if artifact is not None:
+        began = f", which had begun with: {text}" if text else ""
+        return f"the prompt of {artifact}{began}"
+    asked = settings.get("init_text")
+    if not isinstance(asked, str) or not asked.strip() or asked.strip() == text.strip():
+        return text or "random embeddings"
+    change = "cut" if len(text.strip()) < len(asked.strip()) else "repeated"
+    length = settings.get("num_virtual_tokens")
+    return f"{text} ({change} to {length} token{'' if length == 1 else 's'}, from: {asked})"
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else []
 
 
 def _own_class(recipe: Mapping[str, Any]) -> str:

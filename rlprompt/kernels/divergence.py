@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from rlprompt.kernels.lm_head import CHUNK_TOKENS, Head, head_logits
+from rlprompt.kernels.lm_head import CHUNK_TOKENS, Head, head_logits, row_dot
 
 Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
 
@@ -45,15 +45,10 @@ def _log_softmax_(logits: Tensor, space: Tensor) -> Tensor:
     return logits.sub_(total.log_())
 
 
-def _dot(left: Tensor, right: Tensor) -> Tensor:
-    """Sums [C] of the products of the rows of [C, V], without another [C, V]."""
-    return torch.bmm(left[:, None], right[:, :, None]).view(-1)
-
-
 def _forward_kl(student: Tensor, teacher: Tensor, call: _Call, space: Tensor) -> Tensor:
     """See `_pieces`; leaves the gradient in `student`."""
     probs = torch.exp(teacher, out=space)
-    value = _dot(probs, teacher.sub_(student))
+    value = row_dot(probs, teacher.sub_(student))
     if call.wants_grad:
         student.exp_().sub_(probs)
     return value
@@ -63,7 +58,7 @@ def _reverse_kl(student: Tensor, teacher: Tensor, call: _Call, space: Tensor) ->
     """See `_pieces`; leaves the gradient in `student`."""
     probs = torch.exp(student, out=space)
     gap = torch.sub(student, teacher, out=teacher)
-    value = _dot(probs, gap)
+    value = row_dot(probs, gap)
     if call.wants_grad:
         torch.mul(probs, gap.sub_(value[:, None]), out=student)
     return value
@@ -74,10 +69,10 @@ def _jensen_shannon(student: Tensor, teacher: Tensor, call: _Call, space: Tensor
     b = call.mixture
     mixed = torch.logaddexp(teacher + math.log(b), student + math.log1p(-b), out=space)
     teacher_probs = teacher.exp()
-    value = b * _dot(teacher_probs, teacher.sub_(mixed))
+    value = b * row_dot(teacher_probs, teacher.sub_(mixed))
     gap = torch.sub(student, mixed, out=mixed)
     probs = student.exp_()
-    student_part = _dot(probs, gap)
+    student_part = row_dot(probs, gap)
     if call.wants_grad:
         probs.mul_(gap.sub_(student_part[:, None])).mul_(1.0 - b)
     return value + (1.0 - b) * student_part

@@ -27,6 +27,8 @@ _NORM_BYTES = 8
 """Two RMS norms per layer keep their input in float32: 2 x 4 bytes per element."""
 _FREE_SHARE = 0.5
 """The rule of `gather: auto`: a whole base may take this share of the memory that is free."""
+_CHARACTERS_PER_TOKEN = 4
+"""Of a text in English, where no tokenizer is at hand."""
 _CACHE_BLOCK = 32
 """Columns by which a cache grows."""
 
@@ -192,7 +194,10 @@ class _Work:
 
     @property
     def prompt_tokens(self) -> int:
-        return int(getattr(self.recipe.prompt, "num_virtual_tokens", None) or 32)
+        prompt = self.recipe.prompt
+        text = getattr(prompt, "init_text", None) or getattr(prompt, "text", None)
+        guess = 32 if text is None else -(-len(text) // _CHARACTERS_PER_TOKEN)
+        return int(getattr(prompt, "num_virtual_tokens", None) or guess)
 
     @property
     def columns(self) -> int:
@@ -279,7 +284,8 @@ def _activations(work: _Work, tokens: int) -> float:
 def _traffic(work: _Work) -> dict[str, float]:
     """Bytes that a rank receives per step: its own share of what is gathered is there already."""
     recipe, shape = work.recipe, work.shape
-    updates = work.of("num_epochs") * work.of("num_minibatches")
+    minibatches = min(work.of("num_minibatches"), recipe.training.queries_per_step)
+    updates = work.of("num_epochs") * minibatches
     # Summed in float64, and copied from the first rank after the optimizer's step.
     gradient = 2.0 * work.prompt_tokens * shape.width * 8 * updates
     if not work.is_sharded:

@@ -64,6 +64,10 @@ class Conditioner(Protocol):
         """A text as tokens of the slot."""
         ...
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Tokens as text, without control tokens."""
+        ...
+
     def tail_ids(self, messages: Sequence[Message]) -> list[int]:
         """Tokens after the slot."""
         ...
@@ -149,7 +153,8 @@ class Prompt(ABC):
     Settings: ClassVar[type[PromptSettings]] = PromptSettings
     """What a recipe may say of it."""
     init_text: str = ""
-    """The text it started from, or is; empty when there was none."""
+    """The text it started from (what was left of it, where it was cut), or is; empty when there was
+    none."""
 
     @classmethod
     @abstractmethod

@@ -28,7 +28,7 @@ from rlprompt.prompts.base import (
     check_state,
     load_nothing,
 )
-from rlprompt.prompts.settings import StartSettings, start_ids
+from rlprompt.prompts.settings import Start, StartSettings, fresh_start
 from rlprompt.types import PrefixKV
 
 
@@ -117,7 +117,7 @@ class PrefixPrompt(SlotPrompt):
         """
         warm = None if settings.from_artifact is None else load(settings.from_artifact)
         before = conditioner.head_prefix() if before is None else before
-        text = settings.init_text if warm is None else warm.init_text
+        text = None if warm is None else warm.init_text
         if isinstance(warm, PrefixPrompt):
             warm.require_position(before)
             start = warm.keys_values().detach()
@@ -126,8 +126,12 @@ class PrefixPrompt(SlotPrompt):
                 f"prompt.from_artifact holds an artifact of type {warm.kind}, which is more than "
                 "keys and values; start a prefix from a prefix, soft, text or sequence artifact"
             )
+        elif warm is not None:
+            start = _behind(warm, conditioner, before)
         else:
-            start = _prefilled(settings, conditioner, seed, warm, before)
+            asked = settings.num_virtual_tokens
+            fresh = fresh_start(settings.init_text, asked, conditioner, seed)
+            text, start = fresh.text, _behind(fresh, conditioner, before)
         length = settings.num_virtual_tokens
         if length is not None and start.shape[3] != length:
             raise InputError(
@@ -264,21 +268,13 @@ class PrefixPrompt(SlotPrompt):
             )
 
 
-def _prefilled(
-    settings: PrefixSettings,
-    conditioner: Conditioner,
-    seed: int,
-    warm: SlotPrompt | None,
-    before: PrefixKV,
-) -> Tensor:
-    """Keys and values [L, 2, H_kv, m, D] of what a fresh prompt starts from."""
+def _behind(begun: SlotPrompt | Start, conditioner: Conditioner, before: PrefixKV) -> Tensor:
+    """Keys and values [L, 2, H_kv, m, D] of a prompt, or of tokens, that stand behind a prefix."""
     with torch.no_grad():
-        if warm is None:
-            length = settings.num_virtual_tokens
-            ids = start_ids(settings.init_text, length, conditioner, seed)
-            whole = conditioner.prefill(conditioner.embed(ids), before)
+        if isinstance(begun, Start):
+            whole = conditioner.prefill(conditioner.embed(begun.token_ids), before)
         else:
-            whole = warm.extend(conditioner, before)
+            whole = begun.extend(conditioner, before)
         first = before.num_tokens
         pairs = zip(whole.keys, whole.values, strict=True)
         layers = [torch.stack([key[:, first:], value[:, first:]]) for key, value in pairs]

@@ -8,10 +8,11 @@ Letters: m virtual tokens, d model width.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+import logging
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from rlprompt.errors import InputError
@@ -23,9 +24,14 @@ from rlprompt.prompts.base import (
     check_state,
     load_nothing,
 )
-from rlprompt.prompts.settings import StartSettings, start_ids
+from rlprompt.prompts.settings import StartSettings, fresh_start
 from rlprompt.prompts.text import TextPrompt
 from rlprompt.types import PrefixKV
+
+logger = logging.getLogger(__name__)
+
+DRAWN_TOKENS = 16
+"""m of a prompt that starts from random tokens, where nobody says."""
 
 
 class SoftSettings(StartSettings):
@@ -33,12 +39,21 @@ class SoftSettings(StartSettings):
 
     type: Literal["soft"] = "soft"
     """Representation."""
-    num_virtual_tokens: int | None = Field(default=16, ge=1, le=4096)
-    """m, the number of trainable embeddings; null = as many as `init_text` or the artifact has. A
-    soft artifact of another length is resampled to m along its tokens."""
+    num_virtual_tokens: int | None = Field(default=None, ge=1, le=4096)
+    """m, the number of trainable embeddings; null = as many as `init_text` or the artifact has, and
+    16 where `init_text` is null. With fewer the text loses its end, with more it is repeated, and a
+    soft artifact of another length is resampled along its tokens; each is said in a warning."""
     max_norm_ratio: float | None = Field(default=1.5, gt=0.0)
     """Trust region: after each update a token longer than this multiple of the median vocabulary
     embedding is scaled back to it; null = no limit."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drawn_tokens_have_a_number(cls, values: Any) -> Any:
+        is_drawn = isinstance(values, dict) and values.get("init_text", "") is None
+        if is_drawn and values.get("from_artifact") is None:
+            return {"num_virtual_tokens": DRAWN_TOKENS, **values}
+        return values
 
 
 class SoftPrompt(SlotPrompt):
@@ -82,10 +97,9 @@ class SoftPrompt(SlotPrompt):
     ) -> Self:
         """A fresh prompt; see `Prompt.create`.
 
-        With `init_text` and m = its token count, the fresh prompt is exactly that text. A longer m
-        repeats the text's embeddings, a shorter one cuts them, as PEFT does. Without a text, m
-        embeddings of random vocabulary tokens are drawn by `seed`. From a soft prompt of another
-        length, see `resample`.
+        With `init_text` and m = its token count, the fresh prompt is exactly that text; see
+        `fresh_start` for another m. Without a text, m embeddings of random vocabulary tokens are
+        drawn by `seed`. From a soft prompt of another length, see `resample`.
 
         Raises:
             InputError: the text has no tokens, or the artifact's prompt cannot be turned into
@@ -98,6 +112,14 @@ class SoftPrompt(SlotPrompt):
         length = settings.num_virtual_tokens
         if isinstance(warm, SoftPrompt):
             own = warm.embeddings.detach()
+            if length is not None and length != len(own):
+                logger.warning(
+                    "the artifact to start from has %d embeddings and num_virtual_tokens is %d: "
+                    "they are resampled, which is another prompt; leave num_virtual_tokens out to "
+                    "start from the artifact's",
+                    len(own),
+                    length,
+                )
             return cls(resample(own, length or len(own)), warm.init_text, max_norm)
         if warm is not None and not isinstance(warm, TextPrompt):
             raise InputError(
@@ -106,8 +128,8 @@ class SoftPrompt(SlotPrompt):
                 f"prompt.type: {warm.kind}"
             )
         text = settings.init_text if warm is None else warm.init_text
-        ids = start_ids(text, length, conditioner, seed)
-        return cls(conditioner.embed(ids), text or "", max_norm)
+        fresh = fresh_start(text, length, conditioner, seed)
+        return cls(conditioner.embed(fresh.token_ids), fresh.text, max_norm)
 
     @classmethod
     def restore(cls, saved: SavedPrompt) -> Self:

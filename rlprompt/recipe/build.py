@@ -271,6 +271,7 @@ def _shared(
         # A judge runs the base, which all ranks can only do together.
         rewards.once = partial(_together, ranks)
     policy.gradient_checkpointing = recipe.training.gradient_checkpointing
+    _check_renders(policy, data)
     teacher = _teacher(recipe)
     engine = make_engine(policy, recipe.engine)
     shards = policy.base.shards
@@ -288,6 +289,19 @@ def _shared(
     return Shared(
         data, policy, engine, teacher, evaluator, test if data.test else None, ranks, objects
     )
+
+
+def _check_renders(policy: Policy, data: QuerySplit) -> None:
+    """Refuse a query that the chat template cannot take, before any is asked.
+
+    Raises:
+        InputError: it names the query and says why.
+    """
+    for query in (*data.train, *data.heldout):
+        try:
+            policy.slot.check(query.messages)
+        except InputError as error:
+            raise InputError(f"query {query.index} of the dataset: {error}") from error
 
 
 def _policy(recipe: Recipe, objects: Objects) -> Policy:

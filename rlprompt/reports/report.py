@@ -8,6 +8,7 @@ stopped early, or never evaluated, gets the report that its files allow.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path, PurePath
@@ -16,6 +17,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from rlprompt.artifacts.card import started_from
 from rlprompt.files import write_atomic
 from rlprompt.reports.answers import answer_pairs
 from rlprompt.reports.candidates import candidate_rows, made_by
@@ -319,11 +321,21 @@ def _details(run: RunFiles) -> list[tuple[str, str]]:
         "base_fingerprint_before": "Base fingerprint before",
         "base_fingerprint_after": "Base fingerprint after",
     }
-    return [
+    shown = [
         (label, shown_value(run.summary[key]))
         for key, label in labels.items()
         if run.summary.get(key)
     ]
+    return _start(run) + shown
+
+
+def _start(run: RunFiles) -> list[tuple[str, str]]:
+    """Return what the prompt started from, as its card says it; nothing without an artifact."""
+    try:
+        info = json.loads((run.folder / "artifact" / "prompt.json").read_bytes())
+        return [("Started from", clean(started_from(info), MAX_TEXT))]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return []
 
 
 def _environment(run: RunFiles) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,8 @@ def learn(
     }
     device = choose_device(recipe.model.device)
     learning = recipe.learning
-    updates = max(1, round(learning.epochs * len(pairs) / learning.batch_size))
+    # As transformers counts: the last batch of a pass is an update, however small.
+    updates = math.ceil(learning.epochs * math.ceil(len(pairs) / learning.batch_size))
     config = RewardConfig(
         output_dir=str(folder),
         num_train_epochs=learning.epochs,

@@ -30,7 +30,8 @@ class OptimizerSettings(Settings):
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Course of the learning rate after the warm-up."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Updates over which the learning rate rises linearly from 0."""
+    """Updates over which the learning rate rises linearly from 0; a step has `num_epochs` times
+    `num_minibatches` of them."""
     min_lr_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
     """Where linear and cosine schedules end, as a share of the learning rate."""
     max_grad_norm: float | None = Field(default=1.0, gt=0.0)

@@ -11,6 +11,7 @@ Nothing here asks which algorithm it is. A run (`rlprompt.runs`) sees this throu
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -44,6 +45,8 @@ from rlprompt.training.settings import TrainingSettings
 from rlprompt.training.startup import check_trainable
 from rlprompt.training.update import PhaseClock, Updater
 from rlprompt.types import Query, Stateful
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,15 @@ class GradientStep:
         )
         parts.ranks.copy_first(self.updater.trained)
         self._updates = 0
+        queries = parts.settings.queries_per_step
+        if algorithm.num_minibatches > queries:
+            logger.warning(
+                "algorithm.num_minibatches is %d and training.queries_per_step is %d: each pass "
+                "makes %d updates, one per query",
+                algorithm.num_minibatches,
+                queries,
+                queries,
+            )
 
     @property
     def prompt(self) -> Prompt:
@@ -214,8 +226,8 @@ class GradientStep:
 
     def _next_lr(self, time_share: float) -> float:
         """Set the learning rate of the coming update."""
-        settings, algorithm = self.parts.settings, self.parts.algorithm
-        total = settings.steps * algorithm.num_epochs * algorithm.num_minibatches
+        settings = self.parts.settings
+        total = settings.steps * self.updater.updates_on(settings.queries_per_step)
         factor = lr_factor(settings.optimizer, self._updates, total, time_share)
         groups = self.optimizer.param_groups
         for group in groups:

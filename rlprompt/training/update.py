@@ -112,6 +112,10 @@ class Updater:
         self._temperature = temperature or 1.0
         self._budget = token_budget
 
+    def updates_on(self, num_groups: int) -> int:
+        """Updates that a batch of so many groups gets."""
+        return self._algorithm.num_epochs * self._num_minibatches(num_groups)
+
     def learn(
         self,
         batch: RolloutBatch,
@@ -281,11 +285,15 @@ class Updater:
 
     def _minibatches(self, num_groups: int, order: torch.Generator) -> list[list[int]]:
         """Groups of each update of a pass; one minibatch keeps the order."""
-        count = min(self._algorithm.num_minibatches, num_groups)
+        count = self._num_minibatches(num_groups)
         if count == 1:
             return [list(range(num_groups))]
         mixed = torch.randperm(num_groups, generator=order)
         return [sorted(part.tolist()) for part in mixed.tensor_split(count)]
+
+    def _num_minibatches(self, num_groups: int) -> int:
+        """Updates of a pass: each needs a group of its own."""
+        return min(self._algorithm.num_minibatches, num_groups)
 
     def _token_weights(self, batch: _Batch, groups: Sequence[int]) -> Tensor:
         """[B]: what one token of each row counts for in an update on these groups."""
@@ -340,7 +348,7 @@ class Updater:
         """Fill in what the algorithm needs of every row before the first update."""
         needs = self._algorithm.needs
         weighing = self._query_weights is not None and self._query_weights.needs_logprobs
-        later = self._algorithm.num_minibatches > 1 and not batch.prefetched
+        later = self._num_minibatches(len(batch.groups)) > 1 and not batch.prefetched
         if needs & {"old_logprobs", "values"} or later or weighing:
             for chosen, scores in self._score_all(batch, rows, self._policy.prompt):
                 remember(chosen, "old_logprobs", scores.logprobs)

@@ -77,7 +77,7 @@ def test_prompt_json_says_where_it_comes_from(tmp_path: Path) -> None:
     assert (info.schema_version, info.representation, info.num_virtual_tokens) == (2, "soft", 6)
     assert info.base == "tiny-llama" and info.base_fingerprint == policy.base.fingerprint
     assert info.template_hash == policy.slot.template_hash
-    assert info.init_text == "You are a helpful assistant." and info.recipe == {"seed": 1}
+    assert info.init_text == "You are " and info.recipe == {"seed": 1}
     assert info.metrics == {"reward": 0.5, "unknown": None} and info.certificate is None
 
 

@@ -138,3 +138,14 @@ def test_bf16_hidden_states_give_float32_values_and_a_bf16_gradient(kind: Diverg
     assert student.grad is not None and student.grad.dtype == torch.bfloat16
     cosine = torch.cosine_similarity(student.grad.double().flatten(), expected.flatten(), 0)
     assert float(cosine) > 0.999
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_in_float32_are_exact_over_a_large_vocabulary(kind: Divergence) -> None:
+    rows = 3.0 * torch.randn(8, 151936)
+    head = Head(lambda hidden: hidden @ rows, lambda grad: grad @ rows.t(), rows.dtype, 151936)
+    student, teacher = torch.eye(8)[:4], torch.eye(8)[4:]
+    ours = head_divergence(student, teacher, head, kind)
+    wide = rows.double().t()
+    theirs = naive(student.double(), teacher.double(), wide, kind)
+    torch.testing.assert_close(ours.double(), theirs, rtol=2e-6, atol=2e-6)

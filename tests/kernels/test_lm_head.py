@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from rlprompt.kernels import lm_head
-from rlprompt.kernels.lm_head import Head, head_logits, head_scores
+from rlprompt.kernels.cpu import ops
+from rlprompt.kernels.lm_head import Head, head_logits, head_scores, row_dot
+from rlprompt.model.files.fetch import cache_dir
 
 WIDTH, VOCAB = 12, 37
 
@@ -109,3 +111,49 @@ def test_logits_of_a_strided_slice_are_those_of_its_copy() -> None:
     wide = torch.randn(6, 2 * WIDTH, dtype=torch.float64)
     logits = head_logits(wide[:, ::2], head)
     torch.testing.assert_close(logits, wide[:, ::2] @ weight.t(), rtol=0, atol=1e-12)
+
+
+def _table_head(logits: Tensor, *, cpp: bool = False) -> Head:
+    """A head whose logits are given, row by row, by one-hot hidden states."""
+    return Head(
+        lambda hidden: hidden.to(logits.dtype) @ logits,
+        lambda grad: grad @ logits.t(),
+        logits.dtype,
+        logits.shape[1],
+        cpp=cpp,
+    )
+
+
+@pytest.mark.parametrize("size", [0.0, 0.5, 3.0, 8.0, 30.0])
+@pytest.mark.parametrize("vocab", [2049, 49152, 151936])
+def test_entropy_in_float32_is_exact_to_the_last_digits(vocab: int, size: float) -> None:
+    logits = size * torch.randn(6, vocab)
+    targets = torch.randint(vocab, (6,))
+    wanted = logits.double().log_softmax(-1)
+    entropy = -(wanted.exp() * wanted).sum(-1)
+    scores = head_scores(torch.eye(6), targets, _table_head(logits))
+    torch.testing.assert_close(scores.entropy.double(), entropy, rtol=2e-7, atol=2e-6)
+    chosen = wanted.gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(scores.logprobs.double(), chosen, rtol=2e-7, atol=2e-5)
+
+
+@pytest.mark.skipif(
+    not ops.choose("auto", cache_dir() / "kernels", torch.bfloat16, torch.device("cpu")),
+    reason="the CPU kernels cannot be used here",
+)
+@pytest.mark.parametrize("size", [0.5, 3.0, 8.0])
+def test_entropy_by_the_kernel_is_as_exact(size: float) -> None:
+    logits = (size * torch.randn(4, 151936)).bfloat16()
+    wanted = logits.double().log_softmax(-1)
+    entropy = -(wanted.exp() * wanted).sum(-1)
+    head = _table_head(logits, cpp=True)
+    scores = head_scores(torch.eye(4).bfloat16(), torch.zeros(4, dtype=torch.int64), head)
+    torch.testing.assert_close(scores.entropy.double(), entropy, rtol=2e-7, atol=5e-6)
+
+
+@pytest.mark.parametrize("columns", [1, 2048, 2049, 70001])
+def test_inner_products_of_rows_are_those_of_float64(columns: int) -> None:
+    left, right = torch.rand(5, columns), torch.rand(5, columns)
+    wanted = (left.double() * right.double()).sum(1)
+    torch.testing.assert_close(row_dot(left, right).double(), wanted, rtol=2e-7, atol=0)
+    assert row_dot(left.double(), right.double()).dtype == torch.float64

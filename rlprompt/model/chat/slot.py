@@ -7,7 +7,7 @@ header. How a query's text is kept free of control tokens is told in `tokenizati
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -37,7 +37,25 @@ _SYSTEM_PROBES = (
     "d\u00e9j\u00e0 vu",
     "x",
 )
-_CONTENT_PROBES = ("What is 2 + 2? Answer now.", "It is four.", "Why?\n\nExplain in two lines.")
+_THOROUGH_PROBES: tuple[tuple[str, ...], ...] = (
+    ("What is 2 + 2? Answer now.",),
+    ("What is 2 + 2? Answer now.", "It is four.", "Why?\n\nExplain in two lines."),
+)
+"""Conversations that every system text is tried with."""
+_CONVERSATION_PROBES = (
+    *_THOROUGH_PROBES,
+    ("",),
+    (" \n Hi \t\n",),
+    (" Hi \n", "\nYes. \n", "\n more\n\n"),
+    ("Hi", "", "And more"),
+    ("", "Yes.", ""),
+    ("Hi", "<think>\nHm.\n</think>\n\nHello.", "And more"),
+    ("Hi", "<think></think>Yes.", "So?", "<think>why\n\n</think>\nBut", "And more"),
+)
+"""Conversations that a template may treat in a way of its own."""
+_SOME_TEXT = "x"
+_MOST_KNOWN = 4096
+"""Conversations that are remembered as checked; later ones push them all out."""
 
 
 class _Split(NamedTuple):
@@ -75,7 +93,10 @@ class ChatSlot:
         self._template = template
         self._encoder = encoder
         self._layouts: dict[tuple[int, bool], Layout] = {}
+        self._known: dict[tuple[bool | str, ...], Mapping[int, str]] = {}
+        self._known_systems: set[str] = set()
         self.template_hash = template.hash
+        template.check_header()
 
         self._none_head: Pieces | None = None
         self._head: Pieces | None = None
@@ -145,6 +166,7 @@ class ChatSlot:
         text = checked_text(text, "The system text").strip()
         if not text:
             return []
+        self._check_system(text)
         ids = self._encoder.encode(self._left + self._lead + text + self._right, self._before)
         end = len(ids) - len(self._right_ids)
         start = len(self._left_ids)
@@ -155,6 +177,20 @@ class ChatSlot:
                 "it; pass a template with a control token there, or a space before line breaks."
             )
         return ids[start:end]
+
+    def _check_system(self, text: str) -> None:
+        """Refuse a system text that the template prints in another way than others."""
+        if text in self._known_systems:
+            return
+        filled = {SYSTEM: text, 0: _SOME_TEXT}
+        if self._template.printed(self._split(1).layout, filled)[SYSTEM] != text:
+            raise InputError(
+                f"The chat template leaves a part of the system text {text[:40]!r} out; change "
+                "it, or pass a template that prints it."
+            )
+        if len(self._known_systems) >= _MOST_KNOWN:
+            self._known_systems.clear()
+        self._known_systems.add(text)
 
     def completion_ids(self, text: str) -> list[int]:
         """A given answer as the tokens of a completion, the token that ends the turn included.
@@ -242,14 +278,49 @@ class ChatSlot:
                 f"has {num_messages} messages; use single-turn queries or another template."
             )
 
+    def check(self, messages: Sequence[Message], *, with_system: bool = True) -> None:
+        """Refuse messages that `tail_ids` (or `none_tail_ids`) would refuse, without tokenising.
+
+        Args:
+            messages: The turns user, assistant, ..., user.
+            with_system: Whether a system text stands before them.
+
+        Raises:
+            InputError: See `tail_ids`.
+        """
+        contents = contents_of(messages)
+        self._printed(self._whole(len(contents), with_system), contents)
+
+    def _whole(self, num_messages: int, with_system: bool) -> Layout:
+        """The checked layout of a conversation."""
+        if with_system:
+            return self._split(num_messages).layout
+        return self._none_split(num_messages)[0]
+
     def _fill(self, layout: Layout, parts: Sequence[str | Hole], contents: Sequence[str]) -> Pieces:
-        holes = [part for part in parts if isinstance(part, Hole)]
+        return self._encoder.pieces(parts, self._printed(layout, contents))
+
+    def _printed(self, layout: Layout, contents: Sequence[str]) -> Mapping[int, str]:
+        """What the template prints of the contents; the system text is the slot's affair."""
+        system = any(isinstance(part, Hole) and part.index == SYSTEM for part in layout.parts)
+        key = (system, *contents)
+        if key not in self._known:
+            self._check_empty(layout, contents)
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            filled = {**({SYSTEM: _SOME_TEXT} if system else {}), **dict(enumerate(contents))}
+            self._known[key] = self._template.printed(layout, filled)
+        return self._known[key]
+
+    @staticmethod
+    def _check_empty(layout: Layout, contents: Sequence[str]) -> None:
+        parts = layout.parts
+        holes = [part for part in parts if isinstance(part, Hole) and part.index != SYSTEM]
         if not layout.accepts_empty and any(h.fill(contents[h.index]) == "" for h in holes):
             raise InputError(
                 "A message of the query is empty and the chat template treats empty messages in "
                 "its own way; drop such queries from the data."
             )
-        return self._encoder.pieces(parts, dict(enumerate(contents)))
 
     def _turn_break(self) -> str:
         """What the template writes between an assistant and a user content; "" if it does not."""
@@ -302,25 +373,34 @@ class ChatSlot:
 
     def _check_against_tokenizer(self) -> None:
         """Compare harmless conversations with what the tokenizer makes of the rendered text."""
-        for contents in (_CONTENT_PROBES[:1], _CONTENT_PROBES):
-            messages = self._template.conversation(None, contents)
-            if self._takes(self._none_split, len(contents)):
-                none = self.none_head_ids + self.none_tail_ids(messages)
-                self._check_equal(self._template.render(None, contents), none)
-            if self._takes(self._split, len(contents)):
-                tail = self.tail_ids(messages)
-                for system in _SYSTEM_PROBES:
-                    ours = self.head_ids + self.slot_ids(system) + tail
+        for contents in _CONVERSATION_PROBES:
+            is_thorough = contents in _THOROUGH_PROBES
+            for system in (None, *_SYSTEM_PROBES[: None if is_thorough else 1]):
+                if self._takes_as_text(contents, with_system=system is not None):
+                    ours = self._ids(system, contents)
                     self._check_equal(self._template.render(system, contents), ours)
 
-    @staticmethod
-    def _takes(read: Callable[[int], object], num_messages: int) -> bool:
-        """Whether the template takes this many messages; a query it cannot take is told later."""
+    def _takes_as_text(self, contents: Sequence[str], *, with_system: bool) -> bool:
+        """Whether the template takes this conversation and prints no control token of a content.
+
+        A query that it cannot take is told later.
+        """
         try:
-            read(num_messages)
+            printed = self._printed(self._whole(len(contents), with_system), contents)
         except InputError:
             return False
-        return True
+        pieces = [piece for i in range(len(contents)) for piece in self._encoder.split(printed[i])]
+        return not any(isinstance(piece, Control) for piece in pieces)
+
+    def _ids(self, system: str | None, contents: Sequence[str]) -> list[int]:
+        """A whole conversation."""
+        messages = [
+            {"role": ("user", "assistant")[place % 2], "content": text}
+            for place, text in enumerate(contents)
+        ]
+        if system is None:
+            return self.none_head_ids + self.none_tail_ids(messages)
+        return self.head_ids + self.slot_ids(system) + self.tail_ids(messages)
 
     def _check_equal(self, text: str, ids: list[int]) -> None:
         if list(self._tokenizer(text, add_special_tokens=False)["input_ids"]) != ids:

@@ -74,6 +74,17 @@ class Layout:
     accepts_empty: bool
     """False when the template prints something else around an empty content."""
 
+    def filled(self, contents: Mapping[int, str]) -> str:
+        """The text with contents in the holes.
+
+        Args:
+            contents: content by the index of its hole.
+        """
+        return "".join(
+            part if isinstance(part, str) else part.fill(contents[part.index])
+            for part in self.parts
+        )
+
 
 def template_source(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
     """The Jinja source that a `template` argument of `ChatSlot.from_tokenizer` names.
@@ -204,6 +215,92 @@ class ChatTemplate:
             tuple(part for part in parts if part != ""), self._accepts_empty(indices, literals)
         )
 
+    def printed(self, layout: Layout, contents: Mapping[int, str]) -> Mapping[int, str]:
+        """What the template prints of each content in a conversation, checked to the letter.
+
+        Usually that is the content. A template may leave a part of it out (thoughts of earlier
+        turns are a custom), and what is left is the content then.
+
+        Args:
+            layout: the layout for as many messages.
+            contents: content by index, with `SYSTEM` where the layout has a system message.
+
+        Raises:
+            InputError: it prints something else, because of what the contents say.
+        """
+        indices = sorted(contents)
+        text = self._fill(indices, contents.__getitem__)
+        if layout.filled(contents) == text:
+            return contents
+        left = {index: self._left_of(layout, contents, index) for index in indices}
+        known = {index: part for index, part in left.items() if part is not None}
+        if len(known) == len(indices) and layout.filled(known) == text:
+            return known
+        treated = next((i for i in indices if known.get(i) != contents[i]), indices[-1])
+        who = "the system text" if treated == SYSTEM else f"message {treated} of a query"
+        raise InputError(
+            f"The chat template changes its text because of what {who} says "
+            f"({contents[treated][:60]!r}), so its tokens cannot be found; change that text, or "
+            "pass a template that prints contents as they are."
+        )
+
+    def _left_of(self, layout: Layout, contents: Mapping[int, str], index: int) -> str | None:
+        """The part of one content that is printed while markers stand for the others.
+
+        None where what is printed in its place is no part of it.
+        """
+        marks = {i: self._mark(i) for i in contents}
+        place = next(
+            number
+            for number, part in enumerate(layout.parts)
+            if isinstance(part, Hole) and part.index == index
+        )
+        before = Layout(layout.parts[:place], layout.accepts_empty).filled(marks)
+        after = Layout(layout.parts[place + 1 :], layout.accepts_empty).filled(marks)
+        text = self._fill(sorted(contents), lambda i: contents[i] if i == index else marks[i])
+        if len(text) < len(before) + len(after):
+            return None
+        if not (text.startswith(before) and text.endswith(after)):
+            return None
+        left = text[len(before) : len(text) - len(after)]
+        return left if left in contents[index] else None
+
+    def check_header(self) -> None:
+        """Refuse a template that leaves the assistant's header out when it is asked for one.
+
+        Raises:
+            InputError: it prints the same with and without `add_generation_prompt`, and something
+                stands before the assistant's content that is not there for the answer to come.
+        """
+        turn, mark = self.conversation(None, [self._mark(0)]), self._mark(0)
+        asked, unasked = self._render(turn), self._render(turn, header=False)
+        if asked.rstrip() != unasked.rstrip():
+            return
+        opening = self._opening()
+        written = asked.rpartition(mark)[2]
+        if opening is not None and written.rstrip().startswith(opening.rstrip()):
+            return
+        raise InputError(
+            "The chat template writes no header of the assistant when it is asked for one "
+            "(add_generation_prompt), so an answer would continue the user's turn; pass a template "
+            "that ends with the header."
+        )
+
+    def _opening(self) -> str | None:
+        """What stands between a user's content and the assistant's; None where neither shows.
+
+        Earlier turns are asked first: some templates write more before the last answer.
+        """
+        for count in (3, 2):
+            turns = self.conversation(None, [self._mark(i) for i in range(count)])
+            try:
+                literals, order = self._split(self._render(turns, header=count == 3))
+            except InputError:  # a template for single turns
+                continue
+            if order[:2] == [0, 1]:
+                return literals[1]
+        return None
+
     def _fill(self, indices: Sequence[int], content: Callable[[int], str]) -> str:
         system = content(SYSTEM) if SYSTEM in indices else None
         return self.render(system, [content(i) for i in indices if i != SYSTEM])
@@ -224,7 +321,7 @@ class ChatTemplate:
         for index, literal in zip(order, literals[1:], strict=True):
             core = re.escape(self._mark(index) + inside)
             pattern += f"((?:{re.escape(pad)})?){core}((?:{re.escape(back)})?){re.escape(literal)}"
-        text = self._fill(order, lambda index: pad + self._mark(index) + inside + back)
+        text = self._fill(sorted(order), lambda index: pad + self._mark(index) + inside + back)
         found = re.fullmatch(pattern, text)
         if found is None:
             raise InputError(_CHANGES_CONTENT)
@@ -245,13 +342,13 @@ class ChatTemplate:
             return True
         return False
 
-    def _render(self, messages: list[Message]) -> str:
+    def _render(self, messages: list[Message], *, header: bool = True) -> str:
         try:
             text = self._tokenizer.apply_chat_template(
                 messages,
                 chat_template=self._source,
                 tokenize=False,
-                add_generation_prompt=True,
+                add_generation_prompt=header,
                 **self._variables,
             )
         except Exception as error:  # a template is a program, so anything may come out of it

@@ -1,7 +1,8 @@
 """Norms, attention and gated layers of a frozen bf16 base on a CPU, by the C++ kernels.
 
-A module is replaced only where it is of a known kind and its stand-in gives its results for random
-inputs; everything else stays. Stand-ins hold the same parameters and submodules under the same
+A module is replaced only where it is of a known kind and its stand-in gives its results, channel
+by channel, for random inputs of the sizes that real models have; everything else stays, and the log
+says what was tried and differs. Stand-ins hold the same parameters and submodules under the same
 names, so `state_dict` does not change, and look at their linear layers at every call: where one has
 been wrapped (an adapter), they call it instead of the common product. What a rollout has multiplied
 before (`rollout_products`) comes with the attention context of a forward.
@@ -11,7 +12,9 @@ Letters: N packed tokens, d model width, H heads, H_kv key/value heads, D head d
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from types import MethodType
 from typing import Any
@@ -27,9 +30,15 @@ from rlprompt.model.forward.attention import AttentionContext, LayerCall, attent
 
 logger = logging.getLogger(__name__)
 
-_PROBE_TOKENS = 5
-_TOLERANCE = 0.02
-"""Of the largest value: bf16 rounds to 1/256, and sums in another order may round elsewhere."""
+_PROBE_TOKENS = 8
+_PROBE_SIZES = (0.1, 1.0, 30.0)
+"""Of inputs: what a module clamps shows where they are large, what it adds where they are small."""
+_TOLERANCE = 0.03
+"""Of the size of each output channel: bf16 rounds to 1/256, and sums in another order may round
+elsewhere. Never of the largest: beside Gemma's norms, one channel a hundred times as large as the
+others hid that the others were wrong."""
+_NOISE = 0.01
+"""Of the size of the median channel: what one that is nearly zero may differ by."""
 
 
 class JoinedLinear:
@@ -180,39 +189,81 @@ class _Probe:
         return call.query
 
 
-def fuse_modules(body: nn.Module) -> int:
+class FusedModules:
+    """What `fuse_modules` has replaced in a body."""
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self._modules: list[tuple[nn.Module, str, nn.Module]] = []
+        self._layers: list[nn.Module] = []
+
+    def __len__(self) -> int:
+        """How many modules were replaced."""
+        return len(self._modules) + len(self._layers)
+
+    def replace(self, parent: nn.Module, name: str, stand_in: nn.Module) -> None:
+        """Put a stand-in in the place of a child."""
+        self._modules.append((parent, name, parent.get_submodule(name)))
+        setattr(parent, name, stand_in)
+
+    def bind(self, layer: Any) -> None:
+        """Let a layer that is all stand-ins run by one forward."""
+        self._layers.append(layer)
+        layer.forward = MethodType(_layer_forward, layer)
+
+    def undo(self) -> None:
+        """Put every module back."""
+        for layer in self._layers:
+            del layer.forward
+        for parent, name, module in self._modules:
+            setattr(parent, name, module)
+        self._modules, self._layers = [], []
+
+
+def fuse_modules(body: nn.Module) -> FusedModules:
     """Replace what the kernels can stand in for, in place.
 
     Args:
         body: a frozen bf16 decoder on a CPU whose linear layers are `PackedLinear` and whose
             attention is rlprompt's.
-
-    Returns:
-        How many modules were replaced.
     """
-    replaced = 0
+    fused = FusedModules()
+    differ: Counter[str] = Counter()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for parent in list(body.modules()):
             for name, child in list(parent.named_children()):
-                stand_in = _stand_in(child, body)
+                stand_in = _stand_in(child, body, differ)
                 if stand_in is not None:
-                    setattr(parent, name, stand_in)
-                    replaced += 1
-        return replaced + sum(_fuse_layer(layer, body) for layer in body.modules())
+                    fused.replace(parent, name, stand_in)
+        for layer in list(body.modules()):
+            if _is_one_forward(layer, body):
+                fused.bind(layer)
+    for kind, count in differ.items():
+        logger.info("%d %s stay as they are: the CPU kernel computes something else", count, kind)
+    return fused
 
 
-def allow_kernel(model: nn.Module) -> None:
-    """Let the kernels multiply few rows in all packed layers of a model, after `fuse_modules`."""
+def allow_kernel(model: nn.Module, *, allowed: bool = True) -> None:
+    """Let the kernels multiply few rows in all packed layers of a model, after `fuse_modules`.
+
+    Args:
+        model: the model, in place.
+        allowed: whether they may.
+    """
     for module in model.modules():
         if isinstance(module, PackedLinear):
-            module.packed.allow_kernel()
+            module.packed.allow_kernel(allowed=allowed)
         elif isinstance(module, FusedAttention | FusedMLP):
-            module.joined.packed.allow_kernel()
+            module.joined.packed.allow_kernel(allowed=allowed)
 
 
-def _stand_in(module: nn.Module, body: nn.Module) -> nn.Module | None:
-    """What may replace a module, or None."""
+class _DiffersError(ValueError):
+    """A stand-in computes something else than its module."""
+
+
+def _stand_in(module: nn.Module, body: nn.Module, differ: Counter[str]) -> nn.Module | None:
+    """What may replace a module, or None; `differ` counts those whose stand-in was wrong."""
     kind = type(module).__name__
     try:
         if kind.endswith("RMSNorm"):
@@ -221,6 +272,8 @@ def _stand_in(module: nn.Module, body: nn.Module) -> nn.Module | None:
             return _mlp(module)
         if kind.endswith("Attention"):
             return _attention(module, body)
+    except _DiffersError:
+        differ[kind] += 1
     except (AttributeError, TypeError, RuntimeError, ValueError) as error:
         logger.debug("%s stays as it is: %s", kind, error)
     return None
@@ -232,24 +285,27 @@ def _norm(norm: nn.Module) -> nn.Module | None:
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if not isinstance(eps, float):
         return None
-    weight: Tensor = norm.weight  # type: ignore[assignment]
-    x = torch.randn(_PROBE_TOKENS, weight.shape[0]).to(weight.dtype)
-    stand_in = FusedNorm(norm, eps)
-    return stand_in if _agree(stand_in(x), norm(x)) else None
+    # What a norm does with its weight shows best where the weight is small and has both signs.
+    other: Any = copy.deepcopy(norm)
+    other.weight = nn.Parameter(torch.rand_like(norm.weight) * 2 - 1, requires_grad=False)  # type: ignore[arg-type]
+    for each in (other, norm):
+        stand_in = FusedNorm(each, eps)
+        for x in _inputs(int(each.weight.shape[0]), each.weight.dtype):
+            _require_equal(stand_in(x), each(x))
+    return stand_in
 
 
 def _mlp(mlp: nn.Module) -> nn.Module | None:
     children = dict(mlp.named_children())
     if not _frozen(children, ("gate_proj", "up_proj", "down_proj"), ("act_fn",)):
         return None
-    probe = torch.randn(_PROBE_TOKENS)
+    probe = torch.linspace(-12, 12, 97)
     if not torch.allclose(children["act_fn"](probe), functional.silu(probe)):
         return None
-    down: Any = children["gate_proj"]
-    x = torch.randn(1, _PROBE_TOKENS, down.in_features).to(down.weight.dtype)
+    gate: Any = children["gate_proj"]
     stand_in = FusedMLP(mlp)
-    if not _agree(stand_in(x), mlp(x)):
-        return None
+    for x in _inputs(gate.in_features, gate.weight.dtype):
+        _require_equal(stand_in(x[None]), mlp(x[None]))
     stand_in.joined.take_over()
     return stand_in
 
@@ -259,32 +315,33 @@ def _attention(attention: nn.Module, body: Any) -> nn.Module | None:
     if not _frozen(children, ("q_proj", "k_proj", "v_proj", "o_proj"), ()):
         return None
     q_proj: Any = children["q_proj"]
-    x = torch.randn(1, _PROBE_TOKENS, q_proj.in_features).to(q_proj.weight.dtype)
-    positions = torch.arange(3, 3 + _PROBE_TOKENS)[None]
-    rotation = body.rotary_emb(x, positions)
+    probes = [x[None] for x in _inputs(q_proj.in_features, q_proj.weight.dtype)]
+    rotation = body.rotary_emb(probes[0], torch.arange(3, 3 + _PROBE_TOKENS)[None])
 
-    def run(module: nn.Module) -> tuple[Tensor, LayerCall]:
+    def run(module: nn.Module, x: Tensor) -> tuple[Tensor, LayerCall]:
         probe = _Probe()
         arguments = {"attention_mask": None, "attention_context": probe}
         out: Tensor = module(x, position_embeddings=rotation, **arguments)[0]
         assert probe.call is not None
         return out, probe.call
 
-    expected, theirs = run(attention)
-    if rotation[0].shape[-1] != theirs.query.shape[-1]:
+    first = run(attention, probes[0])[1]
+    if rotation[0].shape[-1] != first.query.shape[-1]:
         return None
-    stand_in = FusedAttention(attention, theirs)
-    out, ours = run(stand_in)
-    pairs = [(out, expected), (ours.query, theirs.query), (ours.key, theirs.key)]
-    pairs.append((ours.value, theirs.value))
-    if not all(_agree(a, b) for a, b in pairs):
-        return None
+    stand_in = FusedAttention(attention, first)
+    for x in probes:
+        (out, ours), (expected, theirs) = run(stand_in, x), run(attention, x)
+        _require_equal(out, expected)
+        for name in ("query", "key", "value"):
+            # Heads of [1, H, N, D] side by side: [N, H * D].
+            a, b = (getattr(c, name)[0].transpose(0, 1).flatten(1) for c in (ours, theirs))
+            _require_equal(a, b)
     stand_in.joined.take_over()
     return stand_in
 
 
-def _fuse_layer(layer: nn.Module, body: Any) -> bool:
-    """Let a layer that is all stand-ins run by `_layer_forward` if that gives the same bits."""
+def _is_one_forward(layer: nn.Module, body: Any) -> bool:
+    """Whether a layer is all stand-ins, and `_layer_forward` gives the same bits."""
     children = dict(layer.named_children())
     kinds: dict[str, type[nn.Module]] = {"self_attn": FusedAttention, "mlp": FusedMLP}
     kinds |= dict.fromkeys(("input_layernorm", "post_attention_layernorm"), FusedNorm)
@@ -300,10 +357,7 @@ def _fuse_layer(layer: nn.Module, body: Any) -> bool:
     except (AttributeError, TypeError, RuntimeError, ValueError) as error:
         logger.debug("%s runs its own forward: %s", type(layer).__name__, error)
         return False
-    if not isinstance(expected, Tensor) or not torch.equal(ours, expected):
-        return False
-    layer.forward = MethodType(_layer_forward, layer)
-    return True
+    return isinstance(expected, Tensor) and torch.equal(ours, expected)
 
 
 def _frozen(
@@ -314,8 +368,25 @@ def _frozen(
     return known and all(type(children[name]) is PackedLinear for name in linears)
 
 
-def _agree(ours: Tensor, theirs: Tensor) -> bool:
+def _inputs(width: int, dtype: torch.dtype) -> list[Tensor]:
+    """Inputs [N, d] of several sizes, with channels of different sizes as real models have them."""
+    channels = torch.randn(width).exp()
+    return [
+        (size * channels * torch.randn(_PROBE_TOKENS, width)).to(dtype) for size in _PROBE_SIZES
+    ]
+
+
+def _require_equal(ours: Tensor, theirs: Tensor) -> None:
+    """Refuse outputs [..., channels] that are not those of the module.
+
+    Raises:
+        _DiffersError: some channel is off by more than rounding.
+    """
     if ours.shape != theirs.shape:
-        return False
-    gap = (ours.float() - theirs.float()).abs().max()
-    return bool(gap <= _TOLERANCE * theirs.float().abs().max())
+        raise _DiffersError
+    width = theirs.shape[-1]
+    wanted = theirs.double().reshape(-1, width)
+    size = wanted.square().mean(0).sqrt()
+    gap = (ours.double().reshape(-1, width) - wanted).square().mean(0).sqrt()
+    if not bool((gap <= _TOLERANCE * size + _NOISE * size.median()).all()):
+        raise _DiffersError

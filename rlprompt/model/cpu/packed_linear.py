@@ -58,9 +58,9 @@ class PackedWeight:
             self._forward = pack_weight(self._weight())
         return self._forward
 
-    def allow_kernel(self) -> None:
+    def allow_kernel(self, *, allowed: bool = True) -> None:
         """Let the C++ kernels, which are loaded, multiply few rows if that gives the same bits."""
-        self._kernel = True
+        self._kernel = allowed
 
     @property
     def has_kernel(self) -> bool:

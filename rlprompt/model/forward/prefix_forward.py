@@ -17,7 +17,7 @@ from rlprompt.errors import InputError
 from rlprompt.kernels.cpu.ops import choose
 from rlprompt.kernels.lm_head import Head, head_logits
 from rlprompt.model.base import FrozenBase
-from rlprompt.model.cpu.fused_modules import allow_kernel, fuse_modules
+from rlprompt.model.cpu.fused_modules import FusedModules, allow_kernel, fuse_modules
 from rlprompt.model.cpu.packed_linear import head_of, pack_linears
 from rlprompt.model.files.fetch import cache_dir
 from rlprompt.model.forward.attention import (
@@ -26,15 +26,21 @@ from rlprompt.model.forward.attention import (
     CausalContext,
     register,
 )
+from rlprompt.model.forward.comparison import (
+    PROBE_TOKENS,
+    Expected,
+    Gap,
+    Probe,
+    gap,
+    probes,
+    roughened,
+    tolerance,
+)
 from rlprompt.model.forward.tree import TreeContext, build_tree
 from rlprompt.model.sharded.shards import gathered
 from rlprompt.types import Adapter, PrefixKV
 
 logger = logging.getLogger(__name__)
-
-_PROBE_TOKENS = 24
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.25}
-"""Largest mean difference of log-probabilities between the model's own forward and ours."""
 
 
 class PrefixForward:
@@ -42,7 +48,8 @@ class PrefixForward:
 
     Construction switches the model's attention to rlprompt's, packs its linear layers and puts C++
     kernels in the place of known modules where that pays, and compares log-probabilities with the
-    model's own forward; an architecture whose result differs is refused.
+    model's own forward. Where they differ with the kernels only, it goes on without them and says
+    so; an architecture whose result differs all the same is refused.
     """
 
     def __init__(self, base: FrozenBase) -> None:
@@ -69,27 +76,62 @@ class PrefixForward:
         if base.shards is not None:
             self.body = base.shards.body
         before = base.model.config._attn_implementation
-        own = self._own_logits() if before != ATTENTION_NAME else None
-        if own is not None:
+        expected = self._expected() if before != ATTENTION_NAME else None
+        if expected is not None:
             register()
             base.model.set_attn_implementation(ATTENTION_NAME)
             packed = pack_linears(base.model)
             logger.info("%s: %d linear layers packed", base.id, packed)
         wanted = "off" if base.shards is not None else base.cpu_kernels
-        self.cpp = choose(wanted, cache_dir() / "kernels", base.dtype, base.device)
-        if own is not None and self.cpp:
-            fused = fuse_modules(self.body)
-            allow_kernel(base.model)
-            logger.info("%s: %d modules replaced by CPU kernels", base.id, fused)
-        self.head = self._head()
-        self.head = self.head._replace(cpp=self.cpp and self.head.softcap is None)
-        if own is not None:
+        self._set_kernels(choose(wanted, cache_dir() / "kernels", base.dtype, base.device))
+        if expected is not None:
             try:
-                self._compare(own)
+                self._join(expected)
             except BaseException:
                 # Left switched, the model would pass for compared at the next attempt.
                 base.model.set_attn_implementation(before)
                 raise
+
+    def _set_kernels(self, on: bool) -> None:
+        """Let attention and head run by the C++ kernels, or not."""
+        self.cpp = on
+        self.head = self._head()
+        self.head = self.head._replace(cpp=on and self.head.softcap is None)
+
+    def _join(self, expected: Sequence[Expected]) -> None:
+        """Replace modules by stand-ins and compare; without the kernels where these are wrong.
+
+        Raises:
+            InputError: the results are not those of the model's own forward.
+        """
+        base, fused = self.base, FusedModules()
+        if self.cpp:
+            fused = fuse_modules(self.body)
+            allow_kernel(base.model)
+            logger.info("%s: %d modules replaced by CPU kernels", base.id, len(fused))
+        wrong = self._differs(expected)
+        if wrong is not None and self.cpp and base.cpu_kernels == "on":
+            raise InputError(
+                f"model.cpu_kernels is on, but with the C++ kernels {base.id} computes something "
+                f"else ({_described(wrong)}); set it to auto"
+            )
+        if wrong is not None and self.cpp:
+            fused.undo()
+            allow_kernel(base.model, allowed=False)
+            self._set_kernels(False)
+            without = self._differs(expected)
+            if without is None:
+                logger.warning(
+                    "%s: the C++ kernels are off, because with them %s", base.id, _described(wrong)
+                )
+            wrong = without
+        if wrong is not None:
+            half = base.dtype in (torch.float16, torch.bfloat16)
+            way_out = "set model.dtype: float32, or choose" if half else "choose"
+            raise InputError(
+                f"{base.id} computes something that rlprompt's forward does not "
+                f"({_described(wrong)}); {way_out} another base (docs/models.md)"
+            )
 
     @property
     def max_positions(self) -> int:
@@ -114,25 +156,52 @@ class PrefixForward:
         assert output is not None
         return head_of(output, softcap, _logit_scale(config))
 
-    def _probe(self) -> Tensor:
-        return torch.arange(_PROBE_TOKENS, device=self.base.device) * 7 % self.base.vocab_size
+    def _expected(self) -> list[Expected]:
+        """What the model's own forward gives; under shards, its body with its own attention."""
+        config = self.base.model.config.get_text_config()
+        windows = [_layer_window(config, layer)[1] for layer in range(self.base.num_layers)]
+        small = [w for w in windows if w is not None and PROBE_TOKENS <= w < self.max_positions]
+        window = min(small, default=None)
+        self.head = self._head()
+        found = []
+        for number, probe in enumerate(probes(self.base.vocab_size, window, self.device)):
+            embeddings = self.embed(probe.token_ids)
+            own = self._own_logits(probe, embeddings)
+            passes = tolerance(own, self._own_logits(probe, roughened(embeddings)))
+            if number == 0 and self.base.shards is None:
+                # The whole model once, for what it does before and behind its layers.
+                own = self._own_logits(probe, None)
+            found.append(Expected(probe, own, passes))
+        return found
 
-    def _own_logits(self) -> Tensor:
-        """Of the model's own forward; under shards, its body with its own attention."""
-        if self.base.shards is not None:
-            self.head = self._head()
-            embeddings = self.embed(self._probe())[None]
-            with torch.no_grad():
-                states = self.body(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-                return head_logits(states[0], self.head)
+    def _own_logits(self, probe: Probe, embeddings: Tensor | None) -> Tensor:
+        """[N, V] of the compared tokens, by the model's own forward.
+
+        Args:
+            probe: the tokens.
+            embeddings: what goes into the layers, whose output our head reads; None = the whole
+                model reads the tokens.
+        """
+        count = probe.num_compared
         with torch.no_grad():
-            logits: Tensor = self.base.model(input_ids=self._probe()[None], use_cache=False).logits
-        return logits[0]
+            if embeddings is None:
+                ids = probe.token_ids[None]
+                logits: Tensor = self.base.model(input_ids=ids, use_cache=False).logits
+                return logits[0, -count:]
+            states = self.body(inputs_embeds=embeddings[None], use_cache=False).last_hidden_state
+            return head_logits(states[0, -count:], self.head)
 
-    def _compare(self, own: Tensor) -> None:
-        """Compare through a tree: state that layers carry beside keys and values would show."""
-        probe = self._probe()
-        prompt, query, completion = probe.split(_PROBE_TOKENS // 3)
+    def _differs(self, expected: Sequence[Expected]) -> Gap | None:
+        """The first gap that rounding does not explain; None = there is none."""
+        for each in expected:
+            found = gap(each.logits, self._our_logits(each.probe), each.tolerance)
+            if not found.is_fine:
+                return found
+        return None
+
+    def _our_logits(self, probe: Probe) -> Tensor:
+        """[N, V] through a tree: state that layers carry beside keys and values would show."""
+        prompt, query, completion = probe
         with torch.no_grad():
             start = CausalContext()
             self.hidden(self.embed(prompt), torch.arange(len(prompt)), start)
@@ -141,15 +210,7 @@ class PrefixForward:
             tree = build_tree([query.tolist()], [answers], len(prompt), self.device)
             context = TreeContext(tree, start.prefix())
             hidden = self.hidden(self.embed(tree.token_ids), tree.positions, context)
-            ours = head_logits(hidden, self.head)
-        own = own[len(prompt) :].to(ours.dtype)
-        gap = (own.log_softmax(-1) - ours.log_softmax(-1)).abs().mean().item()
-        if not gap <= _TOLERANCE[self.base.dtype]:
-            raise InputError(
-                f"{self.base.id} computes something that rlprompt's forward does not "
-                f"(log-probabilities differ by {gap:.3g} on average); choose a base of a supported "
-                "family (docs/models.md)"
-            )
+            return head_logits(hidden, self.head)
 
     def _check_layers(self, context: CausalContext) -> None:
         """Refuse what a short probe cannot show: layers without keys, and windows kept from us."""
@@ -306,6 +367,14 @@ class _Adapted(AbstractContextManager[None]):
 
     def __exit__(self, *error: object) -> None:
         self._forward.switch_adapter(self._previous.pop())
+
+
+def _described(wrong: Gap) -> str:
+    """A gap in words."""
+    return (
+        f"log-probabilities differ by {wrong.nats:.3g} on average, and the distributions by "
+        f"{wrong.divergence:.3g} nats where rounding explains {wrong.tolerance:.3g}"
+    )
 
 
 def _logit_scale(config: Any) -> float:
