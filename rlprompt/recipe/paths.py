@@ -64,8 +64,10 @@ def with_absolute_paths(tree: Mapping[str, Any], base_dir: Path) -> dict[str, An
     for pattern in _FOLDERS:
         _replace(made, pattern.split("."), lambda text: _folder(text, Path.cwd()))
     _replace(made, _CA_FILE.split("."), lambda text: _found(text, Path.cwd()))
-    for pattern in _REWARD_FILES:
-        _replace(made, pattern.split("."), lambda text: _folder(text, base_dir))
+    for place in _MODELS:
+        options = f"rewards.*.options.{place}".split(".")[:-1]
+        _replace(made, [*options, "path"], lambda text: _folder(text, base_dir))
+        _replace(made, [*options, "template"], lambda text: _template(text, base_dir))
     _in_members(made, base_dir)
     return made
 
@@ -118,6 +120,11 @@ def _folder(text: str, base_dir: Path) -> str:
         return text
     found = _found(text, base_dir)
     return found if found == text or Path(found).is_dir() else text
+
+
+def _template(text: str, base_dir: Path) -> str:
+    # The other forms are a word, and Jinja itself.
+    return _found(text, base_dir) if text.endswith(".jinja") else text
 
 
 def _code(text: str, base_dir: Path) -> str:

@@ -290,6 +290,8 @@ class Run(Outcome):
         step, evaluate = self.state.progress.step, self.parts.evaluator.evaluate
         if self.parts.ranks.size > 1:  # one rank cannot leave while the others go on
             return evaluate(prompt, step)
+        if self._stop.reason is not None and not self._is_done:
+            return None
         try:
             with self._stop.at_once():
                 return evaluate(prompt, step)

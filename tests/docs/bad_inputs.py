@@ -469,7 +469,14 @@ DATA = [
     ("a query longer than the model", lambda p: p.recipe(data__rows=["rain " * 600, *"abcdef"])),
 ]
 ARTIFACTS = [
-    ("the run folder in place of its artifact", lambda p: ("chat", "run")),
+    ("a folder of a run that is no artifact", lambda p: ("chat", "run/checkpoints")),
+    (
+        "an artifact alone whose recipe names code",
+        lambda p: (shutil.copytree(p.folder / "run/artifact", p.folder / "got"), ("eval", "got"))[
+            1
+        ],
+    ),
+    ("nothing to evaluate", lambda p: ("eval",)),
     ("a damaged prompt.json", lambda p: (p.write("run/artifact/prompt.json", "{"), chat())[1]),
     ("an artifact of a newer version", lambda p: p.artifact(schema_version=99)),
     ("an unknown representation", lambda p: p.artifact(representation="hypernetwork")),
@@ -487,6 +494,9 @@ RUNS = [
         "--resume with another recipe",
         lambda p: train("training.steps=9", "seed=1", "--output", "run", "--resume"),
     ),
+    ("resume of a folder without a run", lambda p: ("resume", "new")),
+    ("resume with what must stay", lambda p: ("resume", "run", "sampling.temperature=0.5")),
+    ("resume with fewer steps than were made", lambda p: ("resume", "run", "training.steps=1")),
     ("--resume after the dataset has changed", _changed_data),
     (
         "a damaged checkpoint",

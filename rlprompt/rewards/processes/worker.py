@@ -26,12 +26,12 @@ import threading
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rlprompt.errors import InputError, describe_error, shorten, user_frame
+from rlprompt.errors import InputError, describe_error, shorten
 from rlprompt.rewards.base import RewardFunction, RewardSettings
 from rlprompt.rewards.load import load_reward
 from rlprompt.rewards.processes.execution import is_async
 from rlprompt.rewards.processes.pipe import read_message, write_message
-from rlprompt.rewards.validation import NOT_A_LIST, Sink, source_file
+from rlprompt.rewards.validation import NOT_A_LIST, Sink, source_file, user_place
 
 _GIB = 2**30
 
@@ -125,7 +125,7 @@ def _serve(reward: RewardFunction, message: bytes, loop: asyncio.Runner) -> byte
     except InputError as error:
         return _to_json({"input_error": str(error)})
     except BaseException as error:  # sys.exit in user code must not end the worker unseen
-        where = user_frame(error, source_file(reward))
+        where = user_place(error, reward)
         return _to_json({"raised": f"{describe_error(error)} at {where}"})
 
 
