@@ -37,11 +37,10 @@ _CODE = (
 """User code relative to the recipe's folder, then to the working directory."""
 _FOLDERS = ("model.path", "distributed.nvme_path")
 """Folders relative to the working directory."""
-_OPTIONS = ("path", "model.path", "members.*.path")
-"""Folders in the options of built-in rewards, relative to the recipe's folder."""
+_MODELS = ("", "model.", "members.*.")
+"""Where the options of a built-in reward name a model."""
 _CA_FILE = "rewards.*.options.ca_file"
 """A file relative to the working directory."""
-_REWARD_FILES = tuple(f"rewards.*.options.{key}" for key in _OPTIONS)
 
 
 def with_absolute_paths(tree: Mapping[str, Any], base_dir: Path) -> dict[str, Any]:

@@ -29,9 +29,7 @@ def test_eval_takes_the_recipe_of_the_run(
         rlprompt("eval", finished, "sampling.max_tokens=2", "evaluation.handwritten=null")
     )
     assert changed["prompt"]["mean_length"] <= 2 and "handwritten" not in changed
-    assert changed == heldout(
-        rlprompt("eval", finished, "--set", "sampling.max_tokens=2", "evaluation.handwritten=null")
-    )
+    assert changed == heldout(rlprompt("eval", finished, overrides[1], "--set", overrides[0]))
     wrong = rlprompt("eval", finished, "sampling.max_token=2")
     assert wrong.code == 2 and "unknown key 'sampling.max_token'" in wrong.err
 

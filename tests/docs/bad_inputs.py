@@ -77,6 +77,10 @@ class Project:
         save_file({"embeddings": embeddings}, path)
         return chat()
 
+    def copy(self, folder: str, name: str) -> None:
+        """Copy a folder."""
+        shutil.copytree(self.folder / folder, self.folder / name)
+
     def remove(self, *names: str, then: Sequence[str] = TRAIN) -> Sequence[str]:
         """Remove files."""
         for name in names:

@@ -21,7 +21,15 @@ class Long:
     def __call__(self, completions, **kwargs):
         return [len(text) + self.bonus for text in completions]
 """
-HELPERS = "import math\nfrom pathlib import Path\n\ndef clean(text):\n    return text.strip()\n\nLIMIT = 3\n"
+HELPERS = """
+import math
+from pathlib import Path
+
+def clean(text):
+    return text.strip()
+
+LIMIT = 3
+"""
 
 
 def load(folder: Path, source: str, **settings: Any) -> Any:
@@ -40,13 +48,13 @@ def load(folder: Path, source: str, **settings: Any) -> Any:
         CLASS + "reward = Long()\n",
         PLAIN.replace("completions, **kwargs", "**kwargs").replace("in comp", "in kwargs['comp")
         .replace("completions]", "completions']]"),
-        "async " + PLAIN,
+        PLAIN.replace("def ", "async def "),
     ],
     ids=["reward", "helpers", "only", "first", "class", "instance", "kwargs", "async"],
 )  # fmt: skip
 def test_the_reward_of_a_file(source: str, tmp_path: Path) -> None:
     reward = load(tmp_path, source)
-    if not source.startswith("async"):
+    if "async def" not in source:
         assert reward(completions=["abc"]) == [3.0]
     assert callable(reward)
 
@@ -66,9 +74,9 @@ def test_options_reach_the_only_class(tmp_path: Path) -> None:
     [
         (
             "verl",
-            HELPERS + "def compute_score(data_source, solution_str, ground_truth): return 1\n",
+            HELPERS + "def compute_score(data_source, solution_str): return 1\n",
         ),
-        ("verl", HELPERS + "def mine(data_source, solution_str, ground_truth): return 1\n"),
+        ("verl", HELPERS + "def mine(data_source, solution_str): return 1\n"),
         ("openrlhf", HELPERS + "def reward_func(queries, prompts, labels): return [1.0]\n"),
         ("verifiers", HELPERS + "def exact(completion, answer): return 1.0\n"),
     ],
