@@ -25,9 +25,8 @@ def test_eval_takes_the_recipe_of_the_run(
     monkeypatch.chdir(tmp_path)
     assert heldout(rlprompt("eval", finished)) == expected
     assert heldout(rlprompt("eval", finished / "artifact" / "prompt.json")) == expected
-    changed = heldout(
-        rlprompt("eval", finished, "sampling.max_tokens=2", "evaluation.handwritten=null")
-    )
+    overrides = ("sampling.max_tokens=2", "evaluation.handwritten=null")
+    changed = heldout(rlprompt("eval", finished, *overrides))
     assert changed["prompt"]["mean_length"] <= 2 and "handwritten" not in changed
     assert changed == heldout(rlprompt("eval", finished, overrides[1], "--set", overrides[0]))
     wrong = rlprompt("eval", finished, "sampling.max_token=2")

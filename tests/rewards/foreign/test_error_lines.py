@@ -87,11 +87,15 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("isolated", [False, True], ids=["here", "isolated"])
-@pytest.mark.parametrize("case", list(CASES))
+ISOLATED = ["verl", "wrong_openrlhf"]  # a process each
+
+
+@pytest.mark.parametrize(
+    ("case", "isolated"),
+    [(case, False) for case in CASES] + [(case, True) for case in ISOLATED],
+    ids=[*CASES, *(f"{case}_isolated" for case in ISOLATED)],
+)
 def test_the_line_is_the_users(case: str, isolated: bool, tmp_path: Path) -> None:
-    if isolated and case not in ("verl", "wrong_openrlhf"):
-        pytest.skip("a process each is slow, and two say it")
     source, adapter = CASES[case]
     file = tmp_path / "mine.py"
     file.write_text(source)
