@@ -289,7 +289,7 @@ def test_a_run_goes_on_without_a_recipe(folder: Path, loaded: dict[str, Any]) ->
     ]
     assert yaml.safe_load((run.folder / "recipe.resolved.yaml").read_text())["seed"] == 3
     learn(**loaded, output="other")
-    with pytest.raises(InputError, match="Python object|in memory"):
+    with pytest.raises(InputError, match="memory"):
         rlprompt.train(**{**more, "output": "other"}, progress=False)
     again = rlprompt.train(
         **{**more, "output": "other"}, **loaded, rewards=vowels, data=list(QUERIES), heldout=2,
