@@ -278,7 +278,8 @@ def test_resuming_from_python(loaded: dict[str, Any]) -> None:
 def test_a_run_goes_on_without_a_recipe(folder: Path, loaded: dict[str, Any]) -> None:
     """As it was begun, with what may change; objects in memory are given again."""
     more: dict[str, Any] = {"training": {"steps": 5}, "output": "run", "resume": True}
-    learn(model=folder, rewards="builtin:sentence", output="run", seed=3)
+    Path("queries.jsonl").write_text("".join(f'{{"query": "{text}"}}\n' for text in QUERIES))
+    learn(model=folder, rewards="builtin:sentence", data="queries.jsonl", output="run", seed=3)
     run = rlprompt.train(**more, progress=False)
     assert run.metrics.steps == 5 and [row["step"] for row in run.metrics.history] == [
         1,

@@ -76,7 +76,9 @@ def _in_members(tree: dict[str, Any], base_dir: Path) -> None:
     members = tree.get("population")
     for member in members if isinstance(members, list) else ():
         changes = member.get("changes") if isinstance(member, dict) else None
-        for key, value in (changes if isinstance(changes, dict) else {}).items():
+        if not isinstance(changes, dict):
+            continue
+        for key, value in changes.items():
             parts = str(key).split(".")
             nested: Any = value
             for part in reversed(parts):

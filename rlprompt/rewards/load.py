@@ -87,7 +87,7 @@ def resolve_target(
         path: the path, see `RewardSettings.path`.
         base_dir: the folder that file paths are relative to; the working directory comes second.
         builtin: the built-in rewards, name -> `package.module:object`.
-        adapter: whose signature the reward has, for a file that is named alone.
+        adapter: framework whose signature the reward has, for a file that is named alone.
 
     Raises:
         InputError: see `load_reward`.
