@@ -15,6 +15,7 @@ public_names                             in `rlprompt.__all__`
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 import tempfile
@@ -25,6 +26,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+if importlib.util.find_spec("pytest") is None:
+    sys.exit("error: pytest is not installed; run `pip install 'rlprompt[dev]'`")
 
 import rlprompt  # noqa: E402
 from tests import test_layers  # noqa: E402

@@ -8,9 +8,14 @@ sentence and nothing else. Any other exception is a defect of rlprompt or of the
 from __future__ import annotations
 
 import linecache
+import sysconfig
 import traceback
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
+
+_OURS = Path(__file__).parent
+_STANDARD_LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 
 
 class InputError(ValueError):
@@ -54,17 +59,36 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {shorten(message, 300)}"
 
 
+def is_users(filename: str) -> bool:
+    """Whether a source file is neither rlprompt's nor a library's."""
+    if filename.startswith("<"):
+        return False
+    path = Path(filename)
+    if {"site-packages", "dist-packages"} & set(path.parts):
+        return False
+    return not any(path.is_relative_to(folder) for folder in (_OURS, _STANDARD_LIBRARY))
+
+
+def source_line(filename: str, line: int) -> str:
+    """`path:line (source)` of a line."""
+    # Not frame.line: linecache is stale when the file was edited since its module was last loaded.
+    linecache.checkcache(filename)
+    return f"{filename}:{line} ({linecache.getline(filename, line).strip()})"
+
+
 def user_frame(error: BaseException, filename: str | None = None) -> str:
-    """`path:line (source)` of the deepest frame in `filename`, or of the deepest one at all."""
+    """`path:line (source)` of the deepest frame in `filename`.
+
+    Where there is none, of the deepest one that is neither rlprompt's nor a library's, or else of
+    the deepest one at all.
+    """
     error = first_error(error)
     # The file of a SyntaxError is the one that was parsed; "<unknown>" when that was a string.
     if isinstance(error, SyntaxError) and error.filename and not error.filename.startswith("<"):
         return f"{error.filename}:{error.lineno} ({(error.text or '').strip()})"
     frames = traceback.extract_tb(error.__traceback__)
-    chosen = [frame for frame in frames if frame.filename == filename] or list(frames)
+    chosen = [frame for frame in frames if frame.filename == filename]
+    chosen = chosen or [frame for frame in frames if is_users(frame.filename)] or list(frames)
     if not chosen:
         return "an unknown line"
-    # Not frame.line: linecache is stale when the file was edited since its module was last loaded.
-    linecache.checkcache(chosen[-1].filename)
-    source = linecache.getline(chosen[-1].filename, chosen[-1].lineno or 0).strip()
-    return f"{chosen[-1].filename}:{chosen[-1].lineno} ({source})"
+    return source_line(chosen[-1].filename, chosen[-1].lineno or 0)

@@ -1,10 +1,10 @@
 """From a path that a recipe names to the object in user code, with one sentence for each fault.
 
-A path is `path/file.py:object`, relative to the recipe's folder (the working directory comes
-second), or `package.module:object`. User code runs only when a recipe or a command names it. A file
-is executed under a module name of its own (made from its path and contents, so that editing it
-gives a new module and pickling works within the process); its folder never enters `sys.path`, so it
-cannot import its neighbours.
+A path is `path/file.py:object`, or the file alone where only one object in it can be meant,
+relative to the recipe's folder (the working directory comes second), or `package.module:object`.
+User code runs only when a recipe or a command names it. A file is executed under a module name of
+its own (made from its path and contents, so that editing it gives a new module and pickling works
+within the process); its folder never enters `sys.path`, so it cannot import its neighbours.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import hashlib
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +22,9 @@ from typing import Any
 from rlprompt.errors import InputError, choices, describe_error, user_frame
 from rlprompt.process_exit import forks_end
 from rlprompt.settings import UserClass
+
+Choice = Callable[[ModuleType, str], Any]
+"""From a module and the path of its file to the object in it that is meant."""
 
 
 def is_path(name: str) -> bool:
@@ -35,15 +40,19 @@ def absolute(path: str, base_dir: Path) -> str:
         base_dir: folder that a file path is relative to.
     """
     location, _, name = path.rpartition(":")
+    if path.endswith(".py"):
+        return str(_find_file(path, base_dir))
     return f"{_find_file(location, base_dir)}:{name}" if location.endswith(".py") else path
 
 
-def load_object(path: str, base_dir: Path) -> Any:
+def load_object(path: str, base_dir: Path, choose: Choice | None = None) -> Any:
     """The function, class or other object that a path names.
 
     Args:
         path: location and name of the object; the colon may be a dot where there is no file.
         base_dir: folder that file paths are relative to; the working directory comes second.
+        choose: function from the module of a file that is named alone, and the file's path, to the
+            object that is meant; None = a name must be given.
 
     Raises:
         InputError: the file, module or object is missing, importing it raised, or it is no path.
@@ -53,6 +62,9 @@ def load_object(path: str, base_dir: Path) -> Any:
         file = _find_file(location, base_dir)
         return _attribute(_import_file(file), name, str(file))
     if path.endswith(".py"):
+        if choose is not None:
+            file = _find_file(path, base_dir)
+            return choose(_import_file(file), str(file))
         raise InputError(f"{path} names no object; write {path}:NAME with the object's name")
     if not location:
         location, _, name = path.rpartition(".")
@@ -78,7 +90,7 @@ def load_class(path: str, base_dir: Path, base: UserClass) -> UserClass:
         InputError: see `load_object`; it is no such class, leaves something abstract, or has no
             settings of its own.
     """
-    found: Any = load_object(path, base_dir)
+    found: Any = load_object(path, base_dir, partial(_only_class, base=base))
     if not isinstance(found, type):
         kind = type(found).__name__
         raise InputError(f"{path} is a {kind}; name a class that derives from {_public(base)}")
@@ -95,6 +107,33 @@ def load_class(path: str, base_dir: Path, base: UserClass) -> UserClass:
             f"and write `Settings = ` with its name in {made.__name__}"
         )
     return made
+
+
+def own_objects(module: ModuleType) -> dict[str, Any]:
+    """The public functions, classes and instances that a module defines itself, by name."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and module.__name__
+        in (getattr(value, "__module__", None), getattr(type(value), "__module__", None))
+    }
+
+
+def _only_class(module: ModuleType, file: str, base: UserClass) -> Any:
+    """The one class in a file that can stand where `base` is wanted."""
+    found = {
+        name: value
+        for name, value in own_objects(module).items()
+        if isinstance(value, type) and issubclass(value, base)
+    }
+    if len(found) == 1:
+        return next(iter(found.values()))
+    there = f"several ({', '.join(found)})" if found else "none"
+    raise InputError(
+        f"{file} is to hold one class that derives from {_public(base)} and holds {there}; write "
+        f"{Path(file).name}:NAME with the one to use"
+    )
 
 
 def _public(base: UserClass) -> str:

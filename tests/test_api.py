@@ -275,6 +275,34 @@ def test_resuming_from_python(loaded: dict[str, Any]) -> None:
     assert torch.equal(artifact_embeddings(Path("cut")), artifact_embeddings(Path("whole")))
 
 
+def test_a_run_goes_on_without_a_recipe(folder: Path, loaded: dict[str, Any]) -> None:
+    """As it was begun, with what may change; objects in memory are given again."""
+    more: dict[str, Any] = {"training": {"steps": 5}, "output": "run", "resume": True}
+    Path("queries.jsonl").write_text("".join(f'{{"query": "{text}"}}\n' for text in QUERIES))
+    learn(model=folder, rewards="builtin:sentence", data="queries.jsonl", output="run", seed=3)
+    run = rlprompt.train(**more, progress=False)
+    assert run.metrics.steps == 5 and [row["step"] for row in run.metrics.history] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
+    assert yaml.safe_load((run.folder / "recipe.resolved.yaml").read_text())["seed"] == 3
+    learn(**loaded, output="other")
+    with pytest.raises(InputError, match="memory"):
+        rlprompt.train(**{**more, "output": "other"}, progress=False)
+    again = rlprompt.train(
+        **{**more, "output": "other"}, **loaded, rewards=vowels, data=list(QUERIES), heldout=2,
+        progress=False,
+    )  # fmt: skip
+    assert again.metrics.steps == 5
+    with pytest.raises(InputError, match=r"seed \(was 3, is 4\)"):
+        rlprompt.train(**more, seed=4, progress=False)
+    with pytest.raises(InputError, match="holds no run to resume"):
+        rlprompt.train(**{**more, "output": "nowhere"}, progress=False)
+
+
 def test_resuming_with_another_function_is_refused(loaded: dict[str, Any]) -> None:
     def reward(completions: list[str], **columns: Any) -> list[float]:
         return [0.5 * value for value in vowels(completions)]

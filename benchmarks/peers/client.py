@@ -76,8 +76,10 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             self._log.seek(0)
-            tail = "".join(self._log.readlines()[-15:])
-            raise SystemExit(f"the {self.name} process ended:\n{tail}")
+            lines = self._log.readlines()[-15:]
+            if lines and lines[-1].startswith("error: "):  # one sentence, such as a missing extra
+                raise SystemExit(lines[-1].rstrip("\n"))
+            raise SystemExit(f"the {self.name} process ended:\n{''.join(lines)}")
         report: dict[str, Any] = json.loads(line)
         if report["event"] == "error":
             raise SystemExit(f"{self.name}: {report['message']}")

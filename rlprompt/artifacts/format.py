@@ -132,7 +132,8 @@ def read_artifact_info(folder: Path) -> ArtifactInfo:
     path = Path(folder) / "prompt.json"
     if not path.is_file():
         raise InputError(
-            f"'{folder}' is not an artifact (no prompt.json); name the artifact/ folder of a run"
+            f"'{folder}' is not an artifact (no prompt.json); name one, or the folder of a run that"
+            " has one"
         )
     try:
         content = json.loads(path.read_bytes())

@@ -35,6 +35,7 @@ model_app = typer.Typer(
 app.add_typer(model_app, name="model")
 app.add_typer(reward_app, name="reward")
 
+_JSON = typer.Option(False, "--json", help="Print JSON.")
 _STOP_EXIT_CODE = typer.Option(
     0,
     "--stop-exit-code",
@@ -268,6 +269,7 @@ def plan(
     query_tokens: int = typer.Option(
         64, "--query-tokens", min=1, metavar="N", help="Mean length of a query with its template."
     ),
+    as_json: bool = _JSON,
 ) -> None:
     """Say what a recipe would need elsewhere: memory by part, traffic, and the least time."""
     from rlprompt.cli.commands.plan import run
@@ -279,12 +281,15 @@ def plan(
         gpus=gpus,
         gpu=gpu,
         query_tokens=query_tokens,
+        as_json=as_json,
     )
 
 
 @app.command()
 def chat(
-    artifact: Path = typer.Argument(..., metavar="ARTIFACT", help="The artifact/ folder of a run."),
+    artifact: Path = typer.Argument(
+        ..., metavar="ARTIFACT", help="The folder of an artifact, or of a run."
+    ),
     compare: bool = typer.Option(
         False,
         "--compare",
@@ -322,6 +327,9 @@ def chat(
         metavar="FILE:CLASS",
         help="The prompt's class where it is one of your own; may be given again.",
     ),
+    as_json: bool = typer.Option(
+        False, "--json", help="Print one JSON object per question, a line each."
+    ),
     verbose: bool = VERBOSE,
 ) -> None:
     """Talk to a base under a learned prompt. /reset forgets the conversation, /quit ends it."""
@@ -338,19 +346,23 @@ def chat(
         trust_remote_code=trust_remote_code,
         prompt_classes=prompt_class or [],
     )
-    run(artifact, query or [], options, verbose=verbose)
+    run(artifact, query or [], options, as_json=as_json, verbose=verbose)
 
 
 @app.command("eval")
 def evaluate(
-    artifact: Path = typer.Argument(
+    arguments: list[str] = typer.Argument(
         None,
-        metavar="[ARTIFACT]",
-        help="The artifact/ folder of a run; without it, the recipe's prompt as it is before "
-        "training, such as a text.",
+        metavar="[ARTIFACT] [KEY=VALUE]...",
+        help="The folder of an artifact or a run (without one, the recipe's prompt as it is before "
+        "training, such as a text), and changes to the recipe.",
     ),
     recipe: Path = typer.Option(
-        ..., "--recipe", "-r", metavar="RECIPE", help="Gives held-out queries, rewards, sampling."
+        None,
+        "--recipe",
+        "-r",
+        metavar="RECIPE",
+        help="Gives held-out queries, rewards, sampling; by default the one of the artifact.",
     ),
     overrides: list[str] = typer.Option(
         None, "--set", metavar="KEY=VALUE", help="A change to the recipe; may be given again."
@@ -370,7 +382,12 @@ def evaluate(
     """Print held-out rewards of a prompt as JSON, with those of base and hand-written prompt."""
     from rlprompt.cli.commands.evaluate import run
 
-    run(artifact, recipe, overrides or [], output, force=force, verbose=verbose)
+    given = list(arguments or [])
+    # A folder may have a "=" in its name; a change is no folder.
+    named = bool(given) and ("=" not in given[0] or Path(given[0]).exists())
+    artifact = Path(given.pop(0)) if named else None
+    changes = [*given, *(overrides or [])]
+    run(artifact, recipe, changes, output, force=force, verbose=verbose)
 
 
 @model_app.command("fetch")
@@ -385,11 +402,11 @@ def model_fetch(
 
 
 @model_app.command("list")
-def model_list() -> None:
+def model_list(as_json: bool = _JSON) -> None:
     """List the embedded models."""
     from rlprompt.cli.commands.model import show_models
 
-    show_models()
+    show_models(as_json=as_json)
 
 
 @app.command()
@@ -406,7 +423,7 @@ def schema(
 
 @app.command()
 def doctor(
-    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+    as_json: bool = _JSON,
 ) -> None:
     """Say what this machine has, and whether a run could start (exit code 0) or not (1)."""
     from rlprompt.cli.commands.doctor import run

@@ -102,6 +102,7 @@ def build_run(
 
     Arguments and errors as for `build_single_run`.
     """
+    _require_rows(recipe, objects or Objects())
     if not recipe.population:
         return build_single_run(recipe, base_dir, output, console, ranks, objects)
     ranks, objects = ranks or Ranks(), objects or Objects()
@@ -174,6 +175,7 @@ def build_shared(recipe: Recipe, base_dir: Path, objects: Objects | None = None)
         InputError: see `build_single_run`.
     """
     ranks, objects = Ranks(), objects or Objects()
+    _require_rows(recipe, objects)
     recipe = with_template_text(recipe, base_dir)
     data = _queries(recipe, base_dir, objects)
     return _shared(recipe, data, _rewards(recipe, base_dir, ranks, objects), ranks, objects)
@@ -205,6 +207,16 @@ def started_from_data(recipe: Recipe, data: QuerySplit) -> Recipe:
         given["num_virtual_tokens"] = None  # as many as the text has
     prompt = type(recipe.prompt).model_validate(given)
     return recipe.model_copy(update={"prompt": prompt})
+
+
+def _require_rows(recipe: Recipe, objects: Objects) -> None:
+    """Refuse data that was in memory of another program."""
+    for key, path in (("path", recipe.data.path), ("heldout_path", recipe.data.heldout_path)):
+        if path is not None and in_memory(path) and path not in objects.rows:
+            raise InputError(
+                f"data.{key} is '{path}', rows in memory of the program that began this run; name "
+                "a file, or call rlprompt.train with data"
+            )
 
 
 def _refuse_fixed(recipe: Recipe) -> None:

@@ -37,11 +37,10 @@ _CODE = (
 """User code relative to the recipe's folder, then to the working directory."""
 _FOLDERS = ("model.path", "distributed.nvme_path")
 """Folders relative to the working directory."""
-_OPTIONS = ("path", "model.path", "members.*.path")
-"""Folders in the options of built-in rewards, relative to the recipe's folder."""
+_MODELS = ("", "model.", "members.*.")
+"""Where the options of a built-in reward name a model."""
 _CA_FILE = "rewards.*.options.ca_file"
 """A file relative to the working directory."""
-_REWARD_FILES = tuple(f"rewards.*.options.{key}" for key in _OPTIONS)
 
 
 def with_absolute_paths(tree: Mapping[str, Any], base_dir: Path) -> dict[str, Any]:
@@ -64,8 +63,10 @@ def with_absolute_paths(tree: Mapping[str, Any], base_dir: Path) -> dict[str, An
     for pattern in _FOLDERS:
         _replace(made, pattern.split("."), lambda text: _folder(text, Path.cwd()))
     _replace(made, _CA_FILE.split("."), lambda text: _found(text, Path.cwd()))
-    for pattern in _REWARD_FILES:
-        _replace(made, pattern.split("."), lambda text: _folder(text, base_dir))
+    for place in _MODELS:
+        options = f"rewards.*.options.{place}".split(".")[:-1]
+        _replace(made, [*options, "path"], lambda text: _folder(text, base_dir))
+        _replace(made, [*options, "template"], lambda text: _template(text, base_dir))
     _in_members(made, base_dir)
     return made
 
@@ -75,7 +76,9 @@ def _in_members(tree: dict[str, Any], base_dir: Path) -> None:
     members = tree.get("population")
     for member in members if isinstance(members, list) else ():
         changes = member.get("changes") if isinstance(member, dict) else None
-        for key, value in (changes if isinstance(changes, dict) else {}).items():
+        if not isinstance(changes, dict):
+            continue
+        for key, value in changes.items():
             parts = str(key).split(".")
             nested: Any = value
             for part in reversed(parts):
@@ -118,6 +121,11 @@ def _folder(text: str, base_dir: Path) -> str:
         return text
     found = _found(text, base_dir)
     return found if found == text or Path(found).is_dir() else text
+
+
+def _template(text: str, base_dir: Path) -> str:
+    # The other forms are a word, and Jinja itself.
+    return _found(text, base_dir) if text.endswith(".jinja") else text
 
 
 def _code(text: str, base_dir: Path) -> str:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlprompt.recipe.schema import Recipe, with_new_settings
-from rlprompt.recipe.yaml_file import read_tree
+from rlprompt.artifacts.format import read_artifact_info
+from rlprompt.errors import InputError
+from rlprompt.recipe.extensions import named_places
+from rlprompt.recipe.schema import Recipe, recipe_of_tree, with_new_settings
+from rlprompt.recipe.yaml_file import apply_override, read_tree
+from rlprompt.rewards import BUILTIN
 from rlprompt.runs.changes import require_progress
 from rlprompt.runs.checkpoint import read_progress
 from rlprompt.runs.claim_folder import (
@@ -54,6 +59,51 @@ def _value_at(tree: Any, key: str) -> Any:
         else:
             return _GONE
     return node
+
+
+def carried_recipe(artifact: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that an artifact carries.
+
+    An artifact may come from a stranger: code, models and servers that its recipe names are not
+    used unless the overrides name them.
+
+    Args:
+        artifact: the artifact's folder.
+        overrides: `key.path=value` strings.
+
+    Raises:
+        InputError: there is no artifact or no recipe in it, the recipe is of another version, or
+            it names what is not taken from an artifact alone.
+    """
+    info, path = read_artifact_info(artifact), artifact / "prompt.json"
+    if not info.recipe:
+        raise InputError(f"'{path}' carries no recipe; name one with --recipe")
+    tree = copy.deepcopy(info.recipe)
+    for override in overrides:
+        apply_override(tree, override)
+    for key, value in foreign_parts(info.recipe).items():
+        if _value_at(tree, key) == value:
+            raise InputError(
+                f"the recipe in '{path}' names {key}: {value}, which an artifact alone does not "
+                "run; name the recipe with --recipe, or evaluate it in the folder of its run"
+            )
+    return recipe_of_tree(tree, Path(), lambda _: f"the recipe in '{path}'")
+
+
+def foreign_parts(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe names that can run code, reach a server or send it secrets, by dotted key."""
+    found: dict[str, Any] = {}
+    rewards = tree.get("rewards")
+    for place, reward in enumerate(rewards if isinstance(rewards, list) else ()):
+        path = reward.get("path") if isinstance(reward, dict) else None
+        kind, _, name = str(path).partition(":")
+        if not (kind == "trl" or (kind == "builtin" and name in BUILTIN)):
+            found[f"rewards.{place}.path"] = path
+    found |= named_places(tree)
+    model = tree.get("model")
+    if isinstance(model, dict) and model.get("trust_remote_code"):
+        found["model.trust_remote_code"] = True
+    return found
 
 
 def check_folder(folder: Path, recipe: Recipe, resume: bool) -> list[str]:

@@ -83,7 +83,8 @@ class RewardSettings(Settings):
     """One reward of a recipe: where its code is, and what its values are used for."""
 
     path: str
-    """`path/file.py:object` (relative to the recipe's folder, then to the working directory),
+    """`path/file.py:object` (relative to the recipe's folder, then to the working directory), or
+    `path/file.py` for its object `reward`, or for the only reward in it;
     `package.module:object` or `package.module.object`, `builtin:NAME`, or `trl:NAME` for a reward
     that TRL ships."""
     adapter: Adapter = "trl"
@@ -173,6 +174,8 @@ class LoadedReward:
 
 def default_name(path: str) -> str:
     """The name of a reward that the recipe does not name, from its path alone."""
+    if path.endswith(".py"):  # the reward of that file, whatever it is called
+        path = f"{path}:reward"
     location, colon, attribute = path.removesuffix(".py").rpartition(":")
     if not colon:
         location, _, attribute = attribute.rpartition(".")

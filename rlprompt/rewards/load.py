@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from pydantic import ValidationError
@@ -21,12 +22,28 @@ from rlprompt.process_exit import forks_end
 from rlprompt.rewards.base import (
     BATCH_KEYWORDS,
     RESERVED_KEYWORDS,
+    Adapter,
     RewardFunction,
     RewardSettings,
 )
 from rlprompt.rewards.foreign.signatures import ADAPTERS
 from rlprompt.rewards.processes.main_thread import watch
-from rlprompt.user_code import load_object
+from rlprompt.user_code import load_object, own_objects
+
+_USUAL_NAME: Mapping[Adapter, str] = {
+    "trl": "reward",
+    "verl": "compute_score",
+    "openrlhf": "reward_func",
+    "verifiers": "rubric",
+}
+"""What the reward in a file is called where the path does not say."""
+_MARKS: Mapping[Adapter, frozenset[str]] = {
+    "trl": frozenset(BATCH_KEYWORDS),
+    "verl": frozenset({"solution_str"}),
+    "openrlhf": frozenset({"queries"}),
+    "verifiers": frozenset({"completion", "completions", "state", "states", "answer"}),
+}
+"""Parameters by which a reward is known."""
 
 
 def load_reward(
@@ -59,14 +76,22 @@ def load_reward(
             if settings.path in known:
                 target = known[settings.path]
             else:
-                target = resolve_target(settings.path, base_dir, builtin)
+                target = resolve_target(settings.path, base_dir, builtin, settings.adapter)
             return _configure(target, settings, base_dir)
     except InputError as error:
         raise InputError(f"reward '{settings.name}': {error}") from error
 
 
-def resolve_target(path: str, base_dir: Path, builtin: Mapping[str, str]) -> Any:
+def resolve_target(
+    path: str, base_dir: Path, builtin: Mapping[str, str], adapter: Adapter = "trl"
+) -> Any:
     """The function, class or object that a reward path names, before any option is given to it.
+
+    Args:
+        path: the path, see `RewardSettings.path`.
+        base_dir: the folder that file paths are relative to; the working directory comes second.
+        builtin: the built-in rewards, name -> `package.module:object`.
+        adapter: framework whose signature the reward has, for a file that is named alone.
 
     Raises:
         InputError: see `load_reward`.
@@ -88,7 +113,45 @@ def resolve_target(path: str, base_dir: Path, builtin: Mapping[str, str]) -> Any
             f"{path!r} is not a reward path; write path/file.py:object, package.module:object "
             f"or builtin:NAME with {choices(path, builtin)}"
         )
-    return load_object(path, base_dir)
+    return load_object(path, base_dir, functools.partial(_only_reward, adapter=adapter))
+
+
+def _only_reward(module: ModuleType, file: str, adapter: Adapter) -> Any:
+    """The reward in a file that is named alone: the one of the usual name, or else the only one."""
+    own, usual = own_objects(module), _USUAL_NAME[adapter]
+    if usual in vars(module):
+        return vars(module)[usual]
+    found = {name: each for name, each in own.items() if _can_be_reward(each, adapter)}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    name = Path(file).name
+    if found:
+        raise InputError(
+            f"{file} holds several rewards ({', '.join(found)}) and none that is called "
+            f"'{usual}'; write {name}:NAME with the one to use"
+        )
+    there = f", only {', '.join(own)}" if own else ""
+    raise InputError(
+        f"{file} holds no '{usual}' and nothing else that can be a reward{there}; define it, or "
+        f"write {name}:NAME with the object to use"
+    )
+
+
+def _can_be_reward(target: Any, adapter: Adapter) -> bool:
+    """Whether an object has the signature of a reward, or is a class of such objects."""
+    if adapter == "verifiers" and hasattr(target, "score_rollout"):  # a rubric
+        return True
+    if not callable(target):
+        return False
+    called = target
+    if inspect.isclass(target):
+        called = target.__dict__.get("__call__")
+    if called is None:
+        return False
+    parameters = _parameters(called)
+    marks = _MARKS[adapter]
+    takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    return bool(marks & parameters.keys()) or (takes_all and len(parameters) == 1)
 
 
 def _resolve_trl(name: str) -> Any:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any, NamedTuple
 
-from rlprompt.errors import InputError, describe_error, first_error, quote, shorten, user_frame
+from rlprompt.errors import (
+    InputError,
+    describe_error,
+    first_error,
+    is_users,
+    quote,
+    shorten,
+    source_line,
+    user_frame,
+)
 from rlprompt.rewards.base import (
     GROUP_KEYWORD,
     RESERVED_KEYWORDS,
@@ -141,7 +153,7 @@ def describe_failure(call: Call, outcome: Outcome, rows: Sequence[Row]) -> str:
         return f"reward '{call.name}' {error}, {example}{advice}"
     return (
         f"reward '{call.name}' raised {describe_error(error)} at "
-        f"{user_frame(error, source_file(call.function))}, {example}; mend it"
+        f"{user_place(error, call.function)}, {example}; mend it"
     )
 
 
@@ -272,8 +284,46 @@ def _describe(row: Row) -> str:
     return f"query {quote(row.query.text)} with completion {quote(row.completion.text)}"
 
 
+def user_place(error: BaseException, function: RewardFunction) -> str:
+    """`path:line (source)` in the user's code: where a reward raised, or where it is defined.
+
+    A call that the reward's signature does not take is raised where it is made, which is ours: then
+    it is the line of the definition that must change.
+
+    Args:
+        error: what calling the reward raised.
+        function: the reward, with whatever is wrapped around it.
+    """
+    written = _written(function)
+    # An adapter may call several functions; Python's message names the one that was called.
+    named = [each for each in written if f"{getattr(each, '__name__', '')}()" in str(error)]
+    codes = [code for each in (named or written) if (code := _code_of(each)) is not None]
+    files = [code.co_filename for code in codes]
+    frames = traceback.extract_tb(error.__traceback__)
+    raised_in = [frame.filename for frame in frames if frame.filename in files]
+    if raised_in or not codes or any(is_users(frame.filename) for frame in frames):
+        return user_frame(error, raised_in[-1] if raised_in else None)
+    if not is_users(files[0]) or isinstance(error, SyntaxError):
+        return user_frame(error, files[0])
+    return source_line(files[0], codes[0].co_firstlineno)
+
+
 def source_file(function: RewardFunction) -> str | None:
     """The file that defines the reward, to find its line in a traceback."""
-    function = getattr(function, "func", function)  # a partial binds the recipe's options
-    called = function if inspect.isfunction(function) else type(function).__call__
-    return getattr(getattr(called, "__code__", None), "co_filename", None)
+    code = _code_of(_written(function)[0])
+    return None if code is None else code.co_filename
+
+
+def _written(function: Any) -> list[Any]:
+    """What the user has written, without the options and adapters around it."""
+    while isinstance(function, functools.partial):  # binds the recipe's options
+        function = function.func
+    inner = getattr(function, "user_functions", None)
+    return [each for one in inner for each in _written(one)] if inner else [function]
+
+
+def _code_of(function: Any) -> CodeType | None:
+    function = inspect.unwrap(function) if callable(function) else function
+    called = function if inspect.isroutine(function) else type(function).__call__
+    code = getattr(called, "__code__", None)
+    return code if isinstance(code, CodeType) else None

@@ -51,10 +51,15 @@ class Evaluations:
             return
         self.learned()
 
-    def learned(self) -> None:
-        """The prompt as it is now; it is kept where it is the best so far."""
+    def learned(self, *, is_last: bool = False) -> None:
+        """The prompt as it is now; it is kept where it is the best so far.
+
+        Args:
+            is_last: whether no step follows: then only a signal that comes within stops it.
+        """
         progress, by = self._state.progress, self._parts.evaluation.select_by
-        result = self._evaluated(self._parts.evaluator, self._parts.learner.prompt)
+        prompt = self._parts.learner.prompt
+        result = self._evaluated(self._parts.evaluator, prompt, is_last=is_last)
         if result is None:
             return
         progress.evaluated_step = progress.step
@@ -109,11 +114,15 @@ class Evaluations:
         self._keep("best_text", results[best])
         return True
 
-    def _evaluated(self, evaluator: HeldoutEvaluator, prompt: Prompt) -> HeldoutResult | None:
+    def _evaluated(
+        self, evaluator: HeldoutEvaluator, prompt: Prompt, *, is_last: bool = False
+    ) -> HeldoutResult | None:
         """How a prompt does; None where a stop signal came before the end."""
         step, ranks = self._state.progress.step, self._parts.ranks
+        if ranks.agree(self.stop.reason) is not None and not is_last:
+            return None
         if ranks.size > 1:  # one rank cannot leave while the others go on
-            return None if ranks.agree(self.stop.reason) else evaluator.evaluate(prompt, step)
+            return evaluator.evaluate(prompt, step)
         try:
             with self.stop.at_once():
                 return evaluator.evaluate(prompt, step)

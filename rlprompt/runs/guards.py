@@ -182,8 +182,9 @@ class GuardWatch:
         """
         unchanged = set()
         for guard in self._guards:
-            seen, rule = state.get(guard.name), _rule(guard)
-            before = rule if seen is None else seen.get("rule", rule)
+            rule = _rule(guard)
+            seen: dict[str, Any] = state.get(guard.name, {})
+            before = seen.get("rule", rule)
             if before == rule:
                 unchanged.add(guard.name)
             elif any(before.get(key) != rule.get(key) for key in _WATCHED):

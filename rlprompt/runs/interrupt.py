@@ -55,13 +55,11 @@ class StopRequest:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """A block that the first stop signal leaves at once.
+        """A block that a stop signal leaves at once.
 
         Raises:
-            Stopped: a signal came within the block, or before it.
+            Stopped: a signal came within the block.
         """
-        if self.reason is not None:
-            raise Stopped
         try:
             self._raises = True
             yield

@@ -152,7 +152,7 @@ class Run(Outcome):
             self._step()
             shown = self._evaluation_is_due()
             if shown:
-                self._evaluations.learned()
+                self._evaluations.learned(is_last=self._is_done)
             progress.seconds += time.perf_counter() - start
             if progress.step % settings.save_every == 0:
                 self._save()
@@ -245,7 +245,7 @@ class Run(Outcome):
         if progress.evaluated_step < 0:
             self._evaluations.baselines()
         else:
-            self._evaluations.learned()
+            self._evaluations.learned(is_last=self._is_done)
         progress.seconds += time.perf_counter() - start
         if self._is_saved:  # without what was evaluated now
             self._save()

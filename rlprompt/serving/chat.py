@@ -18,7 +18,12 @@ from rlprompt.policy import Policy, open_policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.make import named_classes
 from rlprompt.prompts.text import NonePrompt, TextPrompt
-from rlprompt.serving.loaded import base_of_artifact, parsed_section, recipe_section
+from rlprompt.serving.loaded import (
+    artifact_folder,
+    base_of_artifact,
+    parsed_section,
+    recipe_section,
+)
 from rlprompt.types import Message, Query
 
 
@@ -127,9 +132,14 @@ def open_chat(artifact: Path, options: ChatOptions) -> Chat:
 
     The base runs on the device that suits this machine, whatever the recipe says.
 
+    Args:
+        artifact: folder of an artifact, or of a run.
+        options: what differs from how it was trained.
+
     Raises:
         InputError: artifact or base cannot be loaded, or do not belong together.
     """
+    artifact = artifact_folder(artifact)
     info = read_artifact_info(artifact)
     sampling = _sampling(info, artifact, options)
     policy = open_policy(base_of_artifact(info, artifact, options.model, options.trust_remote_code))

@@ -257,8 +257,12 @@ class Model:
 
 
 def artifact_folder(path: str | Path) -> Path:
-    """The artifact at a path: the folder itself, or the `artifact` in a run's folder."""
+    """The artifact at a path: the folder itself, or the `artifact` in a run's folder.
+
+    The run may be a population's, or one that still goes on.
+    """
     folder = Path(path)
+    folder = folder.parent if folder.name == "prompt.json" else folder
     inside = folder / "artifact"
     return inside if not (folder / "prompt.json").is_file() and inside.is_dir() else folder
 

@@ -77,6 +77,10 @@ class Project:
         save_file({"embeddings": embeddings}, path)
         return chat()
 
+    def copy(self, folder: str, name: str) -> None:
+        """Copy a folder."""
+        shutil.copytree(self.folder / folder, self.folder / name)
+
     def remove(self, *names: str, then: Sequence[str] = TRAIN) -> Sequence[str]:
         """Remove files."""
         for name in names:
@@ -520,7 +524,14 @@ DATA = [
     ("a query longer than the model", lambda p: p.recipe(data__rows=["rain " * 600, *"abcdef"])),
 ]
 ARTIFACTS = [
-    ("the run folder in place of its artifact", lambda p: ("chat", "run")),
+    ("a folder of a run that is no artifact", lambda p: ("chat", "run/checkpoints")),
+    (
+        "an artifact alone whose recipe names code",
+        lambda p: (shutil.copytree(p.folder / "run/artifact", p.folder / "got"), ("eval", "got"))[
+            1
+        ],
+    ),
+    ("nothing to evaluate", lambda p: ("eval",)),
     ("a damaged prompt.json", lambda p: (p.write("run/artifact/prompt.json", "{"), chat())[1]),
     ("an artifact of a newer version", lambda p: p.artifact(schema_version=99)),
     ("an unknown representation", lambda p: p.artifact(representation="hypernetwork")),
@@ -538,6 +549,9 @@ RUNS = [
         "--resume with another recipe",
         lambda p: train("training.steps=9", "seed=1", "--output", "run", "--resume"),
     ),
+    ("resume of a folder without a run", lambda p: ("resume", "new")),
+    ("resume with what must stay", lambda p: ("resume", "run", "sampling.temperature=0.5")),
+    ("resume with fewer steps than were made", lambda p: ("resume", "run", "training.steps=1")),
     ("--resume after the dataset has changed", _changed_data),
     (
         "a damaged checkpoint",

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rlprompt.recipe.schema import Recipe
+from rlprompt.runs.changes import CHANGEABLE
 from tests.docs.pages import check_page, code
 
 HEAD = """# Recipe reference
@@ -15,6 +16,15 @@ Every key that a recipe may hold, from the settings classes (`tests/docs/test_re
 writes this page from `rlprompt schema`). A recipe must give the keys whose default is *required*;
 any other key it may leave out. On the command line a key is changed with its dotted path, in which
 entries of a list count from 0: `rlprompt train recipe.yaml training.steps=50 rewards.0.weight=2`.
+"""
+CHANGES = """## What may change when a run goes on
+
+`rlprompt resume RUN [key=value ...]` goes on with a run as it was begun: the folder remembers the
+recipe and all that was set beside it. A run that has ended goes further when what ended it changes:
+more `training.steps`, more `training.max_seconds`, another `training.early_stopping`, another guard
+(such as `guards.0.action=warn`). A linear or cosine learning rate then follows the new length from
+there on. These keys and those below them may change, and files may lie elsewhere; every other key
+is refused with both values, for it would be another run.
 """
 BOUNDS = {
     "minimum": ">= {}",
@@ -107,6 +117,8 @@ def reference() -> str:
             cell = description.replace("|", "\\|")
             table.append(f"| {code(path)} | {kind} | {default} | {cell} |")
         parts.append("\n".join(table) + "\n")
+    rows_ = [f"| {code(key)} | {reason} |" for key, reason in CHANGEABLE.items()]
+    parts.append("\n".join([CHANGES, "| key | why |", "|---|---|", *rows_]) + "\n")
     return "\n".join(parts)
 
 

@@ -122,7 +122,7 @@ def test_partial_options_pickle(folder: Path) -> None:
     ("path", "parts"),
     [
         ("missing.py:reward", ["there is no file", "missing.py", "recipe's folder"]),
-        ("mine.py", ["names no object", "mine.py:NAME"]),
+        ("mine.py:", ["has no object ''"]),
         ("mine.py:rewrad", ["has no object 'rewrad'", "did you mean 'reward'?"]),
         ("mine.py:zzz", ["has no object 'zzz'", "choose from", "Scaled"]),
         ("mine.py:NOT_CALLABLE", ["is of type int, which cannot be called"]),

@@ -141,7 +141,7 @@ def stop_at(run: Run, step: int, number: int = signal.SIGINT) -> None:
             os.kill(os.getpid(), number)
         return result
 
-    run.parts.learner.step = stopped  # type: ignore[method-assign]
+    run.parts.learner.step = stopped  # type: ignore[method-assign, assignment]
 
 
 def stop_in_evaluation(run: Run, when: Callable[[Prompt, int], bool], times: int = 1) -> list[str]:
@@ -198,7 +198,7 @@ def test_a_second_ctrl_c_ends_at_once_and_nothing_is_lost(tmp_path: Path) -> Non
         os.kill(os.getpid(), signal.SIGINT)
         return finish(*args)
 
-    first._finish = again  # type: ignore[method-assign]
+    first._finish = again  # type: ignore[method-assign, assignment]
     stop_in_evaluation(first, lambda p, s: s == 4)
     with pytest.raises(KeyboardInterrupt):
         first.run()

@@ -142,7 +142,7 @@ def test_a_signal_during_the_first_evaluations_repeats_none_of_them(tmp_path: Pa
     first = tiny_trainer(tmp_path, resumed, **plain)
     evaluate = first._evaluations.learned
 
-    def stopped() -> None:
+    def stopped(**options: bool) -> None:
         import os
         import signal
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,11 +23,23 @@ _HELP = "/reset forgets the conversation, /quit ends it"
 
 
 def run(
-    artifact: Path, queries: Sequence[str], options: ChatOptions, *, verbose: bool = False
+    artifact: Path,
+    queries: Sequence[str],
+    options: ChatOptions,
+    *,
+    as_json: bool = False,
+    verbose: bool = False,
 ) -> None:
     """Answer the queries, each in a conversation of its own; without any, those read from stdin.
 
     Answers go to stdout, everything else to stderr.
+
+    Args:
+        artifact: folder of an artifact, or of a run.
+        queries: questions to answer.
+        options: what differs from how the artifact was trained.
+        as_json: whether answers are JSON, one object per question and line.
+        verbose: whether to log more.
 
     Raises:
         InputError: see `open_chat`; a query is empty or too long.
@@ -38,11 +51,14 @@ def run(
     with notes.status("loading"):
         chat = open_chat(artifact, options)
     if not queries:
-        _converse(chat, console, notes)
+        _converse(chat, console, notes, as_json)
         return
     for number, query in enumerate(queries):
         chat.reset()
         answers = _ask(chat, query, notes)
+        if as_json:
+            _write_json(query, answers)
+            continue
         if len(queries) > 1:
             console.print(Text(f"> {printable(query)}", style="bold"), soft_wrap=True)
         _show(answers, chat, console)
@@ -50,9 +66,16 @@ def run(
             console.print()
 
 
-def _converse(chat: Chat, console: Console, notes: Console) -> None:
+def _write_json(query: str, answers: Mapping[str, Answer]) -> None:
+    said = {name: {"text": a.text, "terminated": a.terminated} for name, a in answers.items()}
+    # In ASCII: for any terminal, whatever the base has said.
+    sys.stdout.write(json.dumps({"query": query, "answers": said}) + "\n")
+    sys.stdout.flush()
+
+
+def _converse(chat: Chat, console: Console, notes: Console, as_json: bool) -> None:
     """Read lines until the end of the input or /quit; a conversation that is too long goes on."""
-    interactive = sys.stdin.isatty()
+    interactive = sys.stdin.isatty() and not as_json
     if interactive:
         own = " Each prompt keeps its own history." if len(chat.names) > 1 else ""
         notes.print(Text(f"{_HELP}.{own}", style="dim"))
@@ -71,6 +94,9 @@ def _converse(chat: Chat, console: Console, notes: Console) -> None:
             except InputError as error:
                 report_error(error)
                 notes.print(Text("the conversation may be too long: /reset begins a new one"))
+                continue
+            if as_json:
+                _write_json(line, answers)
                 continue
             _show(answers, chat, console)
             console.print()

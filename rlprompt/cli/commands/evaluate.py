@@ -21,11 +21,14 @@ from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.recipe.build import build_prompt, build_shared
 from rlprompt.recipe.schema import Recipe, load_recipe
+from rlprompt.recipe.stored import carried_recipe
+from rlprompt.runs.claim_folder import RECIPE_FILE, recipe_folder
+from rlprompt.serving.loaded import artifact_folder
 
 
 def run(
     artifact: Path | None,
-    recipe_path: Path,
+    recipe_path: Path | None,
     overrides: Sequence[str],
     output: Path | None,
     *,
@@ -38,8 +41,9 @@ def run(
     evaluation.
 
     Args:
-        artifact: the artifact's folder; None = the recipe's prompt before training.
-        recipe_path: a YAML file.
+        artifact: folder of an artifact or a run; None = the recipe's prompt before training.
+        recipe_path: a YAML file; None = the recipe of the artifact's run, or the one that it
+            carries.
         overrides: `key.path=value` strings.
         output: a folder for `evaluation.json`, and for the prompt where there is no artifact.
         force: whether an artifact of another base is loaded.
@@ -50,9 +54,10 @@ def run(
     """
     notes = Console(stderr=True)
     setup_logging(notes, logging.WARNING, verbose)
-    recipe = load_recipe(recipe_path, overrides)
+    artifact = None if artifact is None else artifact_folder(artifact)
+    recipe, base_dir = _recipe_of(artifact, recipe_path, overrides)
     with notes.status("loading data, rewards and model"):
-        shared = build_shared(recipe, recipe_path.parent)
+        shared = build_shared(recipe, base_dir)
         if not shared.data.heldout:
             raise InputError(
                 "the recipe holds no queries out (data.heldout is 0), so there is nothing to "
@@ -60,7 +65,7 @@ def run(
             )
         policy, evaluator = shared.policy, shared.evaluator
         if artifact is None:
-            prompt = build_prompt(recipe, policy, recipe_path.parent)
+            prompt = build_prompt(recipe, policy, base_dir)
         else:
             own = recipe.own_prompts.values()
             prompt = load_artifact(artifact, policy, force=force, own=own)
@@ -79,6 +84,23 @@ def run(
     sys.stdout.write(text)
     if output is not None:
         _write(output, text, policy, recipe, prompt if artifact is None else None, results)
+
+
+def _recipe_of(
+    artifact: Path | None, recipe_path: Path | None, overrides: Sequence[str]
+) -> tuple[Recipe, Path]:
+    """The recipe to evaluate by, and the folder that its paths are relative to."""
+    if recipe_path is None and artifact is None:
+        raise InputError(
+            "there is nothing to evaluate; name an artifact or the folder of a run, or a recipe "
+            "with --recipe"
+        )
+    if recipe_path is None and artifact is not None:
+        if not (artifact.parent / RECIPE_FILE).is_file():
+            return carried_recipe(artifact, overrides), Path()
+        recipe_path = artifact.parent / RECIPE_FILE
+    assert recipe_path is not None
+    return load_recipe(recipe_path, overrides), recipe_folder(recipe_path)
 
 
 def _evaluate(

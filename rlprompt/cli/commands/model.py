@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import sys
+from dataclasses import asdict
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from rlprompt.cli.commands.terminal import setup_logging
+from rlprompt.files import to_json
 from rlprompt.model.files.fetch import fetch, list_models
 
 
@@ -25,8 +28,11 @@ def fetch_model(name: str, *, verbose: bool = False) -> None:
     console.print(Text(str(folder)), soft_wrap=True)
 
 
-def show_models() -> None:
-    """Print a table of the embedded models."""
+def show_models(*, as_json: bool = False) -> None:
+    """Print a table of the embedded models, or the same as JSON."""
+    if as_json:
+        sys.stdout.write(to_json([asdict(row) for row in list_models()], indent=2) + "\n")
+        return
     table = Table("name", "download", "fetched", "licence", "path", box=None, pad_edge=False)
     for row in list_models():
         table.add_row(

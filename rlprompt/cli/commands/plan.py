@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from rlprompt.cli.commands.terminal import setup_logging
 from rlprompt.errors import InputError
-from rlprompt.planning.plan import plan
-from rlprompt.planning.tables import DEVICES, SHAPES
+from rlprompt.files import to_json
+from rlprompt.planning.plan import Plan, plan
+from rlprompt.planning.tables import DEVICES, SHAPES, Device
 from rlprompt.recipe.schema import load_recipe
 
 _DEFAULT_GPUS = 8
@@ -26,16 +29,19 @@ def run(
     gpus: int | None,
     gpu: str,
     query_tokens: int,
+    as_json: bool = False,
 ) -> None:
     """Print memory per GPU, traffic and bounds.
 
     Args:
         recipe_path: a YAML file.
         overrides: `key.path=value` strings.
-        model_size: a key of `SHAPES`.
-        gpus: how many; None = 8, or one per query of a step where those are fewer.
-        gpu: a key of `DEVICES`.
+        model_size: size of the base, a key of `SHAPES`.
+        gpus: number of GPUs, one rank each; None = 8, or one per query of a step where those are
+            fewer.
+        gpu: name of the GPU, a key of `DEVICES`.
         query_tokens: mean length of a query with its template.
+        as_json: whether to print JSON: sizes in bytes, times in seconds.
 
     Raises:
         InputError: the recipe is wrong, or size or device have no entry.
@@ -50,6 +56,10 @@ def run(
     gpus = gpus or min(_DEFAULT_GPUS, recipe.training.queries_per_step)
     shape, device = SHAPES[model_size], DEVICES[gpu]
     made = plan(recipe, shape, gpus, device, query_tokens=query_tokens)
+    if as_json:
+        asked = {"recipe": recipe.name, "model_size": model_size, "gpus": gpus, "gpu": gpu}
+        sys.stdout.write(to_json({**asked, **_plain(made, device)}, indent=2) + "\n")
+        return
     console.print(
         f"{recipe.name}: {shape.parameters / 1e9:.2f}e9 parameters, base "
         f"{recipe.distributed.base} over {gpus} x {gpu}",
@@ -73,6 +83,21 @@ def run(
     step.add_row("completion tokens, at most", f"{made.decode_tokens_per_second:,.0f} /s")
     console.print(step)
     console.print("a model of shapes and data sheets, not a measurement; see docs/cluster.md")
+
+
+def _plain(made: Plan, device: Device) -> dict[str, Any]:
+    """A plan as plain values."""
+    return {
+        "memory_bytes": made.memory,
+        "rollout_bytes": made.rollout_bytes,
+        "update_bytes": made.update_bytes,
+        "device_bytes": device.memory,
+        "fits": max(made.rollout_bytes, made.update_bytes) < device.memory,
+        "traffic_bytes": made.traffic,
+        "bounds_seconds": made.bounds,
+        "step_seconds": made.step_seconds,
+        "decode_tokens_per_second": made.decode_tokens_per_second,
+    }
 
 
 def _gigabytes(size: float) -> str:

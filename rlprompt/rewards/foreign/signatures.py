@@ -38,6 +38,7 @@ class VerlReward:
     def __init__(self, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
         """Keep function and options; the options are checked by the first call."""
         self.function, self.options = function, dict(options)
+        self.user_functions = [function]
 
     def __call__(
         self, completions: list[Any], log_extra: Callable[..., None], **columns: Any
@@ -115,6 +116,7 @@ class OpenRLHFReward:
     def __init__(self, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
         """Keep function and options; the options are checked by the first call."""
         self.function, self.options = function, dict(options)
+        self.user_functions = [function]
 
     def __call__(
         self,

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rlprompt.errors import InputError
+from rlprompt.errors import InputError, shorten
 from rlprompt.rewards.base import RewardFunction
 
 _PLURALS = {
@@ -67,7 +67,7 @@ class VerifiersReward:
                 "verifiers 0.1 to 0.3 or one of its reward functions"
             )
         weights = getattr(rubric, "weights", None) or getattr(rubric, "reward_weights", None)
-        self.functions = list(functions)
+        self.functions = self.user_functions = list(functions)
         self.weights = [float(each) for each in weights or [1.0] * len(self.functions)]
         self.objects = {**getattr(rubric, "class_objects", {}), **options}
 
@@ -114,12 +114,28 @@ class VerifiersReward:
         for function, weight, table in zip(self.functions, self.weights, tables, strict=True):
             values = [0.0] * num_completions
             for result in table:
-                found = result.value if isinstance(result.value, list | tuple) else [result.value]
-                for row, value in zip(result.rows, found, strict=True):
-                    values[row] = float(value)
+                numbers = _numbers(function, result)
+                for row, value in zip(result.rows, numbers, strict=True):
+                    values[row] = value
             log_extra(getattr(function, "__name__", "rubric"), values)
             totals = [total + weight * value for total, value in zip(totals, values, strict=True)]
         return totals
+
+
+def _numbers(function: Any, result: _Result) -> list[float]:
+    """What a function gave, as one number per row.
+
+    Raises:
+        TypeError: it gave something else, or another number of them.
+    """
+    found = result.value if isinstance(result.value, list | tuple) else [result.value]
+    name = f"{getattr(function, '__name__', 'the function')}()"
+    if len(found) != len(result.rows):
+        raise TypeError(f"{name} returned {len(found)} values for {len(result.rows)} completions")
+    try:
+        return [float(value) for value in found]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} returned {shorten(repr(result.value))}, no number") from error
 
 
 class AsyncVerifiersReward(VerifiersReward):

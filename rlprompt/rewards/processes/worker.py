@@ -31,13 +31,13 @@ import threading
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from rlprompt.errors import InputError, describe_error, user_frame
+from rlprompt.errors import InputError, describe_error
 from rlprompt.process_exit import forks_end, no_handler
 from rlprompt.rewards.base import RewardFunction, RewardSettings
 from rlprompt.rewards.load import load_reward
 from rlprompt.rewards.processes.execution import is_async, provide_event_loop
 from rlprompt.rewards.processes.pipe import Message, read_message, write_message
-from rlprompt.rewards.validation import NOT_A_LIST, Sink, plain_value, source_file
+from rlprompt.rewards.validation import NOT_A_LIST, Sink, plain_value, source_file, user_place
 
 _GIB = 2**30
 _OUT_OF_THE_WAY = 4096
@@ -177,7 +177,7 @@ def _serve(reward: RewardFunction, message: bytes, loop: asyncio.Runner) -> byte
     except InputError as error:
         return _to_json({"input_error": str(error)})
     except BaseException as error:  # sys.exit in user code must not end the worker unseen
-        where = user_frame(error, source_file(reward))
+        where = user_place(error, reward)
         return _to_json({"raised": f"{describe_error(error)} at {where}"})
 
 
