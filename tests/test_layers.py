@@ -50,6 +50,9 @@ OWNERS = {
     "peft": ("prompts.adapter",),
     "trl": ("rewards", "reward_training.learning"),
     "httpx": ("rewards.models.http_client",),
+    "uvicorn": ("serving.http_server",),
+    "h11": ("serving.http_server",),
+    "starlette": ("serving",),
 }
 
 ImportMap = dict[str, set[tuple[str, bool]]]
@@ -288,7 +291,8 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
         "    main()\n"
         "except SystemExit as stop:\n"
         "    assert not stop.code, stop.code\n"
-        "heavy = {'torch', 'transformers', 'datasets', 'matplotlib', 'trl', 'peft', 'wandb'}\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'matplotlib', 'trl', 'peft', 'wandb',"
+        " 'starlette', 'uvicorn'}\n"
         "print('HEAVY:', sorted(heavy & set(sys.modules)))\n"
     )
     shown = subprocess.run(

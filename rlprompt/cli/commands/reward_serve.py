@@ -20,7 +20,8 @@ from rlprompt.process_exit import left_behind
 from rlprompt.recipe.yaml_file import apply_override
 from rlprompt.rewards import build_rewards
 from rlprompt.rewards.base import IsolationSettings, RewardSettings
-from rlprompt.serving.reward_server import RewardServer, ServeOptions, is_loopback
+from rlprompt.serving.connections import is_loopback
+from rlprompt.serving.reward_server import RewardServer, ServeOptions
 
 
 @dataclass(frozen=True)
