@@ -31,6 +31,7 @@ from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.make import AnyPromptSettings, own_classes, prompt_class
 from rlprompt.prompts.soft import SoftSettings
 from rlprompt.recipe.extensions import extended, load_named
+from rlprompt.recipe.secrets import secret_in
 from rlprompt.recipe.yaml_file import apply_override, explain, read_tree, set_value
 from rlprompt.rewards.base import RewardSettings
 from rlprompt.runs.guards import Guard, require_known_rewards
@@ -223,6 +224,13 @@ class Recipe(Settings):
                 "training.overlap_rollouts needs the whole base on this rank, distributed.base is "
                 "sharded; remove it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _holds_no_secret(self) -> Recipe:
+        found = secret_in(self.plain())
+        if found is not None:
+            raise ValueError(f"'{found[0]}' {found[1]}")
         return self
 
     @model_validator(mode="after")

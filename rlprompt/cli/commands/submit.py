@@ -21,12 +21,15 @@ from rlprompt.cli.commands.terminal import setup_logging
 from rlprompt.errors import InputError
 from rlprompt.files import write_atomic
 from rlprompt.recipe.schema import Recipe, load_recipe, with_new_settings
+from rlprompt.recipe.secrets import secret_in_command
 from rlprompt.runs.claim_folder import RECIPE_FILE, check_output, default_output
 from rlprompt.slurm.jobs import Submitted, TaskStatus, read_jobs, task_statuses, write_jobs
 from rlprompt.slurm.queue import queued_jobs, submit_script
 from rlprompt.slurm.script import SERVER, TrainJob, command_script, train_script
 from rlprompt.slurm.settings import ClusterSettings, load_cluster
 from rlprompt.tracking.console import format_number
+
+logger = logging.getLogger(__name__)
 
 STOP_CODE = 85
 """What `rlprompt train` ends with when a signal stopped it; slurm/train.sbatch knows it too."""
@@ -74,7 +77,7 @@ def submit(
         InputError: recipe, overrides or options are wrong, or Slurm refuses.
     """
     console = Console()
-    setup_logging(console, logging.INFO)
+    setup_logging(Console(stderr=True) if dry_run else console, logging.INFO)
     cluster = load_cluster(options.cluster_file, options.cluster)
     points = [[*overrides, *point] for point in _points(options.sweep)]
     recipes = [load_recipe(recipe_path, point) for point in points]
@@ -93,6 +96,7 @@ def submit(
         )
         name = f"{job.name}-then-{number + 1}"
         scripts.append(command_script(name, job.folder, line, cluster))
+    _warn_of_secrets(options, cluster)
     if dry_run:
         for text in scripts:
             console.out(text, highlight=False, end="")
@@ -174,6 +178,20 @@ def _train_job(
     )
 
 
+def _warn_of_secrets(options: SubmitOptions, cluster: ClusterSettings) -> None:
+    """Say where a command holds a secret: everybody on its node sees the words of a process."""
+    lines = [("--server", options.server or ""), *(("--then", line) for line in options.then)]
+    for where, line in [*lines, *(("setup of the cluster", line) for line in cluster.setup)]:
+        name = secret_in_command(line)
+        if name is not None:
+            logger.warning(
+                "the value of %s in %s looks like a secret, and others on its node can read it; "
+                'write "$VARIABLE" there and export the variable before submitting',
+                name,
+                where,
+            )
+
+
 def _points(sweep: Sequence[str]) -> Iterator[list[str]]:
     """Every combination of the values of a sweep, as overrides; one empty point without a sweep."""
     axes = []
@@ -198,7 +216,7 @@ def _yaml(value: Any) -> str:
 def _submit(path: Path, text: str, after: Sequence[str]) -> str:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, text)
+        write_atomic(path, text, private=True)  # it may hold what a server is started with
     except OSError as error:
         raise InputError(
             f"'{path.parent}' cannot be written ({error.strerror}); name another with --output"

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import random
+import re
 import ssl
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,13 +35,16 @@ logger = logging.getLogger(__name__)
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 _LONGEST_WAIT = 30.0
 _MEGABYTE = 1_000_000
+VARIABLE = re.compile(r"\$\{(\w+)\}")
+"""How a `url` names an environment variable."""
 
 
 class HttpSettings(Settings):
     """How a server is reached."""
 
     url: str
-    """Address of the server, http:// or https://."""
+    """Address of the server, http:// or https://; `${NAME}` in it is that environment variable, for
+    what is secret: a recipe is copied into artifacts."""
     request_timeout: float = Field(default=30.0, gt=0)
     """Seconds that one attempt may take; the reward's `timeout` bounds all of them together."""
     retries: int = Field(default=3, ge=0, le=20)
@@ -74,15 +78,16 @@ class JsonClient:
 
     def __init__(self, settings: HttpSettings) -> None:
         self._settings = settings
-        parts = urlsplit(settings.url)
+        self._url = _with_variables(settings.url)
+        parts = urlsplit(self._url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InputError(
-                f"url {settings.url!r} is no address; write http(s)://host[:port]/path"
-            )
+            without = settings.url.partition("?")[0]
+            raise InputError(f"url {without!r} is no address; write http(s)://host[:port]/path")
         if parts.username or parts.password:
             raise InputError("the url holds a user name or password; use token_env instead")
         self._local = _is_loopback(parts.hostname)
-        self.shown = f"{parts.scheme}://{parts.netloc}{parts.path}"
+        written = urlsplit(settings.url)
+        self.shown = f"{written.scheme}://{written.netloc}{written.path}"
         """The address without what follows the path, which may be secret."""
         if settings.token_env is None and settings.token_header != "Authorization":
             raise InputError("token_header has no effect without token_env; set it or remove both")
@@ -125,7 +130,8 @@ class JsonClient:
 
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         headers |= self._authorization()
-        url = self._settings.url.rstrip("/") + path if path else self._settings.url
+        address, mark, query = self._url.partition("?")
+        url = (address.rstrip("/") + path if path else address) + mark + query
         try:
             async with (
                 asyncio.timeout(self._settings.request_timeout),
@@ -245,3 +251,16 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _with_variables(url: str) -> str:
+    """A `url` with the environment's values in it."""
+
+    def value(found: re.Match[str]) -> str:
+        name = found[1]
+        given = os.environ.get(name, "").strip()
+        if not given:
+            raise InputError(f"the environment variable {name} (url) is not set; set it")
+        return given
+
+    return VARIABLE.sub(value, url)
