@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from io import StringIO
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,6 +59,7 @@ from rlprompt.serving.loaded import (
     checked_sampling,
 )
 from rlprompt.settings import Settings
+from rlprompt.tracking.console import PlainConsole
 
 OnePrompt = str | Path | LoadedPrompt | Outcome | None
 """A prompt that `evaluate` takes: a text, an artifact, a loaded prompt, a finished run, or None."""
@@ -128,7 +128,7 @@ def train(
     if output is None and resume:
         raise InputError("resume needs the folder of the run; name it as output=")
     folder = _fresh_folder(resolved.name) if output is None else Path(output)
-    console = Console() if progress else Console(file=StringIO(), quiet=True)
+    console = PlainConsole() if progress else PlainConsole(quiet=True)
     with _process_state_kept():
         return _run(resolved, base_dir, folder, console, resume, objects)
 

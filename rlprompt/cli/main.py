@@ -17,6 +17,7 @@ from rlprompt import __version__
 from rlprompt.cli.reward_app import CONTEXT, VERBOSE, reward_app
 from rlprompt.errors import InputError
 from rlprompt.process_exit import process_end
+from rlprompt.standard_streams import hold_standard_streams
 
 app = typer.Typer(
     name="rlprompt",
@@ -43,12 +44,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: the arguments; None = those of the process, which ends after them.
 
     Raises:
-        SystemExit: always, with the exit code; see `process_exit` for when the process just ends.
+        SystemExit: always, with the exit code; see `process_exit` for when the process just ends,
+            and `standard_streams` for what happens when nobody reads the output any more.
     """
     if arguments is not None:
         _run(list(arguments))
     with process_end():
-        _run(None)
+        hold_standard_streams()
+        try:
+            _run(None)
+        finally:
+            sys.stdout.flush()  # here an end of the output still decides the exit code
 
 
 def _run(arguments: list[str] | None) -> None:

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from rlprompt.artifacts.format import load_artifact, save_artifact
 from rlprompt.cli.commands.terminal import setup_logging
 from rlprompt.engines.make import require_support
@@ -21,6 +19,8 @@ from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.recipe.build import build_prompt, build_shared
 from rlprompt.recipe.schema import Recipe, load_recipe
+from rlprompt.standard_streams import outlive_output
+from rlprompt.tracking.console import PlainConsole
 
 
 def run(
@@ -48,7 +48,9 @@ def run(
     Raises:
         InputError: recipe or artifact is wrong, or the folder cannot be written.
     """
-    notes = Console(stderr=True)
+    if output is not None:
+        outlive_output()
+    notes = PlainConsole(stderr=True)
     setup_logging(notes, logging.WARNING, verbose)
     recipe = load_recipe(recipe_path, overrides)
     with notes.status("loading data, rewards and model"):

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from rlprompt.cli.commands.terminal import setup_logging
@@ -14,6 +13,7 @@ from rlprompt.errors import InputError
 from rlprompt.planning.plan import plan
 from rlprompt.planning.tables import DEVICES, SHAPES
 from rlprompt.recipe.schema import load_recipe
+from rlprompt.tracking.console import PlainConsole
 
 
 def run(
@@ -30,7 +30,7 @@ def run(
     Raises:
         InputError: the recipe is wrong, or size or device have no entry.
     """
-    console = Console()
+    console = PlainConsole()
     setup_logging(console, logging.WARNING)
     for name, value, known in (("size", model_size, SHAPES), ("device", gpu, DEVICES)):
         if value not in known:
@@ -42,7 +42,7 @@ def run(
     console.print(
         f"{recipe.name}: {shape.parameters / 1e9:.2f}e9 parameters, base "
         f"{recipe.distributed.base} over {gpus} x {gpu}",
-        highlight=False,
+        soft_wrap=True,
     )
     memory = Table("memory of each GPU", "GB")
     for part, size in made.memory.items():

@@ -27,7 +27,8 @@ from rlprompt.slurm.jobs import Submitted, TaskStatus, read_jobs, task_statuses,
 from rlprompt.slurm.queue import queued_jobs, submit_script
 from rlprompt.slurm.script import SERVER, TrainJob, command_script, train_script
 from rlprompt.slurm.settings import ClusterSettings, load_cluster
-from rlprompt.tracking.console import format_number
+from rlprompt.standard_streams import outlive_output
+from rlprompt.tracking.console import PlainConsole, format_number
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +77,8 @@ def submit(
     Raises:
         InputError: recipe, overrides or options are wrong, or Slurm refuses.
     """
-    console = Console()
-    setup_logging(Console(stderr=True) if dry_run else console, logging.INFO)
+    console = PlainConsole()
+    setup_logging(PlainConsole(stderr=True) if dry_run else console, logging.INFO)
     cluster = load_cluster(options.cluster_file, options.cluster)
     points = [[*overrides, *point] for point in _points(options.sweep)]
     recipes = [load_recipe(recipe_path, point) for point in points]
@@ -101,6 +102,7 @@ def submit(
         for text in scripts:
             console.out(text, highlight=False, end="")
         return 0
+    outlive_output()  # half of the jobs submitted would be worse
     submitted = Submitted(
         id=_submit(job.folder / "train.sbatch", scripts[0], options.after),
         kind="train",
@@ -109,13 +111,14 @@ def submit(
         steps=recipes[0].training.steps,
     )
     write_jobs(job.folder, [submitted])
-    console.print(f"job {submitted.id}: {job.name}, scripts and logs in {job.folder}")
+    said = f"job {submitted.id}: {job.name}, scripts and logs in {job.folder}"
+    console.print(said, soft_wrap=True)
     jobs, before = [submitted], submitted.id
     for number, text in enumerate(scripts[1:]):
         before = _submit(job.folder / f"then_{number + 1}.sbatch", text, [before])
         jobs.append(Submitted(id=before, kind=options.then[number]))
         write_jobs(job.folder, jobs[-1:])
-        console.print(f"job {before}: {options.then[number]}")
+        console.print(f"job {before}: {options.then[number]}", soft_wrap=True)
     return _wait(job.folder, jobs, console) if wait else 0
 
 
@@ -138,7 +141,7 @@ def show_status(output: Path, *, wait: bool = False) -> int:
     Raises:
         InputError: nothing was submitted from there, or Slurm does not answer.
     """
-    console = Console()
+    console = PlainConsole()
     folder = output.absolute() / "slurm"
     jobs = read_jobs(folder)
     if wait:
@@ -233,7 +236,7 @@ def _wait(folder: Path, jobs: Sequence[Submitted], console: Console) -> int:
         for status in statuses:
             line = _line(status)
             if shown.get(status.id) != line:
-                console.print(line, soft_wrap=True, highlight=False, markup=False)
+                console.print(line, soft_wrap=True)
                 shown[status.id] = line
         if all(status.ended for status in statuses):
             return int(not all(status.succeeded for status in statuses))
@@ -255,7 +258,9 @@ def _line(status: TaskStatus) -> str:
 
 
 def _show(statuses: Sequence[TaskStatus], console: Console) -> None:
-    table = Table("job", "what", "state", "step", "reward", "reason")
+    table = Table()
+    for name in ("job", "what", "state", "step", "reward", "reason"):
+        table.add_column(name, overflow="fold")
     for status in statuses:
         what = status.kind if not status.output else os.path.relpath(status.output)
         step = "" if status.step is None else f"{status.step}/{status.steps}"
@@ -264,4 +269,4 @@ def _show(statuses: Sequence[TaskStatus], console: Console) -> None:
     console.print(table)
     for status in statuses:
         if status.ended and not status.succeeded:
-            console.print(f"{status.id}: see {status.log}", soft_wrap=True, highlight=False)
+            console.print(f"{status.id}: see {status.log}", soft_wrap=True)

@@ -27,6 +27,8 @@ from rlprompt.runs.population import Population
 from rlprompt.runs.run import Run
 from rlprompt.runs.stop_reason import FAILED, StopReason
 from rlprompt.runs.summary import Summary
+from rlprompt.standard_streams import outlive_output
+from rlprompt.tracking.console import PlainConsole
 from rlprompt.user_code import absolute
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
@@ -66,6 +68,7 @@ def run(recipe_path: Path, overrides: Sequence[str], options: TrainOptions) -> i
         InputError: something the recipe names is wrong, the folder holds another run, or there is
             nothing to resume.
     """
+    outlive_output()
     # A scheduler may ask to stop while the model is still being loaded.
     with StopRequest(keyboard=False) as stop:
         recipe = load_recipe(recipe_path, overrides)
@@ -97,9 +100,9 @@ def _train(
         again: the command, for the sentence that says how to go on.
     """
     # Only the first rank has something to say; the others warn.
-    console = Console() if ranks.is_first else Console(quiet=True)
+    console = PlainConsole() if ranks.is_first else PlainConsole(quiet=True)
     level = logging.INFO if ranks.is_first else logging.WARNING
-    setup_logging(console if ranks.is_first else Console(stderr=True), level, options.verbose)
+    setup_logging(console if ranks.is_first else PlainConsole(stderr=True), level, options.verbose)
     folder = default_output(recipe.name) if options.output is None else options.output
 
     updated = partial(with_new_settings, kind=type(recipe))
