@@ -38,9 +38,7 @@ GOES_ON = "the command goes on without it"
         (">&- 2>&-", []),
         (
             "> /dev/full",
-            [
-                "the output cannot be written (No space left on device): the command goes on without it"
-            ],
+            [f"the output cannot be written (No space left on device): {GOES_ON}"],
         ),
     ],
 )
