@@ -27,9 +27,11 @@ class OutlivingStream(io.TextIOWrapper):
 
     def __init__(self, stream: io.TextIOWrapper, name: str, *, ends: bool) -> None:
         stream.flush()
-        how = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
         encoding, errors = stream.encoding, stream.errors
-        super().__init__(stream.detach(), encoding, errors, **how)
+        by_line, at_once = stream.line_buffering, stream.write_through
+        super().__init__(
+            stream.detach(), encoding, errors, line_buffering=by_line, write_through=at_once
+        )
         self._called = name
         self.ends = ends
         self._lost = False
