@@ -10,9 +10,9 @@ What is public is listed in `rlprompt.__all__` and documented in docs/python.md.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,10 +44,11 @@ from rlprompt.recipe.keywords import (
     reward_sections,
 )
 from rlprompt.recipe.objects import Objects
-from rlprompt.recipe.schema import Recipe, with_new_settings
+from rlprompt.recipe.schema import Recipe
+from rlprompt.recipe.stored import check_folder, claim_folder
 from rlprompt.recipe.yaml_file import explain
 from rlprompt.rewards import RewardSettings, build_rewards
-from rlprompt.runs.claim_folder import RECIPE_FILE, check_output, claim_output, default_output
+from rlprompt.runs.claim_folder import RECIPE_FILE, default_output, require_run
 from rlprompt.runs.outcome import Outcome
 from rlprompt.runs.population import Population
 from rlprompt.runs.run import Run
@@ -60,6 +61,8 @@ from rlprompt.serving.loaded import (
 )
 from rlprompt.settings import Settings
 from rlprompt.tracking.console import PlainConsole
+
+logger = logging.getLogger(__name__)
 
 OnePrompt = str | Path | LoadedPrompt | Outcome | None
 """A prompt that `evaluate` takes: a text, an artifact, a loaded prompt, a finished run, or None."""
@@ -111,7 +114,9 @@ def train(
             with, unless `evaluation` names another.
         output: the run folder; without one, `runs/NAME`, or `runs/NAME-2` and so on where that
             holds a run.
-        resume: whether to go on with the run in `output`.
+        resume: whether to go on with the run in `output`, which has ended or was cut off. Without
+            `recipe`, as it was begun; keywords then change what may change (`runs.changes`), such
+            as `training={"steps": 100}`, and bring back objects that were in memory.
         progress: whether to show the run while it goes on.
         sections: other keys of a recipe, such as `algorithm="ppo"`, `training={"steps": 60}`,
             `sampling={"max_tokens": 80}`, `seed=1`; a text stands for `{"type": text}`.
@@ -126,9 +131,12 @@ def train(
     """
     keywords = Keywords(rewards, data, heldout, test, prompt, sections)
     named, opened = _named_or_opened(model, tokenizer)
-    resolved, base_dir, objects = recipe_of(recipe, keywords, named, opened)
     if output is None and resume:
         raise InputError("resume needs the folder of the run; name it as output=")
+    if resume and recipe is None:
+        require_run(Path(str(output)))
+        recipe = Path(str(output)) / RECIPE_FILE
+    resolved, base_dir, objects = recipe_of(recipe, keywords, named, opened)
     folder = _fresh_folder(resolved.name) if output is None else Path(output)
     console = PlainConsole() if progress else PlainConsole(quiet=True)
     with _process_state_kept():
@@ -143,10 +151,10 @@ def _run(
     resume: bool,
     objects: Objects,
 ) -> Run | Population:
-    plain, updated = recipe.plain(), partial(with_new_settings, kind=type(recipe))
-    check_output(folder, plain, resume, updated)
+    for line in check_folder(folder, recipe, resume):
+        logger.info("%s", line)
     run = build_run(recipe, base_dir, folder, console, objects=objects)
-    with claim_output(folder, plain, base_dir, resume, updated=updated) as begun:
+    with claim_folder(folder, recipe, base_dir, resume) as begun:
         run.run(resume=begun)
     return run
 

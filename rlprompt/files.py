@@ -8,9 +8,11 @@ the steps that it is about to repeat.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
+import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from io import FileIO
@@ -19,6 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from rlprompt.errors import InputError
+
+_AT_FDCWD = -100
+_EXCHANGE = 2
+"""RENAME_EXCHANGE of Linux."""
 
 
 def write_atomic(path: Path | str, data: bytes | str, *, private: bool = False) -> None:
@@ -50,6 +56,40 @@ def write_atomic(path: Path | str, data: bytes | str, *, private: bool = False) 
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def replace_folder(fresh: Path, target: Path) -> None:
+    """Put a folder in the place of another one, or of nothing.
+
+    On Linux both change places in one step, so that a reader, or a crash, sees the old folder or
+    the new one. Where the file system cannot do that, nothing is there for an instant.
+
+    Args:
+        fresh: folder that takes the place; on the same file system.
+        target: the place.
+
+    Raises:
+        OSError: it cannot be written; the old folder is then untouched.
+    """
+    if not target.exists():
+        os.replace(fresh, target)
+    else:
+        aside = fresh
+        if not _exchange(fresh, target):
+            aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.old")
+            os.replace(target, aside)
+            os.replace(fresh, target)
+        shutil.rmtree(aside, ignore_errors=True)
+    _sync_folder(target.parent)
+
+
+def _exchange(one: Path, two: Path) -> bool:
+    """Let two folders change places in one step; says whether that was possible."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # glibc 2.28 or newer
+    if rename is None:
+        return False
+    done: int = rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(two), _EXCHANGE)
+    return done == 0
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -36,6 +36,15 @@ model_app = typer.Typer(
 app.add_typer(model_app, name="model")
 app.add_typer(reward_app, name="reward")
 
+_STOP_EXIT_CODE = typer.Option(
+    0,
+    "--stop-exit-code",
+    min=0,
+    max=125,
+    metavar="N",
+    help="What to end with when a signal stopped the run, so that a scheduler knows.",
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit.
@@ -99,14 +108,7 @@ def train(
     auto_resume: bool = typer.Option(
         False, "--auto-resume", help="Go on with the run in the output folder if there is one."
     ),
-    stop_exit_code: int = typer.Option(
-        0,
-        "--stop-exit-code",
-        min=0,
-        max=125,
-        metavar="N",
-        help="What to end with when a signal stopped the run, so that a scheduler knows.",
-    ),
+    stop_exit_code: int = _STOP_EXIT_CODE,
     verbose: bool = VERBOSE,
 ) -> None:
     """Learn a prompt as a recipe says, and compare it with the base before and after.
@@ -134,6 +136,26 @@ def compare(
     from rlprompt.cli.commands.compare import run
 
     run(runs, output, as_json)
+
+
+@app.command()
+def resume(
+    run: Path = typer.Argument(..., metavar="RUN", help="The folder of a run."),
+    overrides: list[str] = typer.Argument(
+        None, metavar="KEY=VALUE", help="What changes from here on, such as training.steps=100."
+    ),
+    stop_exit_code: int = _STOP_EXIT_CODE,
+    verbose: bool = VERBOSE,
+) -> None:
+    """Go on with a run, with all that was set when it was begun; one that has ended can go further.
+
+    What may change is listed in docs/recipe.md, such as training.steps, evaluation.every, tracking.
+    """
+    from rlprompt.cli.commands.train import TrainOptions
+    from rlprompt.cli.commands.train import resume as go_on
+
+    options = TrainOptions(run, resume=True, stop_exit_code=stop_exit_code, verbose=verbose)
+    raise typer.Exit(go_on(run, overrides or [], options))
 
 
 @app.command()

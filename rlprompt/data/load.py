@@ -221,8 +221,9 @@ def _require_marks(table: Table, column: str, name: str) -> None:
     for position, row in enumerate(table.rows):
         if _side_of(row.get(column)) != name:
             raise InputError(
-                f"{table.where(position)} is for the {SIDES[name]} split and has {row.get(column)!r} "
-                f"in the split column '{column}'; leave only rows marked '{SIDES[name]}' there"
+                f"{table.where(position)} is for the {SIDES[name]} split and has "
+                f"{row.get(column)!r} in the split column '{column}'; leave only rows "
+                f"marked '{SIDES[name]}' there"
             )
 
 

@@ -55,6 +55,7 @@ from rlprompt.runs.run import Run
 from rlprompt.search.base import SearchSettings, SearchStart
 from rlprompt.search.make import make_searcher
 from rlprompt.search.step import SearchParts, SearchStep
+from rlprompt.serving.loaded import artifact_folder
 from rlprompt.tracking.make import build_trackers
 from rlprompt.tracking.tracker import TrackerGroup
 from rlprompt.training.step import GradientStep, StepParts
@@ -346,7 +347,8 @@ def build_prompt(
     def load(path: str) -> Prompt:
         if path in known:
             return known[path].copy()
-        return load_artifact(base_dir / path, policy, own=recipe.own_prompts.values())
+        folder = artifact_folder(base_dir / path)
+        return load_artifact(folder, policy, own=recipe.own_prompts.values())
 
     return make_prompt(recipe.prompt, policy, recipe.seed, load)
 

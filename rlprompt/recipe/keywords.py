@@ -15,6 +15,7 @@ from rlprompt.prompts.make import PROMPTS
 from rlprompt.recipe.objects import MEMORY, Objects, reward_name, rows_of, source_digest
 from rlprompt.recipe.schema import Recipe, recipe_of_tree
 from rlprompt.recipe.yaml_file import merge, read_tree
+from rlprompt.runs.claim_folder import recipe_folder
 from rlprompt.serving.loaded import LoadedPrompt, artifact_folder
 
 Start = str | Path | LoadedPrompt | Mapping[str, Any]
@@ -107,7 +108,7 @@ def _tree(
 ) -> tuple[dict[str, Any], Path, str]:
     """The plain values of a recipe, the folder of its paths, and what errors call it."""
     if isinstance(recipe, str | Path):
-        return read_tree(Path(recipe)), Path(recipe).parent, str(recipe)
+        return read_tree(Path(recipe)), recipe_folder(Path(recipe)), str(recipe)
     if isinstance(recipe, Recipe):
         return recipe.plain(), Path(), "the recipe"
     return copy.deepcopy(dict(recipe or {})), Path(), "rlprompt.train"

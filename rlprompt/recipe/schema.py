@@ -31,9 +31,11 @@ from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.make import AnyPromptSettings, own_classes, prompt_class
 from rlprompt.prompts.soft import SoftSettings
 from rlprompt.recipe.extensions import extended, load_named
+from rlprompt.recipe.paths import with_absolute_paths
 from rlprompt.recipe.secrets import secret_in
 from rlprompt.recipe.yaml_file import apply_override, explain, read_tree, set_value
 from rlprompt.rewards.base import RewardSettings
+from rlprompt.runs.claim_folder import recipe_folder
 from rlprompt.runs.guards import Guard, require_known_rewards
 from rlprompt.runs.settings import MemberSettings, RunSettings
 from rlprompt.search.make import AnySearchSettings, searcher_class
@@ -280,12 +282,15 @@ class Recipe(Settings):
         return self.model_dump(mode="json")
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe.
+def load_recipe(
+    path: Path, overrides: Sequence[str] = (), remembered: Mapping[str, Any] | None = None
+) -> Recipe:
+    """Read a recipe; files that it names by a relative path have their absolute one in it.
 
     Args:
         path: a YAML file.
         overrides: `key.path=value` strings; values are parsed as YAML.
+        remembered: values by dotted key that an earlier command set, before the overrides.
 
     Raises:
         InputError: the file is not there or not YAML, or a key or value is wrong; the sentence
@@ -293,9 +298,12 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     tree = read_tree(path)
+    for key, value in (remembered or {}).items():
+        set_value(tree, key, value, f"'{key}', which the run was begun with,")
     for override in overrides:
         apply_override(tree, override)
-    return recipe_of_tree(tree, path.parent, lambda place: _at_fault(path, overrides, place))
+    folder = recipe_folder(path)
+    return recipe_of_tree(tree, folder, lambda place: _at_fault(path, overrides, place))
 
 
 def recipe_of_tree(
@@ -313,6 +321,7 @@ def recipe_of_tree(
         InputError: a key or value is wrong, a path names no class that can stand there, or the
             template cannot be read.
     """
+    tree = with_absolute_paths(tree, base_dir)
     kind = extended(Recipe, load_named(tree, base_dir, at_fault))
     try:
         recipe = kind.model_validate(tree)
@@ -349,15 +358,20 @@ def with_template_text(recipe: Recipe, base_dir: Path) -> Recipe:
     return recipe.model_copy(update={"model": model})
 
 
-def with_new_settings(stored: Any, kind: type[Recipe] = Recipe) -> Any:
+def with_new_settings(
+    stored: Any, kind: type[Recipe] = Recipe, base_dir: Path | None = None
+) -> Any:
     """A stored recipe with the settings that a newer rlprompt has, at their defaults.
 
     Args:
         stored: the plain values of `recipe.resolved.yaml`; what is no recipe stays as it is.
         kind: class of the recipe that it is compared with. What is stored imports nothing: it can
             name only classes of the user's own that this recipe names too.
+        base_dir: folder that relative paths in it are relative to; None = there are none.
     """
     try:
+        if base_dir is not None and isinstance(stored, dict):
+            stored = with_absolute_paths(stored, base_dir)
         return yaml.safe_load(yaml.safe_dump(kind.model_validate(stored).plain()))
     except (ValidationError, InputError):
         return stored

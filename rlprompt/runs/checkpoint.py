@@ -27,6 +27,7 @@ from rlprompt.files import to_json, write_atomic
 
 _NAME = re.compile(r"step_(\d+)")
 _LEFTOVERS = ".step_*"
+_ASIDE = ".old"
 FORMAT = 2
 
 
@@ -58,7 +59,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"step_{checkpoint.step:06d}"
-    temporary, replaced = (folder / f".{target.name}.{uuid.uuid4().hex}" for _ in range(2))
+    temporary, replaced = folder / f".{target.name}.{uuid.uuid4().hex}", _aside(target)
     try:
         temporary.mkdir()
         tensors = {k: v.detach().cpu().contiguous() for k, v in checkpoint.tensors.items()}
@@ -66,19 +67,43 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
         write_atomic(temporary / "state.json", to_json(state, indent=1))
         if target.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
             os.replace(target, replaced)
         os.replace(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        if replaced.exists():
-            os.replace(replaced, target)
+        recover_checkpoints(folder)
         raise
     _sync(folder)
     for leftover in folder.glob(_LEFTOVERS):
         shutil.rmtree(leftover, ignore_errors=True)
     for step in checkpoint_steps(folder)[:-keep]:
-        shutil.rmtree(folder / f"step_{step:06d}", ignore_errors=True)
+        old = folder / f"step_{step:06d}"
+        hidden = folder / f".{old.name}.{uuid.uuid4().hex}"
+        os.replace(old, hidden)  # what a crash leaves half deleted has no final name
+        shutil.rmtree(hidden, ignore_errors=True)
     return target
+
+
+def recover_checkpoints(folder: Path) -> None:
+    """Put back what a crash left aside while a checkpoint of the same step took its place."""
+    for aside in folder.glob(_aside(folder / "step_*").name):
+        target = folder / aside.name.removeprefix(".").removesuffix(_ASIDE)
+        if not target.exists() and (aside / "state.json").exists():
+            os.replace(aside, target)
+
+
+def read_progress(folder: Path) -> dict[str, Any] | None:
+    """The counters in the newest checkpoint; None where there is none, or it cannot be read."""
+    steps = checkpoint_steps(folder)
+    if not steps:
+        return None
+    try:
+        state = json.loads((folder / f"step_{steps[-1]:06d}" / "state.json").read_bytes())
+        progress = state["progress"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None  # loading it says what is wrong
+    return progress if isinstance(progress, dict) else None
 
 
 def load_checkpoint(folder: Path, step: int | None = None) -> Checkpoint:
@@ -89,7 +114,7 @@ def load_checkpoint(folder: Path, step: int | None = None) -> Checkpoint:
     """
     steps = checkpoint_steps(folder)
     if not steps:
-        raise InputError(f"'{folder}' has no checkpoint; start without --resume")
+        raise InputError(f"'{folder}' has no checkpoint; start a new run")
     step = steps[-1] if step is None else step
     path = folder / f"step_{step:06d}"
     try:
@@ -105,6 +130,11 @@ def load_checkpoint(folder: Path, step: int | None = None) -> Checkpoint:
     if written != FORMAT:
         raise InputError(f"checkpoint '{path}' was written by another version; start a new run")
     return Checkpoint(number, tensors, state)
+
+
+def _aside(target: Path) -> Path:
+    """Where a checkpoint is while another of its step takes its place."""
+    return target.with_name(f".{target.name}{_ASIDE}")
 
 
 def _sync(path: Path) -> None:

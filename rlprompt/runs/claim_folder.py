@@ -6,11 +6,14 @@ leaves nothing worth keeping, so a mended recipe may start in its folder.
 
 from __future__ import annotations
 
+import ast
 import fcntl
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import re
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +22,18 @@ import yaml
 from rlprompt import __version__
 from rlprompt.errors import InputError
 from rlprompt.files import write_atomic
+from rlprompt.runs.changes import ABSENT, Change, changes_between, effects_of
 from rlprompt.runs.checkpoint import checkpoint_steps
 
 logger = logging.getLogger(__name__)
 
 RECIPE_FILE = "recipe.resolved.yaml"
 _LOCK_FILE = ".lock"
+MEMBERS = "members"
+"""Folder of a population's run that holds those of its members."""
+_OVERRIDDEN = "# set on the command line: "
+_BASE_DIR = re.compile(r"# .*paths are relative to (?P<folder>['\"].+['\"])")
 _SHOWN_DIFFERENCES = 3
-# How much memory a run takes at once changes the order of sums only.
-_MAY_CHANGE = ("tracking.", "distributed.", "training.token_budget")
-_ABSENT = object()
 
 Updated = Callable[[Any], Any]
 
@@ -50,7 +55,9 @@ def default_output(name: str) -> Path:
     return Path("runs") / name
 
 
-def check_output(folder: Path, recipe: Mapping[str, Any], resume: bool, updated: Updated) -> None:
+def check_output(
+    folder: Path, recipe: Mapping[str, Any], resume: bool, updated: Updated
+) -> list[Change]:
     """Refuse a folder that this run may not write to; reads only.
 
     Args:
@@ -59,6 +66,9 @@ def check_output(folder: Path, recipe: Mapping[str, Any], resume: bool, updated:
         resume: whether the run in the folder is to go on.
         updated: function from a stored recipe to the same with the settings that a newer rlprompt
             has, at their defaults.
+
+    Returns:
+        What the recipe changes in the run that is there; see `CHANGEABLE`.
 
     Raises:
         InputError: it is a file, it holds another run, or (with `resume`) it holds no run or the
@@ -72,21 +82,50 @@ def check_output(folder: Path, recipe: Mapping[str, Any], resume: bool, updated:
                 f"the output folder '{folder}' holds another run; go on with it (--resume), or "
                 "name another folder with --output"
             )
-        return
+        return []
+    require_run(folder)
+    return _allowed_changes(folder / RECIPE_FILE, recipe, updated)
+
+
+def require_run(folder: Path) -> None:
+    """Refuse a folder in which no run was begun, or that is a part of one.
+
+    Raises:
+        InputError: see above.
+    """
+    whole = folder.absolute().parent.parent
+    if folder.absolute().parent.name == MEMBERS and (whole / RECIPE_FILE).is_file():
+        raise InputError(
+            f"'{folder}' is a member of the population in '{whole}'; go on with that one"
+        )
     if not (folder / RECIPE_FILE).is_file():
-        raise InputError(f"the output folder '{folder}' holds no run to resume; drop --resume")
-    _check_same(folder / RECIPE_FILE, recipe, updated)
+        raise InputError(
+            f"the output folder '{folder}' holds no run to resume; name the folder that a run was "
+            "begun in, or begin one with `rlprompt train` and without --resume"
+        )
 
 
 @contextmanager
 def claim_output(
-    folder: Path, recipe: Mapping[str, Any], base_dir: Path, resume: bool, updated: Updated
+    folder: Path,
+    recipe: Mapping[str, Any],
+    base_dir: Path,
+    resume: bool,
+    updated: Updated,
+    overridden: Sequence[str] = (),
 ) -> Iterator[bool]:
     """Make the folder, hold it against other processes, and write the resolved recipe.
 
     Yields whether rows may be there that belong to this run or to nothing: what `Run.run` takes as
-    `resume`. Arguments are those of `check_output`, and `base_dir`, which the recipe's paths are
-    relative to.
+    `resume`.
+
+    Args:
+        folder: the folder, as for `check_output`.
+        recipe: the resolved recipe, as plain values.
+        base_dir: folder that what is relative in it is relative to.
+        resume: whether the run in the folder is to go on.
+        updated: function of stored recipes, as for `check_output`.
+        overridden: dotted keys that were set beside the recipe's file, to be remembered.
 
     Raises:
         InputError: the folder cannot be written, another process trains in it, or `check_output`
@@ -113,13 +152,53 @@ def claim_output(
         begun = resume or (folder / RECIPE_FILE).exists()
         if not resume:
             (folder / "wandb_id").unlink(missing_ok=True)  # curves of a run that never had a step
-        write_atomic(folder / RECIPE_FILE, _resolved_text(recipe, base_dir))
+        write_atomic(folder / RECIPE_FILE, _resolved_text(recipe, base_dir, overridden))
         yield begun
 
 
-def _resolved_text(recipe: Mapping[str, Any], base_dir: Path) -> str:
+def _resolved_text(recipe: Mapping[str, Any], base_dir: Path, overridden: Sequence[str]) -> str:
     head = f"# rlprompt {__version__}; paths are relative to {str(base_dir.absolute())!r}\n"
+    if overridden:
+        head += f"{_OVERRIDDEN}{json.dumps(list(dict.fromkeys(overridden)))}\n"
     return head + yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=100)
+
+
+def recipe_folder(recipe: Path) -> Path:
+    """The folder that relative paths in a recipe's file are relative to.
+
+    That is its own folder; the resolved recipe of a run says which it was.
+    """
+    if recipe.name == RECIPE_FILE:
+        for line in _head(recipe):
+            found = _BASE_DIR.fullmatch(line)
+            if found is not None:
+                with suppress(ValueError, SyntaxError):
+                    return Path(ast.literal_eval(found["folder"]))
+    return recipe.parent
+
+
+def overridden_keys(folder: Path) -> list[str]:
+    """The dotted keys that were set beside the recipe's file when a run was begun or resumed."""
+    for line in _head(folder / RECIPE_FILE):
+        if line.startswith(_OVERRIDDEN):
+            try:
+                keys = json.loads(line.removeprefix(_OVERRIDDEN))
+            except ValueError:
+                return []
+            return [key for key in keys if isinstance(key, str)] if isinstance(keys, list) else []
+    return []
+
+
+def _head(path: Path) -> Iterator[str]:
+    """The comments that a file begins with."""
+    try:
+        with path.open(encoding="utf-8") as handle:
+            for line in handle:
+                if not line.startswith("#"):
+                    return
+                yield line.rstrip("\n")
+    except (OSError, UnicodeDecodeError):
+        return
 
 
 def _has_steps(folder: Path) -> bool:
@@ -133,48 +212,37 @@ def _has_steps(folder: Path) -> bool:
     )
 
 
-def _check_same(path: Path, recipe: Mapping[str, Any], updated: Updated) -> None:
+def _allowed_changes(path: Path, recipe: Mapping[str, Any], updated: Updated) -> list[Change]:
     try:
         stored = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"'{path}' cannot be read ({reason}); start a new run") from error
     # Through YAML and back, as the stored one went.
-    before = _flat(updated(stored))
-    now = _flat(yaml.safe_load(yaml.safe_dump(dict(recipe), sort_keys=False)))
-    changed = [
-        key
-        for key in dict.fromkeys([*now, *before])
-        if before.get(key, _ABSENT) != now.get(key, _ABSENT) and not key.startswith(_MAY_CHANGE)
-    ]
-    if changed:
+    now = yaml.safe_load(yaml.safe_dump(dict(recipe), sort_keys=False))
+    changes = changes_between(updated(stored), now)
+    refused = [change for change in changes if not change.is_allowed]
+    if refused:
         listed = ", ".join(
-            f"{key} (was {_shown(before.get(key, _ABSENT))}, is {_shown(now.get(key, _ABSENT))})"
-            for key in changed[:_SHOWN_DIFFERENCES]
+            f"{each.key} (was {_shown(each.before)}, is {_shown(each.now)})"
+            for each in refused[:_SHOWN_DIFFERENCES]
         )
-        more = len(changed) - _SHOWN_DIFFERENCES
+        more = len(refused) - _SHOWN_DIFFERENCES
         rest = f" and {more} more" if more > 0 else ""
         raise InputError(
-            f"the run in '{path.parent}' has another recipe: {listed}{rest}; resume with the same "
-            "recipe and overrides, or start a new run with another --output"
+            f"the run in '{path.parent}' has another recipe: {listed}{rest}; go on as it began "
+            f"with `rlprompt resume {shlex.quote(str(path.parent))}`, or start a new run with "
+            "another --output"
         )
+    return changes
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys to plain values; entries of lists by their index."""
-    items: list[tuple[Any, Any]] = []
-    if isinstance(tree, dict):
-        items = list(tree.items())
-    elif isinstance(tree, list):
-        items = list(enumerate(tree))
-    if not items:
-        return {prefix.removesuffix("."): tree}
-    flat: dict[str, Any] = {}
-    for key, value in items:
-        flat |= _flat(value, f"{prefix}{key}.")
-    return flat
+def told(changes: Sequence[Change], recipe: Mapping[str, Any]) -> list[str]:
+    """One line about each change of a run that goes on, and about what else it does."""
+    shown = [f"{each.key}: {_shown(each.before)} -> {_shown(each.now)}" for each in changes]
+    return [*shown, *effects_of(changes, recipe)]
 
 
 def _shown(value: Any) -> str:
-    text = "absent" if value is _ABSENT else json.dumps(value, ensure_ascii=False, default=str)
+    text = "absent" if value is ABSENT else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 40 else f"{text[:37]}..."

@@ -171,6 +171,34 @@ class GuardWatch:
                 raise InputError(f"{names.count(name)} guards are named '{name}'; rename one")
         self._guards = list(guards)
 
+    def adopt(self, state: dict[str, Any]) -> None:
+        """Take over what was seen when guards may have had other rules.
+
+        An alarm ends the run only while the guard that raised it is there and as it was. What a
+        guard has seen stays, unless it watches something else now.
+
+        Args:
+            state: what was seen so far, as `observe` left it; changed in place.
+        """
+        unchanged = set()
+        for guard in self._guards:
+            seen, rule = state.get(guard.name), _rule(guard)
+            before = rule if seen is None else seen.get("rule", rule)
+            if before == rule:
+                unchanged.add(guard.name)
+            elif any(before.get(key) != rule.get(key) for key in _WATCHED):
+                state[guard.name] = _nothing_seen(guard)
+            else:
+                state[guard.name] = {**(seen or {}), "rule": rule, "held": 0}
+        alarms = alarms_of(state)
+        if alarms:
+            kept = [a._replace(stop=a.stop and a.guard in unchanged) for a in alarms]
+            state[_ALARMS] = [list(alarm) for alarm in kept]
+
+    def place_of(self, name: str) -> int:
+        """The index of the guard of that name in the recipe's list."""
+        return [guard.name for guard in self._guards].index(name)
+
     def observe(
         self, step: int, metrics: Mapping[str, Any], state: dict[str, Any], split: Split = "train"
     ) -> dict[str, float]:
@@ -195,7 +223,7 @@ class GuardWatch:
         for guard in self._guards:
             if guard.split != split:
                 continue
-            seen = state.setdefault(guard.name, {"history": [], "missed": 0, "held": 0})
+            seen = state.setdefault(guard.name, _nothing_seen(guard))
             values = [metrics.get(name) for name in guard.metrics]
             if any(value is None or not math.isfinite(value) for value in values):
                 _miss(guard, seen, metrics)
@@ -250,6 +278,16 @@ def require_known_rewards(
 
 _ALARMS = "/alarms"
 """Key in the state that no guard's name can be."""
+_WATCHED = ("type", "split", "proxy", "gold", "metric")
+"""Settings that say what a guard sees."""
+
+
+def _rule(guard: PartingGuard | LimitGuard) -> dict[str, Any]:
+    return guard.model_dump(mode="json")
+
+
+def _nothing_seen(guard: PartingGuard | LimitGuard) -> dict[str, Any]:
+    return {"history": [], "missed": 0, "held": 0, "rule": _rule(guard)}
 
 
 def _raise(alarm: Alarm, state: dict[str, Any]) -> None:

@@ -1,14 +1,26 @@
-"""Stopping on request: SIGTERM, SIGUSR1 and Ctrl-C end a run after the step in progress."""
+"""Stopping on request: SIGTERM, SIGUSR1 and Ctrl-C end a run after the step in progress.
+
+What can be done again without loss, such as a held-out evaluation, is not waited for.
+"""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
 _SCHEDULER = (signal.SIGTERM, signal.SIGUSR1)
 _SIGNALS = (*_SCHEDULER, signal.SIGINT)
+
+
+class Stopped(KeyboardInterrupt):
+    """A stop signal came within a block of `StopRequest.at_once`.
+
+    A Ctrl-C to whoever cleans up on the way out: nobody may take it for a failure of a reward.
+    """
 
 
 class StopRequest:
@@ -30,6 +42,7 @@ class StopRequest:
         self.reason: str | None = None
         """Name of the signal that asked, such as SIGTERM."""
         self._before: dict[signal.Signals, Any] = {}
+        self._raises = False
 
     def __enter__(self) -> StopRequest:
         """Install the handlers."""
@@ -39,6 +52,21 @@ class StopRequest:
         if self._outer is not None:
             self.reason = self._outer.reason
         return self
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A block that the first stop signal leaves at once.
+
+        Raises:
+            Stopped: a signal came within the block, or before it.
+        """
+        if self.reason is not None:
+            raise Stopped
+        try:
+            self._raises = True
+            yield
+        finally:
+            self._raises = False
 
     @property
     def _outer(self) -> StopRequest | None:
@@ -65,3 +93,6 @@ class StopRequest:
         if number == signal.SIGINT and self.reason is not None:
             raise KeyboardInterrupt
         self.reason = signal.Signals(number).name
+        if self._raises:
+            self._raises = False  # what the block does to clean up is not left
+            raise Stopped

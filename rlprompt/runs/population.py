@@ -16,12 +16,14 @@ import logging
 import math
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from rlprompt.files import to_json, write_atomic
+from rlprompt.files import replace_folder, to_json, write_atomic
+from rlprompt.runs.claim_folder import RECIPE_FILE
 from rlprompt.runs.learner import NotFiniteError
 from rlprompt.runs.outcome import Outcome, read_summary
 from rlprompt.runs.run import Run
@@ -67,12 +69,14 @@ class Population(Outcome):
         failures: dict[str, str] = {}
         try:
             for name, run in self.members.items():
-                known = _complete_summary(run.folder) if resume else None
+                known = _complete_summary(run) if resume else None
                 if known is not None:
                     summaries[name] = known
                     continue
                 logger.info("member %s of %d", name, len(self.members))
+                (self.folder / "summary.json").unlink(missing_ok=True)  # of one that had ended
                 _write_recipe(run)
+                run.after_publish = partial(self._publish, run, summaries)
                 try:
                     summaries[name] = run.run(resume=resume, tests=False)
                 except NotFiniteError as error:
@@ -90,6 +94,23 @@ class Population(Outcome):
             raise NotFiniteError(f"no member came to an end ({'; '.join(failures.values())})")
         return self._finish(summaries, failures)
 
+    def _publish(self, run: Run, ended: Mapping[str, Summary]) -> None:
+        """Show a member that is being trained as the population's result, if it is the best."""
+        best = run.state.progress.best_reward  # of what `_chosen_by` takes from a summary
+        value = -math.inf if best is None else best
+        if all(self._chosen_by(summary) < value for summary in ended.values()):
+            self._show(run)
+
+    def _show(self, run: Run) -> None:
+        """Copy a member's artifact and report."""
+        fresh = self.folder / ".artifact.new"
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.copytree(run.folder / "artifact", fresh)
+        replace_folder(fresh, self.folder / "artifact")
+        report = run.folder / "report.html"
+        if report.is_file():
+            write_atomic(self.folder / "report.html", report.read_bytes())
+
     def _finish(self, summaries: Mapping[str, Summary], failures: Mapping[str, str]) -> Summary:
         """Copy the best member's artifact and report, and write the table."""
         best = max(summaries, key=lambda name: self._chosen_by(summaries[name]))
@@ -97,10 +118,8 @@ class Population(Outcome):
         if reason.kind != "signal":
             others = [s["num_compared"] for name, s in summaries.items() if name != best]
             summaries = {**summaries, best: self.members[best].conclude(sum(others))}
-        folder = self.members[best].folder
         artifact = self.folder / "artifact"
-        _replace_tree(folder / "artifact", artifact)
-        shutil.copyfile(folder / "report.html", self.folder / "report.html")
+        self._show(self.members[best])
         summary: Summary = {
             **summaries[best],
             "steps": sum(s["steps"] for s in summaries.values()),
@@ -116,6 +135,7 @@ class Population(Outcome):
             },
         }
         write_atomic(self.folder / "summary.json", to_json(summary, indent=2))
+        self.members[best].parts.write_report(self.folder)  # with all members
         return summary
 
     def _reason(self, summaries: Mapping[str, Summary]) -> StopReason:
@@ -132,19 +152,26 @@ class Population(Outcome):
         return -math.inf if value is None or math.isnan(value) else float(value)
 
 
-def _complete_summary(folder: Path) -> Summary | None:
-    """The summary of a member that needs no more steps."""
-    if not (folder / "summary.json").is_file():
+def _complete_summary(run: Run) -> Summary | None:
+    """The summary of a member that needs no more steps: it has ended under this very recipe."""
+    stored = run.folder / RECIPE_FILE
+    changed = stored.is_file() and stored.read_text(encoding="utf-8") != _recipe_text(run)
+    if changed or not (run.folder / "summary.json").is_file():
         return None
-    summary = read_summary(folder)
+    summary = read_summary(run.folder)
     reason = StopReason.parse(summary.get("stopped_because"))
     return summary if reason is not None and reason.is_complete else None
 
 
 def _write_recipe(run: Run) -> None:
-    text = yaml.safe_dump(dict(run.parts.recipe), sort_keys=False, allow_unicode=True)
     run.folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(run.folder / "recipe.resolved.yaml", text)
+    # First: a crash must not leave the new recipe beside the old one's end.
+    (run.folder / "summary.json").unlink(missing_ok=True)
+    write_atomic(run.folder / RECIPE_FILE, _recipe_text(run))
+
+
+def _recipe_text(run: Run) -> str:
+    return yaml.safe_dump(dict(run.parts.recipe), sort_keys=False, allow_unicode=True)
 
 
 def _row(summary: Summary | None, failure: str | None) -> dict[str, Any]:
@@ -159,12 +186,3 @@ def _row(summary: Summary | None, failure: str | None) -> dict[str, Any]:
         "steps": summary["steps"],
         "seconds": summary["seconds"],
     }
-
-
-def _replace_tree(source: Path, target: Path) -> None:
-    """Copy a folder beside its place, then rename it there."""
-    fresh = target.with_name(f".{target.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    shutil.copytree(source, fresh)
-    shutil.rmtree(target, ignore_errors=True)
-    fresh.rename(target)

@@ -59,8 +59,9 @@ class RunFiles:
         step = self.summary.get("best_step")
         if step is not None:
             return int(step)
-        scored = [row for row in self.evaluations_of("learned") if self._chosen_by(row) is not None]
-        return max(scored, key=lambda row: self._chosen_by(row))["step"] if scored else None
+        values = {row["step"]: self._chosen_by(row) for row in self.evaluations_of("learned")}
+        known = {step: value for step, value in values.items() if value is not None}
+        return max(known, key=lambda step: known[step]) if known else None
 
     def compared_evaluations(
         self, names: Iterable[str], split: str = "validation"

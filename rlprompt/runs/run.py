@@ -4,37 +4,46 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from rlprompt.artifacts.format import save_artifact
 from rlprompt.errors import InputError
-from rlprompt.evaluation.heldout import HeldoutEvaluator, HeldoutResult
-from rlprompt.files import to_json, write_atomic
+from rlprompt.files import replace_folder, to_json, write_atomic
 from rlprompt.model.base import verify_unchanged
 from rlprompt.prompts.base import Prompt
-from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.random_state import seed_global_random
-from rlprompt.rollout.collect import completion_rows
 from rlprompt.runs.budget import Budget
-from rlprompt.runs.checkpoint import checkpoint_steps, load_checkpoint, save_checkpoint
+from rlprompt.runs.changes import extent
+from rlprompt.runs.checkpoint import (
+    checkpoint_steps,
+    load_checkpoint,
+    recover_checkpoints,
+    save_checkpoint,
+)
+from rlprompt.runs.evaluations import Evaluations
 from rlprompt.runs.guards import stopped_by
 from rlprompt.runs.interrupt import StopRequest
 from rlprompt.runs.learner import NotFiniteError, StepResult
-from rlprompt.runs.outcome import Outcome, read_summary
+from rlprompt.runs.outcome import Outcome
 from rlprompt.runs.parts import RunParts
 from rlprompt.runs.signal import observe as observe_signal
-from rlprompt.runs.standing import Tested, plain_scores, test_verdict, validation_verdict
+from rlprompt.runs.standing import test_verdict, validation_verdict
 from rlprompt.runs.state import RunState
 from rlprompt.runs.stop_reason import EARLY_STOPPING, FINISHED, MAX_SECONDS, StopReason
-from rlprompt.runs.summary import Summary, build_summary, rank_memory
+from rlprompt.runs.summary import Summary, artifact_metrics, build_summary, rank_memory
 from rlprompt.serving.loaded import LoadedPrompt
 from rlprompt.tracking.tracker import RunInfo
 
 logger = logging.getLogger(__name__)
+
+_REPORT_SHARE = 0.05
+"""Most of a run's time that drawing its report may take while it goes on."""
 
 
 class Run(Outcome):
@@ -50,8 +59,12 @@ class Run(Outcome):
         super().__init__(folder)
         self.parts = parts
         self.state = RunState(parts.learner)
+        self.after_publish: Callable[[], None] = lambda: None
+        """Called when artifact and report are there while the run goes on."""
         self._budget = Budget(parts.settings)
         self._begun = False
+        self._evaluations = Evaluations(parts, self.state)
+        self._report_due = -math.inf
 
     def run(self, *, resume: bool = False, tests: bool = True) -> Summary:
         """Go on to the end, or until a stop signal; returns the content of summary.json.
@@ -71,6 +84,7 @@ class Run(Outcome):
         self._begun = True
         seed_global_random(self.parts.seed)
         resume_step = self._resume() if resume else None
+        self._set_extent()
         folder = self.folder / "checkpoints"
         if not resume and self.parts.ranks.first(lambda: checkpoint_steps(folder)):
             raise InputError(
@@ -82,6 +96,7 @@ class Run(Outcome):
         summary: Summary | None = None
         try:
             with StopRequest() as stop:
+                self._evaluations.stop = stop
                 summary = self._finish(self._steps(stop), tests)
         finally:
             parts.trackers.finish(summary or {})
@@ -105,31 +120,48 @@ class Run(Outcome):
         """Restore the newest checkpoint; gives its step, or -1 when there is none."""
         folder = self.folder / "checkpoints"
         ranks = self.parts.ranks
+        ranks.first(lambda: recover_checkpoints(folder))
         if not ranks.first(lambda: checkpoint_steps(folder)):
             return -1
         checkpoint = ranks.first(lambda: load_checkpoint(folder), "the checkpoint")
         self.state.restore(checkpoint, self._identity)
+        self.parts.guards.adopt(self.state.progress.guards)
         return checkpoint.step
+
+    def _set_extent(self) -> None:
+        """Note how far the run is to go; one that was ended by early stopping may go on."""
+        progress, now = self.state.progress, extent(self.parts.settings)
+        if self._is_stale and progress.extent not in ([], now):
+            logger.info("early stopping counts anew from step %d", progress.step)
+            progress.stale_evaluations = 0
+        progress.extent = now
 
     def _steps(self, stop: StopRequest) -> StopReason:
         """The loop; returns why it ended, with everything saved."""
         progress, settings = self.state.progress, self.parts.settings
-        if self.parts.data.heldout and "base" not in progress.heldout:
-            self._baselines()
         agree = self.parts.ranks.agree
+        if self._reason_to_end() is None and self.parts.ranks.is_first:
+            (self.folder / "summary.json").unlink(missing_ok=True)  # of a run that had ended
+        self._catch_up()
         signal = agree(stop.reason)
+        if signal is None and self._reason_to_end() is None:
+            self._publish()
         while signal is None and self._reason_to_end() is None:
             start = time.perf_counter()
             self._step()
-            if self._evaluation_is_due():
-                self._evaluate_learned()
+            shown = self._evaluation_is_due()
+            if shown:
+                self._evaluations.learned()
             progress.seconds += time.perf_counter() - start
             if progress.step % settings.save_every == 0:
                 self._save()
+                shown = True
             signal = agree(stop.reason)
-        if checkpoint_steps(self.folder / "checkpoints")[-1:] != [progress.step]:
+            if shown and signal is None and self._reason_to_end() is None:
+                self._publish()
+        if not self._is_saved:
             self._save()
-        if signal is not None and not self._is_done:
+        if signal is not None and (not self._is_done or self._owes_evaluation):
             return StopReason("signal", signal)
         reason = self._reason_to_end()
         assert reason is not None  # the loop went on until there was one, or a signal
@@ -137,7 +169,7 @@ class Run(Outcome):
 
     def _reason_to_end(self) -> StopReason | None:
         """Why no further step is made, or None: there are more."""
-        progress, settings = self.state.progress, self.parts.settings
+        progress = self.state.progress
         if self._is_done:
             return FINISHED
         guard = stopped_by(progress.guards)
@@ -145,9 +177,13 @@ class Run(Outcome):
             return StopReason("guard", guard)
         if self._budget.is_spent(progress.budget_seconds):
             return MAX_SECONDS
-        patience = settings.early_stopping
-        stale = patience is not None and progress.stale_evaluations >= patience
-        return EARLY_STOPPING if stale else None
+        return EARLY_STOPPING if self._is_stale else None
+
+    @property
+    def _is_stale(self) -> bool:
+        """Whether there were as many evaluations without a better one as early stopping allows."""
+        patience = self.parts.settings.early_stopping
+        return patience is not None and self.state.progress.stale_evaluations >= patience
 
     @property
     def _is_done(self) -> bool:
@@ -197,59 +233,37 @@ class Run(Outcome):
         norms = {f"prompt/norms/{k}": v.float().norm(dim=-1) for k, v in tensors if v.dim() > 1}
         parts.trackers.log_histograms(progress.step, norms)
 
-    def _baselines(self) -> None:
-        """Evaluate base, hand-written texts and the initial prompt."""
-        start = time.perf_counter()
-        parts, progress = self.parts, self.state.progress
-        prompts: dict[str, Prompt] = {"base": NonePrompt()}
-        if parts.evaluation.handwritten is not None:
-            prompts["handwritten"] = TextPrompt(parts.evaluation.handwritten)
-        for who, prompt in prompts.items():
-            self._keep(who, parts.evaluator.evaluate(prompt, 0))
-        if parts.evaluation.texts:
-            self._best_text(parts.evaluation.texts)
-        self._evaluate_learned()
-        progress.seconds += time.perf_counter() - start
-
-    def _best_text(self, texts: Sequence[str]) -> None:
-        """Evaluate the given texts and keep the best of them as `best_text`."""
-        parts, progress = self.parts, self.state.progress
-        by = parts.evaluation.select_by
-        results = {}
-        for place, text in enumerate(texts):
-            results[text] = parts.evaluator.evaluate(TextPrompt(text), 0)
-            self._log_evaluation(f"text_{place}", results[text])
-        best = max(texts, key=lambda text: _or_least(results[text].value(by)))
-        progress.best_text = best
-        self._keep("best_text", results[best])
-
-    def _keep(self, who: str, result: HeldoutResult) -> None:
-        """Log the evaluation of a prompt that does not change, and keep what it got."""
+    def _catch_up(self) -> None:
+        """Evaluate what a run begins with, and what a stop signal has cut off."""
         progress = self.state.progress
-        progress.heldout[who] = result.metrics
-        progress.scores[who] = plain_scores(result, self.parts.evaluation.select_by)
-        self._log_evaluation(who, result)
+        if not self.parts.data.heldout or not (
+            progress.evaluated_step < 0 or self._owes_evaluation
+        ):
+            return
+        start = time.perf_counter()
+        if progress.evaluated_step < 0:
+            self._evaluations.baselines()
+        else:
+            self._evaluations.learned()
+        progress.seconds += time.perf_counter() - start
+        if self._is_saved:  # without what was evaluated now
+            self._save()
+
+    @property
+    def _is_saved(self) -> bool:
+        """Whether the newest checkpoint is of this step."""
+        return checkpoint_steps(self.folder / "checkpoints")[-1:] == [self.state.progress.step]
+
+    @property
+    def _owes_evaluation(self) -> bool:
+        """Whether the prompt of this step is to be evaluated and was not yet."""
+        progress = self.state.progress
+        return progress.evaluated_step < progress.step and self._evaluation_is_due()
 
     def _evaluation_is_due(self) -> bool:
         due = self.state.progress.step % self.parts.evaluation.every == 0 or self._is_done
         due = due or self._budget.is_spent(self.state.progress.budget_seconds)
         return due and bool(self.parts.data.heldout)
-
-    def _evaluate_learned(self) -> None:
-        progress, chosen_by = self.state.progress, self.parts.evaluation.select_by
-        result = self.parts.evaluator.evaluate(self.parts.learner.prompt, progress.step)
-        self._log_evaluation("learned", result)
-        self.parts.guards.observe(progress.step, result.flat, progress.guards, split="heldout")
-        scores = plain_scores(result, chosen_by)
-        if progress.step == 0:
-            progress.heldout["start"], progress.scores["start"] = dict(result.metrics), scores
-        self.state.remember_best(result.value(chosen_by), result.metrics, scores)
-
-    def _log_evaluation(self, who: str, result: HeldoutResult, split: str = "heldout") -> None:
-        step, trackers = self.state.progress.step, self.parts.trackers
-        trackers.log_completions(step, completion_rows(result.batch, split, who))
-        marked = {"split": "test"} if split == "test" else {}
-        trackers.log_evaluation(step, who, {**result.metrics, **marked})
 
     def _save(self) -> None:
         checkpoint = self.state.checkpoint(self._identity)
@@ -322,7 +336,11 @@ class Run(Outcome):
         progress, metric = self.state.progress, self.parts.evaluation.select_by
         verdict, tested = validation_verdict(progress, metric), None
         if tests and parts.test is not None and reason.kind != "signal":
-            tested = self._test(parts.test, prompt)
+            tested = self._evaluations.test(parts.test, prompt)
+            self._save()  # with the fact that the test queries were met
+            if tested is None:
+                reason = StopReason("signal", str(self._evaluations.stop.reason))
+        if tested is not None:
             verdict = test_verdict(progress, tested.scores, len(tested.steps), metric)
         summary = build_summary(
             progress,
@@ -336,66 +354,47 @@ class Run(Outcome):
         if tried := parts.learner.tried:
             summary["candidates"] = [dict(row) for row in tried]
         summary["ranks"] = parts.ranks.each(lambda: rank_memory(parts.policy.base), "the summary")
-        with ExitStack() as scratch:
-            folder = self.folder / "artifact"
-            if not parts.ranks.is_first:
-                folder = Path(scratch.enter_context(TemporaryDirectory())) / "artifact"
-            # Every rank: describing a prompt runs the base, and a sharded one needs them all.
-            self._save_artifact(folder, prompt, summary)
+        self._write_artifact(prompt, {**artifact_metrics(progress), "verdict": verdict.sentence})
         if parts.ranks.is_first:
             write_atomic(self.folder / "summary.json", to_json(summary, indent=2))
             parts.write_report(self.folder)
         return summary
 
-    def _test(self, evaluator: HeldoutEvaluator, prompt: Prompt) -> Tested:
-        """Evaluate everything that is compared on the test queries."""
-        progress, evaluation = self.state.progress, self.parts.evaluation
-        written = {"handwritten": evaluation.handwritten, "best_text": progress.best_text}
-        prompts: dict[str, Prompt] = {"base": NonePrompt()}
-        prompts |= {who: TextPrompt(text) for who, text in written.items() if text is not None}
-        if progress.best_reward is None or progress.best_step > 0:
-            prompts["start"] = self.state.start_prompt()
-        prompts["learned"] = prompt
-        logger.info("testing %d prompts on queries that chose nothing", len(prompts))
-        tested = Tested(steps=self._steps_tested())
-        for who, each in prompts.items():
-            result = evaluator.evaluate(each, progress.step)
-            tested.metrics[who] = result.metrics
-            tested.scores[who] = plain_scores(result, evaluation.select_by)
-            self._log_evaluation(who, result, "test")
-        return tested
+    def _publish(self) -> None:
+        """Write the artifact of the best prompt so far, and the report, while the run goes on."""
+        progress, parts = self.state.progress, self.parts
+        state = f"in training, {progress.step} of {parts.settings.steps} steps"
+        metrics = {**artifact_metrics(progress), "state": state}
+        self._write_artifact(self.state.best_prompt(), metrics)
+        if parts.ranks.is_first:
+            self._draw_report()
+            self.after_publish()
 
-    def _steps_tested(self) -> list[int]:
-        """Steps whose prompts have met the test queries, this one included.
+    def _draw_report(self) -> None:
+        """Draw the report, unless that would take more than a small share of the run's time."""
+        start = time.perf_counter()
+        if start < self._report_due:
+            return
+        try:
+            self.parts.write_report(self.folder)
+        except Exception as error:  # a drawing is not worth a run; the last one raises
+            logger.warning("the report could not be drawn (%s); the run goes on", error)
+        end = time.perf_counter()
+        self._report_due = end + (end - start) / _REPORT_SHARE
 
-        A run that was extended after its end meets them again, which its verdict must allow for.
-        """
-        progress = self.state.progress
-        step = progress.step if progress.best_reward is None else progress.best_step
-        path = self.folder / "summary.json"
-
-        def read() -> list[int]:
-            return read_summary(self.folder).get("tested_steps", []) if path.is_file() else []
-
-        return sorted({*self.parts.ranks.first(read), step})
-
-    def _save_artifact(self, folder: Path, prompt: Prompt, summary: Summary) -> None:
-        parts = self.parts
-        save_artifact(
-            folder,
-            parts.policy,
-            prompt,
-            name=parts.name,
-            recipe=parts.recipe,
-            metrics={
-                "verdict": summary["verdict"]["sentence"],
-                "heldout_reward_before": summary["heldout_reward_before"],
-                "heldout_reward_handwritten": summary["heldout_reward_handwritten"],
-                "heldout_reward_after": summary["heldout_reward_after"],
-                "best_step": summary["best_step"],
-                "steps": summary["steps"],
-            },
-        )
+    def _write_artifact(self, prompt: Prompt, metrics: Mapping[str, Any]) -> None:
+        """Put an artifact in the place of the one before, whole at any moment."""
+        parts, fresh = self.parts, self.folder / ".artifact.new"
+        with ExitStack() as scratch:
+            if not parts.ranks.is_first:
+                fresh = Path(scratch.enter_context(TemporaryDirectory())) / "artifact"
+            shutil.rmtree(fresh, ignore_errors=True)  # what a crash left
+            # Every rank: describing a prompt runs the base, and a sharded one needs them all.
+            save_artifact(
+                fresh, parts.policy, prompt, name=parts.name, recipe=parts.recipe, metrics=metrics
+            )
+            if parts.ranks.is_first:
+                replace_folder(fresh, self.folder / "artifact")
 
     @property
     def prompt(self) -> LoadedPrompt:
@@ -410,10 +409,6 @@ class Run(Outcome):
             name=parts.name,
             recipe=parts.recipe,
         )
-
-
-def _or_least(value: float) -> float:
-    return -math.inf if math.isnan(value) else value
 
 
 def _step_seed(seed: int, step: int) -> int:

@@ -58,7 +58,7 @@ def validation_verdict(progress: Progress, metric: str) -> Verdict:
         _tables(progress.scores),
         split="validation",
         num_compared=max(1, progress.num_evaluations + progress.num_rivals),
-        kept_start=progress.best_reward is not None and progress.best_step == 0,
+        kept_start=progress.kept_start,
         without_signal=why,
         metric=metric,
     )
@@ -79,7 +79,7 @@ def test_verdict(
         _tables(scores),
         split="test",
         num_compared=num_tested,
-        kept_start=progress.best_reward is not None and progress.best_step == 0,
+        kept_start=progress.kept_start,
         without_signal=without_signal(progress.signal),
         metric=metric,
     )

@@ -30,6 +30,10 @@ class Progress:
     """Its held-out reward."""
     stale_evaluations: int = 0
     """Evaluations since then."""
+    evaluated_step: int = -1
+    """Step of the last held-out evaluation of the prompt; -1 = none yet."""
+    extent: list[int | None] = field(default_factory=list)
+    """How far the run was to go, as `runs.changes.extent` has it; empty before it began."""
     seconds: float = 0.0
     """Time spent, summed over resumed parts."""
     num_tokens: int = 0
@@ -49,12 +53,19 @@ class Progress:
     """The best of `evaluation.texts`."""
     num_evaluations: int = 0
     """Held-out evaluations of learned prompts: what the best one was chosen from."""
+    tested_steps: list[int] = field(default_factory=list)
+    """Steps whose prompts have met the test queries."""
     num_rivals: int = 0
     """Held-out evaluations of other members of a population that it was chosen from as well."""
     signal: dict[str, Any] = field(default_factory=dict)
     """How often rewards could teach nothing; see `rlprompt.runs.signal`."""
     guards: dict[str, Any] = field(default_factory=dict)
     """What the guards have seen and the alarms they raised; see `GuardWatch`."""
+
+    @property
+    def kept_start(self) -> bool:
+        """Whether the best prompt by held-out queries is the one that the run began with."""
+        return self.best_reward is not None and self.best_step == 0
 
 
 class RunState:
@@ -147,5 +158,7 @@ class RunState:
         best = {name: tensor.clone() for name, tensor in named_under(tensors, "best").items()}
         # Earlier versions kept nothing but tensors.
         self.best = LearnerState(best, checkpoint.state.get("best", {}))
-        self.progress = Progress(**copy.deepcopy(checkpoint.state["progress"]))
+        stored = copy.deepcopy(checkpoint.state["progress"])
+        # Earlier versions evaluated before they saved, and did not say so.
+        self.progress = Progress(**{"evaluated_step": stored.get("step", 0), **stored})
         restore_global_random_state(tensors, checkpoint.state["random"])

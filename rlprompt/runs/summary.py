@@ -139,6 +139,22 @@ def build_summary(
     return summary
 
 
+def artifact_metrics(progress: Progress) -> dict[str, Any]:
+    """What an artifact says about the run that it came from.
+
+    Args:
+        progress: counters of the run, which may still go on.
+    """
+    rewards = {who: metrics.get("reward") for who, metrics in progress.heldout.items()}
+    return {
+        "heldout_reward_before": rewards.get("base"),
+        "heldout_reward_handwritten": rewards.get("handwritten"),
+        "heldout_reward_after": rewards.get("learned"),
+        "best_step": progress.step if progress.best_reward is None else progress.best_step,
+        "steps": progress.step,
+    }
+
+
 def rank_memory(base: FrozenBase) -> dict[str, float | int]:
     """What this rank held: bytes of the base's weights of all there are, and its peak memory."""
     weights = sum(p.numel() * p.element_size() for p in base.model.parameters())

@@ -143,12 +143,13 @@ def test_a_run_goes_on_after_settings_have_come(finished: Path, tmp_path: Path) 
 def test_resuming_with_another_recipe_names_the_keys(finished: Path) -> None:
     recipe = finished.parent / "recipe.yaml"
     overrides = ["training.steps=9", "seed=1", "rewards.0.weight=2", "sampling.top_k=5"]
+    overrides.append("algorithm.kl_coef=0.5")
     shown = rlprompt("train", recipe, *overrides, "-o", finished, "--resume")
     assert shown.code == 2
     assert shown.err == (
-        f"error: the run in '{finished}' has another recipe: sampling.top_k (was null, is 5), "
-        "rewards.0.weight (was 1.0, is 2.0), training.steps (was 3, is 9) and 1 more; resume with "
-        "the same recipe and overrides, or start a new run with another --output\n"
+        f"error: the run in '{finished}' has another recipe: algorithm.kl_coef (was 0.0, is 0.5), "
+        "sampling.top_k (was null, is 5), rewards.0.weight (was 1.0, is 2.0) and 1 more; go on as "
+        f"it began with `rlprompt resume {finished}`, or start a new run with another --output\n"
     )
 
 
@@ -300,7 +301,7 @@ def test_a_signal_ends_a_run_cleanly_and_it_can_go_on(
     assert 2 <= done < 8
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{done:06d}"]
     assert f"stopped by {number.name} after {done} of 8 steps" in out
-    assert f"rlprompt train {recipe} --output {run} --resume" in out
+    assert f"go on with:\n  rlprompt resume {run}\n" in out
     if number != signal.SIGTERM:
         return
     (tmp_path / "fast").touch()

@@ -137,7 +137,7 @@ def test_a_damaged_newest_checkpoint_is_named(tmp_path: Path, damage: str) -> No
 
 
 def test_another_format_and_an_empty_folder_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="has no checkpoint; start without --resume"):
+    with pytest.raises(InputError, match="has no checkpoint; start a new run"):
         load_checkpoint(tmp_path / "nowhere")
     path = save_checkpoint(tmp_path, some(3), keep=1)
     state = json.loads((path / "state.json").read_text())

@@ -88,7 +88,8 @@ def test_the_best_members_artifact_is_the_runs(done: tuple[Path, Summary]) -> No
     assert own.keys() == expected.keys()
     assert all(torch.equal(own[name], expected[name]) for name in own)
     assert json.loads((run / "summary.json").read_text())["members"].keys() == rewards.keys()
-    assert (run / "report.html").read_text() == (theirs.parent / "report.html").read_text()
+    page = (run / "report.html").read_text()
+    assert "Members of the population" in page and all(name in page for name in rewards)
 
 
 def test_baselines_are_the_same_and_were_drawn_once(done: tuple[Path, Summary]) -> None:

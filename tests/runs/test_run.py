@@ -139,7 +139,7 @@ def test_a_signal_during_the_first_evaluations_repeats_none_of_them(tmp_path: Pa
     plain = {**SIX, **stops(99, "SIGTERM")}
     tiny_trainer(tmp_path, straight, **plain).run()
     first = tiny_trainer(tmp_path, resumed, **plain)
-    evaluate = first._evaluate_learned
+    evaluate = first._evaluations.learned
 
     def stopped() -> None:
         import os
@@ -148,7 +148,7 @@ def test_a_signal_during_the_first_evaluations_repeats_none_of_them(tmp_path: Pa
         evaluate()
         os.kill(os.getpid(), signal.SIGTERM)
 
-    first._evaluate_learned = stopped  # type: ignore[method-assign]
+    first._evaluations.learned = stopped  # type: ignore[method-assign]
     assert first.run()["steps"] == 0
     tiny_trainer(tmp_path, resumed, **plain).run(resume=True)
     assert_same_run(straight, resumed)

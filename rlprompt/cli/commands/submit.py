@@ -9,7 +9,6 @@ import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,10 @@ from rich.table import Table
 from rlprompt.cli.commands.terminal import setup_logging
 from rlprompt.errors import InputError
 from rlprompt.files import write_atomic
-from rlprompt.recipe.schema import Recipe, load_recipe, with_new_settings
+from rlprompt.recipe.schema import Recipe, load_recipe
 from rlprompt.recipe.secrets import secret_in_command
-from rlprompt.runs.claim_folder import RECIPE_FILE, check_output, default_output
+from rlprompt.recipe.stored import check_folder, remembered
+from rlprompt.runs.claim_folder import RECIPE_FILE, default_output
 from rlprompt.slurm.jobs import Submitted, TaskStatus, read_jobs, task_statuses, write_jobs
 from rlprompt.slurm.queue import queued_jobs, submit_script
 from rlprompt.slurm.script import SERVER, TrainJob, command_script, train_script
@@ -81,14 +81,15 @@ def submit(
     setup_logging(PlainConsole(stderr=True) if dry_run else console, logging.INFO)
     cluster = load_cluster(options.cluster_file, options.cluster)
     points = [[*overrides, *point] for point in _points(options.sweep)]
-    recipes = [load_recipe(recipe_path, point) for point in points]
-    folder = (
-        default_output(recipes[0].name) if options.output is None else options.output
-    ).absolute()
+    name = load_recipe(recipe_path, points[0]).name
+    folder = (default_output(name) if options.output is None else options.output).absolute()
     outputs = [folder / f"{i:03d}" if options.sweep else folder for i in range(len(points))]
-    for recipe, output in zip(recipes, outputs, strict=True):
-        resume = (output / RECIPE_FILE).exists()
-        check_output(output, recipe.plain(), resume, partial(with_new_settings, kind=type(recipe)))
+    recipes = []
+    for point, output in zip(points, outputs, strict=True):
+        recipe = load_recipe(recipe_path, point, remembered(output))  # as the job will find it
+        for line in check_folder(output, recipe, (output / RECIPE_FILE).exists()):
+            console.print(line, soft_wrap=True)
+        recipes.append(recipe)
     job = _train_job(recipe_path, recipes[0], points, outputs, cluster, options)
     scripts = [train_script(job)]
     for number, command in enumerate(options.then):
