@@ -7,10 +7,19 @@ sentence and nothing else. Any other exception is a defect of rlprompt or of the
 
 from __future__ import annotations
 
+import errno
 import linecache
 import traceback
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+_MEMORY = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "failed to map segment",
+    "out of memory",
+    "std::bad_alloc",
+)
 
 
 class InputError(ValueError):
@@ -40,6 +49,34 @@ def choices(wrong: str, known: Iterable[str]) -> str:
 def describe_error(error: BaseException) -> str:
     """Type and message of an exception, on one line."""
     return f"{type(error).__name__}: {shorten(str(error), 300)}"
+
+
+def limit_reached(error: BaseException) -> str | None:
+    """What an exception says of a limit of the machine, in one sentence; None = nothing.
+
+    Libraries tell of memory that is not there in words and classes of their own.
+    """
+    text = str(error).lower()
+    code = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, MemoryError) or code == errno.ENOMEM or any(w in text for w in _MEMORY):
+        return (
+            f"there is not enough memory ({describe_error(error)}); free some, raise the limit if "
+            "one is set (`ulimit -v`), or make batches or model smaller"
+        )
+    if code in (errno.EMFILE, errno.ENFILE) or "too many open files" in text:
+        return "too many files are open; raise the limit (`ulimit -n`)"
+    if code == errno.EAGAIN or "can't start new thread" in text:
+        return f"the system gives no more threads or processes ({error}); raise the limit"
+    return None
+
+
+def machine_fault(error: BaseException) -> str | None:
+    """What an exception says of limits, disks and permissions, in one sentence; None = nothing."""
+    sentence = limit_reached(error)
+    if sentence is None and isinstance(error, OSError) and error.strerror:
+        about = "something" if error.filename is None else f"'{error.filename}'"
+        return f"{about} cannot be used ({error.strerror}); mend that and try again"
+    return sentence
 
 
 def user_frame(error: BaseException, filename: str | None = None) -> str:

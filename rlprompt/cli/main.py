@@ -7,6 +7,7 @@ command runs, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import typer
 
 from rlprompt import __version__
 from rlprompt.cli.reward_app import CONTEXT, VERBOSE, reward_app
-from rlprompt.errors import InputError
+from rlprompt.errors import InputError, machine_fault
 from rlprompt.process_exit import process_end
 from rlprompt.standard_streams import hold_standard_streams
 
@@ -74,6 +75,14 @@ def _run(arguments: list[str] | None) -> None:
 
         report_error(error)
         sys.exit(2)
+    except Exception as error:
+        sentence = machine_fault(error)
+        if sentence is None or os.environ.get("RLPROMPT_DEBUG") == "1":
+            raise
+        # Not `report_error`: where memory or descriptors are out, its imports may fail too.
+        line = " ".join("".join(c if c.isprintable() else " " for c in sentence).split())
+        sys.stderr.write(f"error: {line}\n")
+        sys.exit(1)
 
 
 def _show_version(wanted: bool) -> None:

@@ -115,10 +115,14 @@ def _memory() -> float | None:
 
 def _cache() -> dict[str, Any]:
     folder = cache_dir().absolute()
-    present = next(place for place in (folder, *folder.parents) if place.exists())
+    # Not `Path.exists`, which raises below a folder that may not be looked into.
+    present = next(place for place in (folder, *folder.parents) if os.path.exists(place))
+    effective = os.access in os.supports_effective_ids
+    may_enter = os.access(present, os.X_OK, effective_ids=effective)
+    may_write = os.access(present, os.W_OK, effective_ids=effective)
     return {
         "path": str(folder),
-        "writable": present.is_dir() and os.access(present, os.W_OK),
+        "writable": os.path.isdir(present) and may_enter and may_write,
         "free_gb": round(shutil.disk_usage(present).free / 1e9, 1),
     }
 
