@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from io import StringIO
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,6 +60,7 @@ from rlprompt.serving.loaded import (
     checked_sampling,
 )
 from rlprompt.settings import Settings
+from rlprompt.tracking.console import PlainConsole
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ def train(
         recipe = Path(str(output)) / RECIPE_FILE
     resolved, base_dir, objects = recipe_of(recipe, keywords, named, opened)
     folder = _fresh_folder(resolved.name) if output is None else Path(output)
-    console = Console() if progress else Console(file=StringIO(), quiet=True)
+    console = PlainConsole() if progress else PlainConsole(quiet=True)
     with _process_state_kept():
         return _run(resolved, base_dir, folder, console, resume, objects)
 

@@ -7,6 +7,7 @@ sentence and nothing else. Any other exception is a defect of rlprompt or of the
 
 from __future__ import annotations
 
+import errno
 import linecache
 import sysconfig
 import traceback
@@ -16,6 +17,14 @@ from pathlib import Path
 
 _OURS = Path(__file__).parent
 _STANDARD_LIBRARY = Path(sysconfig.get_paths()["stdlib"])
+
+_MEMORY = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "failed to map segment",
+    "out of memory",
+    "std::bad_alloc",
+)
 
 
 class InputError(ValueError):
@@ -74,6 +83,34 @@ def source_line(filename: str, line: int) -> str:
     # Not frame.line: linecache is stale when the file was edited since its module was last loaded.
     linecache.checkcache(filename)
     return f"{filename}:{line} ({linecache.getline(filename, line).strip()})"
+
+
+def limit_reached(error: BaseException) -> str | None:
+    """What an exception says of a limit of the machine, in one sentence; None = nothing.
+
+    Libraries tell of memory that is not there in words and classes of their own.
+    """
+    text = str(error).lower()
+    code = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, MemoryError) or code == errno.ENOMEM or any(w in text for w in _MEMORY):
+        return (
+            f"there is not enough memory ({describe_error(error)}); free some, raise the limit if "
+            "one is set (`ulimit -v`), or make batches or model smaller"
+        )
+    if code in (errno.EMFILE, errno.ENFILE) or "too many open files" in text:
+        return "too many files are open; raise the limit (`ulimit -n`)"
+    if code == errno.EAGAIN or "can't start new thread" in text:
+        return f"the system gives no more threads or processes ({error}); raise the limit"
+    return None
+
+
+def machine_fault(error: BaseException) -> str | None:
+    """What an exception says of limits, disks and permissions, in one sentence; None = nothing."""
+    sentence = limit_reached(error)
+    if sentence is None and isinstance(error, OSError) and error.strerror:
+        about = "something" if error.filename is None else f"'{error.filename}'"
+        return f"{about} cannot be used ({error.strerror}); mend that and try again"
+    return sentence
 
 
 def user_frame(error: BaseException, filename: str | None = None) -> str:

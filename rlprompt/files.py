@@ -27,11 +27,16 @@ _EXCHANGE = 2
 """RENAME_EXCHANGE of Linux."""
 
 
-def write_atomic(path: Path | str, data: bytes | str) -> None:
+def write_atomic(path: Path | str, data: bytes | str, *, private: bool = False) -> None:
     """Write a whole file so that a reader, or a crash, sees the old content or the new one.
 
     The folder must exist. Text is written as UTF-8. The file and its folder entry are on disk when
     this returns.
+
+    Args:
+        path: the file.
+        data: the content.
+        private: whether only its owner may read it, at no moment anybody else.
 
     Raises:
         OSError: if the folder is missing, not writable or full; the old file is then untouched.
@@ -41,7 +46,8 @@ def write_atomic(path: Path | str, data: bytes | str) -> None:
     # Not `tempfile`, whose files are private: a run folder is shared like any other output.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(temporary, "xb") as handle:
+        mode = 0o600 if private else 0o666
+        with open(temporary, "xb", opener=lambda name, how: os.open(name, how, mode)) as handle:
             handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())

@@ -7,6 +7,7 @@ command runs, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,9 @@ import typer
 
 from rlprompt import __version__
 from rlprompt.cli.reward_app import CONTEXT, VERBOSE, reward_app
-from rlprompt.errors import InputError
+from rlprompt.errors import InputError, machine_fault
 from rlprompt.process_exit import process_end
+from rlprompt.standard_streams import hold_standard_streams
 
 app = typer.Typer(
     name="rlprompt",
@@ -53,12 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: the arguments; None = those of the process, which ends after them.
 
     Raises:
-        SystemExit: always, with the exit code; see `process_exit` for when the process just ends.
+        SystemExit: always, with the exit code; see `process_exit` for when the process just ends,
+            and `standard_streams` for what happens when nobody reads the output any more.
     """
     if arguments is not None:
         _run(list(arguments))
     with process_end():
-        _run(None)
+        hold_standard_streams()
+        try:
+            _run(None)
+        finally:
+            sys.stdout.flush()  # here an end of the output still decides the exit code
 
 
 def _run(arguments: list[str] | None) -> None:
@@ -69,6 +76,14 @@ def _run(arguments: list[str] | None) -> None:
 
         report_error(error)
         sys.exit(2)
+    except Exception as error:
+        sentence = machine_fault(error)
+        if sentence is None or os.environ.get("RLPROMPT_DEBUG") == "1":
+            raise
+        # Not `report_error`: where memory or descriptors are out, its imports may fail too.
+        line = " ".join("".join(c if c.isprintable() else " " for c in sentence).split())
+        sys.stderr.write(f"error: {line}\n")
+        sys.exit(1)
 
 
 def _show_version(wanted: bool) -> None:

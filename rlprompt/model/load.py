@@ -7,6 +7,7 @@ missing and would be random) is refused.
 from __future__ import annotations
 
 import logging
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,13 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from rlprompt.errors import InputError
+from rlprompt.errors import InputError, limit_reached
 from rlprompt.model.files.folder import first_line
 
 logger = logging.getLogger(__name__)
+
+_ADDRESS_SPACE = 2_000_000_000
+"""Bytes. A tiny model trains in 3 GB; in 1.2 GB oneDNN ended in a segmentation fault."""
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
@@ -39,6 +43,8 @@ def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except Exception as error:
+        if limit_reached(error) is not None:
+            raise  # the files are not to blame
         raise InputError(
             f"{folder / 'config.json'} cannot be read ({first_line(error)}): copy the file again."
         ) from error
@@ -70,6 +76,8 @@ def read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizer
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except Exception as error:
+        if limit_reached(error) is not None:
+            raise  # the files are not to blame
         raise InputError(
             f"The tokenizer in {folder} cannot be read ({first_line(error)}): copy the tokenizer "
             "files again."
@@ -86,6 +94,14 @@ def read_model(
     Raises:
         InputError: If transformers cannot load it, or the files lack weights of the model.
     """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if 0 < limit < _ADDRESS_SPACE:
+        logger.warning(
+            "this process may address %.1f GB (`ulimit -v`): below %.0f, torch's own code crashes "
+            "where it gets no memory; raise the limit",
+            limit / 1e9,
+            _ADDRESS_SPACE / 1e9,
+        )
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -99,6 +115,8 @@ def read_model(
             output_loading_info=True,
         )
     except Exception as error:
+        if limit_reached(error) is not None:
+            raise  # the files are not to blame
         raise InputError(
             f"The model in {folder} cannot be loaded ({first_line(error)}): check that config.json "
             "and weights belong together."

@@ -33,6 +33,7 @@ from rlprompt.prompts.settings import StartSettings
 from rlprompt.prompts.soft import SoftSettings
 from rlprompt.recipe.extensions import extended, load_named
 from rlprompt.recipe.paths import with_absolute_paths
+from rlprompt.recipe.secrets import secret_in
 from rlprompt.recipe.yaml_file import apply_override, explain, read_tree, set_value
 from rlprompt.rewards.base import RewardSettings
 from rlprompt.runs.claim_folder import recipe_folder
@@ -242,6 +243,13 @@ class Recipe(Settings):
                 "training.overlap_rollouts needs the whole base on this rank, distributed.base is "
                 "sharded; remove it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _holds_no_secret(self) -> Recipe:
+        found = secret_in(self.plain())
+        if found is not None:
+            raise ValueError(f"'{found[0]}' {found[1]}")
         return self
 
     @model_validator(mode="after")

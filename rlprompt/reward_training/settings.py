@@ -12,6 +12,7 @@ from rlprompt.data.base import DataSettings
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.errors import InputError
 from rlprompt.model.base import ModelSettings
+from rlprompt.recipe.secrets import secret_in
 from rlprompt.recipe.yaml_file import apply_override, explain, read_tree
 from rlprompt.rewards.base import RewardSettings
 from rlprompt.rewards.models.conversation import PAIR, Keep
@@ -197,6 +198,13 @@ class RewardRecipe(Settings):
     """Rules to compare with, on data with judged answers."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Of everything drawn at random."""
+
+    @model_validator(mode="after")
+    def _holds_no_secret(self) -> RewardRecipe:
+        found = secret_in(self.model_dump(mode="json"))
+        if found is not None:
+            raise ValueError(f"'{found[0]}' {found[1]}")
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> RewardRecipe:

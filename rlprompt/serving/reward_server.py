@@ -5,38 +5,35 @@
     200          {"rewards": [number or null], "extras": {name: [...]}, "metrics": {name: number}}
     GET /health  {"reward": name, "version": ...}
 
-Any other status comes with {"error": sentence}: 400 a wrong request, 401 a wrong token, 411 and 413
-no length or too long a body, 500 the reward failed, 503 too many are waiting.
+Any other status comes with {"error": sentence}: 400 a wrong request, 401 a wrong token, 404 and 405
+another path or method, 408 too slow a client, 413 too long a body, 500 the reward failed, 503 too
+many are waiting. Answers are JSON in the strict sense: a NaN in `extras` becomes null.
 
 The reward is called by one request at a time: rewards that users write need not be thread-safe.
 """
 
 from __future__ import annotations
 
-import hmac
-import json
-import logging
+import asyncio
 import math
-import socket
-import ssl
-import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
 
 from rlprompt import __version__
 from rlprompt.errors import InputError
 from rlprompt.rewards.base import RESERVED_KEYWORDS
 from rlprompt.rewards.runner import RewardRunner
+from rlprompt.serving.http_server import Address, HttpServer, Limits
+from rlprompt.serving.json_api import BearerToken, Refusal, answer, json_app, read_json
 from rlprompt.types import Completion, Group, Message, Query
 
-logger = logging.getLogger(__name__)
-
-_MAX_CONNECTIONS = 64
-_IDLE_SECONDS = 60.0
 _ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
@@ -47,156 +44,70 @@ class ServeOptions:
     host: str = "127.0.0.1"
     port: int = 8770
     """0 = any free one."""
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     """What requests must carry as `Authorization: Bearer TOKEN`; None asks for nothing."""
     max_body_bytes: int = 16_000_000
     max_waiting: int = 32
     """Requests that may wait for the reward before others are sent away with 503."""
     certificate: Path | None = None
     """PEM file with certificate and key; None serves plain HTTP."""
+    limits: Limits = field(default_factory=Limits)
+    """Deadlines for clients, and how many may be connected."""
 
 
-class RewardServer(ThreadingHTTPServer):
-    """Serves the one reward of `runner` until `shutdown`.
+class RewardServer(HttpServer):
+    """Serves the one reward of a runner until `shutdown`.
+
+    Args:
+        runner: the rewards, of which the first is served.
+        options: the address, the token and the limits.
 
     Raises:
         InputError: the address cannot be used, or the certificate cannot be read.
     """
 
-    daemon_threads = True
-    request_queue_size = 64
-
     def __init__(self, runner: RewardRunner, options: ServeOptions) -> None:
-        self.runner, self.options = runner, options
+        self.runner = runner
         self.reward_name = runner.settings[0].name
-        self.turn = threading.Lock()
-        self.waiting = threading.BoundedSemaphore(options.max_waiting)
-        self._connections = threading.BoundedSemaphore(_MAX_CONNECTIONS)
-        try:
-            super().__init__((options.host, options.port), _Handler)
-        except (OSError, OverflowError) as error:
-            raise InputError(
-                f"cannot listen on {options.host}:{options.port} ({error}); choose another address"
-            ) from error
-        if options.certificate is not None:
-            self._encrypt(options.certificate)
+        self._options = options
+        self._token = BearerToken(options.token)
+        self._waiting = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward")
+        app = json_app({("POST", "/score"): self._answer, ("GET", "/health"): self._health})
+        super().__init__(
+            app, Address(options.host, options.port, options.certificate, options.limits)
+        )
 
     @property
     def url(self) -> str:
         """What a recipe writes as `url`."""
-        scheme = "http" if self.options.certificate is None else "https"
-        return f"{scheme}://{self.options.host}:{self.server_address[1]}/score"
+        return f"{self.origin}/score"
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Take a connection, unless there are too many."""
-        if not self._connections.acquire(blocking=False):
-            self.shutdown_request(request)
-            return
-        super().process_request(request, client_address)
+    def close(self) -> None:
+        """Free the address, and take no request any more."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        super().close()
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Serve a connection to its end."""
+    async def _health(self, request: Request) -> Response:
+        return answer({"reward": self.reward_name, "version": __version__})
+
+    async def _answer(self, request: Request) -> Response:
+        self._token.check(request)
+        body = await read_json(request, self._options.max_body_bytes)
         try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._connections.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that broke is no event."""
-        logger.debug("connection of %s broke", client_address, exc_info=True)
-
-    def _encrypt(self, certificate: Path) -> None:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        try:
-            context.load_cert_chain(certificate)
-        except (OSError, ssl.SSLError) as error:
-            self.server_close()
-            raise InputError(
-                f"certificate {str(certificate)!r} cannot be read ({error}); give a PEM file with "
-                f"certificate and key"
-            ) from error
-        # The handshake waits for the client: leave it to the connection's own thread.
-        self.socket = context.wrap_socket(
-            self.socket, server_side=True, do_handshake_on_connect=False
-        )
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server_version, sys_version = f"rlprompt/{__version__}", ""
-    timeout = _IDLE_SECONDS  # of the socket: a client that sends nothing does not hold a thread
-    server: RewardServer
-
-    def do_GET(self) -> None:
-        if self.path == "/health":
-            self._answer(200, {"reward": self.server.reward_name, "version": __version__})
-        else:
-            self._answer(404, {"error": "there is only POST /score and GET /health"})
-
-    def do_POST(self) -> None:
-        problem = self._refusal()
-        if problem is not None:
-            self.close_connection = True  # its body was not read
-            self._answer(*problem)
-            return
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        if not self.server.waiting.acquire(blocking=False):
-            self._answer(503, {"error": "too many requests are waiting"}, {"Retry-After": "1"})
-            return
-        try:
-            self._answer(*self._score(body))
-        finally:
-            self.server.waiting.release()
-
-    def _refusal(self) -> tuple[int, dict[str, Any]] | None:
-        if self.path != "/score":
-            return 404, {"error": "there is only POST /score and GET /health"}
-        token = self.server.options.token
-        if token is not None:
-            given = self.headers.get("Authorization", "").encode()
-            if not hmac.compare_digest(given, f"Bearer {token}".encode()):
-                return 401, {"error": "the token is missing or wrong"}
-        length = self.headers.get("Content-Length", "")
-        if not length.isascii() or not length.isdigit():
-            return 411, {"error": "a Content-Length is needed"}
-        if int(length) > self.server.options.max_body_bytes:
-            limit = self.server.options.max_body_bytes
-            return 413, {"error": f"the body has {length} bytes; at most {limit} are read"}
-        return None
-
-    def _score(self, body: bytes) -> tuple[int, dict[str, Any]]:
-        try:
-            groups, step = parse_request(json.loads(body))
+            groups, step = parse_request(body)
         except InputError as error:
-            return 400, {"error": str(error)}
-        except (ValueError, RecursionError):
-            return 400, {"error": "the body is not JSON"}
+            raise Refusal(400, str(error)) from error
+        if self._waiting >= self._options.max_waiting:
+            raise Refusal(503, "too many requests are waiting; ask again", {"Retry-After": "1"})
+        self._waiting += 1
         try:
-            with self.server.turn:
-                return 200, score(self.server.runner, groups, step)
-        except InputError as error:
-            logger.warning("%s", error)
-            return 500, {"error": str(error)}
-        except Exception as error:
-            logger.exception("scoring failed")
-            return 500, {"error": f"{type(error).__name__} while scoring; see the server's log"}
-
-    def _answer(
-        self, status: int, body: Mapping[str, Any], headers: Mapping[str, str] | None = None
-    ) -> None:
-        data = json.dumps(body, default=str).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        logger.info("%s %s", self.address_string(), format % args)
+            loop = asyncio.get_running_loop()
+            return answer(
+                await loop.run_in_executor(self._thread, score, self.runner, groups, step)
+            )
+        finally:
+            self._waiting -= 1
 
 
 def parse_request(request: Any) -> tuple[list[Group], int]:
@@ -216,7 +127,7 @@ def parse_request(request: Any) -> tuple[list[Group], int]:
     ids = request.get("completion_ids") or [[0]] * len(prompts)
     ids = _list({"completion_ids": ids}, "completion_ids", len(prompts))
     step = request.get("step", 0)
-    if not isinstance(step, int):
+    if not isinstance(step, int) or isinstance(step, bool):
         raise InputError("step is not an integer; correct it")
     columns = _columns(request.get("columns", {}), len(prompts))
     rows = [
@@ -289,15 +200,6 @@ def _completion(completion: Any, ids: Any) -> Completion:
         text = completion[0]["content"]
     if not isinstance(text, str):
         raise InputError("a completion is neither a string nor a list of one message; correct it")
-    if not isinstance(ids, list) or not all(isinstance(each, int) for each in ids):
+    if not isinstance(ids, list) or not all(type(each) is int for each in ids):
         raise InputError("completion_ids holds something that is no list of integers; correct it")
     return Completion(tuple(ids), (0.0,) * len(ids), text, True)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server on `host`."""
-    try:
-        addresses = {info[4][0] for info in socket.getaddrinfo(host, None)}
-    except OSError:
-        return False
-    return all(str(each).startswith("127.") or each == "::1" for each in addresses)

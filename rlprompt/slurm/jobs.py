@@ -71,7 +71,7 @@ def write_jobs(folder: Path, jobs: Sequence[Submitted]) -> None:
     """Add submissions to the list in a job folder."""
     known = read_jobs(folder) if (folder / JOBS_FILE).exists() else []
     rows = [asdict(job) for job in [*known, *jobs]]
-    write_atomic(folder / JOBS_FILE, to_json(rows, indent=1))
+    write_atomic(folder / JOBS_FILE, to_json(rows, indent=1), private=True)
 
 
 def read_jobs(folder: Path) -> list[Submitted]:

@@ -15,12 +15,14 @@ import time
 import unicodedata
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
+from rich.segment import Segment
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
@@ -36,6 +38,51 @@ _WHO = {"base": "base", "handwritten": "hand-written", "learned": "learned"}
 _BLOCKS = tuple(chr(0x2581 + height) for height in range(8))
 _ASCII_BLOCKS = tuple("_.-~=+*#")
 _HISTORY = 2000
+
+
+class PlainConsole(Console):
+    """The one kind of console here: what it prints is text, whatever stands in it.
+
+    Names, paths, error messages and completions come from anywhere. rich would read `[/y]` in them
+    as markup and `:x:` as an emoji, and hand an escape code on to the terminal. So there is no
+    markup (styles are set on `Text`), control characters become spaces, and what the encoding of
+    the stream cannot express becomes `?`.
+
+    Args:
+        stderr: whether it prints to stderr.
+        quiet: whether it prints nothing.
+        file: the file to print to in place of a standard stream.
+    """
+
+    def __init__(
+        self, *, stderr: bool = False, quiet: bool = False, file: IO[str] | None = None
+    ) -> None:
+        super().__init__(
+            stderr=stderr, quiet=quiet, file=file, markup=False, emoji=False, highlight=False
+        )
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """What a renderable is drawn with, clean."""
+        encoding = self.encoding or "utf-8"
+        for segment in super().render(renderable, options):
+            if segment.control or (segment.text.isascii() and segment.text.isprintable()):
+                yield segment
+            else:
+                lines = (visible(line) for line in segment.text.split("\n"))
+                text = "\n".join(lines).encode(encoding, "replace").decode(encoding)
+                yield Segment(text, segment.style)
+
+    def status(self, status: RenderableType, **options: Any) -> Status:
+        """A line that says what goes on, beside a spinner."""
+        shown = Text(status) if isinstance(status, str) else status
+        return _PlainStatus(shown, console=self, **options)
+
+
+class _PlainStatus(Status):
+    def update(self, status: RenderableType | None = None, **options: Any) -> None:
+        super().update(Text(status) if isinstance(status, str) else status, **options)
 
 
 class TrainingDisplay:
@@ -224,15 +271,19 @@ def clean_text(text: str, limit: int, encoding: str | None = "utf-8") -> str:
     characters are kept.
     """
     # The bound keeps a megabyte of completion from being walked for one line of it.
-    visible = "".join(
-        " " if unicodedata.category(char) in {"Cc", "Cf", "Cs", "Zl", "Zp"} else char
-        for char in text[: 4 * limit]
-    )
-    line = " ".join(visible.split())
+    line = " ".join(visible(text[: 4 * limit]).split())
     if len(line) > limit:
         line = line[: max(0, limit - 3)].rstrip() + "..."
     encoding = encoding or "utf-8"
     return line.encode(encoding, "replace").decode(encoding)
+
+
+def visible(text: str) -> str:
+    """A text whose control, formatting (bidirectional) and surrogate characters are spaces."""
+    return "".join(
+        " " if unicodedata.category(char) in {"Cc", "Cf", "Cs", "Zl", "Zp"} else char
+        for char in text
+    )
 
 
 def format_number(value: float | None) -> str:

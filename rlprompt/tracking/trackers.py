@@ -12,7 +12,7 @@ from typing import Any, Self
 from rich.console import Console
 
 from rlprompt.files import JsonlWriter
-from rlprompt.tracking.console import TrainingDisplay, format_number
+from rlprompt.tracking.console import PlainConsole, TrainingDisplay, format_number
 from rlprompt.tracking.tracker import (
     Histogram,
     RunInfo,
@@ -74,7 +74,7 @@ class ConsoleTracker(Tracker):
 
     def __init__(self, console: Console | None = None) -> None:
         super().__init__()
-        self._console = console or Console()
+        self._console = console or PlainConsole()
         self._display: TrainingDisplay | None = None
 
     @classmethod

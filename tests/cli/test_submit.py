@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -43,3 +45,25 @@ def test_without_slurm_the_sentence_says_what_to_do(
     shown = rlprompt("submit", recipe, "--output", tmp_path / "run")
     assert shown.code == 2
     assert "there is no sbatch on this machine" in shown.err and "--dry-run" in shown.err
+
+
+def test_what_may_hold_a_secret_is_for_its_owner_and_told(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text("#!/bin/sh\necho 17\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}{os.pathsep}{os.environ['PATH']}")
+    recipe = write_recipe(tmp_path, model_dir)
+    shown = rlprompt(
+        "submit", recipe, "--output", tmp_path / "run", "--server", "vllm --api-key hunter2",
+        "--then", "true --token hunter3",
+    )  # fmt: skip
+    assert shown.code == 0, shown.err
+    for name in ("train.sbatch", "then_1.sbatch", "jobs.json"):
+        path = tmp_path / "run" / "slurm" / name
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600, name
+    assert "the value of --api-key in --server looks like a secret" in shown.out
+    assert "the value of --token in --then looks like a secret" in shown.out
+    assert "hunter2" not in shown.out + shown.err

@@ -417,6 +417,7 @@ ASKING = [
     ("a language model in place of a preference model", asked("preference", path="model")),
     ("a judge's verdicts that do not differ", asked("judge", rubric="?", verdicts={"yes": 1})),
     ("a server's address without a scheme", asked("http", url="node7:8770/score")),
+    ("a secret in a server's address", asked("http", url="https://node7/score?key=s3cret")),
     ("a token that is not set", asked("http", url="https://node7/score", token_env="NO_SUCH")),
     (
         "a server that is not there",

@@ -20,6 +20,7 @@ import pytest
 
 from rlprompt.errors import InputError
 from rlprompt.rewards import RewardSettings, build_rewards
+from rlprompt.serving.http_server import Limits
 from rlprompt.serving.reward_server import RewardServer, ServeOptions
 from rlprompt.types import Completion, Group, Query
 from tests.cli.runs import rlprompt
@@ -38,6 +39,13 @@ def reward(prompts, completions, completion_ids, label=None, trainer_state=None,
             time.sleep(0.01)
     if "broken" in texts:
         raise ValueError("no number")
+    if "nan" in texts:
+        log_extra("shaky", [float("nan")] * len(texts))
+    if "deep" in texts:
+        nested = []
+        for _ in range(100_000):
+            nested = [nested]
+        log_extra("deep", [nested] * len(texts))
     log_extra("steps", [trainer_state.global_step] * len(texts))
     return [None if t == "none" else len(t) + 10 * (label or [0] * len(texts))[i]
             for i, t in enumerate(texts)]
@@ -49,7 +57,7 @@ def serving(folder: Path, **options: Any) -> Iterator[RewardServer]:
     (folder / "mine.py").write_text(REWARD)
     runner = build_rewards([RewardSettings(path="mine.py:reward")], folder)
     with RewardServer(runner, ServeOptions(port=0, **options)) as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             yield server
         finally:
@@ -133,6 +141,46 @@ def test_wrong_requests_get_a_sentence(
         found, answer = post(server, body)
         assert (found, sentence in answer["error"]) == (status, True), answer
         assert post(server, {"prompts": ["q"], "completions": ["a"]})[0] == 200
+
+
+def test_a_reward_that_logs_what_json_has_not_is_answered_in_json(tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        status, told = post(server, {"prompts": ["q"], "completions": ["nan"]})
+        assert (status, told["extras"]["shaky"]) == (200, [None])
+        status, told = post(server, {"prompts": ["q"], "completions": ["deep"]})
+        assert (status, told) == (500, {"error": "RecursionError in the server; see its log"})
+
+
+def test_a_stop_answers_what_is_in_progress(tmp_path: Path) -> None:
+    request = {"prompts": ["q"], "completions": ["slow"]}
+    answers = []
+    with serving(tmp_path) as server:
+        asking = threading.Thread(target=lambda: answers.append(post(server, request)))
+        asking.start()
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "started").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        threading.Timer(0.5, (tmp_path / "go").touch).start()
+        server.shutdown()
+        asking.join(10)
+    assert [status for status, _ in answers] == [200]
+
+
+def test_a_stop_does_not_wait_for_a_reward_for_ever(tmp_path: Path) -> None:
+    request = {"prompts": ["q"], "completions": ["slow"]}
+    answers = []
+    with serving(tmp_path, limits=Limits(stop_seconds=1)) as server:
+        asking = threading.Thread(target=lambda: answers.append(post(server, request)))
+        asking.start()
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "started").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        server.shutdown()
+        asking.join(10)
+        (tmp_path / "go").touch()
+    assert answers == [(503, {"error": "the server is stopping; ask again"})]
 
 
 def test_a_token_is_asked_for(tmp_path: Path) -> None:

@@ -85,6 +85,45 @@ def test_the_words_of_a_command_reach_the_shell_as_they_are(tmp_path: Path) -> N
     assert shown.stdout.split("\n")[:-1] == [word.replace("{server}", "n2") for word in words]
 
 
+SECRETS = [
+    "SLURM_JWT",
+    "SLURM_JOB_ID_X",
+    "PYTHON_KEYRING_PASSWORD",
+    "CUDA_TOKEN",
+    "NCCL_SECRET",
+    "PATH_KEY",
+    "WANDB_API_KEY",
+]
+
+
+def test_the_environment_is_written_down_by_name_so_that_no_secret_is(tmp_path: Path) -> None:
+    script = train_script(one_job())
+    start, end = script.index("for NAME in"), script.index("# The address that Slurm")
+    pip = tmp_path / "python3"
+    pip.write_text("#!/bin/sh\necho 'a @ git+https://me:hunter2@h/a.git'\necho b==1\n")
+    pip.chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7",
+        "NCCL_DEBUG": "WARN",
+        "OMP_NUM_THREADS": "2",
+        **dict.fromkeys(SECRETS, "hunter2"),
+        "X": "a\nPATH=hunter2",
+    }
+    done = subprocess.run(
+        ["bash", "-euc", f"LOGS={tmp_path}\n{script[start:end]}\nwait"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    written = (tmp_path / "environment.txt").read_text()
+    assert "SLURM_JOB_ID=7\n" in written and "NCCL_DEBUG=WARN\n" in written
+    assert "hunter2" not in written
+    assert (tmp_path / "packages.txt").read_text() == "a @ git+https://***@h/a.git\nb==1\n"
+
+
 @pytest.mark.parametrize(
     ("text", "wrong"),
     [

@@ -5,8 +5,11 @@ import re
 
 import pytest
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from rlprompt.tracking.console import (
+    PlainConsole,
     TrainingDisplay,
     clean_text,
     format_number,
@@ -131,3 +134,23 @@ def test_numbers_and_durations() -> None:
         "1.235e+04",
     ]
     assert [format_seconds(value) for value in (None, 59.6, 3723.0)] == ["-", "0:01:00", "1:02:03"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_console_prints_text_and_nothing_else(encoding: str, terminal: bool) -> None:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding=encoding, write_through=True)
+    console = PlainConsole(file=stream)
+    console._force_terminal, console.width = terminal, 200
+    hostile = "a[/b] [red]c :x: \x1b[2J\x9b\u202ed\ud800 \u2603\u00e9"
+    table = Table(hostile, title=hostile, caption=hostile)
+    table.add_row(hostile)
+    with console.status(hostile) as status:
+        status.update(hostile)
+        for each in (hostile, Text(hostile), table):
+            console.print(each)
+    text = raw.getvalue().decode(encoding)
+    assert text.count("a[/b] [red]c :x:  [2J  d") >= 6
+    assert not {"\x9b", "\u202e", "\ud800"} & set(text)
+    assert "\x1b[2J" not in text

@@ -16,6 +16,7 @@ from rich.text import Text
 from rlprompt.cli.commands.terminal import report_error, setup_logging
 from rlprompt.errors import InputError
 from rlprompt.serving.chat import Answer, Chat, ChatOptions, open_chat, printable
+from rlprompt.tracking.console import PlainConsole
 
 _SIDE_BY_SIDE = 90
 """Columns of a terminal from which on answers stand beside each other."""
@@ -44,7 +45,7 @@ def run(
     Raises:
         InputError: see `open_chat`; a query is empty or too long.
     """
-    notes, console = Console(stderr=True), Console()
+    notes, console = PlainConsole(stderr=True), PlainConsole()
     setup_logging(notes, logging.WARNING, verbose)
     if any(not query.strip() for query in queries):
         raise InputError("--query is empty; give it a text")

@@ -14,7 +14,7 @@ from rlprompt.certify.verdict import phrase
 from rlprompt.errors import InputError
 from rlprompt.files import to_json
 from rlprompt.reports.compare import RunComparison, compare_runs, write_comparison
-from rlprompt.tracking.console import clean_text, format_number
+from rlprompt.tracking.console import PlainConsole, clean_text, format_number
 
 
 def run(folders: Sequence[Path], output: Path, as_json: bool) -> None:
@@ -39,7 +39,7 @@ def run(folders: Sequence[Path], output: Path, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(to_json(comparison.plain(), indent=2) + "\n")
         return
-    _show(comparison, output, Console())
+    _show(comparison, output, PlainConsole())
 
 
 def _show(comparison: RunComparison, output: Path, console: Console) -> None:

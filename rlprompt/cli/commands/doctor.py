@@ -19,6 +19,7 @@ from rich.text import Text
 from rlprompt import __version__
 from rlprompt.cli.commands.terminal import setup_logging
 from rlprompt.model.files.fetch import FREE_BYTES_NEEDED, cache_dir, list_models
+from rlprompt.tracking.console import PlainConsole
 
 _REQUIRED = (
     "torch",
@@ -36,12 +37,12 @@ _EXTRAS = ("trl", "deepspeed", "wandb", "tensorboard", "triton", "vllm")
 
 def run(*, as_json: bool = False) -> int:
     """Print the findings as a table, or as JSON; returns the exit code."""
-    setup_logging(Console(stderr=True), logging.WARNING)
+    setup_logging(PlainConsole(stderr=True), logging.WARNING)
     report = diagnose()
     if as_json:
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
     else:
-        _show(report, Console())
+        _show(report, PlainConsole())
     return 0 if report["ok"] else 1
 
 
@@ -114,10 +115,14 @@ def _memory() -> float | None:
 
 def _cache() -> dict[str, Any]:
     folder = cache_dir().absolute()
-    present = next(place for place in (folder, *folder.parents) if place.exists())
+    # Not `Path.exists`, which raises below a folder that may not be looked into.
+    present = next(place for place in (folder, *folder.parents) if os.path.exists(place))
+    effective = os.access in os.supports_effective_ids
+    may_enter = os.access(present, os.X_OK, effective_ids=effective)
+    may_write = os.access(present, os.W_OK, effective_ids=effective)
     return {
         "path": str(folder),
-        "writable": present.is_dir() and os.access(present, os.W_OK),
+        "writable": os.path.isdir(present) and may_enter and may_write,
         "free_gb": round(shutil.disk_usage(present).free / 1e9, 1),
     }
 

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from rlprompt.artifacts.format import load_artifact, save_artifact
 from rlprompt.cli.commands.terminal import setup_logging
 from rlprompt.engines.make import require_support
@@ -24,6 +22,8 @@ from rlprompt.recipe.schema import Recipe, load_recipe
 from rlprompt.recipe.stored import carried_recipe
 from rlprompt.runs.claim_folder import RECIPE_FILE, recipe_folder
 from rlprompt.serving.loaded import artifact_folder
+from rlprompt.standard_streams import outlive_output
+from rlprompt.tracking.console import PlainConsole
 
 
 def run(
@@ -52,7 +52,9 @@ def run(
     Raises:
         InputError: recipe or artifact is wrong, or the folder cannot be written.
     """
-    notes = Console(stderr=True)
+    if output is not None:
+        outlive_output()
+    notes = PlainConsole(stderr=True)
     setup_logging(notes, logging.WARNING, verbose)
     artifact = None if artifact is None else artifact_folder(artifact)
     recipe, base_dir = _recipe_of(artifact, recipe_path, overrides)

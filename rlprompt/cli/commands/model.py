@@ -6,13 +6,14 @@ import logging
 import sys
 from dataclasses import asdict
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from rlprompt.cli.commands.terminal import setup_logging
 from rlprompt.files import to_json
 from rlprompt.model.files.fetch import fetch, list_models
+from rlprompt.standard_streams import outlive_output
+from rlprompt.tracking.console import PlainConsole
 
 
 def fetch_model(name: str, *, verbose: bool = False) -> None:
@@ -21,7 +22,8 @@ def fetch_model(name: str, *, verbose: bool = False) -> None:
     Raises:
         InputError: see `rlprompt.model.files.fetch.fetch`.
     """
-    console = Console()
+    outlive_output()
+    console = PlainConsole()
     setup_logging(console, logging.WARNING, verbose)
     with console.status("fetching"):
         folder = fetch(name, progress=lambda line: console.print(Text(line), soft_wrap=True))
@@ -42,4 +44,4 @@ def show_models(*, as_json: bool = False) -> None:
             Text(row.licence),
             Text(str(row.folder), overflow="fold"),
         )
-    Console().print(table)
+    PlainConsole().print(table)

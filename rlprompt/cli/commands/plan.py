@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from rlprompt.cli.commands.terminal import setup_logging
@@ -17,6 +16,7 @@ from rlprompt.files import to_json
 from rlprompt.planning.plan import Plan, plan
 from rlprompt.planning.tables import DEVICES, SHAPES, Device
 from rlprompt.recipe.schema import load_recipe
+from rlprompt.tracking.console import PlainConsole
 
 _DEFAULT_GPUS = 8
 
@@ -46,7 +46,7 @@ def run(
     Raises:
         InputError: the recipe is wrong, or size or device have no entry.
     """
-    console = Console()
+    console = PlainConsole()
     setup_logging(console, logging.WARNING)
     for name, value, known in (("size", model_size, SHAPES), ("device", gpu, DEVICES)):
         if value not in known:
@@ -63,7 +63,7 @@ def run(
     console.print(
         f"{recipe.name}: {shape.parameters / 1e9:.2f}e9 parameters, base "
         f"{recipe.distributed.base} over {gpus} x {gpu}",
-        highlight=False,
+        soft_wrap=True,
     )
     memory = Table("memory of each GPU", "GB")
     for part, size in made.memory.items():

@@ -97,7 +97,7 @@ def _show_ranks(ranks: Sequence[Mapping[str, float]], console: Console) -> None:
         if "peak_gpu_mb" in each:
             peaks.append(f"of the GPU {each['peak_gpu_mb']:.0f} MiB")
         line = f"rank {number}: {held:.1f} of the base's {whole:.1f} MiB, {', '.join(peaks)}"
-        console.print(line, soft_wrap=True, highlight=False)
+        console.print(line, soft_wrap=True)
 
 
 def _members(summary: Summary) -> Table:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -16,6 +15,7 @@ from rlprompt.recipe.yaml_file import apply_override
 from rlprompt.rewards.base import RewardSettings
 from rlprompt.rewards.check.checks import CheckRow, Trial, check_reward
 from rlprompt.rewards.check.inputs import read_pairs
+from rlprompt.tracking.console import PlainConsole
 
 _STYLES = {"passed": "green", "failed": "bold red", "skipped": "dim"}
 
@@ -40,7 +40,7 @@ def check(
     Raises:
         InputError: the reward cannot be loaded or called, or an argument is wrong.
     """
-    console = Console()
+    console = PlainConsole()
     setup_logging(console, logging.WARNING)
     settings = RewardSettings(
         path=f"{path}:reward" if path.endswith(".py") else path,

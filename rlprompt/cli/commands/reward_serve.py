@@ -20,7 +20,10 @@ from rlprompt.process_exit import left_behind
 from rlprompt.recipe.yaml_file import apply_override
 from rlprompt.rewards import build_rewards
 from rlprompt.rewards.base import IsolationSettings, RewardSettings
-from rlprompt.serving.reward_server import RewardServer, ServeOptions, is_loopback
+from rlprompt.serving.connections import is_loopback
+from rlprompt.serving.reward_server import RewardServer, ServeOptions
+from rlprompt.standard_streams import outlive_output
+from rlprompt.tracking.console import PlainConsole
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ def serve(
     Raises:
         InputError: the reward cannot be loaded, or the address cannot be used.
     """
-    console = Console()
+    outlive_output()
+    console = PlainConsole()
     setup_logging(console, logging.WARNING, verbose)
     tree: dict[str, Any] = {}
     for text in options:

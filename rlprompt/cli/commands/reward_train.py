@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -15,6 +14,8 @@ from rlprompt.cli.commands.terminal import setup_logging
 from rlprompt.errors import InputError
 from rlprompt.reward_training.run import train_reward
 from rlprompt.reward_training.settings import load_reward_recipe
+from rlprompt.standard_streams import outlive_output
+from rlprompt.tracking.console import PlainConsole
 
 
 def train(
@@ -31,7 +32,8 @@ def train(
     Raises:
         InputError: something the recipe names is wrong, or the folder is not empty.
     """
-    console = Console()
+    outlive_output()
+    console = PlainConsole()
     setup_logging(console, logging.INFO, verbose)
     recipe = load_reward_recipe(recipe_path, overrides)
     if output is None:

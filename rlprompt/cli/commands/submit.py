@@ -20,13 +20,17 @@ from rlprompt.cli.commands.terminal import setup_logging
 from rlprompt.errors import InputError
 from rlprompt.files import write_atomic
 from rlprompt.recipe.schema import Recipe, load_recipe
+from rlprompt.recipe.secrets import secret_in_command
 from rlprompt.recipe.stored import check_folder, remembered
 from rlprompt.runs.claim_folder import RECIPE_FILE, default_output
 from rlprompt.slurm.jobs import Submitted, TaskStatus, read_jobs, task_statuses, write_jobs
 from rlprompt.slurm.queue import queued_jobs, submit_script
 from rlprompt.slurm.script import SERVER, TrainJob, command_script, train_script
 from rlprompt.slurm.settings import ClusterSettings, load_cluster
-from rlprompt.tracking.console import format_number
+from rlprompt.standard_streams import outlive_output
+from rlprompt.tracking.console import PlainConsole, format_number
+
+logger = logging.getLogger(__name__)
 
 STOP_CODE = 85
 """What `rlprompt train` ends with when a signal stopped it; slurm/train.sbatch knows it too."""
@@ -73,8 +77,8 @@ def submit(
     Raises:
         InputError: recipe, overrides or options are wrong, or Slurm refuses.
     """
-    console = Console()
-    setup_logging(console, logging.INFO)
+    console = PlainConsole()
+    setup_logging(PlainConsole(stderr=True) if dry_run else console, logging.INFO)
     cluster = load_cluster(options.cluster_file, options.cluster)
     points = [[*overrides, *point] for point in _points(options.sweep)]
     name = load_recipe(recipe_path, points[0]).name
@@ -84,7 +88,7 @@ def submit(
     for point, output in zip(points, outputs, strict=True):
         recipe = load_recipe(recipe_path, point, remembered(output))  # as the job will find it
         for line in check_folder(output, recipe, (output / RECIPE_FILE).exists()):
-            console.print(line, soft_wrap=True, highlight=False, markup=False)
+            console.print(line, soft_wrap=True)
         recipes.append(recipe)
     job = _train_job(recipe_path, recipes[0], points, outputs, cluster, options)
     scripts = [train_script(job)]
@@ -94,10 +98,12 @@ def submit(
         )
         name = f"{job.name}-then-{number + 1}"
         scripts.append(command_script(name, job.folder, line, cluster))
+    _warn_of_secrets(options, cluster)
     if dry_run:
         for text in scripts:
             console.out(text, highlight=False, end="")
         return 0
+    outlive_output()  # half of the jobs submitted would be worse
     submitted = Submitted(
         id=_submit(job.folder / "train.sbatch", scripts[0], options.after),
         kind="train",
@@ -106,13 +112,14 @@ def submit(
         steps=recipes[0].training.steps,
     )
     write_jobs(job.folder, [submitted])
-    console.print(f"job {submitted.id}: {job.name}, scripts and logs in {job.folder}")
+    said = f"job {submitted.id}: {job.name}, scripts and logs in {job.folder}"
+    console.print(said, soft_wrap=True)
     jobs, before = [submitted], submitted.id
     for number, text in enumerate(scripts[1:]):
         before = _submit(job.folder / f"then_{number + 1}.sbatch", text, [before])
         jobs.append(Submitted(id=before, kind=options.then[number]))
         write_jobs(job.folder, jobs[-1:])
-        console.print(f"job {before}: {options.then[number]}")
+        console.print(f"job {before}: {options.then[number]}", soft_wrap=True)
     return _wait(job.folder, jobs, console) if wait else 0
 
 
@@ -135,7 +142,7 @@ def show_status(output: Path, *, wait: bool = False) -> int:
     Raises:
         InputError: nothing was submitted from there, or Slurm does not answer.
     """
-    console = Console()
+    console = PlainConsole()
     folder = output.absolute() / "slurm"
     jobs = read_jobs(folder)
     if wait:
@@ -175,6 +182,20 @@ def _train_job(
     )
 
 
+def _warn_of_secrets(options: SubmitOptions, cluster: ClusterSettings) -> None:
+    """Say where a command holds a secret: everybody on its node sees the words of a process."""
+    lines = [("--server", options.server or ""), *(("--then", line) for line in options.then)]
+    for where, line in [*lines, *(("setup of the cluster", line) for line in cluster.setup)]:
+        name = secret_in_command(line)
+        if name is not None:
+            logger.warning(
+                "the value of %s in %s looks like a secret, and others on its node can read it; "
+                'write "$VARIABLE" there and export the variable before submitting',
+                name,
+                where,
+            )
+
+
 def _points(sweep: Sequence[str]) -> Iterator[list[str]]:
     """Every combination of the values of a sweep, as overrides; one empty point without a sweep."""
     axes = []
@@ -199,7 +220,7 @@ def _yaml(value: Any) -> str:
 def _submit(path: Path, text: str, after: Sequence[str]) -> str:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, text)
+        write_atomic(path, text, private=True)  # it may hold what a server is started with
     except OSError as error:
         raise InputError(
             f"'{path.parent}' cannot be written ({error.strerror}); name another with --output"
@@ -216,7 +237,7 @@ def _wait(folder: Path, jobs: Sequence[Submitted], console: Console) -> int:
         for status in statuses:
             line = _line(status)
             if shown.get(status.id) != line:
-                console.print(line, soft_wrap=True, highlight=False, markup=False)
+                console.print(line, soft_wrap=True)
                 shown[status.id] = line
         if all(status.ended for status in statuses):
             return int(not all(status.succeeded for status in statuses))
@@ -238,7 +259,9 @@ def _line(status: TaskStatus) -> str:
 
 
 def _show(statuses: Sequence[TaskStatus], console: Console) -> None:
-    table = Table("job", "what", "state", "step", "reward", "reason")
+    table = Table()
+    for name in ("job", "what", "state", "step", "reward", "reason"):
+        table.add_column(name, overflow="fold")
     for status in statuses:
         what = status.kind if not status.output else os.path.relpath(status.output)
         step = "" if status.step is None else f"{status.step}/{status.steps}"
@@ -247,4 +270,4 @@ def _show(statuses: Sequence[TaskStatus], console: Console) -> None:
     console.print(table)
     for status in statuses:
         if status.ended and not status.succeeded:
-            console.print(f"{status.id}: see {status.log}", soft_wrap=True, highlight=False)
+            console.print(f"{status.id}: see {status.log}", soft_wrap=True)

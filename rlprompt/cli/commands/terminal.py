@@ -66,6 +66,8 @@ def setup_logging(console: Console, level: int, verbose: bool = False) -> None:
         logging.getLogger(name).setLevel(logging.NOTSET if verbose else logging.ERROR)
     for name in ("matplotlib", "urllib3", "httpx", "fsspec", "asyncio", "filelock"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # What clients send that is no HTTP is told to them; here it would be theirs to fill the log.
+    logging.getLogger("uvicorn").setLevel(logging.NOTSET if verbose else logging.CRITICAL)
 
 
 class _CleanFormatter(logging.Formatter):

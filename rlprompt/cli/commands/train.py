@@ -29,6 +29,8 @@ from rlprompt.runs.population import Population
 from rlprompt.runs.run import Run
 from rlprompt.runs.stop_reason import FAILED, StopReason
 from rlprompt.runs.summary import Summary
+from rlprompt.standard_streams import outlive_output
+from rlprompt.tracking.console import PlainConsole
 from rlprompt.user_code import absolute
 
 logger = logging.getLogger(__name__)
@@ -129,6 +131,7 @@ def _keys(overrides: Sequence[str]) -> list[str]:
 
 def _run(asked: Callable[[], _Asked], options: TrainOptions) -> int:
     """Train what is asked for; a scheduler may ask to stop while it is still being loaded."""
+    outlive_output()
     with StopRequest(keyboard=False) as stop:
         wanted = asked()
         try:
@@ -149,9 +152,9 @@ def _train(asked: _Asked, options: TrainOptions, ranks: Ranks, stop: StopRequest
         stop: a signal that came since the command began.
     """
     # Only the first rank has something to say; the others warn.
-    console = Console() if ranks.is_first else Console(quiet=True)
+    console = PlainConsole() if ranks.is_first else PlainConsole(quiet=True)
     level = logging.INFO if ranks.is_first else logging.WARNING
-    setup_logging(console if ranks.is_first else Console(stderr=True), level, options.verbose)
+    setup_logging(console if ranks.is_first else PlainConsole(stderr=True), level, options.verbose)
     recipe, base_dir, folder, resume = asked.recipe, asked.base_dir, asked.folder, asked.resume
     for line in ranks.first(lambda: check_folder(folder, recipe, resume)):
         logger.info("%s", line)

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -43,6 +43,7 @@ _HEADERS = (
 )
 _HERE = Path(__file__).parent
 _TIMEOUT_SECONDS = 600
+_SCRATCH = ".part-"
 _FLAGS = (
     "-std=c++20",
     "-O3",
@@ -67,12 +68,23 @@ def load(folder: Path) -> None:
         BuildError: this is not Linux on x86-64 or ARM, there is no compiler, or it fails.
     """
     library = _library(folder)
-    if not library.exists():
+    made = not _exists(library)
+    if made:
         _build(library)
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
-        raise BuildError(f"{library} cannot be loaded ({_last_line(str(error))})") from error
+        problem = _last_line(str(error))
+        if made:
+            raise BuildError(f"{library} cannot be loaded ({problem})") from error
+        # A disk that was full, or a power cut: what is in the cache is no library.
+        logger.warning("the CPU kernels in the cache are damaged (%s): building them anew", problem)
+        _build(library, anew=True)
+        try:
+            torch.ops.load_library(str(library))
+        except OSError as second:
+            problem = _last_line(str(second))
+            raise BuildError(f"{library} cannot be loaded ({problem})") from second
 
 
 def is_built(folder: Path) -> bool:
@@ -81,7 +93,14 @@ def is_built(folder: Path) -> bool:
     Raises:
         BuildError: as `load`, for want of a compiler.
     """
-    return _library(folder).exists()
+    return _exists(_library(folder))
+
+
+def _exists(library: Path) -> bool:
+    try:
+        return library.exists()
+    except OSError as error:  # a folder that may not be looked into
+        raise BuildError(f"{library.parent} cannot be read ({error.strerror})") from error
 
 
 def compiler() -> str:
@@ -133,7 +152,7 @@ def _processor() -> str:
     return "\n".join(dict.fromkeys(line for line in lines if line.startswith(kept)))
 
 
-def _build(library: Path) -> None:
+def _build(library: Path, anew: bool = False) -> None:
     """Compile all sources at once and link them; the file appears whole or not at all."""
     import fcntl  # POSIX only, as `compiler` has made sure
 
@@ -141,33 +160,52 @@ def _build(library: Path) -> None:
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         with (library.parent / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # of two processes, the second finds it done
-            if not library.exists():
+            before = library.stat().st_ino if anew and library.exists() else None
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.info("waiting for another process that builds them")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            # Of two processes, the second finds it done.
+            if not library.exists() or library.stat().st_ino == before:
+                for left_over in library.parent.glob(f"{_SCRATCH}*"):
+                    shutil.rmtree(left_over, ignore_errors=True)  # of a process that was killed
                 _compile(library)
     except OSError as error:
         raise BuildError(f"{library.parent} cannot be written ({error.strerror})") from error
 
 
 def _compile(library: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=library.parent) as scratch:
         objects = [str(Path(scratch) / f"{name}.o") for name in SOURCES]
         commands = [
             [*_command(), "-c", str(_HERE / name), "-o", out]
             for name, out in zip(SOURCES, objects, strict=True)
         ]
+        run = partial(_run, scratch=scratch)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(_run, commands))
+            list(pool.map(run, commands))
         whole = Path(scratch) / library.name
         found = str(Path(torch.__file__).parent / "lib")
         link = ["-shared", "-fopenmp", *objects, f"-L{found}", "-ltorch_cpu", "-lc10"]
-        _run([compiler(), *link, "-o", str(whole)])
+        run([compiler(), *link, "-o", str(whole)])
+        with whole.open("rb+") as file:
+            os.fsync(file.fileno())  # its name must not reach the disk before its content
         os.replace(whole, library)
 
 
-def _run(command: list[str]) -> str:
+def _run(command: list[str], scratch: str | None = None) -> str:
+    """The output of a command, whose own temporary files go to `scratch` if that is given."""
+    environment = os.environ if scratch is None else {**os.environ, "TMPDIR": scratch}
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_TIMEOUT_SECONDS,
+            check=False,
+            env=environment,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{command[0]} does not run ({_last_line(str(error))})") from error

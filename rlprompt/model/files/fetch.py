@@ -65,9 +65,19 @@ EMBEDDED: dict[str, EmbeddedModel] = {
 
 
 def cache_dir() -> Path:
-    """The folder of everything fetched: `RLPROMPT_CACHE`, or `~/.cache/rlprompt`."""
+    """The folder of everything fetched: `RLPROMPT_CACHE`, or `~/.cache/rlprompt`.
+
+    Raises:
+        InputError: If the user has no home, as in a container under a number of its own.
+    """
     stated = os.environ.get("RLPROMPT_CACHE", "").strip()
-    return Path(stated or "~/.cache/rlprompt").expanduser()
+    try:
+        return Path(stated or "~/.cache/rlprompt").expanduser()
+    except RuntimeError as error:
+        raise InputError(
+            f"The model cache {stated or '~/.cache/rlprompt'} is in no home directory "
+            f"({error}): set RLPROMPT_CACHE to a folder."
+        ) from error
 
 
 def model_dir(name: str) -> Path:

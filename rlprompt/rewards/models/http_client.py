@@ -46,13 +46,16 @@ _PIECE = 8
 _HIDDEN = "[secret]"
 
 T = TypeVar("T")
+VARIABLE = re.compile(r"\$\{(\w+)\}")
+"""How a `url` names an environment variable."""
 
 
 class HttpSettings(Settings):
     """How a server is reached."""
 
     url: str
-    """Address of the server, http:// or https://."""
+    """Address of the server, http:// or https://; `${NAME}` in it is that environment variable, for
+    what is secret: a recipe is copied into artifacts."""
     request_timeout: float = Field(default=30.0, gt=0)
     """Seconds that one attempt may take; the reward's `timeout` bounds all of them together."""
     retries: int = Field(default=3, ge=0, le=20)
@@ -86,18 +89,19 @@ class JsonClient:
 
     def __init__(self, settings: HttpSettings) -> None:
         self._settings = settings
-        parts = _parts(settings.url)
+        self._url = _with_variables(settings.url)
+        parts = _parts(self._url)
         assert parts.hostname is not None
         self._local = _is_loopback(parts.hostname)
         self._direct = self._local or _is_own_server(parts.hostname)
-        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-        port = "" if parts.port is None else f":{parts.port}"
-        self.shown = f"{parts.scheme}://{host}{port}{parts.path}"
+        # As written: what an environment variable stands for may be secret in the path too.
+        self.shown = re.split(r"[?#]", settings.url)[0]
         """The address without what follows the path, which may be secret."""
         if settings.token_env is None and settings.token_header != "Authorization":
             raise InputError("token_header has no effect without token_env; set it or remove both")
         self._check_token(parts.scheme)
         values = [value for _, value in parse_qsl(parts.query)] + [parts.query, parts.fragment]
+        values += [os.environ[name] for name in VARIABLE.findall(settings.url)]
         self._secrets = [self._token(), *(value for value in values if len(value) > 3)]
         self._trust()
 
@@ -147,7 +151,8 @@ class JsonClient:
 
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         headers |= self._authorization()
-        url = self._settings.url.rstrip("/") + path if path else self._settings.url
+        address, mark, query = self._url.partition("?")
+        url = (address.rstrip("/") + path if path else address) + mark + query
         try:
             async with (
                 asyncio.timeout(self._settings.request_timeout),
@@ -376,3 +381,16 @@ def _is_loopback(host: str) -> bool:
 def _is_own_server(host: str) -> bool:
     """Whether a Slurm job has started a server there, beside this run (see `slurm/server.sh`)."""
     return "SLURM_JOB_ID" in os.environ and host == os.environ.get("SERVER", "").lower()
+
+
+def _with_variables(url: str) -> str:
+    """A `url` with the environment's values in it."""
+
+    def value(found: re.Match[str]) -> str:
+        name = found[1]
+        given = os.environ.get(name, "").strip()
+        if not given:
+            raise InputError(f"the environment variable {name} (url) is not set; set it")
+        return given
+
+    return VARIABLE.sub(value, url)
