@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
+    Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     create_model,
@@ -22,17 +25,61 @@ EXTENSIBLE = "x-extensible"
 type where none is given, or empty."""
 
 
-def _make_scalars_strict(node: Any) -> None:
+_LONGEST_NAME = 120
+"""Bytes of a name in UTF-8; file systems take 255, and suffixes need room."""
+LARGEST_INTEGER = 2**31 - 1
+"""Limit, in both directions, of every integer whose field states none."""
+
+
+def folder_problem(name: str) -> str:
+    """Why a name cannot be that of a folder, as the rest of a sentence; empty when it can.
+
+    Args:
+        name: name that a user gave.
+    """
+    return "holds a slash" if "/" in name or "\\" in name else _name_problem(name)
+
+
+def _name_problem(name: str) -> str:
+    if not name.strip(". "):
+        return "is no name"
+    if name != name.strip():
+        return "begins or ends with white space"
+    if any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name):
+        return "holds a control character"
+    if len(name.encode()) > _LONGEST_NAME:
+        return f"is longer than {_LONGEST_NAME} bytes"
+    return ""
+
+
+def _checked_name(name: str) -> str:
+    problem = _name_problem(name)
+    if problem:
+        raise ValueError(f"{name[:40]!r} {problem}; write a short one of letters and digits")
+    return name
+
+
+Name = Annotated[str, Field(min_length=1), AfterValidator(_checked_name)]
+"""A name that folders, logs and trackers can carry."""
+
+
+def _bound_scalars(node: Any) -> None:
+    """Have numbers and booleans read from their own type only, and integers be bounded."""
     # Only these: `strict` on the whole class would refuse YAML's lists where a tuple is wanted.
     if isinstance(node, dict):
         if node.get("type") in ("int", "float", "bool"):
             node["strict"] = True
+        if node.get("type") == "int":
+            if not node.keys() & {"le", "lt"}:
+                node["le"] = LARGEST_INTEGER
+            if not node.keys() & {"ge", "gt"}:
+                node["ge"] = -LARGEST_INTEGER
         for key, child in node.items():
             if key not in ("default", "metadata"):
-                _make_scalars_strict(child)
+                _bound_scalars(child)
     elif isinstance(node, list):
         for child in node:
-            _make_scalars_strict(child)
+            _bound_scalars(child)
 
 
 class Settings(BaseModel):
@@ -40,7 +87,8 @@ class Settings(BaseModel):
 
     Every settings class lives beside the class it configures; a docstring under each field becomes
     its description in `rlprompt schema`. Numbers and booleans are never read from a value of
-    another type (pydantic would take `true` and "1" for 1); an integer is a float too.
+    another type (pydantic would take `true` and "1" for 1); an integer is a float too. An integer
+    whose field states no bound has 31 bits and a sign: nothing that is counted here needs more.
     """
 
     model_config = ConfigDict(
@@ -56,7 +104,7 @@ class Settings(BaseModel):
         cls, source: type[BaseModel], handler: GetCoreSchemaHandler
     ) -> CoreSchema:
         schema = handler(source)
-        _make_scalars_strict(schema)
+        _bound_scalars(schema)
         return schema
 
 

@@ -36,8 +36,17 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 """Rooms by floor: a folder of the package, or a module beside the folders. A module imports from
 its own room and from rooms on lower floors, nothing else."""
-GROUND = ("errors", "files", "process_exit", "random_state", "settings", "types", "user_code")
-"""The modules beside the folders that everybody stands on, in one room."""
+GROUND = (
+    "errors",
+    "files",
+    "process_exit",
+    "random_state",
+    "reading",
+    "settings",
+    "types",
+    "user_code",
+)
+"""The modules beside the folders that everybody stands on, in one room, and the folder of readers."""
 
 # Packages that are heavy or optional, and the only modules or folders that may import them.
 OWNERS = {

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlprompt.errors import InputError
@@ -47,7 +47,7 @@ class ModelSettings(Settings):
     template: str | None = None
     """A chat template to use in place of the tokenizer's: `plain` (for a base model that has none),
     the path of a .jinja file relative to the recipe's folder, or the text of a template."""
-    threads: PositiveInt | None = None
+    threads: int | None = Field(default=None, ge=1, le=4096)
     """CPU threads of torch; none = torch's choice."""
     cpu_kernels: Literal["auto", "on", "off"] = "auto"
     """Small C++ kernels for a bfloat16 base on a CPU, built once on this machine: auto = where a

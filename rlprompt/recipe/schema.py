@@ -36,7 +36,7 @@ from rlprompt.rewards.base import RewardSettings
 from rlprompt.runs.guards import Guard, require_known_rewards
 from rlprompt.runs.settings import MemberSettings, RunSettings
 from rlprompt.search.make import AnySearchSettings, searcher_class
-from rlprompt.settings import Settings
+from rlprompt.settings import Name, Settings
 from rlprompt.tracking.make import TrackersSettings
 from rlprompt.training.settings import TrainingSettings
 
@@ -70,7 +70,7 @@ Reference = Annotated[NoneReference | InitialReference | TextReference, Field(di
 class Recipe(Settings):
     """One run in full."""
 
-    name: str = Field(min_length=1)
+    name: Name
     """What this run is called in reports, artifacts and trackers."""
     model: ModelSettings = ModelSettings()
     """The frozen base."""

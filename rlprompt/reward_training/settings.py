@@ -15,7 +15,7 @@ from rlprompt.model.base import ModelSettings
 from rlprompt.recipe.yaml_file import apply_override, explain, read_tree
 from rlprompt.rewards.base import RewardSettings
 from rlprompt.rewards.models.conversation import PAIR, Keep
-from rlprompt.settings import Settings
+from rlprompt.settings import Name, Settings
 
 
 class StartSettings(Settings):
@@ -171,7 +171,7 @@ class RuleSettings(Settings):
 class RewardRecipe(Settings):
     """One preference model in full."""
 
-    name: str = Field(min_length=1)
+    name: Name
     """What the model is called."""
     description: str = ""
     """What a high score means, and where the judgements come from; stands in the model's card."""

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rlprompt.errors import InputError
+from pydantic import TypeAdapter, ValidationError
+
+from rlprompt.errors import InputError, describe_error
 from rlprompt.prompts.base import Prompt
 from rlprompt.random_state import global_random_state, restore_global_random_state
 from rlprompt.runs.checkpoint import Checkpoint
@@ -41,6 +43,22 @@ class Progress:
     """First evaluation of `base` and `handwritten`, and the best of `learned`: their metrics."""
     guards: dict[str, Any] = field(default_factory=dict)
     """What the guards have seen and the alarms they raised; see `GuardWatch`."""
+
+
+_PROGRESS = TypeAdapter(Progress)
+
+
+def _progress(stored: dict[str, Any]) -> Progress:
+    """The counters of a checkpoint.
+
+    Raises:
+        TypeError: they are not those of `Progress`, or not of their types.
+    """
+    try:
+        return _PROGRESS.validate_python(asdict(Progress(**stored)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise TypeError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
 class RunState:
@@ -102,22 +120,32 @@ class RunState:
         Raises:
             InputError: its identity differs (other data, another base), or it holds another prompt.
         """
+        stored = checkpoint.state.get("identity")
         for name, value in identity.items():
-            if checkpoint.state["identity"].get(name) != value:
+            if not isinstance(stored, Mapping) or stored.get(name) != value:
                 raise InputError(
                     f"the {name} has changed since the checkpoint was written; restore it, or "
                     "start a new run in another output folder"
                 )
-        tensors = checkpoint.tensors
         try:
-            self.learner.restore(LearnerState(tensors, checkpoint.state["learner"]))
+            self._take_over(checkpoint)
         except ValueError as error:
             raise InputError(
                 f"the checkpoint holds another prompt, algorithm or search ({error}); start a new "
                 "run in another output folder"
             ) from error
+        except (LookupError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
+            raise InputError(
+                f"the checkpoint is damaged ({describe_error(error)}); delete its folder to resume "
+                "from the one before"
+            ) from error
+
+    def _take_over(self, checkpoint: Checkpoint) -> None:
+        tensors, state = checkpoint.tensors, checkpoint.state
+        progress = _progress(copy.deepcopy(state["progress"]))
+        self.learner.restore(LearnerState(tensors, state["learner"]))
         best = {name: tensor.clone() for name, tensor in named_under(tensors, "best").items()}
         # Earlier versions kept nothing but tensors.
-        self.best = LearnerState(best, checkpoint.state.get("best", {}))
-        self.progress = Progress(**copy.deepcopy(checkpoint.state["progress"]))
-        restore_global_random_state(tensors, checkpoint.state["random"])
+        self.best = LearnerState(best, state.get("best", {}))
+        self.progress = progress
+        restore_global_random_state(tensors, state["random"])
