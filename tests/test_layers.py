@@ -46,7 +46,7 @@ GROUND = (
     "types",
     "user_code",
 )
-"""The modules beside the folders that everybody stands on, in one room, and the folder of readers."""
+"""What everybody stands on, in one room: modules beside the folders, and the readers."""
 
 # Packages that are heavy or optional, and the only modules or folders that may import them.
 OWNERS = {

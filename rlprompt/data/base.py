@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -47,6 +47,9 @@ class DataSettings(Settings):
     whole."""
     shuffle_seed: int = 0
     """Decides the order of the queries, hence which are held out or kept."""
+    too_long: Literal["refuse", "skip"] = "refuse"
+    """What becomes of a query that is longer than the base's positions with prompt and completion:
+    refuse = the run does not start, skip = it is left out and counted in a warning."""
 
     @field_validator("heldout", mode="before")
     @classmethod

@@ -72,6 +72,7 @@ def build_queries(
                 columns={name: cell for name, cell in row.items() if name not in left_out},
                 index=first_index + position,
                 conversational=conversational,
+                place=where,
             )
         )
     return queries

@@ -225,12 +225,10 @@ class LoRA(LayerAdapter):
             raise ValueError(f"it uses {', '.join(features)}, which rlprompt does not have")
         rank, alpha = self.config.get("r"), self.config.get("lora_alpha")
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-            raise ValueError(
-                f"r of its configuration is {str(rank)[:40]!r}, not a positive integer"
-            )
+            raise ValueError(f"r of its settings is {str(rank)[:40]!r}, not a positive integer")
         if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not alpha > 0:
             raise ValueError(
-                f"lora_alpha of its configuration is {str(alpha)[:40]!r}, not a positive number"
+                f"lora_alpha of its settings is {str(alpha)[:40]!r}, not a positive number"
             )
 
 
@@ -298,7 +296,7 @@ class IA3(LayerAdapter):
             raise ValueError("the weights are not ia3_l of layers")
         on_input = self.config.get("feedforward_modules")
         if not isinstance(on_input, list) or not all(isinstance(each, str) for each in on_input):
-            raise ValueError("feedforward_modules of its configuration is no list of names")
+            raise ValueError("feedforward_modules of its settings is no list of names")
 
 
 _FOREIGN = (

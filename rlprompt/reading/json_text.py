@@ -20,13 +20,15 @@ class _RefusedError(ValueError):
     """What the hooks of the parser object to."""
 
 
-def loads(text: str | bytes, *, surrogates: bool = False) -> Any:
+def loads(text: str | bytes, *, surrogates: bool = False, lenient: bool = False) -> Any:
     """The value of a JSON text.
 
     Args:
         text: text, or its bytes in UTF-8.
         surrogates: whether halves of surrogate pairs may stand in strings, as logs of what a model
             wrote have them.
+        lenient: whether a key may stand twice (the last one counts) and numbers need not be finite,
+            as in what other programs have written.
 
     Raises:
         json.JSONDecodeError: it is no JSON, or more than any reader here has to take; `msg` says
@@ -40,10 +42,10 @@ def loads(text: str | bytes, *, surrogates: bool = False) -> Any:
     try:
         value = json.loads(
             text,
-            parse_constant=_refuse_constant,
+            parse_constant=float if lenient else _refuse_constant,
             parse_int=_integer,
-            parse_float=_float,
-            object_pairs_hook=_object,
+            parse_float=float if lenient else _float,
+            object_pairs_hook=dict if lenient else _object,
         )
     except RecursionError as error:
         raise json.JSONDecodeError(_TOO_DEEP, text, 0) from error
@@ -56,7 +58,7 @@ def loads(text: str | bytes, *, surrogates: bool = False) -> Any:
 _TOO_DEEP = f"more than {MOST_LEVELS} levels inside one another"
 
 
-def _refuse_constant(name: str) -> None:
+def _refuse_constant(name: str) -> float:
     raise _RefusedError(f"{name} is no number in JSON, write null")
 
 

@@ -1,9 +1,9 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped.
 
 A checkpoint is a folder `step_000010` with `tensors.safetensors` (prompt, best prompt, optimizer,
-random generator) and `state.json` (counters, data position, history, a digest of all this). It is written beside its
-final place and renamed, so a folder that has the final name is whole; what a crash left beside it
-begins with a dot and is removed by the next save.
+random generator) and `state.json` (counters, data position, history, a digest of all this). It is
+written beside its final place and renamed, so a folder that has the final name is whole; what a
+crash left beside it begins with a dot and is removed by the next save.
 """
 
 from __future__ import annotations

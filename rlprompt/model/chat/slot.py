@@ -20,6 +20,7 @@ from rlprompt.model.chat.template import (
     ChatTemplate,
     Hole,
     Layout,
+    TemplateLimitError,
     plain_variables,
     template_source,
 )
@@ -255,6 +256,8 @@ class ChatSlot:
         """What the template writes between an assistant and a user content; "" if it does not."""
         try:
             layout = self._layout(3, with_system=False)
+        except TemplateLimitError:
+            raise
         except InputError:  # a template for single turns
             return ""
         part = layout.parts[hole_position(layout, 1) + 1]
@@ -318,6 +321,8 @@ class ChatSlot:
         """Whether the template takes this many messages; a query it cannot take is told later."""
         try:
             read(num_messages)
+        except TemplateLimitError:
+            raise
         except InputError:
             return False
         return True
