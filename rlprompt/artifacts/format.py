@@ -197,8 +197,9 @@ def load_artifact(
 def _require_known(info: ArtifactInfo, folder: Path, kinds: Mapping[str, object]) -> None:
     """Refuse a prompt, or a part of a sequence, that is of no known class."""
     parts = info.details.get("parts") if info.representation == "sequence" else None
-    described = [part for part in parts if isinstance(part, dict)] if parts else []
-    for name in (info.representation, *(part.get("kind") for part in described)):
+    described = parts if isinstance(parts, list) else []
+    parts_of = [str(part.get("kind")) for part in described if isinstance(part, dict)]
+    for name in (info.representation, *parts_of):
         if name not in kinds:
             raise InputError(
                 f"'{folder}' holds a prompt of the kind '{name}', and known are "
