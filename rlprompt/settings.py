@@ -82,6 +82,19 @@ def _bound_scalars(node: Any) -> None:
             _bound_scalars(child)
 
 
+def _leave_out_bounds(node: Any) -> None:
+    """Take the bounds that every integer has out of a JSON schema, where they say nothing."""
+    if isinstance(node, dict):
+        for key, limit in (("maximum", LARGEST_INTEGER), ("minimum", -LARGEST_INTEGER)):
+            if node.get(key) == limit:
+                del node[key]
+        for child in node.values():
+            _leave_out_bounds(child)
+    elif isinstance(node, list):
+        for child in node:
+            _leave_out_bounds(child)
+
+
 class Settings(BaseModel):
     """A node of the recipe tree: immutable, and an unknown key is an error.
 
@@ -106,6 +119,14 @@ class Settings(BaseModel):
         schema = handler(source)
         _bound_scalars(schema)
         return schema
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        described = handler(schema)
+        _leave_out_bounds(handler.resolve_ref_schema(described).get("properties"))
+        return described
 
 
 class ChosenSettings(Settings):

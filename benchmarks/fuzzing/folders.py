@@ -179,24 +179,8 @@ def artifacts(draw: random.Random, folder: Path) -> Iterator[Case]:
         save_artifact(folder / kind, policy, prompt, name="n", recipe=recipe, metrics={})
     copies = _Copies(folder / "copy")
     made = partial(copies.case, read=lambda place: load_artifact(place, policy))
-
-    def put(name: str, content: bytes) -> Callable[[Path], None]:
-        return lambda place: _written(place / name, content)
-
-    for label, content in INVALID_TENSORS.items():
-        yield made(f"tensors: {label}", folder / "soft", put("prompt.safetensors", content), invalid=True)
-    for label, content in INVALID_JSON.items():
-        yield made(f"json: {label}", folder / "soft", put("prompt.json", content), invalid=True)
-    config = "adapter/adapter_config.json"
-    without_rank = json.loads((folder / "adapter" / config).read_text())
-    del without_rank["r"]
-    content = json.dumps(without_rank).encode()
-    yield made("an adapter without r", folder / "adapter", put(config, content), invalid=True)
-    for kind in _REPRESENTATIONS:
-        for name in _files(folder / kind):
-            for how, replace in _REPLACEMENTS.items():
-                change = partial(_at, name, replace)
-                yield made(f"{kind}/{name} as a {how}", folder / kind, change, invalid=True)
+    for kind, label, change in _wrong_artifacts(folder):
+        yield made(f"{kind}: {label}", folder / kind, change, invalid=True)
     while True:
         kind = draw.choice(list(_REPRESENTATIONS))
         name = draw.choice(_files(folder / kind))
@@ -207,7 +191,24 @@ def artifacts(draw: random.Random, folder: Path) -> Iterator[Case]:
             content = mutated_bytes(original, draw, 8 + struct.unpack("<Q", original[:8])[0] % 4096)
         else:
             content = mutated_bytes(original, draw)
-        yield made(f"{kind}/{name}: {content[:120]!r}", folder / kind, put(name, content))
+        change = partial(_put, name, content)
+        yield made(f"{kind}/{name}: {content[:120]!r}", folder / kind, change)
+
+
+def _wrong_artifacts(folder: Path) -> Iterator[tuple[str, str, Callable[[Path], None]]]:
+    """Representation, label and change of what must be refused."""
+    for label, content in INVALID_TENSORS.items():
+        yield "soft", label, partial(_put, "prompt.safetensors", content)
+    for label, content in INVALID_JSON.items():
+        yield "soft", label, partial(_put, "prompt.json", content)
+    config = "adapter/adapter_config.json"
+    without_rank = json.loads((folder / "adapter" / config).read_text())
+    del without_rank["r"]
+    yield "adapter", "without r", partial(_put, config, json.dumps(without_rank).encode())
+    for kind in _REPRESENTATIONS:
+        for name in _files(folder / kind):
+            for how, replace in _REPLACEMENTS.items():
+                yield kind, f"{name} as a {how}", partial(_at, name, replace)
 
 
 def _files(folder: Path) -> list[str]:
@@ -221,7 +222,7 @@ def _at(name: str, replace: Callable[[Path], None], folder: Path) -> None:
 
 
 def checkpoints(draw: random.Random, folder: Path) -> Iterator[Case]:
-    """Checkpoints of a run, read and restored; half of them without the digest that tells damage."""
+    """Checkpoints of a run, read and restored; most of them without the digest of their content."""
     tree = {
         "name": "x",
         "model": {"path": str(folder / "model"), "dtype": "float32", "device": "cpu"},
@@ -245,7 +246,9 @@ def checkpoints(draw: random.Random, folder: Path) -> Iterator[Case]:
         run.state.restore(load_checkpoint(place), identity)
 
     def case(label: str, change: Callable[[Path], object], invalid: bool) -> Case:
-        return copies.case(label, folder / "good", lambda place: change(place / name), restored, invalid)
+        return copies.case(
+            label, folder / "good", lambda place: change(place / name), restored, invalid
+        )
 
     for file in ("state.json", "tensors.safetensors"):
         for how, replace in _REPLACEMENTS.items():
@@ -264,7 +267,8 @@ def checkpoints(draw: random.Random, folder: Path) -> Iterator[Case]:
         changed = mutated_tree(kept, draw)
         content = json.dumps(changed).encode()
         damaged = "digest" in changed and changed["digest"] == state["digest"] and changed != kept
-        yield case(f"state: {_difference(kept, changed)}", partial(_put, "state.json", content), damaged)
+        change = partial(_put, "state.json", content)
+        yield case(f"state: {_difference(kept, changed)}", change, damaged)
 
 
 def _put(name: str, content: bytes, folder: Path) -> None:

@@ -31,9 +31,11 @@ def places(tree: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Paths of all nodes below the root."""
     if place:
         yield place
-    pairs = (
-        tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    )
+    pairs: list[tuple[Any, Any]] = []
+    if isinstance(tree, dict):
+        pairs = list(tree.items())
+    elif isinstance(tree, list):
+        pairs = list(enumerate(tree))
     for key, value in pairs:
         yield from places(value, (*place, key))
 

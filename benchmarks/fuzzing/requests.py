@@ -48,8 +48,9 @@ class Server:
 
     def is_well(self) -> bool:
         """Whether it answers."""
+        url = f"http://127.0.0.1:{self.port}/health"
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=30) as reply:
+            with urllib.request.urlopen(url, timeout=30) as reply:
                 return bool(reply.status == 200)
         except OSError:
             return False
@@ -107,12 +108,13 @@ def _request(body: bytes, **headers: str) -> bytes:
 def _invalid() -> dict[str, bytes]:
     good = json.dumps(_BODY).encode()
     deep = b"[" * 100_000
+    digits = b'{"prompts": [], "completions": [], "step": ' + b"9" * 5000 + b"}"
     return {
         "no token": _request(good, Authorization=""),
         "a wrong token": _request(good, Authorization="Bearer no"),
         "half of the token": _request(good, Authorization=f"Bearer {SECRET[:-1]}"),
         "deep lists": _request(deep),
-        "5000 digits": _request(b'{"prompts": [], "completions": [], "step": ' + b"9" * 5000 + b"}"),
+        "5000 digits": _request(digits),
         "a list": _request(b"[]"),
         "no JSON": _request(b"{"),
         "an unknown key": _request(b'{"prompts": [], "completions": [], "x": 1}'),
@@ -131,9 +133,7 @@ def requests(draw: random.Random, folder: Path) -> Iterator[Case]:
     """Requests, each on a connection of its own."""
     del folder
     with serving() as server:
-        yield from (
-            _case(server, label, content, True) for label, content in _invalid().items()
-        )
+        yield from (_case(server, label, content, True) for label, content in _invalid().items())
         files, memory = server.open_files(), server.resident_bytes()
         for number in range(1, 1_000_000):
             if number % 200 == 0:

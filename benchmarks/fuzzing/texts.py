@@ -136,13 +136,13 @@ def overrides(draw: random.Random, folder: Path) -> Iterator[Case]:
         yield case(parts, False)
 
 
-_ROWS = [
+_ROWS: list[dict[str, Any]] = [
     {"query": "What is rain?", "answer": "Water.", "level": 1, "tags": ["a", None]},
-    {"query": "Why, \"so\"?\nTwo lines", "answer": "", "level": 2.5, "tags": []},
+    {"query": 'Why, "so"?\nTwo lines', "answer": "", "level": 2.5, "tags": []},
     {"query": "\u00fcber \U0001f600", "answer": "x" * 200, "level": None, "tags": [{"a": 1}]},
 ]
 INVALID_DATA: dict[str, bytes] = {
-    "deep.jsonl": b'{"query": "a"}\n{"query": "b", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n",
+    "deep.jsonl": b'{"query": "a", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n",
     "digits.jsonl": b'{"query": "a", "x": 1}\n{"query": "b", "x": ' + b"9" * 5000 + b"}\n",
     "nan.jsonl": b'{"query": "a", "x": 1}\n{"query": "b", "x": NaN}\n',
     "twice.jsonl": b'{"query": "a", "query": "b"}\n{"query": "c"}\n',

@@ -52,6 +52,17 @@ def load(text: str, most_nodes: int = MOST_NODES) -> Any:
             loader.dispose()
 
 
+def dump(value: Any, **options: Any) -> str:
+    """Plain values as YAML that `load` reads back as they are.
+
+    Args:
+        value: nested dicts, lists and scalars.
+        options: options of `yaml.dump`; keys keep their order unless these say otherwise.
+    """
+    text: str = yaml.dump(value, Dumper=_Dumper, **{"sort_keys": False, **options})
+    return text
+
+
 def reason(error: yaml.YAMLError) -> str:
     """What is wrong, with line and column, in words that fit into a sentence."""
     mark = getattr(error, "problem_mark", None)
@@ -77,22 +88,23 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Compose a node, and count what it stands for."""
-        event = self.peek_event()
-        anchor = getattr(event, "anchor", None)
+        event = self.peek_event()  # type: ignore[no-untyped-call]  # PyYAML's stubs lack it
+        mark: Any = event.start_mark
+        anchor: str | None = getattr(event, "anchor", None)
         before = self._nodes
         if isinstance(event, yaml.AliasEvent):
             if anchor in self._open:
                 raise ComposerError(
-                    None, None, f"the alias *{anchor} refers to what holds it", event.start_mark
+                    None, None, f"the alias *{anchor} refers to what holds it", mark
                 )
-            self._nodes += self._sizes.get(anchor, 0)
+            self._nodes += self._sizes.get(anchor or "", 0)
         else:
             self._nodes += 1
             self._levels += 1
             if anchor is not None:
                 self._open.add(anchor)
         if self._nodes > self.most_nodes or self._levels > MOST_LEVELS:
-            raise ComposerError(None, None, self._too_much(), event.start_mark)
+            raise ComposerError(None, None, self._too_much(), mark)
         node = super().compose_node(parent, index)
         if not isinstance(event, yaml.AliasEvent):
             self._levels -= 1
@@ -159,11 +171,16 @@ class _Loader(yaml.SafeLoader):
         return value
 
 
-_Loader.add_implicit_resolver(
-    f"{_TAG}float",
-    re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+\Z"),
-    list("-+.0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Puts in quotes what `_Loader` would not read as text."""
+
+
+for _each in (_Loader, _Dumper):
+    _each.add_implicit_resolver(
+        f"{_TAG}float",
+        re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+\Z"),
+        list("-+.0123456789"),
+    )
 
 
 def _joined(pair: re.Match[str]) -> str:

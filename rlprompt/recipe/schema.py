@@ -30,6 +30,7 @@ from rlprompt.model.chat.template import read_template
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.make import AnyPromptSettings, own_classes, prompt_class
 from rlprompt.prompts.soft import SoftSettings
+from rlprompt.reading import yaml_text
 from rlprompt.recipe.extensions import extended, load_named
 from rlprompt.recipe.yaml_file import apply_override, explain, read_tree, set_value
 from rlprompt.rewards.base import RewardSettings
@@ -349,7 +350,8 @@ def with_new_settings(stored: Any, kind: type[Recipe] = Recipe) -> Any:
         kind: class of the recipe that it is compared with. What is stored imports nothing: it can
             name only classes of the user's own that this recipe names too.
     """
+    most = 2 * yaml_text.MOST_NODES
     try:
-        return yaml.safe_load(yaml.safe_dump(kind.model_validate(stored).plain()))
-    except (ValidationError, InputError):
+        return yaml_text.load(yaml_text.dump(kind.model_validate(stored).plain()), most)
+    except (ValidationError, InputError, yaml.YAMLError):
         return stored

@@ -118,6 +118,15 @@ class SampledData(Settings):
     max_pairs: PositiveInt = 20_000
     """At most this many pairs."""
 
+    @model_validator(mode="after")
+    def _settings_have_effect(self) -> SampledData:
+        if self.queries.too_long != "refuse":
+            raise ValueError(
+                "queries.too_long has no effect here, where a query that is too long is always "
+                "refused; remove it"
+            )
+        return self
+
 
 AnyData = Annotated[PairData | LabelData | SampledData, Field(discriminator="type")]
 

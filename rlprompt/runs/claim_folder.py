@@ -123,7 +123,7 @@ def claim_output(
 
 def _resolved_text(recipe: Mapping[str, Any], base_dir: Path) -> str:
     head = f"# rlprompt {__version__}; paths are relative to {str(base_dir.absolute())!r}\n"
-    return head + yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=100)
+    return head + yaml_text.dump(dict(recipe), allow_unicode=True, width=100)
 
 
 def _has_steps(folder: Path) -> bool:
@@ -147,7 +147,7 @@ def _check_same(path: Path, recipe: Mapping[str, Any], updated: Updated) -> None
         raise InputError(f"'{path}' cannot be read ({why}); start a new run") from error
     # Through YAML and back, as the stored one went.
     before = _flat(updated(stored))
-    now = _flat(yaml.safe_load(yaml.safe_dump(dict(recipe), sort_keys=False)))
+    now = _flat(yaml_text.load(yaml_text.dump(dict(recipe)), 2 * yaml_text.MOST_NODES))
     changed = [
         key
         for key in dict.fromkeys([*now, *before])

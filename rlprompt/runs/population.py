@@ -19,9 +19,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rlprompt.files import to_json, write_atomic
+from rlprompt.reading import yaml_text
 from rlprompt.runs.learner import NotFiniteError
 from rlprompt.runs.outcome import Outcome, read_summary
 from rlprompt.runs.run import Run
@@ -131,7 +130,7 @@ def _complete_summary(folder: Path) -> Summary | None:
 
 
 def _write_recipe(run: Run) -> None:
-    text = yaml.safe_dump(dict(run.parts.recipe), sort_keys=False, allow_unicode=True)
+    text = yaml_text.dump(dict(run.parts.recipe), allow_unicode=True)
     run.folder.mkdir(parents=True, exist_ok=True)
     write_atomic(run.folder / "recipe.resolved.yaml", text)
 

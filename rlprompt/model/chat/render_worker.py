@@ -14,7 +14,8 @@ import select
 import signal
 import struct
 import sys
-from typing import Any, BinaryIO
+from io import FileIO
+from typing import Any
 
 _LENGTH = struct.Struct(">I")
 _PARENT_CHECK_MS = 5_000
@@ -29,7 +30,7 @@ def main() -> None:
 
     _limit_memory(memory_bytes)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # which ends the process, also inside of C code
-    requests, parent = sys.stdin.buffer.raw, os.getppid()  # type: ignore[attr-defined]
+    requests, parent = os.fdopen(0, "rb", buffering=0), os.getppid()
     while (request := _next(requests, parent)) is not None:
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
         answer = _answer(render_jinja_template, request, most_characters)
@@ -44,7 +45,7 @@ def _limit_memory(more: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _next(requests: BinaryIO, parent: int) -> dict[str, Any] | None:
+def _next(requests: FileIO, parent: int) -> dict[str, Any] | None:
     """The next request; None when there will be none."""
     poll = select.poll()
     poll.register(requests, select.POLLIN)
@@ -58,7 +59,7 @@ def _next(requests: BinaryIO, parent: int) -> dict[str, Any] | None:
     return None if body is None else json.loads(body)
 
 
-def _exactly(requests: BinaryIO, count: int) -> bytes | None:
+def _exactly(requests: FileIO, count: int) -> bytes | None:
     parts = bytearray()
     while len(parts) < count:
         more = requests.read(count - len(parts))

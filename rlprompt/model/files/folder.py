@@ -208,6 +208,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(config, dict):
         raise InputError(f"{file} holds no settings of a model: copy the file again.")
+    stated = config.get("architectures") or []
+    names = [config.get("model_type") or "", *(stated if isinstance(stated, list) else [stated])]
+    if not all(isinstance(name, str) for name in names):
+        raise InputError(
+            f"{file} has a model_type or architectures that are no names: copy the file again."
+        )
     return config
 
 
