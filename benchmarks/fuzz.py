@@ -38,9 +38,9 @@ from benchmarks.fuzzing.judge import Case, Findings, judge, limit_memory
 FAULTS = ("crashes", "hangs", "leaks", "silent")
 SECONDS = 10
 CATEGORIES: dict[str, tuple[Callable[[random.Random, Path], Iterator[Case]], float]] = {
-    "recipes": (texts.recipes, 0.25),
+    "recipes": (texts.recipes, 0.2),
     "overrides": (texts.overrides, 0.25),
-    "data": (texts.data, 0.2),
+    "data": (texts.data, 0.25),
     "artifacts": (folders.artifacts, 0.1),
     "checkpoints": (folders.checkpoints, 0.06),
     "models": (folders.models, 0.03),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from typing import Any
 
 MOST_LEVELS = 64
@@ -76,10 +75,11 @@ def _float(digits: str) -> float:
     return value
 
 
-def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
+def _object(members: Any) -> dict[str, Any]:
+    """The object of a list of names and values."""
+    made: dict[str, Any] = dict(members)
+    if len(made) < len(members):
+        names = [name for name, _ in members]
         twice = next(name for name in names if names.count(name) > 1)
         raise _RefusedError(f"the key {twice[:40]!r} stands twice in one object")
     return made

