@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from rlprompt.errors import InputError
+from rlprompt.reading import json_text
+from rlprompt.reading.files import UnreadableError, open_regular
 
 _AT_FDCWD = -100
 _EXCHANGE = 2
@@ -169,12 +171,18 @@ def iter_jsonl(path: Path | str) -> Iterator[dict[str, Any]]:
 def _read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Yield each complete line, without its end, and its row; blank lines are passed over."""
     # In binary, only a line feed ends a line; a completion may hold other separators as they are.
-    with open(path, "rb") as handle:
+    try:
+        descriptor = open_regular(path)
+    except UnreadableError as error:
+        raise InputError(
+            f"'{path}' cannot be read ({error.strerror}); put the file of the run there."
+        ) from error
+    with open(descriptor, "rb") as handle:
         for number, line in enumerate(handle, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json_text.loads(line, surrogates=True)
             except ValueError as error:
                 # Only what no line feed follows can be a write that was cut short.
                 if not line.endswith(b"\n"):

@@ -295,8 +295,9 @@ class Policy:
         for query, tokens, group in zip(queries, ids, rows, strict=True):
             longest = prefix.num_tokens + len(tokens) + max((len(r) for r in group), default=room)
             if longest > self.forward.max_positions:
+                where = query.place or f"query {query.index}"
                 raise InputError(
-                    f"query {query.index} needs {longest} positions with prompt and completion, "
+                    f"{where} needs {longest} positions with prompt and completion, "
                     f"{self.base.id} has {self.forward.max_positions}; shorten the query or "
                     "max_tokens"
                 )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
+    Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     create_model,
@@ -54,24 +57,88 @@ def _take_words(node: dict[str, Any]) -> None:
         node.update(core_schema.no_info_before_validator_function(words, inner))  # type: ignore[arg-type]
 
 
-def _make_scalars_strict(node: Any) -> None:
+_LONGEST_NAME = 120
+"""Bytes of a name in UTF-8; file systems take 255, and suffixes need room."""
+LARGEST_INTEGER = 2**31 - 1
+"""Limit, in both directions, of every integer whose field states none."""
+
+
+def folder_problem(name: str) -> str:
+    """Why a name cannot be that of a folder, as the rest of a sentence; empty when it can.
+
+    Args:
+        name: name that a user gave.
+    """
+    return "holds a slash" if "/" in name or "\\" in name else _name_problem(name)
+
+
+def _name_problem(name: str) -> str:
+    if not name.strip(". "):
+        return "is no name"
+    if name != name.strip():
+        return "begins or ends with white space"
+    if any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name):
+        return "holds a control character"
+    if len(name.encode()) > _LONGEST_NAME:
+        return f"is longer than {_LONGEST_NAME} bytes"
+    return ""
+
+
+def _checked_name(name: str) -> str:
+    problem = _name_problem(name)
+    if problem:
+        raise ValueError(f"{name[:40]!r} {problem}; write a short one of letters and digits")
+    return name
+
+
+Name = Annotated[str, Field(min_length=1), AfterValidator(_checked_name)]
+"""A name that folders, logs and trackers can carry."""
+
+
+def _bound_scalars(node: Any) -> None:
+    """Have numbers and booleans read from their own type only, and integers be bounded."""
     # Only these: `strict` on the whole class would refuse YAML's lists where a tuple is wanted.
+    if isinstance(node, list):
+        for child in node:
+            _bound_scalars(child)
+    if not isinstance(node, dict) or _takes_words(node):
+        return
+    if node.get("type") == "literal":
+        _take_words(node)
+        return
+    if node.get("type") in ("int", "float", "bool"):
+        node["strict"] = True
+    if node.get("type") == "int":
+        _bound_integer(node)
+    for key, child in node.items():
+        if key not in ("default", "metadata"):
+            _bound_scalars(child)
+
+
+def _takes_words(node: Mapping[str, Any]) -> bool:
+    """Whether `_take_words` has changed a node."""
+    function = node.get("function")
+    return isinstance(function, dict) and isinstance(function.get("function"), _Words)
+
+
+def _bound_integer(node: dict[str, Any]) -> None:
+    if not node.keys() & {"le", "lt"}:
+        node["le"] = LARGEST_INTEGER
+    if not node.keys() & {"ge", "gt"}:
+        node["ge"] = -LARGEST_INTEGER
+
+
+def _leave_out_bounds(node: Any) -> None:
+    """Take the bounds that every integer has out of a JSON schema, where they say nothing."""
     if isinstance(node, dict):
-        if node.get("type") == "literal":
-            _take_words(node)
-            return
-        if isinstance(node.get("function"), dict) and isinstance(
-            node["function"].get("function"), _Words
-        ):
-            return
-        if node.get("type") in ("int", "float", "bool"):
-            node["strict"] = True
-        for key, child in node.items():
-            if key not in ("default", "metadata"):
-                _make_scalars_strict(child)
+        for key, limit in (("maximum", LARGEST_INTEGER), ("minimum", -LARGEST_INTEGER)):
+            if node.get(key) == limit:
+                del node[key]
+        for child in node.values():
+            _leave_out_bounds(child)
     elif isinstance(node, list):
         for child in node:
-            _make_scalars_strict(child)
+            _leave_out_bounds(child)
 
 
 class Settings(BaseModel):
@@ -79,7 +146,8 @@ class Settings(BaseModel):
 
     Every settings class lives beside the class it configures; a docstring under each field becomes
     its description in `rlprompt schema`. Numbers and booleans are never read from a value of
-    another type (pydantic would take `true` and "1" for 1); an integer is a float too.
+    another type (pydantic would take `true` and "1" for 1); an integer is a float too. An integer
+    whose field states no bound has 31 bits and a sign: nothing that is counted here needs more.
     """
 
     model_config = ConfigDict(
@@ -95,8 +163,16 @@ class Settings(BaseModel):
         cls, source: type[BaseModel], handler: GetCoreSchemaHandler
     ) -> CoreSchema:
         schema = handler(source)
-        _make_scalars_strict(schema)
+        _bound_scalars(schema)
         return schema
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        described = handler(schema)
+        _leave_out_bounds(handler.resolve_ref_schema(described).get("properties"))
+        return described
 
 
 class ChosenSettings(Settings):

@@ -29,6 +29,9 @@ class Query:
     """Row number in its dataset before splitting; identifies the query in logs."""
     conversational: bool = True
     """False when the dataset row was a plain string: rewards then see strings, not messages."""
+    place: str = field(default="", compare=False)
+    """Where the row stands, such as `queries.jsonl line 7`, for error messages; empty where it is
+    from no file."""
 
     @property
     def text(self) -> str:

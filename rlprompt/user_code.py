@@ -21,6 +21,7 @@ from typing import Any
 
 from rlprompt.errors import InputError, choices, describe_error, user_frame
 from rlprompt.process_exit import forks_end
+from rlprompt.reading.files import expanded
 from rlprompt.settings import UserClass
 
 Choice = Callable[[ModuleType, str], Any]
@@ -142,7 +143,7 @@ def _public(base: UserClass) -> str:
 
 
 def _find_file(location: str, base_dir: Path) -> Path:
-    given = Path(location).expanduser()
+    given = expanded(location, "the path of user code")
     places = [base_dir / given, Path.cwd() / given]  # an absolute path replaces the folder
     for place in places:
         if place.is_file():

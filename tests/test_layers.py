@@ -41,12 +41,13 @@ GROUND = (
     "files",
     "process_exit",
     "random_state",
+    "reading",
     "settings",
     "standard_streams",
     "types",
     "user_code",
 )
-"""The modules beside the folders that everybody stands on, in one room."""
+"""What everybody stands on, in one room: modules beside the folders, and the readers."""
 
 # Packages that are heavy or optional, and the only modules or folders that may import them.
 OWNERS = {

@@ -42,7 +42,7 @@ class DistillSettings(AlgorithmSettings):
     """Who writes the completions: the teacher, the learned prompt (on-policy), or the dataset."""
     completion_column: str = Field(default="completion", min_length=1)
     """Column of the dataset that holds the completions; for completions: given."""
-    group_size: int = Field(default=1, ge=1)
+    group_size: int = Field(default=1, ge=1, le=4096)
     """Completions drawn per query; not for completions: given."""
     divergence: Divergence = "forward_kl"
     """KL(teacher || student), KL(student || teacher), or the generalised Jensen-Shannon

@@ -33,7 +33,7 @@ class GRPOSettings(PolicyGradientSettings):
 
     type: Literal["grpo"] = "grpo"
     """Algorithm."""
-    group_size: int = Field(default=8, ge=2)
+    group_size: int = Field(default=8, ge=2, le=4096)
     """Completions drawn per query; their mean reward is the baseline."""
     ratio: Literal["token", "sequence_mean"] = "token"
     """The probability ratio is that of each token, or its geometric mean over the completion
@@ -46,7 +46,7 @@ class GRPOSettings(PolicyGradientSettings):
     normalizer: Normalizer = "sequence"
     """Mean over completions of token means (GRPO), mean over tokens (DAPO), or a constant
     (Dr. GRPO)."""
-    max_draws: int = Field(default=1, ge=1)
+    max_draws: int = Field(default=1, ge=1, le=1000)
     """Draws to fill a batch with groups whose rewards differ (DAPO's dynamic sampling); 1 takes
     what comes."""
 

@@ -34,7 +34,7 @@ from rlprompt.settings import Settings
 class PolicyGradientSettings(AlgorithmSettings):
     """Settings of every policy gradient."""
 
-    group_size: int = Field(default=1, ge=1)
+    group_size: int = Field(default=1, ge=1, le=4096)
     """Completions drawn per query."""
     clip_low: float = Field(default=0.2, gt=0.0, le=1.0)
     """The probability ratio is clipped below 1 - clip_low."""

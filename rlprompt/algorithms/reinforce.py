@@ -46,9 +46,9 @@ class RLOOSettings(CompletionActionSettings):
 
     type: Literal["rloo"] = "rloo"
     """Algorithm."""
-    group_size: int = Field(default=8, ge=2)
+    group_size: int = Field(default=8, ge=2, le=4096)
     """Completions drawn per query; the mean reward of the others is the baseline of each."""
-    max_draws: int = Field(default=1, ge=1)
+    max_draws: int = Field(default=1, ge=1, le=1000)
     """Draws to fill a batch with groups whose rewards differ; 1 takes what comes."""
 
 

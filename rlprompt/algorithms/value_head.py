@@ -20,7 +20,7 @@ from rlprompt.settings import Settings
 class ValueHeadSettings(Settings):
     """The value function on the base's final hidden states."""
 
-    hidden_size: int | None = Field(default=64, ge=1)
+    hidden_size: int | None = Field(default=64, ge=1, le=65536)
     """Units of the one hidden layer; null = a linear function of the hidden state."""
     lr: float = Field(default=1e-3, gt=0.0)
     """Peak learning rate (AdamW); it follows warm-up and schedule of `training.optimizer`."""

@@ -20,24 +20,29 @@ the same tensors mean something else, so loading there is refused unless forced.
 from __future__ import annotations
 
 import datetime
-import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from rlprompt.artifacts.card import card
 from rlprompt.errors import InputError
 from rlprompt.files import to_json, write_atomic
 from rlprompt.policy import Policy
+from rlprompt.prompts.adapter import AdapterPrompt
 from rlprompt.prompts.base import Prompt, SavedPrompt
 from rlprompt.prompts.make import PROMPTS
-from rlprompt.prompts.text import NonePrompt
+from rlprompt.prompts.prefix import PrefixPrompt
+from rlprompt.prompts.sequence import SequencePrompt
+from rlprompt.prompts.soft import SoftPrompt
+from rlprompt.prompts.text import NonePrompt, TextPrompt
+from rlprompt.reading import json_text
+from rlprompt.reading.files import DATA_BYTES, read_bytes, reason
+from rlprompt.reading.tensors import read_tensors
 from rlprompt.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -130,14 +135,17 @@ def read_artifact_info(folder: Path) -> ArtifactInfo:
         InputError: there is no artifact, or it is damaged or of a newer version.
     """
     path = Path(folder) / "prompt.json"
-    if not path.is_file():
+    try:
+        content = json_text.loads(read_bytes(path))
+        version = content["schema_version"]
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(
             f"'{folder}' is not an artifact (no prompt.json); name one, or the folder of a run that"
             " has one"
-        )
-    try:
-        content = json.loads(path.read_bytes())
-        version = content["schema_version"]
+        ) from error
+    except OSError as error:
+        why = reason(error)
+        raise InputError(f"'{path}' cannot be read ({why}); copy the artifact again") from error
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"'{path}' is damaged ({error}); copy the artifact again") from error
     if version not in _READABLE:
@@ -176,11 +184,13 @@ def load_artifact(
     _require_known(info, folder, kinds)
     path = Path(folder) / "prompt.safetensors"
     try:
-        tensors = load_file(path)
+        tensors = read_tensors(path)
         saved = SavedPrompt(info.init_text, tensors, info.details, _reader(Path(folder)), kinds)
         prompt = kinds[info.representation].restore(saved)
-    except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
-        raise InputError(f"'{path}' cannot be read ({error}); copy the artifact again") from error
+        _refuse_unused(prompt, tensors)
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        why = reason(error) if isinstance(error, OSError) else error
+        raise InputError(f"'{path}' cannot be read ({why}); copy the artifact again") from error
     _check_prompt(prompt, info, path, policy)
     return prompt
 
@@ -188,8 +198,9 @@ def load_artifact(
 def _require_known(info: ArtifactInfo, folder: Path, kinds: Mapping[str, object]) -> None:
     """Refuse a prompt, or a part of a sequence, that is of no known class."""
     parts = info.details.get("parts") if info.representation == "sequence" else None
-    described = [part for part in parts if isinstance(part, dict)] if parts else []
-    for name in (info.representation, *(part.get("kind") for part in described)):
+    described = parts if isinstance(parts, list) else []
+    parts_of = [str(part.get("kind")) for part in described if isinstance(part, dict)]
+    for name in (info.representation, *parts_of):
         if name not in kinds:
             raise InputError(
                 f"'{folder}' holds a prompt of the kind '{name}', and known are "
@@ -199,7 +210,14 @@ def _require_known(info: ArtifactInfo, folder: Path, kinds: Mapping[str, object]
 
 
 def _reader(folder: Path) -> Callable[[str], bytes]:
-    return lambda name: (folder / name).read_bytes()
+    return lambda name: read_bytes(folder / name, DATA_BYTES)
+
+
+def _refuse_unused(prompt: Prompt, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that the prompt would not write itself."""
+    unused = sorted(tensors.keys() - prompt.artifact_tensors().keys())
+    if unused:
+        raise ValueError(f"a {prompt.kind} prompt has no tensor {unused[0][:80]!r}")
 
 
 def _check_belongs(info: ArtifactInfo, folder: Path, policy: Policy, force: bool) -> None:
@@ -228,9 +246,24 @@ def _check_prompt(prompt: Prompt, info: ArtifactInfo, path: Path, policy: Policy
         raise InputError(
             f"'{path}' does not fit {policy.base.id} ({error}); use the base it was made on"
         ) from error
-    if not all(_is_finite(tensor) for tensor in prompt.state_dict().values()):
-        raise InputError(f"'{path}' holds values that are not finite; copy the artifact again")
-    length = policy.prefix_length(prompt) - len(policy.head_ids)
+    if not all(_is_usable(tensor, policy.base.dtype) for tensor in prompt.state_dict().values()):
+        raise InputError(
+            f"'{path}' holds values that are not finite in {policy.base.dtype} or as squares; copy "
+            "the artifact again"
+        )
+    positions = _slot_positions(prompt, policy) + len(policy.head_ids)
+    if positions > policy.forward.max_positions:
+        raise InputError(
+            f"'{path}' holds a prompt of {positions} positions with the template's head, and "
+            f"{policy.base.id} has {policy.forward.max_positions}; use the base it was made on"
+        )
+    with torch.no_grad():
+        prefix = policy.prefix(prompt)
+    if not all(bool(each.isfinite().all()) for each in (*prefix.keys, *prefix.values)):
+        raise InputError(
+            f"'{path}' holds values that the base turns into infinities; copy the artifact again"
+        )
+    length = prefix.num_tokens - len(policy.head_ids)
     if length != info.num_virtual_tokens:
         raise InputError(
             f"'{path}' holds {length} positions, prompt.json says {info.num_virtual_tokens}; copy "
@@ -238,5 +271,20 @@ def _check_prompt(prompt: Prompt, info: ArtifactInfo, path: Path, policy: Policy
         )
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+def _is_usable(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether values stay finite in the base's dtype, and in the sums of squares of its norms."""
+    if not tensor.is_floating_point():
+        return True
+    wide = tensor.to(dtype).to(torch.promote_types(dtype, torch.float32))
+    return bool(wide.isfinite().all()) and bool(wide.square().sum().isfinite())
+
+
+def _slot_positions(prompt: Prompt, policy: Policy) -> int:
+    """Positions of the slot that a built-in prompt takes, without computing its prefix."""
+    if isinstance(prompt, SequencePrompt):
+        return sum(_slot_positions(part, policy) for part in prompt.parts)
+    if isinstance(prompt, SoftPrompt | PrefixPrompt):
+        return prompt.num_virtual_tokens
+    if isinstance(prompt, TextPrompt | AdapterPrompt):
+        return len(policy.slot_ids(prompt.init_text))
+    return 0

@@ -74,6 +74,9 @@ class DataSettings(Settings):
     a test file and rows marked `test` are kept whole."""
     shuffle_seed: int = 0
     """Decides the order of the queries, hence which are held out or kept."""
+    too_long: Literal["refuse", "skip"] = "refuse"
+    """What becomes of a query that is longer than the base's positions with prompt and completion:
+    refuse = the run does not start, skip = it is left out and counted in a warning."""
 
     @field_validator("heldout", mode="before")
     @classmethod

@@ -102,7 +102,8 @@ def build_queries(
                 "throughout"
             )
         turns, index = found[position].turns, first_index + position
-        queries.append(Query(turns, columns[position], index, conversational))
+        place = table.where(position)
+        queries.append(Query(turns, columns[position], index, conversational, place))
     return queries
 
 

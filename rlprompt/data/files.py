@@ -9,13 +9,23 @@ from __future__ import annotations
 
 import csv
 import difflib
-import json
+import sys
 from collections.abc import Iterator
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
 from rlprompt.data.base import Table
-from rlprompt.errors import InputError
+from rlprompt.errors import InputError, shorten
+from rlprompt.reading import json_text
+from rlprompt.reading.files import (
+    DATA_BYTES,
+    expanded,
+    in_words,
+    read_bytes,
+    reason,
+    require_regular,
+)
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -34,7 +44,7 @@ def read_file(path: str, base_dir: Path, query_column: str) -> Table:
     Raises:
         InputError: The file is missing, of another type, unreadable or empty.
     """
-    file = base_dir / Path(path).expanduser()
+    file = base_dir / expanded(path, "the data path")
     if not file.exists():
         raise InputError(_missing_message(path, file))
     if file.is_dir():
@@ -51,9 +61,9 @@ def read_file(path: str, base_dir: Path, query_column: str) -> Table:
     try:
         table = reader(file, query_column)
     except OSError as error:
-        reason = error.strerror or str(error).splitlines()[0]
         raise InputError(
-            f"the data file '{path}' cannot be read ({reason}); check the file and its permissions"
+            f"the data file '{path}' cannot be read ({reason(error)}); check the file and its "
+            "permissions"
         ) from error
     if not table.rows:
         raise InputError(f"the data file '{path}' holds no rows; add queries to it")
@@ -77,6 +87,9 @@ def read_rows(rows: list[Any], query_column: str, label: str = "data.rows") -> T
     return Table(label=label, rows=checked)
 
 
+_ARRAY_HINT = "if it holds one JSON array of rows, rename it to end in .json"
+
+
 def _read_jsonl(file: Path, query_column: str) -> Table:
     rows: list[dict[str, Any]] = []
     numbers: list[int] = []
@@ -84,13 +97,16 @@ def _read_jsonl(file: Path, query_column: str) -> Table:
         if not line.strip():
             continue
         where = f"{file.name} line {number}"
+        begins_array = not rows and line.lstrip().startswith("[")
         try:
-            value = json.loads(line.rstrip())
-        except json.JSONDecodeError as error:
+            value = json_text.loads(line.rstrip())
+        except JSONDecodeError as error:
             raise InputError(
                 f"{where} is not valid JSON ({error.msg} at column {error.colno}); "
-                "write one JSON object per line"
+                f"{_ARRAY_HINT if begins_array else 'write one JSON object per line'}"
             ) from error
+        if begins_array and isinstance(value, list):
+            raise InputError(f"{where} is a list, not one row; {_ARRAY_HINT}")
         rows.append(_as_row(value, query_column, where))
         numbers.append(number)
     return Table(label=file.name, rows=rows, unit="line", numbers=numbers)
@@ -99,8 +115,8 @@ def _read_jsonl(file: Path, query_column: str) -> Table:
 def _read_json(file: Path, query_column: str) -> Table:
     text = "".join(line for _, line in _lines(file))
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
+        value = json_text.loads(text)
+    except JSONDecodeError as error:
         advice = "mend it there"
         if error.msg == "Extra data":
             advice = "if it holds one JSON object per line, rename it to end in .jsonl"
@@ -121,6 +137,8 @@ def _read_csv(file: Path, query_column: str) -> Table:
     reader = csv.reader((line for _, line in _lines(file)), strict=True)
     rows: list[dict[str, Any]] = []
     numbers: list[int] = []
+    # Python's own limit of 131,072 characters is process-wide, and says nothing of CSV.
+    limit = csv.field_size_limit(sys.maxsize)
     try:
         header = next(reader, [])
         doubled = sorted({name for name in header if header.count(name) > 1})
@@ -142,6 +160,8 @@ def _read_csv(file: Path, query_column: str) -> Table:
         raise InputError(
             f"{file.name} line {reader.line_num} is not valid CSV ({error}); mend it there"
         ) from error
+    finally:
+        csv.field_size_limit(limit)
     return Table(label=file.name, rows=rows, unit="line", numbers=numbers)
 
 
@@ -150,12 +170,23 @@ def _read_parquet(file: Path, query_column: str) -> Table:
     import pyarrow
     import pyarrow.parquet
 
+    require_regular(file)
     try:
+        metadata = pyarrow.parquet.read_metadata(file)
+        groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+        size = sum(group.total_byte_size for group in groups)
+        if size > DATA_BYTES:
+            raise InputError(
+                f"{file.name} unpacks to {in_words(size)}, at most {in_words(DATA_BYTES)} are "
+                "read; divide it"
+            )
         rows = pyarrow.parquet.read_table(file).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        reason = str(error).splitlines()[0]
+    except InputError:
+        raise
+    except (pyarrow.ArrowException, ValueError, OverflowError, OSError, MemoryError) as error:
+        why = shorten(str(error), 200)
         raise InputError(
-            f"{file.name} cannot be read as Parquet ({reason}); write the file again"
+            f"{file.name} cannot be read as Parquet ({why}); write the file again"
         ) from error
     return Table(label=file.name, rows=rows)
 
@@ -163,7 +194,7 @@ def _read_parquet(file: Path, query_column: str) -> Table:
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
     """Yield (number, line), the byte-order mark that spreadsheets write left out."""
     # Only line feeds divide lines: a query may hold U+2028, which str.splitlines would cut at.
-    for number, raw in enumerate(file.read_bytes().split(b"\n"), start=1):
+    for number, raw in enumerate(read_bytes(file, DATA_BYTES).split(b"\n"), start=1):
         try:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:

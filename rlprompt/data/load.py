@@ -12,7 +12,7 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from rlprompt.data.files import SUFFIXES, read_file, read_rows
 from rlprompt.data.hub import read_hub
 from rlprompt.data.near_duplicates import find_near_duplicates
 from rlprompt.errors import InputError
+from rlprompt.reading.files import expanded
 from rlprompt.types import Query
 
 logger = logging.getLogger(__name__)
@@ -116,6 +117,25 @@ def load_queries(
     )
 
 
+def without(split: QuerySplit, left_out: Collection[int]) -> QuerySplit:
+    """The split without some queries.
+
+    Args:
+        split: queries by side.
+        left_out: their `Query.index`.
+
+    Returns:
+        The split itself when nothing is left out; else one with a fingerprint of its own.
+    """
+    if not left_out:
+        return split
+    train, heldout = (
+        tuple(query for query in side if query.index not in left_out)
+        for side in (split.train, split.heldout)
+    )
+    return QuerySplit(train=train, heldout=heldout, fingerprint=_fingerprint(train, heldout))
+
+
 @dataclass(frozen=True)
 class _Source:
     """What a division starts from."""
@@ -159,7 +179,9 @@ def read_table(settings: DataSettings, base_dir: Path, given: Rows | None = None
     if given is not None and path in given:
         _refuse_hub_settings(settings, "rows in memory")
         return read_rows(list(given[path]), settings.query_column, "data")
-    names_file = path.lower().endswith(SUFFIXES) or (base_dir / Path(path).expanduser()).exists()
+    names_file = (
+        path.lower().endswith(SUFFIXES) or (base_dir / expanded(path, "data.path")).exists()
+    )
     if not names_file and HUB_ID.fullmatch(path):
         return read_hub(path, settings.name, settings.split)
     if not names_file:

@@ -60,9 +60,9 @@ class NativeSettings(EngineSettings):
     """Decode each token by one call of the C++ kernels, where they serve every layer of the base
     (Llama-shaped, bfloat16 on a CPU; `model.cpu_kernels`); false = by the base's own modules. The
     results are the same bits."""
-    max_rows: int = Field(default=256, ge=1)
+    max_rows: int = Field(default=256, ge=1, le=65536)
     """Most completions decoded at once; more are decoded in turns. Bounds the cache's memory."""
-    reuse_mib: int = Field(default=128, ge=0)
+    reuse_mib: int = Field(default=128, ge=0, le=2**20)
     """Memory for products of a rollout that the update need not compute again, in MiB: where the
     C++ kernels multiply, for the first update under the prompt that was sampled under (IA3 is
     computed as before). The results are the same bits. 0 = none."""

@@ -6,7 +6,7 @@ Letters: B rows, V vocabulary. Pure functions of tensors.
 from __future__ import annotations
 
 import torch
-from pydantic import Field
+from pydantic import Field, NonNegativeInt
 from torch import Tensor
 
 from rlprompt.kernels.cpu.ops import draw
@@ -27,11 +27,11 @@ class SamplingSettings(Settings):
     """Keep the fewest most likely tokens whose probabilities reach it (Holtzman et al., 2020)."""
     min_p: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Drop tokens less likely than this share of the most likely one (Nguyen et al., 2024)."""
-    max_tokens: int = Field(default=64, ge=1)
+    max_tokens: int = Field(default=64, ge=1, le=2**20)
     """Longest completion."""
     min_tokens: int = Field(default=0, ge=0)
     """Stop tokens cannot be drawn before this many tokens."""
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[NonNegativeInt, ...] = ()
     """Tokens that end a completion, beside the template's and the base's own."""
 
 

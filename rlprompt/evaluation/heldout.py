@@ -30,7 +30,7 @@ class EvaluationSettings(Settings):
 
     every: int = Field(default=10, ge=1)
     """Steps between evaluations of the learned prompt; the last step is always evaluated."""
-    completions_per_query: int = Field(default=2, ge=1)
+    completions_per_query: int = Field(default=2, ge=1, le=4096)
     """Completions per held-out query."""
     handwritten: str | None = None
     """A hand-written system prompt to compare with; null = none."""

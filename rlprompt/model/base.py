@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from pydantic import PositiveInt
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from pydantic import Field
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlprompt.errors import InputError
+from rlprompt.model.chat.render import start as start_rendering
 from rlprompt.model.device import choose_device, choose_dtype
 from rlprompt.model.files.fetch import EMBEDDED
 from rlprompt.model.files.folder import Source, check_folder, locate
@@ -47,7 +48,7 @@ class ModelSettings(Settings):
     template: str | None = None
     """A chat template to use in place of the tokenizer's: `plain` (for a base model that has none),
     the path of a .jinja file relative to the recipe's folder, or the text of a template."""
-    threads: PositiveInt | None = None
+    threads: int | None = Field(default=None, ge=1, le=4096)
     """CPU threads of torch; none = torch's choice."""
     cpu_kernels: Literal["auto", "on", "off"] = "auto"
     """Small C++ kernels for a bfloat16 base on a CPU, built once on this machine: auto = where a
@@ -127,6 +128,22 @@ class FrozenBase:
         return self.model.config.get_text_config(decoder=True)
 
 
+def longest_sequence(config: PretrainedConfig) -> int:
+    """The longest sequence that a model computes exactly; `sys.maxsize` when it states no limit.
+
+    LongRoPE (Phi-3) changes the rotary frequencies of all tokens when a sequence outgrows the
+    original length, so keys computed once would no longer be those of the longer sequence.
+    """
+    text: Any = config.get_text_config(decoder=True)
+    rope: dict[str, Any] = getattr(text, "rope_parameters", None) or {}
+    limits = [
+        int(part["original_max_position_embeddings"])
+        for part in (rope, *(r for r in rope.values() if isinstance(r, dict)))
+        if part.get("rope_type") == "longrope"
+    ]
+    return min([int(getattr(text, "max_position_embeddings", None) or sys.maxsize), *limits])
+
+
 def load_base(settings: ModelSettings, sharding: ShardSettings | None = None) -> FrozenBase:
     """Loads, checks, freezes and fingerprints the model of `settings`.
 
@@ -146,6 +163,7 @@ def load_base(settings: ModelSettings, sharding: ShardSettings | None = None) ->
     dtype = choose_dtype(settings.dtype, device)
     source = locate(settings.path, settings.revision)
     check_folder(source.folder, settings.trust_remote_code)
+    start_rendering()
     config = read_config(source.folder, settings.trust_remote_code)
     tokenizer = read_tokenizer(source.folder, settings.trust_remote_code)
     if sharding is None:

@@ -40,6 +40,11 @@ def base_in_memory(model: Any, tokenizer: Any) -> FrozenBase:
             f"tokenizer is {given}; give the model's own, such as "
             "AutoTokenizer.from_pretrained(...)"
         )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise InputError(
+            "model has an adapter loaded, which would change the frozen base; give the model "
+            "without it, or merge the adapter into the weights first"
+        )
     devices = {str(parameter.device) for parameter in model.parameters()}
     if len(devices) != 1:
         raise InputError(

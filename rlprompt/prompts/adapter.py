@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from rlprompt.errors import InputError
@@ -37,6 +37,8 @@ from rlprompt.prompts.layer_adapters import (
 )
 from rlprompt.prompts.settings import DEFAULT_TEXT
 from rlprompt.prompts.text import TextPrompt
+from rlprompt.reading import json_text
+from rlprompt.reading.tensors import parse_tensors
 from rlprompt.types import PrefixKV
 
 _PEFT_NAME = "base_model.model."
@@ -139,8 +141,9 @@ class AdapterPrompt(Prompt):
     @classmethod
     def restore(cls, saved: SavedPrompt) -> Self:
         """The prompt of an artifact."""
-        config = dict(json.loads(saved.file(_CONFIG)))
-        weights = {k.removeprefix(_PEFT_NAME): v for k, v in load(saved.file(_WEIGHTS)).items()}
+        config = dict(json_text.loads(saved.file(_CONFIG)))
+        stored = parse_tensors(saved.file(_WEIGHTS))
+        weights = {name.removeprefix(_PEFT_NAME): weight for name, weight in stored.items()}
         method = METHODS.get(str(config["peft_type"]))
         if method is None:
             raise ValueError(f"{config['peft_type']} is not one of {', '.join(METHODS)}")

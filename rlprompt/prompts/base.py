@@ -278,6 +278,23 @@ class SlotPrompt(Prompt):
         return self.extend(conditioner, conditioner.head_prefix())
 
 
+def whole_number(details: Mapping[str, Any], name: str) -> int:
+    """A number among the details of an artifact.
+
+    Args:
+        details: details as the artifact has them.
+        name: name of the number.
+
+    Raises:
+        LookupError: it is not there.
+        TypeError: it is no integer.
+    """
+    value = details[name]
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} is {str(value)[:40]!r}, which is no integer")
+    return value
+
+
 def check_state(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
     """Refuse tensors of other names or shapes than a prompt's own.
 

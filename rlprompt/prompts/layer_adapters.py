@@ -41,7 +41,7 @@ class LoRASettings(Settings):
 
     type: Literal["lora"] = "lora"
     """Method."""
-    rank: int = Field(default=8, ge=1)
+    rank: int = Field(default=8, ge=1, le=4096)
     """r, the rank."""
     alpha: float = Field(default=16.0, gt=0.0)
     """The change is scaled by alpha / rank."""
@@ -218,9 +218,18 @@ class LoRA(LayerAdapter):
         known = {f"{n}.lora_{part}.weight" for n in self.layers for part in "AB"}
         if not self.layers or set(self.weights) != known:
             raise ValueError("the weights are not pairs of lora_A and lora_B")
-        features = [k for k in ("use_dora", "use_rslora", "rank_pattern") if self.config.get(k)]
+        features = [name for name in _FOREIGN if self.config.get(name)]
+        if self.config.get("bias", "none") != "none":
+            features.append("bias")
         if features:
             raise ValueError(f"it uses {', '.join(features)}, which rlprompt does not have")
+        rank, alpha = self.config.get("r"), self.config.get("lora_alpha")
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise ValueError(f"r of its settings is {str(rank)[:40]!r}, not a positive integer")
+        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not alpha > 0:
+            raise ValueError(
+                f"lora_alpha of its settings is {str(alpha)[:40]!r}, not a positive number"
+            )
 
 
 class IA3(LayerAdapter):
@@ -285,7 +294,25 @@ class IA3(LayerAdapter):
     def _check(self) -> None:
         if not self.layers or len(self.layers) != len(self.weights):
             raise ValueError("the weights are not ia3_l of layers")
+        on_input = self.config.get("feedforward_modules")
+        if not isinstance(on_input, list) or not all(isinstance(each, str) for each in on_input):
+            raise ValueError("feedforward_modules of its settings is no list of names")
 
+
+_FOREIGN = (
+    "alpha_pattern",
+    "fan_in_fan_out",
+    "layer_replication",
+    "lora_bias",
+    "modules_to_save",
+    "rank_pattern",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_dora",
+    "use_qalora",
+    "use_rslora",
+)
+"""Settings of PEFT's LoRA that change what its weights mean, and that rlprompt does not have."""
 
 METHODS: dict[str, type[LayerAdapter]] = {"LORA": LoRA, "IA3": IA3}
 """By PEFT's `peft_type`."""

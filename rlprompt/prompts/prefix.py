@@ -27,6 +27,7 @@ from rlprompt.prompts.base import (
     SlotPrompt,
     check_state,
     load_nothing,
+    whole_number,
 )
 from rlprompt.prompts.settings import Start, StartSettings, fresh_start
 from rlprompt.types import PrefixKV
@@ -37,7 +38,7 @@ class PrefixSettings(StartSettings):
 
     type: Literal["prefix"] = "prefix"
     """Representation."""
-    rank: int | None = Field(default=None, ge=1)
+    rank: int | None = Field(default=None, ge=1, le=4096)
     """Train a product of matrices of this rank, [m, r] and [r, H_kv * D] per layer, in place of
     every key and value; null = every one."""
     max_offset: float | None = Field(default=1.0, gt=0.0)
@@ -154,7 +155,7 @@ class PrefixPrompt(SlotPrompt):
         tensor = saved.tensors["keys_values"]
         if tensor.dim() != 5:
             raise ValueError(f"keys_values of shape {tuple(tensor.shape)}, which must have 5 axes")
-        return cls(tensor, int(saved.details["position"]), saved.init_text)
+        return cls(tensor, whole_number(saved.details, "position"), saved.init_text)
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -266,6 +267,8 @@ class PrefixPrompt(SlotPrompt):
             raise ValueError(
                 f"keys and values of shape {tuple(self.start.shape)}, the base needs {needed}"
             )
+        if not self.num_virtual_tokens:
+            raise ValueError("no position")
 
 
 def _behind(begun: SlotPrompt | Start, conditioner: Conditioner, before: PrefixKV) -> Tensor:

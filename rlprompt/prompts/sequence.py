@@ -24,6 +24,7 @@ from rlprompt.prompts.base import (
     SlotPrompt,
     check_state,
     load_nothing,
+    whole_number,
 )
 from rlprompt.prompts.single import PARTS
 from rlprompt.settings import OneOf
@@ -142,12 +143,16 @@ class SequencePrompt(SlotPrompt):
     def restore(cls, saved: SavedPrompt) -> Self:
         """The prompt of an artifact."""
         parts: list[SlotPrompt] = []
+        if len(saved.details["parts"]) > MOST_PARTS:
+            raise ValueError(f"it has more than {MOST_PARTS} parts")
         for place, described in enumerate(saved.details["parts"]):
             kind = saved.kinds[described["kind"]]
             if not issubclass(kind, SlotPrompt):
                 raise ValueError(
                     f"part {place} is a {kind.kind}, which cannot be part of a sequence"
                 )
+            if not isinstance(described["init_text"], str):
+                raise TypeError(f"the init_text of part {place} is no text")
             tensors = _of_part(saved.tensors, place)
             part = replace(
                 saved,
@@ -156,7 +161,7 @@ class SequencePrompt(SlotPrompt):
                 details=described["details"],
             )
             parts.append(kind.restore(part))
-        return cls(parts, int(saved.details["train"]))
+        return cls(parts, whole_number(saved.details, "train"))
 
     @property
     def trained(self) -> SlotPrompt:

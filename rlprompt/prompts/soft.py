@@ -190,6 +190,8 @@ class SoftPrompt(SlotPrompt):
             raise ValueError(
                 f"embeddings of shape {tuple(self.embeddings.shape)}, the base needs width {width}"
             )
+        if not self.num_virtual_tokens:
+            raise ValueError("no position")
 
 
 def resample(embeddings: Tensor, length: int) -> Tensor:

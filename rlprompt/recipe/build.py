@@ -31,12 +31,14 @@ from rlprompt.evaluation.measures import (
     TargetLogprob,
     TeacherKL,
 )
+from rlprompt.model.outline import Outline, read_outline
 from rlprompt.model.sharded.shards import ShardSettings
 from rlprompt.policy import Policy, open_policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.make import make_prompt
 from rlprompt.prompts.settings import StartSettings
 from rlprompt.prompts.text import NonePrompt, TextPrompt
+from rlprompt.recipe.lengths import fitting
 from rlprompt.recipe.objects import Objects, in_memory
 from rlprompt.recipe.schema import (
     InitialReference,
@@ -276,6 +278,7 @@ def _trackers(recipe: Recipe, console: Console | None, ranks: Ranks) -> TrackerG
 def _shared(
     recipe: Recipe, data: QuerySplit, rewards: RewardRunner, ranks: Ranks, objects: Objects
 ) -> Shared:
+    data = fitting(data, recipe, _outline(recipe, objects))
     policy = _policy(recipe, objects)
     rewards.plan = _plan(recipe, data)
     judged = rewards.bind_policy(policy)
@@ -316,15 +319,24 @@ def _check_renders(policy: Policy, data: QuerySplit) -> None:
             raise InputError(f"query {query.index} of the dataset: {error}") from error
 
 
-def _policy(recipe: Recipe, objects: Objects) -> Policy:
-    """The base of a recipe: loaded, or in memory already."""
-    if not in_memory(recipe.model.path):
-        return open_policy(recipe.model, _sharding(recipe.distributed))
-    if objects.policy is None:
+def _outline(recipe: Recipe, objects: Objects) -> Outline:
+    """What is known of the base before it is loaded."""
+    if in_memory(recipe.model.path) and objects.policy is not None:
+        policy = objects.policy
+        return Outline(policy.base.id, policy.slot, policy.forward.max_positions)
+    if in_memory(recipe.model.path):
         raise InputError(
             f"model.path is '{recipe.model.path}', a model in memory of the program that began "
             "this run; name a folder or a hub id, or call rlprompt.train with the model"
         )
+    return read_outline(recipe.model)
+
+
+def _policy(recipe: Recipe, objects: Objects) -> Policy:
+    """The base of a recipe: loaded, or in memory already."""
+    if not in_memory(recipe.model.path):
+        return open_policy(recipe.model, _sharding(recipe.distributed))
+    assert objects.policy is not None  # `_outline` refuses
     if recipe.distributed.base != "replicated":
         raise InputError(
             "distributed.base is sharded, which cuts a model up while it is loaded; give model "

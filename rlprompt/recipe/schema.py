@@ -31,6 +31,7 @@ from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.make import AnyPromptSettings, own_classes, prompt_class
 from rlprompt.prompts.settings import StartSettings
 from rlprompt.prompts.soft import SoftSettings
+from rlprompt.reading import yaml_text
 from rlprompt.recipe.extensions import extended, load_named
 from rlprompt.recipe.paths import with_absolute_paths
 from rlprompt.recipe.secrets import secret_in
@@ -40,7 +41,7 @@ from rlprompt.runs.claim_folder import recipe_folder
 from rlprompt.runs.guards import Guard, require_known_rewards
 from rlprompt.runs.settings import MemberSettings, RunSettings
 from rlprompt.search.make import AnySearchSettings, searcher_class
-from rlprompt.settings import Settings
+from rlprompt.settings import Name, Settings
 from rlprompt.tracking.make import TrackersSettings
 from rlprompt.training.settings import TrainingSettings
 
@@ -74,7 +75,7 @@ Reference = Annotated[NoneReference | InitialReference | TextReference, Field(di
 class Recipe(Settings):
     """One run in full."""
 
-    name: str = Field(min_length=1)
+    name: Name
     """What this run is called in reports, artifacts and trackers."""
     model: ModelSettings = ModelSettings()
     """The frozen base."""
@@ -386,9 +387,10 @@ def with_new_settings(
             name only classes of the user's own that this recipe names too.
         base_dir: folder that relative paths in it are relative to; None = there are none.
     """
+    most = 2 * yaml_text.MOST_NODES
     try:
         if base_dir is not None and isinstance(stored, dict):
             stored = with_absolute_paths(stored, base_dir)
-        return yaml.safe_load(yaml.safe_dump(kind.model_validate(stored).plain()))
-    except (ValidationError, InputError):
+        return yaml_text.load(yaml_text.dump(kind.model_validate(stored).plain()), most)
+    except (ValidationError, InputError, yaml.YAMLError):
         return stored

@@ -1,14 +1,12 @@
 """From the text of a recipe to plain values, and from what is wrong in it to one sentence.
 
-YAML is read more strictly than PyYAML does (a key that is given twice is an error) and its numbers
-as YAML 1.2 has them (`1e-3` is a number). What the settings classes object to is explained with the
-YAML path and, for a name, the nearest one that exists.
+How strictly YAML is read is told in `rlprompt.reading.yaml_text`. What the settings classes object
+to is explained with the YAML path and, for a name, the nearest one that exists.
 """
 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from rlprompt.errors import InputError
+from rlprompt.errors import InputError, quote
+from rlprompt.reading import yaml_text
+from rlprompt.reading.files import read_text, reason
 from rlprompt.recipe.hints import elsewhere, foreign_hint, other_type
 
 Schema = Mapping[str, Any]
@@ -44,25 +44,7 @@ _NEEDS = {
 """What a value must be, by pydantic's error type."""
 
 _WRONG_KEY = ("extra_forbidden", "invalid_key")
-
-
-class _Loader(yaml.SafeLoader):
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key.value}' is given twice", key.start_mark
-                )
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+\Z"),
-    list("-+.0123456789"),
-)
+_INDEX_DIGITS = 9
 
 
 def read_tree(path: Path) -> dict[str, Any]:
@@ -73,20 +55,20 @@ def read_tree(path: Path) -> dict[str, Any]:
     """
     if path.is_dir():
         raise InputError(f"recipe '{path}' is a folder; name the YAML file in it")
-    if not path.is_file():
-        raise InputError(f"recipe '{path}' does not exist; {_neighbour(path)}")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        tree = yaml_text.load(read_text(path))
+    except FileNotFoundError as error:
+        raise InputError(f"recipe '{path}' does not exist; {_neighbour(path)}") from error
     except UnicodeDecodeError as error:
         raise InputError(
             f"recipe '{path}' is not UTF-8 text; save it with that encoding"
         ) from error
     except OSError as error:
         raise InputError(
-            f"recipe '{path}' cannot be read ({error.strerror}); check its permissions"
+            f"recipe '{path}' cannot be read ({reason(error)}); check the file and its permissions"
         ) from error
     except yaml.YAMLError as error:
-        raise InputError(f"recipe '{path}' is not valid YAML: {_reason(error)}") from error
+        raise InputError(f"recipe '{path}' is not valid YAML: {yaml_text.reason(error)}") from error
     if not isinstance(tree, dict):
         raise InputError(
             f"recipe '{path}' is not a mapping of keys; begin with 'name:', see docs/recipe.md"
@@ -98,14 +80,6 @@ def _neighbour(path: Path) -> str:
     names = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=1)
     return f"did you mean '{path.parent / near[0]}'?" if near else "check the path"
-
-
-def _reason(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = " ".join(str(getattr(error, "problem", None) or error).split())
-    if mark is None:
-        return f"{problem}; mend it"
-    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}; mend that line"
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
@@ -121,10 +95,11 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     if not equals or not key.strip():
         raise InputError(f"override '{override}' is not of the form key=value; write one")
     try:
-        value = yaml.load(text, _Loader)
+        value = yaml_text.load(text)
     except yaml.YAMLError as error:
         raise InputError(
-            f"override '{override}' has a value that is not YAML; put it in quotes"
+            f"override '{override}' has a value that is not YAML "
+            f"({yaml_text.problem(error)}); put it in quotes"
         ) from error
     set_value(tree, key.strip(), value, f"override '{override}'")
 
@@ -172,9 +147,9 @@ def _place(node: Any, part: str, who: str) -> Any:
         return part
     if not isinstance(node, list):
         raise InputError(f"{who} looks for '{part}' below a plain value; check the key")
-    if not part.isdecimal() or int(part) >= len(node):
+    if not part.isdecimal() or len(part) > _INDEX_DIGITS or int(part) >= len(node):
         last = f"the entries are 0 to {len(node) - 1}" if node else "the list is empty"
-        raise InputError(f"{who}: '{part}' is not an index; {last}")
+        raise InputError(f"{who}: {quote(part)} is not an index; {last}")
     return int(part)
 
 

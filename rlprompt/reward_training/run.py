@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from rlprompt.errors import InputError
 from rlprompt.files import to_json, write_atomic
+from rlprompt.reading import yaml_text
 from rlprompt.reward_training.card import reward_card
 from rlprompt.reward_training.evaluation import (
     Calibration,
@@ -77,7 +77,7 @@ def train_reward(
     model, tokenizer = read_start(recipe.model, base_dir, recipe.seed)
     output.mkdir(parents=True, exist_ok=True)
     plain = recipe.model_dump(mode="json")
-    write_atomic(output / "recipe.resolved.yaml", yaml.safe_dump(plain, sort_keys=False))
+    write_atomic(output / "recipe.resolved.yaml", yaml_text.dump(plain))
     scratch = output / "trl"
     log = learn(recipe, model, tokenizer, sides.train, scratch, progress)
     shutil.rmtree(scratch, ignore_errors=True)

@@ -16,7 +16,7 @@ from rlprompt.recipe.secrets import secret_in
 from rlprompt.recipe.yaml_file import apply_override, explain, read_tree
 from rlprompt.rewards.base import RewardSettings
 from rlprompt.rewards.models.conversation import PAIR, Keep
-from rlprompt.settings import Settings
+from rlprompt.settings import Name, Settings
 
 
 class StartSettings(Settings):
@@ -129,6 +129,15 @@ class SampledData(Settings):
             )
         return queries
 
+    @model_validator(mode="after")
+    def _settings_have_effect(self) -> SampledData:
+        if self.queries.too_long != "refuse":
+            raise ValueError(
+                "queries.too_long has no effect here, where a query that is too long is always "
+                "refused; remove it"
+            )
+        return self
+
 
 AnyData = Annotated[PairData | LabelData | SampledData, Field(discriminator="type")]
 
@@ -182,7 +191,7 @@ class RuleSettings(Settings):
 class RewardRecipe(Settings):
     """One preference model in full."""
 
-    name: str = Field(min_length=1)
+    name: Name
     """What the model is called."""
     description: str = ""
     """What a high score means, and where the judgements come from; stands in the model's card."""

@@ -291,10 +291,20 @@ def given_completion(policy: Policy, query: Query, column: str) -> Completion:
     """A dataset's answer as a completion that no engine drew.
 
     Raises:
+        InputError: see `given_text`.
+    """
+    text = given_text(query, column)
+    return Completion(tuple(policy.slot.completion_ids(text)), (), text.strip(), True)
+
+
+def given_text(query: Query, column: str) -> str:
+    """A dataset's answer to a query.
+
+    Raises:
         InputError: the column is missing, or its value is not a non-empty text or a list with one
             assistant message.
     """
-    where = f"row {query.index} of the dataset"
+    where = query.place or f"row {query.index} of the dataset"
     if column not in query.columns:
         known = ", ".join(sorted(query.columns)) or "none"
         raise InputError(
@@ -309,7 +319,7 @@ def given_completion(policy: Policy, query: Query, column: str) -> Completion:
             f"{where}, column '{column}', holds no answer; write a non-empty text, or a list with "
             "one assistant message"
         )
-    return Completion(tuple(policy.slot.completion_ids(value)), (), value.strip(), True)
+    return value
 
 
 def unscored(count: int) -> RewardBatch:

@@ -1,13 +1,14 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped.
 
 A checkpoint is a folder `step_000010` with `tensors.safetensors` (prompt, best prompt, optimizer,
-random generator) and `state.json` (counters, data position, history). It is written beside its
-final place and renamed, so a folder that has the final name is whole; what a crash left beside it
-begins with a dot and is removed by the next save.
+random generator) and `state.json` (counters, data position, history, a digest of all this). It is
+written beside its final place and renamed, so a folder that has the final name is whole; what a
+crash left beside it begins with a dot and is removed by the next save.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -18,12 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from rlprompt.errors import InputError
 from rlprompt.files import to_json, write_atomic
+from rlprompt.reading import json_text
+from rlprompt.reading.files import DATA_BYTES, read_bytes, reason
+from rlprompt.reading.tensors import STORED, parse_tensors
 
 _NAME = re.compile(r"step_(\d+)")
 _LEFTOVERS = ".step_*"
@@ -63,9 +66,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     try:
         temporary.mkdir()
         tensors = {k: v.detach().cpu().contiguous() for k, v in checkpoint.tensors.items()}
-        write_atomic(temporary / "tensors.safetensors", save(tensors))
-        state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
-        write_atomic(temporary / "state.json", to_json(state, indent=1))
+        content = save(tensors)
+        write_atomic(temporary / "tensors.safetensors", content)
+        state = {"step": checkpoint.step, **checkpoint.state}
+        marks = {"format": FORMAT, "digest": _digest(json.loads(to_json(state)), content)}
+        write_atomic(temporary / "state.json", to_json(marks | state, indent=1))
         if target.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             os.replace(target, replaced)
@@ -99,7 +104,7 @@ def read_progress(folder: Path) -> dict[str, Any] | None:
     if not steps:
         return None
     try:
-        state = json.loads((folder / f"step_{steps[-1]:06d}" / "state.json").read_bytes())
+        state = json_text.loads(read_bytes(folder / f"step_{steps[-1]:06d}" / "state.json"))
         progress = state["progress"]
     except (OSError, ValueError, LookupError, TypeError):
         return None  # loading it says what is wrong
@@ -118,13 +123,17 @@ def load_checkpoint(folder: Path, step: int | None = None) -> Checkpoint:
     step = steps[-1] if step is None else step
     path = folder / f"step_{step:06d}"
     try:
-        state = dict(json.loads((path / "state.json").read_bytes()))
-        written = state.pop("format", None)
-        number = int(state.pop("step"))
-        tensors = load_file(path / "tensors.safetensors")
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        state = dict(json_text.loads(read_bytes(path / "state.json", DATA_BYTES)))
+        written, digest = state.pop("format", None), state.pop("digest", None)
+        content = read_bytes(path / "tensors.safetensors", DATA_BYTES)
+        tensors = parse_tensors(content, STORED)
+        if digest is not None and digest != _digest(state, content):
+            raise ValueError("its content is not what was written")
+        number = _whole(state.pop("step"))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        why = reason(error) if isinstance(error, OSError) else error
         raise InputError(
-            f"checkpoint '{path}' is damaged ({error}); delete that folder to resume from the one "
+            f"checkpoint '{path}' is damaged ({why}); delete that folder to resume from the one "
             "before"
         ) from error
     if written != FORMAT:
@@ -135,6 +144,21 @@ def load_checkpoint(folder: Path, step: int | None = None) -> Checkpoint:
 def _aside(target: Path) -> Path:
     """Where a checkpoint is while another of its step takes its place."""
     return target.with_name(f".{target.name}{_ASIDE}")
+
+
+def _digest(state: Mapping[str, Any], tensors: bytes) -> str:
+    """What changes when anything in a checkpoint does; checkpoints of earlier versions have none.
+
+    It tells damage and mistakes, not a forger: whoever can write the folder can write this too.
+    """
+    plain = json.dumps(state, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(plain.encode() + hashlib.sha256(tensors).digest()).hexdigest()
+
+
+def _whole(step: object) -> int:
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise ValueError(f"step is {str(step)[:40]!r}, no number of steps")
+    return step
 
 
 def _sync(path: Path) -> None:

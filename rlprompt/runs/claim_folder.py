@@ -22,8 +22,11 @@ import yaml
 from rlprompt import __version__
 from rlprompt.errors import InputError
 from rlprompt.files import write_atomic
+from rlprompt.reading import yaml_text
+from rlprompt.reading.files import read_text, reason
 from rlprompt.runs.changes import ABSENT, Change, changes_between, effects_of
 from rlprompt.runs.checkpoint import checkpoint_steps
+from rlprompt.settings import folder_problem
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +50,11 @@ def default_output(name: str) -> Path:
     Raises:
         InputError: the name cannot be that of a folder.
     """
-    if Path(name).name != name:
+    problem = folder_problem(name)
+    if problem:
         raise InputError(
-            f"the name {name!r} cannot be a folder under runs/; change it, or name the run "
-            "folder with --output"
+            f"the name {name[:80]!r} {problem}, so it cannot be a folder under runs/; change it, "
+            "or name the run folder with --output"
         )
     return Path("runs") / name
 
@@ -160,7 +164,7 @@ def _resolved_text(recipe: Mapping[str, Any], base_dir: Path, overridden: Sequen
     head = f"# rlprompt {__version__}; paths are relative to {str(base_dir.absolute())!r}\n"
     if overridden:
         head += f"{_OVERRIDDEN}{json.dumps(list(dict.fromkeys(overridden)))}\n"
-    return head + yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=100)
+    return head + yaml_text.dump(dict(recipe), allow_unicode=True, width=100)
 
 
 def recipe_folder(recipe: Path) -> Path:
@@ -214,12 +218,14 @@ def _has_steps(folder: Path) -> bool:
 
 def _allowed_changes(path: Path, recipe: Mapping[str, Any], updated: Updated) -> list[Change]:
     try:
-        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"'{path}' cannot be read ({reason}); start a new run") from error
+        stored = yaml_text.load(read_text(path), 2 * yaml_text.MOST_NODES)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"'{path}' cannot be read ({reason(error)}); start a new run") from error
+    except yaml.YAMLError as error:
+        why = yaml_text.problem(error)
+        raise InputError(f"'{path}' cannot be read ({why}); start a new run") from error
     # Through YAML and back, as the stored one went.
-    now = yaml.safe_load(yaml.safe_dump(dict(recipe), sort_keys=False))
+    now = yaml_text.load(yaml_text.dump(dict(recipe)), 2 * yaml_text.MOST_NODES)
     changes = changes_between(updated(stored), now)
     refused = [change for change in changes if not change.is_allowed]
     if refused:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,8 @@ from typing import Any
 
 from rlprompt.errors import InputError
 from rlprompt.files import read_jsonl
+from rlprompt.reading import json_text
+from rlprompt.reading.files import read_bytes
 from rlprompt.runs.stop_reason import StopReason
 from rlprompt.runs.summary import Summary
 from rlprompt.serving.loaded import LoadedPrompt
@@ -160,7 +161,7 @@ def read_summary(folder: Path) -> Summary:
     """
     path = folder / "summary.json"
     try:
-        found = json.loads(path.read_bytes())
+        found = json_text.loads(read_bytes(path), surrogates=True)
     except FileNotFoundError as error:
         raise InputError(f"'{folder}' has no summary yet; let the run come to an end") from error
     except (OSError, ValueError) as error:

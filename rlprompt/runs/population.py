@@ -20,9 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rlprompt.files import replace_folder, to_json, write_atomic
+from rlprompt.reading import yaml_text
 from rlprompt.runs.claim_folder import RECIPE_FILE
 from rlprompt.runs.learner import NotFiniteError
 from rlprompt.runs.outcome import Outcome, read_summary
@@ -171,7 +170,7 @@ def _write_recipe(run: Run) -> None:
 
 
 def _recipe_text(run: Run) -> str:
-    return yaml.safe_dump(dict(run.parts.recipe), sort_keys=False, allow_unicode=True)
+    return yaml_text.dump(dict(run.parts.recipe), allow_unicode=True)
 
 
 def _row(summary: Summary | None, failure: str | None) -> dict[str, Any]:

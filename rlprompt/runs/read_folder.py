@@ -6,7 +6,6 @@ step may have been logged twice; this module hides both.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,8 @@ import yaml
 
 from rlprompt.errors import InputError
 from rlprompt.files import iter_jsonl
+from rlprompt.reading import json_text, yaml_text
+from rlprompt.reading.files import read_bytes, read_text, reason
 
 Row = Mapping[str, Any]
 
@@ -153,7 +154,7 @@ def _load_one(folder: Path) -> RunFiles:
     metrics, evaluations, completions = (
         iter_jsonl(path) if path.exists() else iter(()) for path in logs
     )
-    recipe_text = recipe_path.read_text(encoding="utf-8") if recipe_path.exists() else ""
+    recipe_text = _read_recipe(recipe_path) if recipe_path.exists() else ""
     return RunFiles(
         folder=folder,
         metrics=_last_of_each(metrics, "step"),
@@ -165,13 +166,22 @@ def _load_one(folder: Path) -> RunFiles:
     )
 
 
+def _read_recipe(path: Path) -> str:
+    try:
+        return read_text(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"'{path}' cannot be read ({reason(error)}); remove it.") from error
+
+
 def _read_summary(path: Path) -> Row:
     if not path.exists():
         return {}
     try:
-        summary = json.loads(path.read_bytes())
+        summary = json_text.loads(read_bytes(path), surrogates=True)
     except ValueError as error:
         raise InputError(f"'{path}' is not valid JSON ({error}); remove it.") from error
+    except OSError as error:
+        raise InputError(f"'{path}' cannot be read ({reason(error)}); remove it.") from error
     if not isinstance(summary, dict):
         raise InputError(f"'{path}' is not a JSON object; remove it.")
     return summary
@@ -179,7 +189,7 @@ def _read_summary(path: Path) -> Row:
 
 def _parse_recipe(text: str) -> Row:
     try:
-        recipe = yaml.safe_load(text)
+        recipe = yaml_text.load(text, 2 * yaml_text.MOST_NODES)
     except yaml.YAMLError:
         return {}
     return recipe if isinstance(recipe, dict) else {}

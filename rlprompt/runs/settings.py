@@ -40,7 +40,7 @@ class RunSettings(Settings):
 class MemberSettings(Settings):
     """One prompt of a population: the recipe with some keys changed."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)
     """Its folder under `members/`."""
     changes: dict[str, Any] = Field(default_factory=dict)
     """Dotted keys of the recipe and their values in this member: `seed`, `prompt`, `search` or keys

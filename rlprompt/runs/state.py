@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rlprompt.errors import InputError
+from pydantic import TypeAdapter, ValidationError
+
+from rlprompt.errors import InputError, describe_error
 from rlprompt.prompts.base import Prompt
 from rlprompt.random_state import global_random_state, restore_global_random_state
 from rlprompt.runs.checkpoint import Checkpoint
@@ -66,6 +68,24 @@ class Progress:
     def kept_start(self) -> bool:
         """Whether the best prompt by held-out queries is the one that the run began with."""
         return self.best_reward is not None and self.best_step == 0
+
+
+_PROGRESS = TypeAdapter(Progress)
+
+
+def _progress(stored: dict[str, Any]) -> Progress:
+    """The counters of a checkpoint.
+
+    Raises:
+        TypeError: they are not those of `Progress`, or not of their types.
+    """
+    try:
+        # Earlier versions evaluated before they saved, and did not say so.
+        known = {"evaluated_step": stored.get("step", 0), **stored}
+        return _PROGRESS.validate_python(asdict(Progress(**known)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise TypeError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
 class RunState:
@@ -141,24 +161,32 @@ class RunState:
         Raises:
             InputError: its identity differs (other data, another base), or it holds another prompt.
         """
+        stored = checkpoint.state.get("identity")
         for name, value in identity.items():
-            if checkpoint.state["identity"].get(name) != value:
+            if not isinstance(stored, Mapping) or stored.get(name) != value:
                 raise InputError(
                     f"the {name} has changed since the checkpoint was written; restore it, or "
                     "start a new run in another output folder"
                 )
-        tensors = checkpoint.tensors
         try:
-            self.learner.restore(LearnerState(tensors, checkpoint.state["learner"]))
+            self._take_over(checkpoint)
         except ValueError as error:
             raise InputError(
                 f"the checkpoint holds another prompt, algorithm or search ({error}); start a new "
                 "run in another output folder"
             ) from error
+        except (LookupError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
+            raise InputError(
+                f"the checkpoint is damaged ({describe_error(error)}); delete its folder to resume "
+                "from the one before"
+            ) from error
+
+    def _take_over(self, checkpoint: Checkpoint) -> None:
+        tensors, state = checkpoint.tensors, checkpoint.state
+        progress = _progress(copy.deepcopy(state["progress"]))
+        self.learner.restore(LearnerState(tensors, state["learner"]))
         best = {name: tensor.clone() for name, tensor in named_under(tensors, "best").items()}
         # Earlier versions kept nothing but tensors.
-        self.best = LearnerState(best, checkpoint.state.get("best", {}))
-        stored = copy.deepcopy(checkpoint.state["progress"])
-        # Earlier versions evaluated before they saved, and did not say so.
-        self.progress = Progress(**{"evaluated_step": stored.get("step", 0), **stored})
-        restore_global_random_state(tensors, checkpoint.state["random"])
+        self.best = LearnerState(best, state.get("best", {}))
+        self.progress = progress
+        restore_global_random_state(tensors, state["random"])

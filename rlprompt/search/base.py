@@ -33,7 +33,7 @@ from rlprompt.types import Group
 class SearchSettings(ChosenSettings):
     """What the settings of every searcher have."""
 
-    completions_per_query: int = Field(default=1, ge=1)
+    completions_per_query: int = Field(default=1, ge=1, le=4096)
     """Completions of each of the step's queries under each candidate."""
 
 

@@ -6,7 +6,6 @@ it is, whatever Slurm remembers.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any
 
 from rlprompt.errors import InputError
 from rlprompt.files import iter_jsonl, to_json, write_atomic
+from rlprompt.reading import json_text
+from rlprompt.reading.files import read_bytes
 from rlprompt.runs.stop_reason import StopReason
 from rlprompt.slurm.queue import QueuedJob
 
@@ -82,7 +83,7 @@ def read_jobs(folder: Path) -> list[Submitted]:
     """
     path = folder / JOBS_FILE
     try:
-        return [Submitted(**row) for row in json.loads(path.read_bytes())]
+        return [Submitted(**row) for row in json_text.loads(read_bytes(path))]
     except FileNotFoundError as error:
         raise InputError(
             f"nothing was submitted from '{folder.parent}'; name the --output of `rlprompt submit`"
@@ -178,7 +179,7 @@ def _progress(output: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         for row in iter_jsonl(output / "metrics.jsonl"):
             last = row
     try:
-        summary = json.loads((output / "summary.json").read_bytes())
+        summary = json_text.loads(read_bytes(output / "summary.json"), surrogates=True)
     except (OSError, ValueError):
         summary = {}
     return last, summary

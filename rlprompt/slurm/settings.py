@@ -14,6 +14,8 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from rlprompt.errors import InputError
+from rlprompt.reading import yaml_text
+from rlprompt.reading.files import read_text, reason
 from rlprompt.recipe.yaml_file import explain
 from rlprompt.settings import Settings
 
@@ -106,11 +108,14 @@ def load_cluster(path: Path | None, changes: Mapping[str, Any]) -> ClusterSettin
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
+        tree = yaml_text.load(read_text(path))
+    except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"cluster file '{path}' cannot be read ({reason}); see docs/cluster.md"
+            f"cluster file '{path}' cannot be read ({reason(error)}); see docs/cluster.md"
+        ) from error
+    except yaml.YAMLError as error:
+        raise InputError(
+            f"cluster file '{path}' is not valid YAML: {yaml_text.reason(error)}"
         ) from error
     if not isinstance(tree, dict):
         raise InputError(f"cluster file '{path}' is not a mapping of keys; see docs/cluster.md")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 from pathlib import Path
@@ -12,6 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from rlprompt.data import DataSettings, load_queries
+from rlprompt.errors import InputError
 
 WORDS = [f"What is thing number {i}?" for i in range(20)]
 ROWS = [{"query": text, "answer": f"thing {i}"} for i, text in enumerate(WORDS)]
@@ -279,3 +281,35 @@ def test_fingerprint_follows_content(tmp_path: Path) -> None:
     assert fingerprint(ROWS, shuffle_seed=1) != base
     chats = [{**row, "query": [{"role": "user", "content": row["query"]}]} for row in ROWS]
     assert fingerprint(chats) != base
+
+
+def test_a_csv_cell_may_have_any_length(tmp_path: Path) -> None:
+    limit = csv.field_size_limit()
+    long = "word " * 60_000
+    (tmp_path / "q.csv").write_text(f'query,answer\nshort,"{long}"\nother,x\n')
+    found = load_queries(DataSettings(path="q.csv", heldout=0), tmp_path)
+    assert sorted(len(query.columns["answer"]) for query in found.train) == [1, len(long)]
+    assert csv.field_size_limit() == limit
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['[{"query": "a"}, {"query": "b"}]', '[\n  {"query": "a"},\n  {"query": "b"}\n]\n', "\n[1]\n"],
+    ids=["one line", "several lines", "after a blank line"],
+)
+def test_an_array_in_jsonl_gets_the_hint_that_lines_in_json_get(tmp_path: Path, text: str) -> None:
+    (tmp_path / "q.jsonl").write_text(text)
+    with pytest.raises(InputError, match=r"one JSON array of rows, rename it to end in \.json"):
+        load_queries(DataSettings(path="q.jsonl"), tmp_path)
+    (tmp_path / "q.json").write_text('{"query": "a"}\n{"query": "b"}\n')
+    with pytest.raises(InputError, match=r"one JSON object per line, rename it to end in \.jsonl"):
+        load_queries(DataSettings(path="q.json"), tmp_path)
+
+
+def test_queries_know_their_place(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"query": "a"}\n\n{"query": "b"}\n')
+    found = load_queries(DataSettings(path="q.jsonl", heldout=0), tmp_path)
+    assert {query.text: query.place for query in found.train} == {
+        "a": "q.jsonl line 1",
+        "b": "q.jsonl line 3",
+    }

@@ -27,6 +27,7 @@ from transformers import (
 from rlprompt.errors import InputError
 from rlprompt.model.base import FrozenBase, ModelSettings, freeze, load_base, verify_unchanged
 from rlprompt.model.device import choose_device, choose_dtype
+from rlprompt.model.in_memory import base_in_memory
 from tests.fixtures.tiny import (
     CONFIGS,
     FAMILIES,
@@ -343,3 +344,32 @@ def test_real_model_answers(smollm2_dir: Path) -> None:
     with torch.no_grad():
         logits = smollm2.model(ids.to(smollm2.device)).logits
     assert tokenizer.decode(logits[0, -1].argmax()) == " Paris"
+
+
+def test_an_adapter_beside_the_model_is_refused(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert "an adapter that would change the frozen base" in sentence(folder)
+    (folder / "adapter_config.json").unlink()
+    (folder / "adapter_config.json").symlink_to("/nowhere")
+    assert "an adapter that would change the frozen base" in sentence(folder)
+
+
+def test_an_adapter_in_memory_is_refused() -> None:
+    model = tiny_model("llama")
+    model._hf_peft_config_loaded = True
+    with pytest.raises(InputError, match="model has an adapter loaded"):
+        base_in_memory(model, tiny_tokenizer())
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "model.safetensors"])
+def test_a_pipe_in_a_model_folder_is_not_waited_for(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert str(folder) in sentence(folder)
+
+
+def test_an_index_cannot_name_files_elsewhere(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder.parent / "model.safetensors")
+    index = {"weight_map": {"a": "../model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "no file in that folder" in sentence(folder)

@@ -14,6 +14,7 @@ from rlprompt.cli.commands.terminal import setup_logging
 from rlprompt.errors import InputError
 from rlprompt.reward_training.run import train_reward
 from rlprompt.reward_training.settings import load_reward_recipe
+from rlprompt.settings import folder_problem
 from rlprompt.standard_streams import outlive_output
 from rlprompt.tracking.console import PlainConsole
 
@@ -37,7 +38,7 @@ def train(
     setup_logging(console, logging.INFO, verbose)
     recipe = load_reward_recipe(recipe_path, overrides)
     if output is None:
-        if Path(recipe.name).name != recipe.name:
+        if folder_problem(recipe.name):
             raise InputError(f"the name {recipe.name!r} cannot be a folder; give --output")
         output = Path("runs") / recipe.name
     with console.status("reading data and model") as status:

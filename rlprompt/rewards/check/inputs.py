@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlprompt.errors import InputError
+from rlprompt.reading import json_text
+from rlprompt.reading.files import DATA_BYTES, read_text, reason
 from rlprompt.types import Completion, Group, Query
 
 HUGE_CHARACTERS = 100_000
@@ -69,10 +70,13 @@ def read_pairs(path: Path) -> list[Pair]:
         InputError: the file cannot be read, or a line is no such object.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path, DATA_BYTES).split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the pairs in {path} ({error}); correct the path") from error
-    pairs = [_pair(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line]
+        why = reason(error)
+        raise InputError(f"cannot read the pairs in {path} ({why}); correct the path") from error
+    pairs = [
+        _pair(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()
+    ]
     if not pairs:
         raise InputError(f"{path} holds no pair; write one JSON object per line")
     return pairs
@@ -80,7 +84,7 @@ def read_pairs(path: Path) -> list[Pair]:
 
 def _pair(line: str, place: str) -> Pair:
     try:
-        row = json.loads(line)
+        row = json_text.loads(line)
     except ValueError as error:
         raise InputError(f"{place} is not JSON ({error}); correct the line") from error
     texts = [row.get(key) for key in _TEXTS] if isinstance(row, dict) else []

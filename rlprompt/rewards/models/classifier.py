@@ -5,7 +5,6 @@ Letters: B conversations, K labels.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +27,8 @@ from rlprompt.model.device import choose_device, choose_dtype
 from rlprompt.model.files.folder import check_folder, first_line, locate
 from rlprompt.model.load import read_tokenizer
 from rlprompt.model.sharded.load import read_sharded_classifier
+from rlprompt.reading import json_text
+from rlprompt.reading.files import read_bytes, reason
 from rlprompt.rewards.models.conversation import (
     PAIR,
     ConversationEncoder,
@@ -131,7 +132,7 @@ class Classifier:
                 text = text[:-11] + "make it with `rlprompt reward train`, or correct it"
             raise InputError(text) from error
         card_path = folder / CARD_FILE
-        card = json.loads(card_path.read_text(encoding="utf-8")) if card_path.is_file() else {}
+        card = _read_card(card_path) if card_path.is_file() else {}
         if settings.sharded:
             model, body = _read_shards(folder, dtype, settings.trust_remote_code)
             return cls(model, tokenizer, settings, card, body)
@@ -221,6 +222,20 @@ def _read_shards(
         folder, trust_remote_code=trust_remote_code, local_files_only=True
     )
     return read_sharded_classifier(folder, config, dtype)
+
+
+def _read_card(path: Path) -> dict[str, Any]:
+    try:
+        card = json_text.loads(read_bytes(path))
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read ({reason(error)}); copy the model again"
+        ) from error
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}); copy the model again") from error
+    if not isinstance(card, dict):
+        raise InputError(f"{path} is no JSON object; copy the model again")
+    return card
 
 
 def _read(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:

@@ -1,0 +1,1 @@
+"""Hostile inputs by category, for benchmarks/fuzz.py."""
