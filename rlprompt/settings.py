@@ -54,7 +54,7 @@ def _take_words(node: dict[str, Any]) -> None:
     if words.meant:
         inner = dict(node)
         node.clear()
-        node.update(core_schema.no_info_before_validator_function(words, inner))  # type: ignore[arg-type]
+        node.update(core_schema.no_info_before_validator_function(words, inner))
 
 
 _LONGEST_NAME = 120

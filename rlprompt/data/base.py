@@ -178,3 +178,8 @@ class QuerySplit:
     none."""
     system: str | None = None
     """With `system: init`, the text of the data's system turns."""
+
+    @property
+    def sides(self) -> dict[str, tuple[Query, ...]]:
+        """All queries by side, in the order of the fields."""
+        return {"train": self.train, "heldout": self.heldout, "test": self.test}

@@ -13,7 +13,7 @@ import json
 import logging
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +107,8 @@ def load_queries(
     system = None
     if settings.system == "init":
         system = common_system(source.tables, settings.query_column, answers)
-    train, heldout, test = (tuple(kept[side].queries) for side in SIDES)
-    return QuerySplit(
-        train=train,
-        heldout=heldout,
-        fingerprint=_fingerprint({"train": train, "heldout": heldout, "test": test}),
-        test=test,
-        system=system,
-    )
+    queries_of = {side: tuple(kept[side].queries) for side in SIDES}
+    return QuerySplit(**queries_of, fingerprint=_fingerprint(queries_of), system=system)
 
 
 def without(split: QuerySplit, left_out: Collection[int]) -> QuerySplit:
@@ -129,11 +123,11 @@ def without(split: QuerySplit, left_out: Collection[int]) -> QuerySplit:
     """
     if not left_out:
         return split
-    train, heldout = (
-        tuple(query for query in side if query.index not in left_out)
-        for side in (split.train, split.heldout)
-    )
-    return QuerySplit(train=train, heldout=heldout, fingerprint=_fingerprint(train, heldout))
+    kept = {
+        side: tuple(query for query in queries if query.index not in left_out)
+        for side, queries in split.sides.items()
+    }
+    return replace(split, **kept, fingerprint=_fingerprint(kept))
 
 
 @dataclass(frozen=True)

@@ -312,7 +312,7 @@ def _check_renders(policy: Policy, data: QuerySplit) -> None:
     Raises:
         InputError: it names the query and says why.
     """
-    for query in (*data.train, *data.heldout):
+    for query in (*data.train, *data.heldout, *data.test):
         try:
             policy.slot.check(query.messages)
         except InputError as error:

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator, Sequence
 
 from rlprompt.data.base import QuerySplit
-from rlprompt.data.load import without
+from rlprompt.data.load import SIDES, without
 from rlprompt.errors import InputError
 from rlprompt.model.chat.slot import ChatSlot
 from rlprompt.model.outline import Outline
@@ -41,7 +41,7 @@ def fitting(split: QuerySplit, recipe: Recipe, base: Outline) -> QuerySplit:
     needed = dict(measure.too_long(split))
     if not needed:
         return split
-    queries = {query.index: query for query in (*split.train, *split.heldout)}
+    queries = {query.index: query for side in split.sides.values() for query in side}
     first = next(iter(needed))
     if recipe.data.too_long == "refuse":
         more = f" (so are {len(needed) - 1} more rows)" if len(needed) > 1 else ""
@@ -52,13 +52,10 @@ def fitting(split: QuerySplit, recipe: Recipe, base: Outline) -> QuerySplit:
             "skip"
         )
     kept = without(split, needed.keys())
-    for side, before, after in (
-        ("training", split.train, kept.train),
-        ("held-out", split.heldout, kept.heldout),
-    ):
-        if before and not after:
+    for side, before in split.sides.items():
+        if before and not kept.sides[side]:
             raise InputError(
-                f"every {side} query is longer than the {base.max_positions} positions of "
+                f"every {SIDES[side]} query is longer than the {base.max_positions} positions of "
                 f"{base.id} with prompt and completion; shorten them, or lower sampling.max_tokens"
             )
     logger.warning(
@@ -85,7 +82,8 @@ class _Measure:
         slot = self.base.slot
         around = max(self._prompt, len(slot.none_head_ids))
         turn = len(slot.tail_ids([{"role": "user", "content": "x"}])) + _SPARE_TOKENS
-        for is_training, queries in ((True, split.train), (False, split.heldout)):
+        for side, queries in split.sides.items():
+            is_training = side == "train"
             for query in queries:
                 answers = self._answers(query, is_training)
                 texts = [message["content"] for message in query.messages]
@@ -116,7 +114,8 @@ class _Measure:
     def _prompt_tokens(self) -> int:
         """Head and the longest prompt that queries are asked under."""
         recipe, slot = self.recipe, self.base.slot
-        texts = [recipe.evaluation.handwritten, recipe.algorithm.teacher_text]
+        evaluation = recipe.evaluation
+        texts = [evaluation.handwritten, *evaluation.texts, recipe.algorithm.teacher_text]
         if isinstance(recipe.reference, TextReference):
             texts.append(recipe.reference.text)
         longest = max(len(slot.slot_ids(text)) for text in ("", *filter(None, texts)))

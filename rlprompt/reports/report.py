@@ -276,8 +276,10 @@ def _cells(values: Mapping[str, float | None]) -> list[str]:
     cells = [shown_number(value) for value in values.values()]
     if {"base", "learned"} <= values.keys():
         base, learned = values["base"], values["learned"]
-        known = base is not None and learned is not None
-        cells.append(signed(learned - base) if known else shown_number(None))
+        if base is None or learned is None:
+            cells.append(shown_number(None))
+        else:
+            cells.append(signed(learned - base))
     return cells
 
 

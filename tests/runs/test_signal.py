@@ -97,7 +97,7 @@ def test_signal_counts_survive_a_resume(tmp_path: Path) -> None:
             raise KeyboardInterrupt
         return step(number, *args, **kwargs)
 
-    first.parts.learner.step = dying  # type: ignore[method-assign]
+    first.parts.learner.step = dying  # type: ignore[method-assign,assignment]
     with pytest.raises(KeyboardInterrupt):
         first.run()
     again = tiny_trainer(tmp_path, tmp_path / "run", rewards=rewards, training=training)

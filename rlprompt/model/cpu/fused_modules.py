@@ -290,7 +290,8 @@ def _norm(norm: nn.Module) -> nn.Module | None:
     other.weight = nn.Parameter(torch.rand_like(norm.weight) * 2 - 1, requires_grad=False)  # type: ignore[arg-type]
     for each in (other, norm):
         stand_in = FusedNorm(each, eps)
-        for x in _inputs(int(each.weight.shape[0]), each.weight.dtype):
+        weight: Tensor = each.weight
+        for x in _inputs(int(weight.shape[0]), weight.dtype):
             _require_equal(stand_in(x), each(x))
     return stand_in
 
