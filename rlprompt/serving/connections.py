@@ -43,7 +43,7 @@ class LimitedListener(socket.socket):
         host: the address or name to listen on.
         port: the port; 0 = any free one.
         total: the connections that may be open at a time.
-        per_address: those of one IPv4 address or one /64 network of IPv6.
+        per_address: the connections of one IPv4 address or one /64 network of IPv6.
 
     Raises:
         OSError: the address cannot be used.

@@ -14,6 +14,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -25,7 +26,7 @@ from rlprompt.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-Endpoint = Callable[[Request], Awaitable[Response]]
+Call = Callable[[Request], Awaitable[Response]]
 
 _MAX_DEPTH = 100
 
@@ -46,22 +47,33 @@ class Refusal(Exception):
         self.status, self.sentence, self.headers = status, sentence, dict(headers or {})
 
 
-def json_app(endpoints: Mapping[tuple[str, str], Endpoint]) -> ASGIApp:
+@dataclass(frozen=True)
+class Endpoint:
+    """What a server answers at a path."""
+
+    method: str
+    """Such as `POST`; `GET` answers HEAD too."""
+    path: str
+    """Such as `/score`."""
+    call: Call
+    """The coroutine."""
+
+
+def json_app(endpoints: Sequence[Endpoint]) -> ASGIApp:
     """An application whose every answer is JSON.
 
     Args:
-        endpoints: the coroutines by `(method, path)`, such as `("POST", "/score")`.
+        endpoints: what it answers.
     """
-    known = ", ".join(f"{method} {path}" for method, path in endpoints)
+    known = ", ".join(f"{each.method} {each.path}" for each in endpoints)
 
     async def lost(scope: Scope, receive: Receive, send: Send) -> None:
         raise Refusal(404, f"there is no {scope['path']}; known are {known}")
 
-    paths = dict.fromkeys(path for _, path in endpoints)
-    routes = [
-        Route(path, _Methods({m: e for (m, p), e in endpoints.items() if p == path}))
-        for path in paths
-    ]
+    calls: dict[str, dict[str, Call]] = {}
+    for each in endpoints:
+        calls.setdefault(each.path, {})[each.method] = each.call
+    routes = [Route(path, _Methods(by_method)) for path, by_method in calls.items()]
     return _Guarded(Router(routes, redirect_slashes=False, default=lost))
 
 
@@ -237,16 +249,16 @@ async def _discard(scope: Scope, receive: Receive, max_bytes: int = 1 << 24) -> 
 class _Methods:
     """A path's application; HEAD is GET without the body, which the server leaves out."""
 
-    def __init__(self, endpoints: Mapping[str, Endpoint]) -> None:
-        self._endpoints = endpoints
+    def __init__(self, calls: Mapping[str, Call]) -> None:
+        self._calls = calls
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
-        if method not in self._endpoints:
-            allowed = ", ".join(self._endpoints)
+        if method not in self._calls:
+            allowed = ", ".join(self._calls)
             sentence = f"{scope['path']} knows no {scope['method']}; it knows {allowed}"
             raise Refusal(405, sentence, {"Allow": allowed})
-        response = await self._endpoints[method](Request(scope, receive, send))
+        response = await self._calls[method](Request(scope, receive, send))
         await response(scope, receive, send)
 
 
@@ -294,7 +306,8 @@ def _finite(text: str) -> float:
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[Any]) -> dict[str, Any]:
+    """An object of its pairs of key and value, as `json` hands them over."""
     made = dict(pairs)
     if len(made) != len(pairs):
         (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)

@@ -31,7 +31,7 @@ from rlprompt.errors import InputError
 from rlprompt.rewards.base import RESERVED_KEYWORDS
 from rlprompt.rewards.runner import RewardRunner
 from rlprompt.serving.http_server import Address, HttpServer, Limits
-from rlprompt.serving.json_api import BearerToken, Refusal, answer, json_app, read_json
+from rlprompt.serving.json_api import BearerToken, Endpoint, Refusal, answer, json_app, read_json
 from rlprompt.types import Completion, Group, Message, Query
 
 _ROLES = ("system", "user", "assistant", "tool", "developer")
@@ -73,7 +73,9 @@ class RewardServer(HttpServer):
         self._token = BearerToken(options.token)
         self._waiting = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward")
-        app = json_app({("POST", "/score"): self._answer, ("GET", "/health"): self._health})
+        app = json_app(
+            [Endpoint("POST", "/score", self._answer), Endpoint("GET", "/health", self._health)]
+        )
         super().__init__(
             app, Address(options.host, options.port, options.certificate, options.limits)
         )

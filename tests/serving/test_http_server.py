@@ -20,7 +20,15 @@ from starlette.responses import Response, StreamingResponse
 from rlprompt.errors import InputError
 from rlprompt.serving.connections import LimitedListener, network_of
 from rlprompt.serving.http_server import Address, HttpServer, Limits
-from rlprompt.serving.json_api import BearerToken, Refusal, answer, json_app, parse_json, read_json
+from rlprompt.serving.json_api import (
+    BearerToken,
+    Endpoint,
+    Refusal,
+    answer,
+    json_app,
+    parse_json,
+    read_json,
+)
 
 TOKEN = "s3cret"
 MAX_BODY = 100_000
@@ -48,12 +56,12 @@ async def half(request: Request) -> Response:
 
 
 APP = json_app(
-    {
-        ("POST", "/echo"): echo,
-        ("GET", "/large"): large,
-        ("GET", "/broken"): broken,
-        ("GET", "/half"): half,
-    }
+    [
+        Endpoint("POST", "/echo", echo),
+        Endpoint("GET", "/large", large),
+        Endpoint("GET", "/broken", broken),
+        Endpoint("GET", "/half", half),
+    ]
 )
 
 
