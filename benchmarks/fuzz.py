@@ -7,7 +7,7 @@ reward server: good ones with seeded changes, and a list of bad ones for each. A
 or refused by one sentence (`InputError`). Anything else is a fault:
 
     crashes  another exception, or a sentence of several lines
-    hangs    more than ten seconds
+    hangs    more than ten seconds of CPU time, or sixty by the clock
     leaks    a secret in a sentence; files left open; memory that grows
     silent   accepted although it is known to be wrong
 
@@ -38,13 +38,13 @@ from benchmarks.fuzzing.judge import Case, Findings, judge, limit_memory
 FAULTS = ("crashes", "hangs", "leaks", "silent")
 SECONDS = 10
 CATEGORIES: dict[str, tuple[Callable[[random.Random, Path], Iterator[Case]], float]] = {
-    "recipes": (texts.recipes, 0.2),
-    "overrides": (texts.overrides, 0.25),
-    "data": (texts.data, 0.25),
+    "recipes": (texts.recipes, 0.18),
+    "overrides": (texts.overrides, 0.27),
+    "data": (texts.data, 0.26),
     "artifacts": (folders.artifacts, 0.1),
     "checkpoints": (folders.checkpoints, 0.06),
     "models": (folders.models, 0.03),
-    "templates": (texts.templates, 0.03),
+    "templates": (texts.templates, 0.02),
     "requests": (requests.requests, 0.08),
 }
 """Inputs by category, and the share of all that it gets."""

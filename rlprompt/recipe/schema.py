@@ -7,6 +7,7 @@ relative to the recipe's folder.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -286,7 +287,7 @@ class Recipe(Settings):
         try:
             return kind.model_validate(tree)
         except ValidationError as error:
-            _, sentence = explain(error, kind.model_json_schema())
+            _, sentence = explain(error, _json_schema(kind))
             raise ValueError(f"population member {member.name}: {sentence}") from error
 
     @property
@@ -344,9 +345,15 @@ def recipe_of_tree(
     try:
         recipe = kind.model_validate(tree)
     except ValidationError as error:
-        place, sentence = explain(error, kind.model_json_schema())
+        place, sentence = explain(error, _json_schema(kind))
         raise InputError(f"{at_fault(place)}: {sentence}") from error
     return with_template_text(recipe, base_dir)
+
+
+@lru_cache(maxsize=16)
+def _json_schema(kind: type[Recipe]) -> dict[str, Any]:
+    """The JSON schema of a recipe class, which takes longer to make than a recipe to read."""
+    return kind.model_json_schema()
 
 
 def _at_fault(path: Path, overrides: Sequence[str], place: str) -> str:

@@ -113,6 +113,22 @@ def _recipe_text(change: Callable[[str], str]) -> Callable[[Project], Sequence[s
     return arguments
 
 
+def _with_alias_bomb(text: str) -> str:
+    levels = "".join(f"  - &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9))
+    return f"{text}augment:\n  - &a0 [x]\n{levels}"
+
+
+def _stray_adapter(project: Project) -> Sequence[str]:
+    (project.folder / "model" / "adapter_config.json").write_text("{}")
+    return TRAIN
+
+
+def _endless_template(project: Project) -> Sequence[str]:
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    project.write("chat.jinja", loop)
+    return project.recipe(model__template="chat.jinja")
+
+
 def _other_base(project: Project) -> Sequence[str]:
     other = project.folder / "other"
     tiny_model("llama", seed=1).save_pretrained(other)
@@ -153,6 +169,9 @@ def _changed_data(project: Project) -> Sequence[str]:
 RECIPES = [
     ("a path with a typo", lambda p: ("train", "recipes.yaml")),
     ("a folder in place of a file", lambda p: ("train", ".")),
+    ("aliases that stand for millions of values", _recipe_text(_with_alias_bomb)),
+    ("a name that looks like a date", lambda p: p.write("recipe.yaml", "name: 2024-13-45")),
+    ("a name that no folder can have", lambda p: p.recipe(name="..")),
     ("a line that is not YAML", _recipe_text(lambda t: t.replace("name: tiny", "name: a: b"))),
     ("a tab as indentation", _recipe_text(lambda t: t.replace("  path: model", "\tpath: model"))),
     ("a key given twice", _recipe_text(lambda t: t + "name: again\n")),
@@ -327,6 +346,8 @@ MODELS = [
         lambda p: p.recipe(model__template="{{ messages[-1]['content'] }}"),
     ),
     ("a template that is not there", lambda p: p.recipe(model__template="chat.jinja")),
+    ("a template whose loops never end", _endless_template),
+    ("an adapter beside the model", _stray_adapter),
     ("an embedded model with a typo", lambda p: ("model", "fetch", "smollm-135m")),
 ]
 REWARDS = [
@@ -522,6 +543,10 @@ DATA = [
     ("too few queries to hold some out", lambda p: p.recipe(data={"rows": ["a"]})),
     ("neither a path nor rows", lambda p: p.recipe(data={"heldout": 2})),
     ("a share above 1", lambda p: p.recipe(data__heldout=1.5)),
+    (
+        "a JSON array in a .jsonl file",
+        lambda p: p.rows("queries.jsonl", '[{"query": "a"}, {"query": "b"}]'),
+    ),
     ("a query longer than the model", lambda p: p.recipe(data__rows=["rain " * 600, *"abcdef"])),
 ]
 ARTIFACTS = [
@@ -540,6 +565,7 @@ ARTIFACTS = [
     ("another chat template", lambda p: p.artifact(template_hash="0" * 64)),
     ("no tensors", lambda p: p.remove("run/artifact/prompt.safetensors", then=chat())),
     ("tensors of another width", lambda p: p.tensors(torch.ones(3, 8))),
+    ("tensors of integers", lambda p: p.tensors(torch.ones(3, 64, dtype=torch.int64))),
     ("tensors that are not finite", lambda p: p.tensors(torch.full((3, 64), torch.inf))),
     ("a base that is not there", lambda p: chat("--model", "./models/tiny")),
 ]
