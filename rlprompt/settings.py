@@ -51,7 +51,7 @@ def _take_words(node: dict[str, Any]) -> None:
     if words.meant:
         inner = dict(node)
         node.clear()
-        node.update(core_schema.no_info_before_validator_function(words, inner))  # type: ignore[arg-type]
+        node.update(core_schema.no_info_before_validator_function(words, inner))
 
 
 def _make_scalars_strict(node: Any) -> None:

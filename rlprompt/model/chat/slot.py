@@ -303,7 +303,7 @@ class ChatSlot:
     def _printed(self, layout: Layout, contents: Sequence[str]) -> Mapping[int, str]:
         """What the template prints of the contents; the system text is the slot's affair."""
         system = any(isinstance(part, Hole) and part.index == SYSTEM for part in layout.parts)
-        key = (system, *contents)
+        key: tuple[bool | str, ...] = (system, *contents)
         if key not in self._known:
             self._check_empty(layout, contents)
             if len(self._known) >= _MOST_KNOWN:
