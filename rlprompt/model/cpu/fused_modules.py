@@ -288,6 +288,7 @@ def _norm(norm: nn.Module) -> nn.Module | None:
     # What a norm does with its weight shows best where the weight is small and has both signs.
     other: Any = copy.deepcopy(norm)
     other.weight = nn.Parameter(torch.rand_like(norm.weight) * 2 - 1, requires_grad=False)  # type: ignore[arg-type]
+    each: Any
     for each in (other, norm):
         stand_in = FusedNorm(each, eps)
         weight: Tensor = each.weight

@@ -113,8 +113,8 @@ def gap(own: Tensor, ours: Tensor, passes: float = 0.0) -> Gap:
     """How far logits [N, V] are from the model's own.
 
     Args:
-        own: those of the model.
-        ours: the others.
+        own: logits of the model's own forward.
+        ours: logits of the other forward.
         passes: the tolerance.
     """
     right, other = (x.double().log_softmax(-1) for x in (own, ours.to(own.device)))

@@ -63,7 +63,7 @@ SPECIAL = {
     ),
     "header by hand": chatml("{{ m.content }}", "{{ '<|im_start|>assistant\\n' }}"),
 }
-CONVERSATIONS = (
+CONVERSATIONS: tuple[tuple[str, ...], ...] = (
     ("What is snow?",),
     ("",),
     ("  padded\t\n",),
@@ -92,6 +92,7 @@ def reference(
     text = tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True, date_string=DATE
     )
+    assert isinstance(text, str)
     return text, list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -108,7 +109,7 @@ def rendered(slot: ChatSlot, contents: tuple[str, ...], system: str | None) -> l
 def compare(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, ...]]:
     """Compare every conversation; gives those that are refused."""
     slot = ChatSlot.from_tokenizer(tokenizer)
-    refused = []
+    refused: list[tuple[str, ...]] = []
     for contents in CONVERSATIONS:
         for system in (SYSTEM, None):
             ours = rendered(slot, contents, system)
@@ -129,7 +130,11 @@ def compare(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, ...]]:
 def test_every_family_renders_as_transformers_does(entry: Any) -> None:
     refused = compare(build_tokenizer(entry))
     empty = [contents for contents in CONVERSATIONS if "" in contents]
-    allowed = {"gemma2": empty, "gemma3": empty, "qwen3": [CONVERSATIONS[-1]]}
+    allowed: dict[str, list[tuple[str, ...]]] = {
+        "gemma2": empty,
+        "gemma3": empty,
+        "qwen3": [CONVERSATIONS[-1]],
+    }
     if entry.multi_turn:
         assert set(refused) <= set(allowed.get(entry.name, []))
     else:
@@ -207,7 +212,7 @@ def test_a_template_without_a_header_for_the_answer_is_refused(entry: Any) -> No
 def test_a_header_that_is_always_there_is_one() -> None:
     tokenizer = build_tokenizer(family("smollm2"), SPECIAL["header by hand"])
     ids = ChatSlot.from_tokenizer(tokenizer).tail_ids(turns("Hi"))
-    assert tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
+    assert str(tokenizer.decode(ids)).endswith("<|im_start|>assistant\n")
 
 
 def test_the_last_answers_own_header_is_not_asked_of_the_prompt() -> None:

@@ -122,7 +122,7 @@ class ClampedMLP(Clamped):
 def test_a_module_that_clamps_large_values_stays(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     base = tiny_base("llama", torch.bfloat16)
-    for layer in base.model.get_decoder().layers:  # type: ignore[union-attr]
+    for layer in base.model.get_decoder().layers:
         layer.mlp = ClampedMLP(layer.mlp)
     forward = PrefixForward(base)
     assert {FusedNorm, FusedAttention} <= kinds(forward) and FusedMLP not in kinds(forward)
