@@ -361,9 +361,13 @@ def with_new_settings(
             name only classes of the user's own that this recipe names too.
         base_dir: folder that relative paths in it are relative to; None = there are none.
     """
+    values = stored
+    if base_dir is not None and isinstance(stored, dict):
+        values = with_absolute_paths(stored, base_dir)
     try:
-        if base_dir is not None and isinstance(stored, dict):
-            stored = with_absolute_paths(stored, base_dir)
-        return yaml.safe_load(yaml.safe_dump(kind.model_validate(stored).plain()))
+        values = yaml.safe_load(yaml.safe_dump(kind.model_validate(values).plain()))
     except (ValidationError, InputError):
-        return stored
+        pass
+    if base_dir is None or not isinstance(values, dict):
+        return values
+    return with_absolute_paths(values, base_dir, classes=True)
