@@ -7,6 +7,7 @@ relative to the recipe's folder.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -364,10 +365,8 @@ def with_new_settings(
     values = stored
     if base_dir is not None and isinstance(stored, dict):
         values = with_absolute_paths(stored, base_dir)
-    try:
+    with suppress(ValidationError, InputError):  # of a version that knew other keys
         values = yaml.safe_load(yaml.safe_dump(kind.model_validate(values).plain()))
-    except (ValidationError, InputError):
-        pass
     if base_dir is None or not isinstance(values, dict):
         return values
     return with_absolute_paths(values, base_dir, classes=True)
