@@ -151,7 +151,7 @@ def _run(
     resume: bool,
     objects: Objects,
 ) -> Run | Population:
-    for line in check_folder(folder, recipe, resume):
+    for line in check_folder(folder, recipe, base_dir, resume):
         logger.info("%s", line)
     run = build_run(recipe, base_dir, folder, console, objects=objects)
     with claim_folder(folder, recipe, base_dir, resume) as begun:

@@ -99,6 +99,7 @@ def test_every_command_answers_help(path: Path, tmp_path: Path) -> None:
         ("benchmarks/peers/trl_grpo.py", "trl", "pip install 'rlprompt[trl]'"),
         ("benchmarks/peers/vllm_generate.py --model M --queries Q", "vllm", "vllm_generate.py"),
         ("experiments/make_reasoning_data.py sum --output F", "reasoning_gym", "'rlprompt[rules]'"),
+        ("benchmarks/structure.py --part package", "pytest", "pip install 'rlprompt[dev]'"),
     ],
 )
 def test_a_missing_extra_is_named_in_one_sentence(command: str, package: str, advice: str) -> None:

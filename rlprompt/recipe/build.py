@@ -40,6 +40,7 @@ from rlprompt.prompts.settings import StartSettings
 from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.recipe.lengths import fitting
 from rlprompt.recipe.objects import Objects, in_memory
+from rlprompt.recipe.paths import with_absolute_paths
 from rlprompt.recipe.schema import (
     InitialReference,
     Recipe,
@@ -131,7 +132,9 @@ def build_run(
         own = replace(shared, policy=shared.policy.sibling())
         trackers = _trackers(member, console, ranks)
         parts = _parts(member, base_dir, own, _rewards(member, base_dir, ranks, objects), trackers)
-        runs[name] = Run(parts, output / "members" / name)
+        # Its folder lies elsewhere, and can be evaluated by its own stored recipe.
+        stored = with_absolute_paths(parts.recipe, base_dir, classes=True)
+        runs[name] = Run(replace(parts, recipe=stored), output / "members" / name)
     return Population(runs, output)
 
 

@@ -24,8 +24,9 @@ _FILES = (
     "prompt.parts.*.from_artifact",
 )
 """Files and folders relative to the recipe's folder."""
-_CODE = (
-    "rewards.*.path",
+_REWARDS = "rewards.*.path"
+"""User code relative to the recipe's folder, then to the working directory."""
+_CLASSES = (
     "algorithm.type",
     "prompt.type",
     "prompt.parts.*.type",
@@ -34,7 +35,7 @@ _CODE = (
     "tracking.trackers.*",
     "tracking.trackers.*.type",
 )
-"""User code relative to the recipe's folder, then to the working directory."""
+"""Classes of the user's own, found in the same way."""
 _FOLDERS = ("model.path", "distributed.nvme_path")
 """Folders relative to the working directory."""
 _MODELS = ("", "model.", "members.*.")
@@ -43,13 +44,17 @@ _CA_FILE = "rewards.*.options.ca_file"
 """A file relative to the working directory."""
 
 
-def with_absolute_paths(tree: Mapping[str, Any], base_dir: Path) -> dict[str, Any]:
+def with_absolute_paths(
+    tree: Mapping[str, Any], base_dir: Path, *, classes: bool = False
+) -> dict[str, Any]:
     """The plain values of a recipe with absolute paths in place of relative ones.
 
     Args:
         tree: sections by key, not checked yet: what has another form than a recipe's is passed
             over.
         base_dir: folder that paths in it are relative to.
+        classes: whether that includes the classes of the user's own, which a recipe that was read
+            knows by the path that it was given.
     """
     # A dataset that stands in the recipe is large, and no path is changed below the first level.
     made = {
@@ -58,7 +63,7 @@ def with_absolute_paths(tree: Mapping[str, Any], base_dir: Path) -> dict[str, An
     }
     for pattern in _FILES:
         _replace(made, pattern.split("."), lambda text: _found(text, base_dir))
-    for pattern in _CODE:
+    for pattern in (_REWARDS, *(_CLASSES if classes else ())):
         _replace(made, pattern.split("."), lambda text: _code(text, base_dir))
     for pattern in _FOLDERS:
         _replace(made, pattern.split("."), lambda text: _folder(text, Path.cwd()))
@@ -67,11 +72,11 @@ def with_absolute_paths(tree: Mapping[str, Any], base_dir: Path) -> dict[str, An
         options = f"rewards.*.options.{place}".split(".")[:-1]
         _replace(made, [*options, "path"], lambda text: _folder(text, base_dir))
         _replace(made, [*options, "template"], lambda text: _template(text, base_dir))
-    _in_members(made, base_dir)
+    _in_members(made, base_dir, classes)
     return made
 
 
-def _in_members(tree: dict[str, Any], base_dir: Path) -> None:
+def _in_members(tree: dict[str, Any], base_dir: Path, classes: bool) -> None:
     """The same in the changes of a population's members, whose keys are dotted or whole trees."""
     members = tree.get("population")
     for member in members if isinstance(members, list) else ():
@@ -83,7 +88,7 @@ def _in_members(tree: dict[str, Any], base_dir: Path) -> None:
             nested: Any = value
             for part in reversed(parts):
                 nested = {part: nested}
-            nested = with_absolute_paths(nested, base_dir)
+            nested = with_absolute_paths(nested, base_dir, classes=classes)
             for part in parts:
                 nested = nested[part]
             changes[key] = nested

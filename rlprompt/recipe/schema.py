@@ -7,6 +7,7 @@ relative to the recipe's folder.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -394,10 +395,13 @@ def with_new_settings(
             name only classes of the user's own that this recipe names too.
         base_dir: folder that relative paths in it are relative to; None = there are none.
     """
-    most = 2 * yaml_text.MOST_NODES
-    try:
-        if base_dir is not None and isinstance(stored, dict):
-            stored = with_absolute_paths(stored, base_dir)
-        return yaml_text.load(yaml_text.dump(kind.model_validate(stored).plain()), most)
-    except (ValidationError, InputError, yaml.YAMLError):
-        return stored
+    values = stored
+    if base_dir is not None and isinstance(stored, dict):
+        values = with_absolute_paths(stored, base_dir)
+    # Otherwise it is of a version that knew other keys, or no recipe at all.
+    with suppress(ValidationError, InputError, yaml.YAMLError):
+        plain = kind.model_validate(values).plain()
+        values = yaml_text.load(yaml_text.dump(plain), 2 * yaml_text.MOST_NODES)
+    if base_dir is None or not isinstance(values, dict):
+        return values
+    return with_absolute_paths(values, base_dir, classes=True)

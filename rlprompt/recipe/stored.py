@@ -12,6 +12,7 @@ from typing import Any
 from rlprompt.artifacts.format import read_artifact_info
 from rlprompt.errors import InputError
 from rlprompt.recipe.extensions import named_places
+from rlprompt.recipe.paths import with_absolute_paths
 from rlprompt.recipe.schema import Recipe, recipe_of_tree, with_new_settings
 from rlprompt.recipe.yaml_file import apply_override, read_tree
 from rlprompt.rewards import BUILTIN
@@ -106,12 +107,13 @@ def foreign_parts(tree: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def check_folder(folder: Path, recipe: Recipe, resume: bool) -> list[str]:
+def check_folder(folder: Path, recipe: Recipe, base_dir: Path, resume: bool) -> list[str]:
     """Refuse a folder that the run of a recipe may not write to; reads only.
 
     Args:
         folder: the run folder, which need not exist.
         recipe: the recipe.
+        base_dir: folder that its relative paths are relative to.
         resume: whether the run in the folder is to go on.
 
     Returns:
@@ -120,7 +122,7 @@ def check_folder(folder: Path, recipe: Recipe, resume: bool) -> list[str]:
     Raises:
         InputError: see `check_output` and `require_progress`.
     """
-    plain = recipe.plain()
+    plain = with_absolute_paths(recipe.plain(), base_dir, classes=True)
     changes = check_output(folder, plain, resume, _updated(folder, recipe))
     progress = read_progress(folder / "checkpoints") if changes else None
     if progress is not None:
@@ -142,7 +144,8 @@ def claim_folder(
     """
     updated = _updated(folder, recipe)
     keys = [*overridden_keys(folder), *overridden] if resume else overridden
-    return claim_output(folder, recipe.plain(), base_dir, resume, updated, keys)
+    plain = with_absolute_paths(recipe.plain(), base_dir, classes=True)
+    return claim_output(folder, plain, base_dir, resume, updated, keys)
 
 
 def _updated(folder: Path, recipe: Recipe) -> Updated:

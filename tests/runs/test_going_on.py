@@ -42,7 +42,7 @@ def scripted(*heldout: float) -> dict[str, Any]:
 def go_on(folder: Path, output: Path, **changes: Any) -> Summary:
     """What `rlprompt train --resume` does, with the checks that come first."""
     recipe = tiny_recipe(folder, **changes)
-    check_folder(output, recipe, True)
+    check_folder(output, recipe, folder, True)
     built = build_run(recipe, folder, output)
     with claim_folder(output, recipe, folder, True) as begun:
         return built.run(resume=begun)
@@ -299,7 +299,7 @@ def test_a_search_goes_on(tmp_path: Path) -> None:
 
     for steps, output in ((2, "run"), (4, "run"), (4, "straight")):
         resume = (tmp_path / output).exists()
-        check_folder(tmp_path / output, made(steps), resume)
+        check_folder(tmp_path / output, made(steps), tmp_path, resume)
         built = build_run(made(steps), tmp_path, tmp_path / output)
         with claim_folder(tmp_path / output, made(steps), tmp_path, resume) as begun:
             assert built.run(resume=begun)["steps"] == steps

@@ -23,7 +23,7 @@ from rlprompt.reading import yaml_text
 from rlprompt.recipe.schema import Recipe, load_recipe
 from rlprompt.recipe.secrets import secret_in_command
 from rlprompt.recipe.stored import check_folder, remembered
-from rlprompt.runs.claim_folder import RECIPE_FILE, default_output
+from rlprompt.runs.claim_folder import RECIPE_FILE, default_output, recipe_folder
 from rlprompt.slurm.jobs import Submitted, TaskStatus, read_jobs, task_statuses, write_jobs
 from rlprompt.slurm.queue import queued_jobs, submit_script
 from rlprompt.slurm.script import SERVER, TrainJob, command_script, train_script
@@ -88,7 +88,8 @@ def submit(
     recipes = []
     for point, output in zip(points, outputs, strict=True):
         recipe = load_recipe(recipe_path, point, remembered(output))  # as the job will find it
-        for line in check_folder(output, recipe, (output / RECIPE_FILE).exists()):
+        has_begun = (output / RECIPE_FILE).exists()
+        for line in check_folder(output, recipe, recipe_folder(recipe_path), has_begun):
             console.print(line, soft_wrap=True)
         recipes.append(recipe)
     job = _train_job(recipe_path, recipes[0], points, outputs, cluster, options)

@@ -156,7 +156,7 @@ def _train(asked: _Asked, options: TrainOptions, ranks: Ranks, stop: StopRequest
     level = logging.INFO if ranks.is_first else logging.WARNING
     setup_logging(console if ranks.is_first else PlainConsole(stderr=True), level, options.verbose)
     recipe, base_dir, folder, resume = asked.recipe, asked.base_dir, asked.folder, asked.resume
-    for line in ranks.first(lambda: check_folder(folder, recipe, resume)):
+    for line in ranks.first(lambda: check_folder(folder, recipe, base_dir, resume)):
         logger.info("%s", line)
     with console.status("loading data, rewards and model"):
         built = build_run(recipe, base_dir, folder, console, ranks)
