@@ -19,7 +19,7 @@ from rlprompt.files import to_json, write_atomic
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.text import NonePrompt, TextPrompt
-from rlprompt.recipe.build import build_prompt, build_shared
+from rlprompt.recipe.build import build_prompt, build_shared, started_from_data
 from rlprompt.recipe.schema import Recipe, load_recipe
 
 
@@ -60,7 +60,8 @@ def run(
             )
         policy, evaluator = shared.policy, shared.evaluator
         if artifact is None:
-            prompt = build_prompt(recipe, policy, recipe_path.parent)
+            fresh = started_from_data(recipe, shared.data)
+            prompt = build_prompt(fresh, policy, recipe_path.parent)
         else:
             own = recipe.own_prompts.values()
             prompt = load_artifact(artifact, policy, force=force, own=own)
