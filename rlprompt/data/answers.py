@@ -26,6 +26,19 @@ from rlprompt.types import Message
 
 PAIR = ("chosen", "rejected")
 """Columns of preference rows."""
+USUAL_COLUMNS = (
+    "query",
+    "prompt",
+    "question",
+    "instruction",
+    "messages",
+    "conversations",
+    "conversation",
+    "problem",
+    "input",
+    "text",
+)
+"""What datasets in use call the column of the query, most telling first."""
 
 
 def with_implicit_queries(
@@ -34,8 +47,8 @@ def with_implicit_queries(
     """The table with the query of each row that has it only inside its answers.
 
     Args:
-        table: the rows; given back as it is where the first has the query column, or no pair of
-            conversations.
+        table: the rows; given back as it is where the first has the query column, one with a
+            usual name of it, or no pair of conversations.
         query_column: the column that the query is put into.
         answers: the columns with the answers that an algorithm learns from.
 
@@ -48,10 +61,12 @@ def with_implicit_queries(
     """
     columns = tuple(answers) if len(answers) == 2 else PAIR
     first = table.rows[0]
-    if query_column in first or not all(isinstance(first.get(c), str | list) for c in columns):
+    if not first.keys().isdisjoint((query_column, *USUAL_COLUMNS)):
+        return table, answers
+    if not all(isinstance(first.get(column), str | list) for column in columns):
         return table, answers
     if all(isinstance(first[column], str) for column in columns) and set(first) > {*columns}:
-        return table, answers  # the query is text in another column, which the reader will name
+        return table, answers  # the query is text in another column, which the user can name
     rows = []
     for position, row in enumerate(table.rows):
         where = table.where(position)

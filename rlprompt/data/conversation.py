@@ -7,16 +7,23 @@ row, before any model is loaded.
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from rlprompt.data.answers import read_answer, system_text, with_implicit_queries
+from rlprompt.data.answers import (
+    USUAL_COLUMNS,
+    read_answer,
+    system_text,
+    with_implicit_queries,
+)
 from rlprompt.data.base import SystemTurns, Table
 from rlprompt.data.messages import (
     Conversation,
     check_encodable,
+    is_message,
     read_conversation,
     shown,
 )
@@ -29,19 +36,6 @@ logger = logging.getLogger(__name__)
 RESERVED_COLUMNS = frozenset(
     {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 )
-# What datasets in use call the column, most telling first.
-USUAL_COLUMNS = [
-    "query",
-    "prompt",
-    "question",
-    "instruction",
-    "messages",
-    "conversations",
-    "conversation",
-    "problem",
-    "input",
-    "text",
-]
 # A conversation in these is what is asked, so it must end with the user's turn. In any other column
 # the assistant's last turn is the answer, as in ShareGPT's `conversations` and TRL's `messages`.
 ASKED_COLUMNS = ("query", "prompt")
@@ -233,6 +227,7 @@ def _asked(value: Any, column: str, system: SystemTurns, where: str) -> Conversa
         if not value.strip():
             raise InputError(f"{where} is empty text; write a query or remove the row")
         check_encodable(value, where)
+        _refuse_written_out(value, where)
         return Conversation(None, ({"role": "user", "content": value},), None)
     if not isinstance(value, list):
         raise InputError(
@@ -251,6 +246,21 @@ def _asked(value: Any, column: str, system: SystemTurns, where: str) -> Conversa
             f"last turn (or name the column messages: its last turn is then the answer)"
         )
     return found
+
+
+def _refuse_written_out(text: str, where: str) -> None:
+    """Refuse a conversation that a CSV cell holds as JSON: it would be asked with its brackets."""
+    if not text.lstrip().startswith("[{"):
+        return
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return
+    if all(is_message(each) for each in value):
+        raise InputError(
+            f"{where} is text that holds a list of messages as JSON; write the rows as JSONL or "
+            "Parquet, where a column can be a list"
+        )
 
 
 def _report(

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 
@@ -86,6 +86,7 @@ FOREIGN_NAMES: Mapping[str, Mapping[str, Ours]] = {
     },
     "Loss": {
         "beta": Ours(("algorithm.kl_coef",)),
+        "use_bias_correction_kl": Ours(("algorithm.kl_bias_correction",), "on by default in TRL"),
         "epsilon": Ours(("algorithm.clip_low", "algorithm.clip_high")),
         "epsilon_high": Ours(("algorithm.clip_high",), "for CISPO one less than TRL's"),
         "cliprange": Ours(("algorithm.clip_low", "algorithm.clip_high")),
@@ -168,6 +169,20 @@ FOREIGN_NAMES: Mapping[str, Mapping[str, Ours]] = {
 }
 """Settings of TRL (with those of transformers' `TrainingArguments`) and of PEFT, by name."""
 
+FOREIGN_KINDS: Mapping[str, tuple[str, str]] = {
+    "dapo": ("grpo", "normalizer: token"),
+    "dr_grpo": ("grpo", "normalizer: constant and scale_rewards: none"),
+    "gspo": ("grpo", "ratio: sequence_mean"),
+    "cispo": ("grpo", "surrogate: cispo"),
+    "ipo": ("dpo", "loss: ipo"),
+    "sft": ("supervised", ""),
+    "prompt_tuning": ("soft", ""),
+    "prefix_tuning": ("prefix", ""),
+    "lora": ("adapter", "method: {type: lora}"),
+    "ia3": ("adapter", "method: {type: ia3}"),
+}
+"""What others call a kind of algorithm or prompt: our `type`, and the settings that go with it."""
+
 _MAX_PLACES = 3
 """A name that more places have says nothing."""
 
@@ -191,6 +206,19 @@ def foreign_hint(name: str, schema: Mapping[str, Any]) -> str:
         note = f" ({ours.note})" if ours.note else ""
         return f"{owner}'s {name} is {' and '.join(ours.keys)} here{note}"
     return ""
+
+
+def kind_hint(name: object, kinds: Sequence[str]) -> str:
+    """What a kind of another library is here, in brackets; empty for other names.
+
+    Args:
+        name: an unknown `type`.
+        kinds: the types that there are.
+    """
+    kind, settings = FOREIGN_KINDS.get(str(name).lower().replace("-", "_"), ("", ""))
+    if kind not in kinds:
+        return ""
+    return f" ({name} is {kind} with {settings})" if settings else f" ({name} is {kind})"
 
 
 def other_type(place: str, schema: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from rlprompt.errors import InputError, quote
 from rlprompt.reading import yaml_text
 from rlprompt.reading.files import read_text, reason
-from rlprompt.recipe.hints import elsewhere, foreign_hint, other_type
+from rlprompt.recipe.hints import elsewhere, foreign_hint, kind_hint, other_type
 
 Schema = Mapping[str, Any]
 """A JSON schema, or a node of one."""
@@ -193,7 +193,10 @@ def _sentence(problem: Any, place: str, node: Schema, schema: Schema) -> str:
         tags = [tag for option in _options(node, schema) if (tag := _tag(option))]
         if kind == "union_tag_not_found":
             return f"'{place}.type' is missing; add one of {', '.join(tags)}"
-        return f"'{place}.type' is {context['tag']!r}; {_nearest(context['tag'], tags, 'use ')}"
+        tag = context["tag"]
+        hint = kind_hint(tag, tags)  # "dapo" is no misspelt "dpo"
+        advice = f"use {', '.join(tags)}{hint}" if hint else _nearest(tag, tags, "use ")
+        return f"'{place}.type' is {tag!r}; {advice}"
     if kind in _NEEDS:
         need = _NEEDS[kind].format(**context)
         return f"'{place}' must be {need}, given {_shown(problem['input'])}"

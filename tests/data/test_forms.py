@@ -304,3 +304,19 @@ def test_wrong_answers_are_told_before_the_model_loads(
     message = told(tmp_path, rows, ["completion"])
     assert message.startswith("rows.jsonl line 2, column 'completion',") and sentence in message
     assert "no column 'completion' with answers" in told(tmp_path, [{"query": "A"}], ["completion"])
+
+
+def test_a_query_column_with_a_usual_name_is_not_passed_over(tmp_path: Path) -> None:
+    for chosen, rejected in (([ANSWER], [WORSE]), ([USER, ANSWER], [USER, WORSE])):
+        rows = [{"prompt": [USER], "chosen": chosen, "rejected": rejected}]
+        assert told(tmp_path, rows, ["chosen", "rejected"]).endswith("set query_column: prompt")
+
+
+def test_a_conversation_written_out_in_a_csv_cell_is_told(tmp_path: Path) -> None:
+    cell = json.dumps([USER]).replace('"', '""')
+    (tmp_path / "rows.csv").write_text(f'id,messages\n1,What is snow?\n2,"{cell}"\n')
+    settings = DataSettings(path="rows.csv", query_column="messages", heldout=0)
+    with pytest.raises(InputError, match=r"rows\.csv line 3.* holds a list of messages as JSON"):
+        load_queries(settings, tmp_path)
+    texts = ['[{"a": 1}]', "[{not JSON", "[1, 2]", "[{" * 3000]
+    assert len(load(tmp_path, texts).train) == 4  # other text is asked as it is

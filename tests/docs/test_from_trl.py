@@ -11,7 +11,15 @@ import pytest
 import yaml
 
 from rlprompt.errors import InputError
-from rlprompt.recipe.hints import FOREIGN_NAMES, Ours, elsewhere, foreign_hint, key_paths
+from rlprompt.recipe.hints import (
+    FOREIGN_KINDS,
+    FOREIGN_NAMES,
+    Ours,
+    elsewhere,
+    foreign_hint,
+    key_paths,
+    kind_hint,
+)
 from rlprompt.recipe.schema import Recipe, recipe_of_tree
 from tests.docs.pages import DOCS, check_page, code
 
@@ -149,6 +157,28 @@ def test_a_key_of_another_type_is_said_to_be_one() -> None:
     assert told({"augment": [{"type": "override", "num_queries": 2}]}).startswith(
         "unknown key 'augment.0.num_queries', which another augment.0.type has; known keys: "
     )
+
+
+def test_a_kind_of_theirs_is_answered_with_ours() -> None:
+    sentence = told({"algorithm": {"type": "dapo"}})
+    assert sentence.startswith("'algorithm.type' is 'dapo'; use grpo, ")
+    assert sentence.endswith(" (dapo is grpo with normalizer: token)")
+    assert told({"prompt": {"type": "PROMPT_TUNING"}}).endswith(" (PROMPT_TUNING is soft)")
+    assert "(" not in told({"prompt": {"type": "dapo"}})
+    for name, (kind, settings) in FOREIGN_KINDS.items():
+        section = "prompt" if kind in ("soft", "prefix", "adapter") else "algorithm"
+        assert told({section: {"type": name}}).endswith(kind_hint(name, [kind]))
+        written = yaml.safe_load("{" + settings.replace(" and ", ", ") + "}")
+        rewards = [{"path": "builtin:length"}]
+        tree = {"name": "x", "data": {"rows": ["a", "b"]}, "rewards": rewards}
+        Recipe.model_validate({**tree, section: {"type": kind, **written}} | CHANGES.get(name, {}))
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "cispo": {"algorithm": {"type": "grpo", "surrogate": "cispo", "num_minibatches": 2}},
+    "gspo": {"algorithm": {"type": "grpo", "ratio": "sequence_mean", "num_minibatches": 2}},
+}
+"""What has an effect only with several updates per batch."""
 
 
 def test_a_schema_without_the_key_gets_no_hint() -> None:

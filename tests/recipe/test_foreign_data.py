@@ -11,6 +11,7 @@ import pytest
 from rlprompt.algorithms.supervised import SupervisedSettings
 from rlprompt.errors import InputError
 from rlprompt.recipe.build import build_single_run, started_from_data
+from rlprompt.recipe.keywords import Found, data_section
 from rlprompt.recipe.schema import Recipe
 from tests.fixtures.runs import QUERIES, merged, tiny_recipe, tiny_trainer
 
@@ -58,6 +59,12 @@ def test_the_answers_of_sharegpt_conversations_are_learned(tmp_path: Path) -> No
     plain["data"] |= {"rows": rows, "query_column": "conversations"}
     summary = build_single_run(Recipe(**plain), tmp_path, tmp_path / "run").run()
     assert summary["steps"] == 3
+
+
+@pytest.mark.parametrize("column", ["query", "prompt", "messages", "conversations"])
+def test_python_finds_the_column_of_the_queries(column: str) -> None:
+    rows = [{"id": 1, column: [user("the sun")]}]
+    assert data_section(rows, Found())["query_column"] == column
 
 
 def rows_with_system(text: str = SYSTEM) -> list[Any]:

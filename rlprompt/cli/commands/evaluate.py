@@ -17,7 +17,7 @@ from rlprompt.files import to_json, write_atomic
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.text import NonePrompt, TextPrompt
-from rlprompt.recipe.build import build_prompt, build_shared
+from rlprompt.recipe.build import build_prompt, build_shared, started_from_data
 from rlprompt.recipe.schema import Recipe, load_recipe
 from rlprompt.recipe.stored import carried_recipe
 from rlprompt.runs.claim_folder import RECIPE_FILE, recipe_folder
@@ -67,7 +67,8 @@ def run(
             )
         policy, evaluator = shared.policy, shared.evaluator
         if artifact is None:
-            prompt = build_prompt(recipe, policy, base_dir)
+            fresh = started_from_data(recipe, shared.data)
+            prompt = build_prompt(fresh, policy, base_dir)
         else:
             own = recipe.own_prompts.values()
             prompt = load_artifact(artifact, policy, force=force, own=own)
