@@ -72,6 +72,16 @@ def test_commands_and_options_are_those_of_the_design() -> None:
             "--status",
         ],
         "plan": ["recipe", "overrides", "--model-size", "--gpus", "--gpu", "--query-tokens"],
+        "forecast": [
+            "recipe",
+            "overrides",
+            "--queries",
+            "--completions",
+            "--texts",
+            "--difference",
+            "--json",
+            "--verbose",
+        ],
         "chat": [
             "artifact",
             "--compare",
