@@ -72,16 +72,6 @@ def test_commands_and_options_are_those_of_the_design() -> None:
             "--status",
         ],
         "plan": ["recipe", "overrides", "--model-size", "--gpus", "--gpu", "--query-tokens"],
-        "forecast": [
-            "recipe",
-            "overrides",
-            "--queries",
-            "--completions",
-            "--texts",
-            "--difference",
-            "--json",
-            "--verbose",
-        ],
         "chat": [
             "artifact",
             "--compare",
@@ -99,6 +89,16 @@ def test_commands_and_options_are_those_of_the_design() -> None:
         "model fetch": ["name", "--verbose"],
         "model list": [],
         "reward check": ["path", "--option", "--column", "--pairs", "--timeout"],
+        "forecast": [
+            "recipe",
+            "overrides",
+            "--queries",
+            "--completions",
+            "--texts",
+            "--difference",
+            "--json",
+            "--verbose",
+        ],
         "reward train": ["recipe", "overrides", "--output", "--verbose"],
         "reward serve": [
             "path",
