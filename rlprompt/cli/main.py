@@ -300,6 +300,42 @@ def plan(
     )
 
 
+@app.command("forecast")
+def forecast_recipe(
+    recipe: Path = typer.Argument(..., metavar="RECIPE", help="As of `rlprompt train`."),
+    overrides: list[str] = typer.Argument(
+        None, metavar="KEY=VALUE", help="Changes to the recipe, such as sampling.temperature=1."
+    ),
+    queries: int = typer.Option(
+        24, "--queries", min=2, metavar="N", help="Training queries that each prompt answers."
+    ),
+    completions: int = typer.Option(
+        4, "--completions", min=2, metavar="N", help="Completions per query and prompt."
+    ),
+    texts: Path | None = typer.Option(
+        None, "--texts", metavar="FILE", help="JSON list of further system texts to try."
+    ),
+    difference: float = typer.Option(
+        0.05, "--difference", metavar="D", help="Say how many queries this difference needs."
+    ),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON in place of tables."),
+    verbose: bool = VERBOSE,
+) -> None:
+    """Say before training whether prompts can help: what of the reward's variance is theirs."""
+    from rlprompt.cli.commands.forecast import run
+
+    run(
+        recipe,
+        overrides or [],
+        num_queries=queries,
+        completions=completions,
+        texts=texts,
+        difference=difference,
+        as_json=as_json,
+        verbose=verbose,
+    )
+
+
 @app.command()
 def chat(
     artifact: Path = typer.Argument(

@@ -100,6 +100,16 @@ def test_commands_and_options_are_those_of_the_design() -> None:
         "model fetch": ["name", "--verbose"],
         "model list": ["--json"],
         "reward check": ["path", "--option", "--column", "--pairs", "--timeout"],
+        "forecast": [
+            "recipe",
+            "overrides",
+            "--queries",
+            "--completions",
+            "--texts",
+            "--difference",
+            "--json",
+            "--verbose",
+        ],
         "reward train": ["recipe", "overrides", "--output", "--verbose"],
         "reward serve": [
             "path",
