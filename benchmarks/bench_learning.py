@@ -55,9 +55,9 @@ def write_queries(folder: Path, data: Path, heldout: int) -> tuple[Path, Path]:
     """Train and held-out queries of a query set as files."""
     rows = data.read_text(encoding="utf-8").splitlines()
     paths = []
-    for split, limit in (("train", None), ("heldout", heldout)):
+    for split, name, limit in (("train", "train", None), ("validation", "heldout", heldout)):
         kept = [row for row in rows if json.loads(row)["split"] == split][:limit]
-        paths.append(folder / f"{split}.jsonl")
+        paths.append(folder / f"{name}.jsonl")
         paths[-1].write_text("\n".join(kept) + "\n", encoding="utf-8")
     return paths[0], paths[1]
 

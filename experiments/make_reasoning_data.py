@@ -16,7 +16,7 @@ from typing import Any
 
 
 def make_rows(task: str, size: int, seed: int, heldout: float) -> list[dict[str, Any]]:
-    """Rows of one generator; the last `heldout` share of them is the held-out split."""
+    """Rows of one generator; the last `heldout` share of them is the validation split."""
     import reasoning_gym
 
     dataset = reasoning_gym.create_dataset(task, size=size, seed=seed)
@@ -27,7 +27,7 @@ def make_rows(task: str, size: int, seed: int, heldout: float) -> list[dict[str,
             "task": task,
             "answer": entry["answer"],
             "metadata": entry["metadata"],
-            "split": "heldout" if index >= first_heldout else "train",
+            "split": "validation" if index >= first_heldout else "train",
         }
         for index, entry in enumerate(dataset)
     ]

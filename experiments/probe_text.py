@@ -73,7 +73,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = [json.loads(line) for line in options.data.open(encoding="utf-8")]
-    rows = [row for row in rows if row["split"] == "heldout"]
+    rows = [row for row in rows if row["split"] == "validation"]
     names = [row[options.column] for row in rows]
     answers = [
         Answer(name, text or name)

@@ -80,6 +80,7 @@ def train(
     rewards: Any = None,
     data: Any = None,
     heldout: Any = None,
+    test: Any = None,
     prompt: Start | None = None,
     output: str | Path | None = None,
     resume: bool = False,
@@ -102,8 +103,9 @@ def train(
         data: the queries: a list of texts or of mappings with a column `query` (or TRL's `prompt`),
             a `datasets.Dataset`, a `pandas.DataFrame`, the path of a file or a hub id, or a
             mapping with the keys of a recipe's data.
-        heldout: queries to evaluate on, in any form of `data` but a hub id; or how many of `data`
-            to hold out (a count, or a share between 0 and 1).
+        heldout: validation queries, by which the best prompt is chosen, in any form of `data` but a
+            hub id; or how many of `data` to hold out (a count, or a share between 0 and 1).
+        test: queries for the result at the end, by which nothing is chosen; forms as of `heldout`.
         prompt: where the prompt starts: a text, an artifact (its `Path`, or a `LoadedPrompt`), or a
             mapping with the keys of a recipe's prompt. A text is also what the result is compared
             with, unless `evaluation` names another.
@@ -122,7 +124,7 @@ def train(
         InputError: something given is wrong; the sentence names the key. Nothing has been written.
         NotFiniteError: loss, gradient or prompt was not finite; the folder keeps what led to it.
     """
-    keywords = Keywords(rewards, data, heldout, prompt, sections)
+    keywords = Keywords(rewards, data, heldout, test, prompt, sections)
     named, opened = _named_or_opened(model, tokenizer)
     resolved, base_dir, objects = recipe_of(recipe, keywords, named, opened)
     if output is None and resume:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 FUNCTIONS = {
     "train": (
         "(recipe=None, *, model=None, tokenizer=None, rewards=None, data=None, heldout=None, "
-        "prompt=None, output=None, resume=False, progress=True, **sections)"
+        "test=None, prompt=None, output=None, resume=False, progress=True, **sections)"
     ),
     "load_prompt": (
         "(artifact, *, model=None, tokenizer=None, force=False, trust_remote_code=False, "

@@ -48,6 +48,10 @@ class PolicyGradientSettings(AlgorithmSettings):
     """Estimate of the KL per token: k1 = log ratio, k2 = half its square, k3 = unbiased and never
     negative. In the loss, k2 has the gradient of KL(policy || reference), k3 that of
     KL(reference || policy), and k1 none."""
+    kl_bias_correction: bool = False
+    """Multiply the KL in the loss by the probability ratio, which is 1 in value in the first update
+    but has a gradient: that of k1 and k3 then is the gradient of KL(policy || reference), unbiased
+    (DeepSeek-V3.2, arXiv 2512.02556). TRL's `use_bias_correction_kl`, there on by default."""
     kl_target: float | None = Field(default=None, gt=0.0)
     """Wanted `kl` in nats per token, as it is logged: the coefficient adapts to meet it. Null keeps
     `kl_coef` as it is."""
@@ -92,14 +96,18 @@ class PolicyGradientSettings(AlgorithmSettings):
     @model_validator(mode="after")
     def _policy_gradient_settings_have_effect(self) -> PolicyGradientSettings:
         if self.kl_coef == 0.0:
-            names = ("kl_in", "kl_estimator", "kl_target", "kl_horizon")
+            names = ("kl_in", "kl_estimator", "kl_bias_correction", "kl_target", "kl_horizon")
             refuse_changed(self, names, "while kl_coef is 0; set kl_coef or remove it")
         elif self.kl_target is None:
             refuse_changed(self, ("kl_horizon",), "without kl_target; set kl_target or remove it")
-        if self.kl_coef > 0.0 and self.kl_in == "loss" and self.kl_estimator == "k1":
+        if self.kl_in == "reward":
+            why = "with kl_in: reward, where the KL has no gradient; remove it"
+            refuse_changed(self, ("kl_bias_correction",), why)
+        has_gradient = self.kl_estimator != "k1" or self.kl_bias_correction
+        if self.kl_coef > 0.0 and self.kl_in == "loss" and not has_gradient:
             raise ValueError(
                 "kl_estimator: k1 has no effect in the loss, because its expected gradient is "
-                "zero; use k2 or k3, or kl_in: reward"
+                "zero; use k2 or k3, kl_bias_correction: true, or kl_in: reward"
             )
         return self
 
@@ -217,6 +225,8 @@ class PolicyGradient(Algorithm):
         kl = None
         if micro.ref_logprobs is not None:
             distance = kl_estimate(scores.logprobs, micro.ref_logprobs, settings.kl_estimator)
+            if settings.kl_bias_correction:
+                distance = distance * ratios.exp()
             metrics["kl"] = distance.detach()
             if settings.kl_in == "loss":
                 kl = self._kl_coef * (weights * distance).sum()

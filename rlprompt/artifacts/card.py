@@ -36,9 +36,13 @@ def card(info: Mapping[str, Any]) -> str:
         f"| created | {info['created']} |",
         "",
     ]
-    if info["metrics"]:
+    numbers = dict(info["metrics"])
+    verdict = numbers.pop("verdict", None)
+    if verdict:
+        lines[2:2] = [f"**{cell(verdict)}**", ""]
+    if numbers:
         lines += ["## Held-out results", "", "| | |", "|---|---|"]
-        lines += [f"| {cell(k)} | {cell(v)} |" for k, v in info["metrics"].items()]
+        lines += [f"| {cell(k)} | {cell(v)} |" for k, v in numbers.items()]
         lines.append("")
     lines += [
         "## Use",

@@ -114,6 +114,23 @@ def train(
 
 
 @app.command()
+def compare(
+    runs: list[Path] = typer.Argument(..., metavar="RUN", help="Run folders, two or more."),
+    output: Path = typer.Option(
+        Path("compare.html"), "--output", "-o", metavar="FILE", help="The page to write."
+    ),
+    as_json: bool = typer.Option(False, "--json", help="Print the comparison as JSON."),
+) -> None:
+    """Compare runs: what differs in their recipes, and whether what they learned does.
+
+    The first run is held against each other one, query by query.
+    """
+    from rlprompt.cli.commands.compare import run
+
+    run(runs, output, as_json)
+
+
+@app.command()
 def submit(
     recipe: Path = typer.Argument(None, metavar="RECIPE", help="As of `rlprompt train`."),
     overrides: list[str] = typer.Argument(

@@ -1,12 +1,14 @@
 """The data section of a recipe, and the two values its readers pass on: a table and a split.
 
 A dataset is read into a `Table` (rows as they stand, each with its place for error messages),
-turned into queries, and divided into a `QuerySplit`.
+turned into queries, and divided into a `QuerySplit`: train, validation, test. Validation queries
+are called held-out in names (`heldout`): whatever chooses among prompts looks at them. Test queries
+are for the one number at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -19,8 +21,18 @@ DEFAULT_SPLIT = "train"
 DEFAULT_HELDOUT = 0.2
 
 
+class TestSettings(Settings):
+    """Test queries in a file of their own."""
+
+    __test__ = False  # not a test of pytest's
+
+    path: str
+    """A local `.jsonl`, `.json`, `.csv` or `.parquet` file with the test queries, relative to the
+    recipe's folder, with the columns of the dataset."""
+
+
 class DataSettings(Settings):
-    """Where the queries come from, and which of them are held out from training."""
+    """Where the queries come from, and which are for training, validation and the final test."""
 
     path: str | None = None
     """A `.jsonl`, `.json`, `.csv` or `.parquet` file, relative to the recipe's folder, or the id
@@ -28,7 +40,7 @@ class DataSettings(Settings):
     name: str | None = None
     """Configuration of a hub dataset that has several."""
     split: str = DEFAULT_SPLIT
-    """Split of a hub dataset that is read; it is then divided into train and held-out."""
+    """Split of a hub dataset that is read; it is then divided into train, validation and test."""
     rows: list[Any] | None = None
     """The dataset itself: strings, or mappings with the query column and any others. Give this or
     `path`."""
@@ -36,30 +48,46 @@ class DataSettings(Settings):
     """Column with the query: a plain string, or a list of messages `{role, content}` that ends
     with the user's turn. All other columns are handed to the rewards by name."""
     heldout: int | float = DEFAULT_HELDOUT
-    """Queries held out for evaluation: a count (integer, 0 for none) or a share between 0 and 1."""
+    """Queries held out from training for validation, by which prompts are chosen: a count (integer,
+    0 for none) or a share between 0 and 1."""
     heldout_path: str | None = None
-    """A separate local file with the held-out queries, instead of `heldout`."""
+    """A separate local file with the validation queries, instead of `heldout`."""
+    test: int | float | TestSettings | None = None
+    """Queries that nothing is chosen by, for the result at the end: a count (integer, 0 for none),
+    a share between 0 and 1, or `{path: FILE}`. Null = what `split_column` marks, else none."""
     split_column: str | None = None
-    """Column that says `train` or `heldout` for each row, instead of `heldout`."""
+    """Column that says `train`, `validation` or `test` for each row, instead of `heldout` and a
+    count or share of `test`. `heldout`, `val`, `valid` and `dev` mean `validation`; no row need be
+    `test`."""
     max_queries: int | None = Field(default=None, ge=2)
     """Keep at most this many of the queries in `path` or `rows`, drawn with `shuffle_seed` before
-    they are divided; under `split_column` each side keeps its share. `heldout_path` is kept
-    whole."""
+    they are divided; under `split_column` train and validation keep their shares. `heldout_path`,
+    a test file and rows marked `test` are kept whole."""
     shuffle_seed: int = 0
     """Decides the order of the queries, hence which are held out or kept."""
 
     @field_validator("heldout", mode="before")
     @classmethod
     def _heldout_is_count_or_share(cls, value: Any) -> Any:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"heldout is {value!r}; write a count such as 40 or a share like 0.2")
-        if isinstance(value, int) and value < 0:
-            raise ValueError(f"heldout is {value}; write 0 or a positive count, or a share")
-        if isinstance(value, float) and not 0.0 < value < 1.0:
-            raise ValueError(
-                f"heldout is the share {value}; write a share between 0 and 1, or an integer count"
-            )
-        return value
+        return _count_or_share("heldout", value, "a count such as 40 or a share like 0.2")
+
+    @field_validator("test", mode="before")
+    @classmethod
+    def _test_is_count_share_or_file(cls, value: Any) -> Any:
+        if value is None or isinstance(value, TestSettings):
+            return value
+        if isinstance(value, Mapping):
+            # Here, because what a union objects to names all its members.
+            if (
+                value.keys() != {"path"}
+                or not isinstance(value["path"], str)
+                or not value["path"].strip()
+            ):
+                raise ValueError(
+                    f"test is {dict(value)!r}; write {{path: FILE}}, a count, or a share like 0.2"
+                )
+            return value
+        return _count_or_share("test", value, "a count, a share like 0.2, or {path: FILE}")
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Self:
@@ -77,11 +105,28 @@ class DataSettings(Settings):
         own_split = "heldout_path" if self.heldout_path is not None else "split_column"
         if getattr(self, own_split) is not None and self.heldout != DEFAULT_HELDOUT:
             raise ValueError(f"heldout has no effect beside {own_split}; remove one of them")
+        if self.split_column is not None and isinstance(self.test, int | float):
+            raise ValueError(
+                "test has no effect beside split_column, which marks the test queries; remove one "
+                "of them, or name a file as test: {path: FILE}"
+            )
         if self.split_column == self.query_column:
             raise ValueError(
                 f"split_column and query_column are both '{self.query_column}'; name two columns"
             )
         return self
+
+
+def _count_or_share(name: str, value: Any, wanted: str) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} is {value!r}; write {wanted}")
+    if isinstance(value, int) and value < 0:
+        raise ValueError(f"{name} is {value}; write 0 or a positive count, or a share")
+    if isinstance(value, float) and not 0.0 < value < 1.0:
+        raise ValueError(
+            f"{name} is the share {value}; write a share between 0 and 1, or an integer count"
+        )
+    return value
 
 
 @dataclass(frozen=True)
@@ -105,14 +150,17 @@ class Table:
 
 @dataclass(frozen=True)
 class QuerySplit:
-    """Queries to train on and queries held out, with no query in both.
+    """Queries to train on, to choose by and to test on, with no query in two of them.
 
-    Both are in an order drawn with `shuffle_seed`, so that any first k of them are a fair sample.
+    Each is in an order drawn with `shuffle_seed`, so that any first k of it are a fair sample.
     """
 
     train: tuple[Query, ...]
     """At least one."""
     heldout: tuple[Query, ...]
-    """Empty only when the recipe says `heldout: 0`."""
+    """The validation queries. Empty only when the recipe says `heldout: 0`."""
     fingerprint: str
-    """sha256 (hex) over both sides: messages, columns and order; a checkpoint can compare it."""
+    """sha256 (hex) over all splits: messages, columns and order; a checkpoint can compare it."""
+    test: tuple[Query, ...] = ()
+    """Queries for one look at the end; nothing may be chosen by them. Empty where the data has
+    none."""

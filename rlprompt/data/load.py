@@ -1,13 +1,14 @@
-"""Loads the queries of a recipe and divides them into train and held-out, with no overlap.
+"""Loads the queries of a recipe and divides them into train, validation and test, without overlap.
 
 The order of the queries is that of a hash over seed and text. So the same recipe gives the same
-split on every machine and Python, whatever the order of the file, and a file that grows keeps
-nearly all its queries on the side they were on.
+splits on every machine and Python, whatever the order of the file, and a file that grows keeps
+nearly all its queries in the split they were in.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import re
@@ -16,17 +17,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlprompt.data.base import DEFAULT_SPLIT, DataSettings, QuerySplit, Table
+from rlprompt.data.base import DEFAULT_SPLIT, DataSettings, QuerySplit, Table, TestSettings
 from rlprompt.data.conversation import build_queries, match_key
 from rlprompt.data.files import SUFFIXES, read_file, read_rows
 from rlprompt.data.hub import read_hub
+from rlprompt.data.near_duplicates import find_near_duplicates
 from rlprompt.errors import InputError
 from rlprompt.types import Query
 
 logger = logging.getLogger(__name__)
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-SIDES = ("train", "heldout")
+SIDES = {"train": "train", "heldout": "validation", "test": "test"}
+"""The splits, by the name of their field, and what the split column and messages call them."""
+SPELLINGS = {
+    "train": "train",
+    "training": "train",
+    "validation": "heldout",
+    "valid": "heldout",
+    "val": "heldout",
+    "dev": "heldout",
+    "heldout": "heldout",
+    "held-out": "heldout",
+    "held_out": "heldout",
+    "test": "test",
+}
+"""Values of a split column that are understood, in small letters."""
 
 Rows = Mapping[str, Sequence[Any]]
 """Rows in memory, by the path of a recipe that stands for them."""
@@ -36,7 +52,9 @@ def load_queries(settings: DataSettings, base_dir: Path, given: Rows | None = No
     """Read, check, deduplicate and divide the queries that a recipe names.
 
     Two queries are the same when they differ only in case, white space or the punctuation of a
-    sentence. Within one side, the first of them is kept and a warning says how many were dropped.
+    sentence. Within one split, the first of them is kept and a warning says how many were dropped;
+    in two splits they are refused. Near-duplicates in two splits (`find_near_duplicates`) are
+    warned of, with their number and an example: queries of one template may be meant.
 
     Args:
         settings: The data section of the recipe.
@@ -44,7 +62,7 @@ def load_queries(settings: DataSettings, base_dir: Path, given: Rows | None = No
         given: Rows in memory, by the path that stands for them.
 
     Returns:
-        Both sides, in an order drawn with `shuffle_seed`.
+        The splits, each in an order drawn with `shuffle_seed`.
 
     Raises:
         InputError: The data cannot be found or read, a row is wrong, a given division overlaps,
@@ -52,23 +70,61 @@ def load_queries(settings: DataSettings, base_dir: Path, given: Rows | None = No
     """
     table = read_table(settings, base_dir, given)
     queries = build_queries(table, settings.query_column, settings.split_column)
+    source = _Source(settings, base_dir, table, queries, given or {})
+    sides = _divide_by_column(source) if settings.split_column else _divide_by_draw(source)
     if settings.heldout_path is not None:
-        train, heldout = _divide_by_file(settings, base_dir, table, queries, given or {})
-    elif settings.split_column is not None:
-        train, heldout = _divide_by_column(settings, table, queries)
-    else:
-        train, heldout = _divide_by_draw(settings, table, queries)
+        sides["heldout"] = _read_beside(source, settings.heldout_path, "heldout", len(queries))
+    if isinstance(settings.test, TestSettings):
+        if sides["test"].queries:
+            raise InputError(
+                f"test queries are in '{settings.test.path}' and marked in the split column "
+                f"'{settings.split_column}' of {table.label}; keep one of them"
+            )
+        first_index = len(queries) + (sides["heldout"].rows if settings.heldout_path else 0)
+        sides["test"] = _read_beside(source, settings.test.path, "test", first_index)
+    _refuse_overlap(sides)
+    kept = _limited(sides, settings)
+    _warn_of_near_duplicates(kept)
+    if settings.test is None and not kept["test"].queries:
+        logger.info(
+            "%s has no test queries: a result on the validation queries, by which the prompt is "
+            "chosen, looks better than it is; set data.test, or mark rows as test",
+            table.label,
+        )
+    train, heldout, test = (tuple(kept[side].queries) for side in SIDES)
     return QuerySplit(
-        train=tuple(train), heldout=tuple(heldout), fingerprint=_fingerprint(train, heldout)
+        train=train,
+        heldout=heldout,
+        fingerprint=_fingerprint({"train": train, "heldout": heldout, "test": test}),
+        test=test,
     )
 
 
 @dataclass(frozen=True)
-class _Side:
-    """Distinct queries of one side in drawn order, and where each was found."""
+class _Source:
+    """What a division starts from."""
 
+    settings: DataSettings
+    base_dir: Path
+    table: Table
     queries: list[Query]
-    places: dict[str, str]
+    given: Rows
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Distinct queries of one split in drawn order; `keys` and `places` go with `queries`."""
+
+    queries: Sequence[Query] = ()
+    keys: Sequence[str] = ()
+    places: Sequence[str] = ()
+    rows: int = 0
+    """Rows of the source, duplicates included."""
+
+    def part(self, start: int, stop: int | None) -> _Side:
+        """Those from `start` up to `stop`."""
+        part = slice(start, stop)
+        return _Side(self.queries[part], self.keys[part], self.places[part], self.rows)
 
 
 def read_table(settings: DataSettings, base_dir: Path, given: Rows | None = None) -> Table:
@@ -104,97 +160,135 @@ def _refuse_hub_settings(settings: DataSettings, source: str) -> None:
             )
 
 
-def _divide_by_file(
-    settings: DataSettings, base_dir: Path, table: Table, queries: list[Query], given: Rows
-) -> tuple[list[Query], list[Query]]:
-    path = settings.heldout_path or ""
-    if path in given:
-        other = read_rows(list(given[path]), settings.query_column, "heldout")
+def _read_beside(source: _Source, path: str, name: str, first_index: int) -> _Side:
+    """A split in a file of its own, which must have the form and columns of the dataset."""
+    settings, table, queries = source.settings, source.table, source.queries
+    if path in source.given:
+        other = read_rows(list(source.given[path]), settings.query_column, name)
     else:
-        other = read_file(path, base_dir, settings.query_column)
-    held = build_queries(other, settings.query_column, first_index=len(queries))
-    if held[0].conversational != queries[0].conversational:
+        other = read_file(path, source.base_dir, settings.query_column)
+    column = settings.split_column
+    if column is not None and column in other.rows[0]:
+        _require_marks(other, column, name)
+    else:
+        column = None
+    beside = build_queries(other, settings.query_column, column, first_index)
+    if beside[0].conversational != queries[0].conversational:
         raise InputError(
             f"one of {table.label} and {other.label} holds text, the other conversations; use one "
             "form in both"
         )
-    differing = sorted(held[0].columns.keys() ^ queries[0].columns.keys())
+    differing = sorted(beside[0].columns.keys() ^ queries[0].columns.keys())
     if differing:
         raise InputError(
             f"only one of {table.label} and {other.label} has the column '{differing[0]}'; give "
             "both files the same columns"
         )
-    seed = settings.shuffle_seed
-    train = _distinct(queries, [table.where(i) for i in range(len(queries))], table.label, seed)
-    heldout = _distinct(held, [other.where(i) for i in range(len(held))], other.label, seed)
-    _refuse_overlap(train, heldout)
-    return train.queries[: settings.max_queries], heldout.queries
+    return _distinct(beside, other, range(len(beside)), other.label, settings.shuffle_seed)
 
 
-def _divide_by_column(
-    settings: DataSettings, table: Table, queries: list[Query]
-) -> tuple[list[Query], list[Query]]:
+def _divide_by_column(source: _Source) -> dict[str, _Side]:
+    settings, table = source.settings, source.table
     column = settings.split_column or ""
     members: dict[str, list[int]] = {side: [] for side in SIDES}
     for position, row in enumerate(table.rows):
-        side = row[column]
-        if side not in SIDES:
+        side = _side_of(row[column])
+        if side is None:
             raise InputError(
-                f"{table.where(position)} has {side!r} in the split column '{column}'; write "
-                "'train' or 'heldout'"
+                f"{table.where(position)} has {row[column]!r} in the split column '{column}'; "
+                "write 'train', 'validation' or 'test'"
             )
         members[side].append(position)
-    for side in SIDES:
+    for side in ("train", "heldout"):
         if not members[side]:
             raise InputError(
-                f"no row of {table.label} has '{side}' in the split column '{column}'; mark some, "
-                "or remove split_column to have them drawn"
+                f"no row of {table.label} has '{SIDES[side]}' in the split column '{column}'; mark "
+                "some, or remove split_column to have them drawn"
             )
-    train, heldout = (
-        _distinct(
-            [queries[i] for i in members[side]],
-            [table.where(i) for i in members[side]],
-            f"{table.label} ({side})",
+    return {
+        side: _distinct(
+            [source.queries[i] for i in positions],
+            table,
+            positions,
+            f"{table.label} ({SIDES[side]})",
             settings.shuffle_seed,
         )
-        for side in SIDES
-    )
-    _refuse_overlap(train, heldout)
-    total = len(train.queries) + len(heldout.queries)
-    limit = min(settings.max_queries or total, total)
-    kept = min(max(1, round(limit * len(heldout.queries) / total)), limit - 1)
-    return train.queries[: limit - kept], heldout.queries[:kept]
+        for side, positions in members.items()
+    }
 
 
-def _divide_by_draw(
-    settings: DataSettings, table: Table, queries: list[Query]
-) -> tuple[list[Query], list[Query]]:
-    places = [table.where(i) for i in range(len(queries))]
-    distinct = _distinct(queries, places, table.label, settings.shuffle_seed).queries
-    kept = distinct[: settings.max_queries]
-    if isinstance(settings.heldout, int):
-        count = settings.heldout
-    else:
-        count = max(1, round(settings.heldout * len(kept)))
-    if count >= len(kept):
+def _require_marks(table: Table, column: str, name: str) -> None:
+    for position, row in enumerate(table.rows):
+        if _side_of(row.get(column)) != name:
+            raise InputError(
+                f"{table.where(position)} is for the {SIDES[name]} split and has {row.get(column)!r} "
+                f"in the split column '{column}'; leave only rows marked '{SIDES[name]}' there"
+            )
+
+
+def _side_of(value: Any) -> str | None:
+    """The split that a value of the split column means, None for none."""
+    return SPELLINGS.get(value.strip().casefold()) if isinstance(value, str) else None
+
+
+def _divide_by_draw(source: _Source) -> dict[str, _Side]:
+    settings, table, queries = source.settings, source.table, source.queries
+    everything = _distinct(queries, table, range(len(queries)), table.label, settings.shuffle_seed)
+    total = len(everything.part(0, settings.max_queries).queries)
+    asked = {
+        "heldout": 0 if settings.heldout_path is not None else settings.heldout,
+        "test": settings.test if isinstance(settings.test, int | float) else 0,
+    }
+    counts = {
+        side: share if isinstance(share, int) else max(1, round(share * total))
+        for side, share in asked.items()
+    }
+    heldout, test = counts["heldout"], counts["test"]
+    if heldout + test >= total:
+        held_out = [f"hold out {heldout}"] if heldout or not test else []
+        wanted = ", ".join([*held_out, f"test on {test}"] if test else held_out)
+        names = " or ".join(f"data.{side}" for side, count in counts.items() if count)
         raise InputError(
-            f"{table.label} gives {len(kept)} distinct "
-            f"{'query' if len(kept) == 1 else 'queries'}, too few to hold out {count} and train "
-            "on the rest; add queries, or lower data.heldout (0 holds out none)"
+            f"{table.label} gives {total} distinct {'query' if total == 1 else 'queries'}, too few "
+            f"to {wanted} and train on the rest; add queries, or lower {names or 'data.heldout'} "
+            "(0 holds out none)"
         )
     # Held out from the front: with more queries, those at the front stay there.
-    return kept[count:], kept[:count]
+    return {
+        "train": everything.part(heldout + test, None),
+        "heldout": everything.part(0, heldout),
+        "test": everything.part(heldout, heldout + test),
+    }
 
 
-def _distinct(queries: Sequence[Query], places: Sequence[str], label: str, seed: int) -> _Side:
+def _limited(sides: Mapping[str, _Side], settings: DataSettings) -> Mapping[str, _Side]:
+    """At most `max_queries` of the dataset; what lies in files beside it is not counted."""
+    limit = settings.max_queries
+    if limit is None:
+        return sides
+    train, heldout = sides["train"], sides["heldout"]
+    if settings.split_column is None:
+        drawn = 0 if settings.heldout_path is not None else len(heldout.queries)
+        drawn += 0 if isinstance(settings.test, TestSettings) else len(sides["test"].queries)
+        return {**sides, "train": train.part(0, limit - drawn)}
+    total = len(train.queries) + len(heldout.queries)
+    limit = min(limit, total)
+    held = min(max(1, round(limit * len(heldout.queries) / total)), limit - 1)
+    return {**sides, "train": train.part(0, limit - held), "heldout": heldout.part(0, held)}
+
+
+def _distinct(
+    queries: Sequence[Query], table: Table, positions: Sequence[int], label: str, seed: int
+) -> _Side:
     """Keep the first of equal queries, and put the rest in the order of the seed."""
     first: dict[str, Query] = {}
-    found: dict[str, str] = {}
+    places: dict[str, str] = {}
     conflicting = 0
-    for query, place in zip(queries, places, strict=True):
+    for query, position in zip(queries, positions, strict=True):
         key = match_key(query)
         kept = first.setdefault(key, query)
-        found.setdefault(key, place)
+        if kept is query:
+            places[key] = table.where(position)
         conflicting += kept.columns != query.columns
     dropped = len(queries) - len(first)
     if dropped:
@@ -206,22 +300,55 @@ def _distinct(queries: Sequence[Query], places: Sequence[str], label: str, seed:
             conflicting,
         )
     order = sorted(first, key=lambda key: hashlib.sha256(f"{seed}\n{key}".encode()).digest())
-    return _Side(queries=[first[key] for key in order], places=found)
+    return _Side([first[key] for key in order], order, [places[key] for key in order], len(queries))
 
 
-def _refuse_overlap(train: _Side, heldout: _Side) -> None:
-    for key, place in heldout.places.items():
-        if key in train.places:
-            text = " ".join(key.split())
-            raise InputError(
-                f"the query '{text[:80]}' is in both train ({train.places[key]}) and held-out "
-                f"({place}); remove it from one"
+def _refuse_overlap(sides: Mapping[str, _Side]) -> None:
+    for one, other in itertools.combinations(SIDES, 2):
+        places = dict(zip(sides[one].keys, sides[one].places, strict=True))
+        for key, place in zip(sides[other].keys, sides[other].places, strict=True):
+            if key in places:
+                raise InputError(
+                    f"the query '{_shortened(key)}' is in both {SIDES[one]} ({places[key]}) and "
+                    f"{SIDES[other]} ({place}); remove it from one"
+                )
+
+
+def _warn_of_near_duplicates(sides: Mapping[str, _Side]) -> None:
+    for one, other in itertools.combinations(SIDES, 2):
+        found = find_near_duplicates(sides[other].keys, sides[one].keys)
+        if not found.is_complete:
+            logger.warning(
+                "the queries of %s and %s are so alike that not all pairs were compared for "
+                "near-duplicates; at least %d were found",
+                SIDES[other],
+                SIDES[one],
+                len(found.pairs),
+            )
+        if found.pairs:
+            position, twin = found.pairs[0]
+            logger.warning(
+                "%d of %d %s queries share more than 80%% of their words with one of %s, such as "
+                "'%s' (%s) with '%s' (%s): remove them from one side if they ask the same",
+                len(found.pairs),
+                len(sides[other].keys),
+                SIDES[other],
+                SIDES[one],
+                _shortened(sides[other].keys[position]),
+                sides[other].places[position],
+                _shortened(sides[one].keys[twin]),
+                sides[one].places[twin],
             )
 
 
-def _fingerprint(train: Iterable[Query], heldout: Iterable[Query]) -> str:
+def _shortened(key: str) -> str:
+    return " ".join(key.split())[:80]
+
+
+def _fingerprint(splits: Mapping[str, Iterable[Query]]) -> str:
+    """Of the content of all splits; one without queries adds nothing."""
     digest = hashlib.sha256()
-    for side, queries in zip(SIDES, (train, heldout), strict=True):
+    for side, queries in splits.items():
         for query in queries:
             columns = sorted(query.columns.items())
             content = [side, query.conversational, query.messages, columns]

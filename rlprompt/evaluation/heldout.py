@@ -1,6 +1,6 @@
 """Held-out evaluation: base, hand-written text and learned prompt under the same sampling.
 
-Letters: B completions, T tokens.
+Letters: Q queries, n completions per query, B = Q * n completions.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from rlprompt.certify.comparison import Scores, standard_error
 from rlprompt.engines.base import Engine
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.evaluation.measures import Measure
@@ -32,8 +34,11 @@ class EvaluationSettings(Settings):
     """Completions per held-out query."""
     handwritten: str | None = None
     """A hand-written system prompt to compare with; null = none."""
+    texts: list[str] = Field(default_factory=list)
+    """Other hand-written system prompts. The best of them on the validation queries is compared
+    with the learned prompt beside `handwritten`."""
     max_queries: int | None = Field(default=None, ge=1)
-    """Evaluate on the first this many held-out queries; null = all."""
+    """Evaluate on the first this many queries of a split; null = all."""
 
     select_by: str = "reward"
     """What makes a prompt the best one, which the artifact holds: `reward` (the total), or the name
@@ -44,6 +49,16 @@ class EvaluationSettings(Settings):
     def _not_blank(cls, value: str | None) -> str | None:
         if value is not None and not value.strip():
             raise ValueError("handwritten is blank; write a system prompt, or null for none")
+        return value
+
+    @field_validator("texts")
+    @classmethod
+    def _texts_differ(cls, value: list[str]) -> list[str]:
+        for place, text in enumerate(value):
+            if not text.strip():
+                raise ValueError(f"texts[{place}] is blank; write a system prompt, or remove it")
+            if text in value[:place]:
+                raise ValueError(f"texts[{place}] is there twice; remove one")
         return value
 
 
@@ -64,6 +79,9 @@ class HeldoutResult:
     batch: RolloutBatch
     metrics: dict[str, object]
     """A row of `evaluation.jsonl`."""
+    scores: Mapping[str, Scores]
+    """[Q, n] values by name, NaN = unknown: `reward` (the total, or the criterion's [Q, 1] means
+    over a query's tokens) and each reward."""
 
     @property
     def reward(self) -> float:
@@ -153,22 +171,32 @@ class HeldoutEvaluator:
             self._rewards,
             step=step,
         )
+        named = {"reward": batch.rewards.total, **batch.rewards.values}
+        scores = {name: self._table(values) for name, values in named.items()}
+        measured = {name: measure(prompt, batch.groups) for name, measure in self._measures.items()}
         total = batch.rewards.total
         known = total[~total.isnan()]
-        spread = float(known.std()) if known.numel() > 1 else 0.0
         metrics: dict[str, object] = {
             "reward": float(known.mean()) if known.numel() else math.nan,
-            "reward_std": spread,
-            "reward_sem": spread / math.sqrt(max(1, known.numel())),
+            "reward_std": float(known.std()) if known.numel() > 1 else 0.0,
             "rewards": {k: _mean(v) for k, v in batch.rewards.values.items()},
+            "num_queries": len(self._queries),
             "num_completions": len(batch.completions),
             "mean_length": float(batch.lengths.float().mean()),
             "terminated_share": float(batch.terminated.float().mean()),
-            **{name: measure(prompt, batch.groups) for name, measure in self._measures.items()},
+            **{name: each.mean for name, each in measured.items()},
         }
         if self._criterion is not None:
-            metrics["reward"] = self._criterion.sign * float(str(metrics[self._criterion.measure]))
-        return HeldoutResult(batch, metrics)
+            found, sign = measured[self._criterion.measure], self._criterion.sign
+            metrics["reward"] = sign * found.mean
+            scores["reward"] = sign * np.asarray(found.by_query)[:, None]
+        error = standard_error(scores["reward"])
+        metrics["reward_sem"] = None if math.isnan(error) else error
+        return HeldoutResult(batch, metrics, scores)
+
+    def _table(self, values: Tensor) -> Scores:
+        """[Q * n] -> [Q, n]."""
+        return values.double().reshape(len(self._queries), -1).numpy()
 
 
 def _mean(values: Tensor) -> float | None:

@@ -1,11 +1,12 @@
 """Numbers about a prompt that no reward gives: log-probabilities of completions.
 
-Letters: B completions, T tokens.
+Letters: Q queries, B completions, T tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,11 +19,31 @@ from rlprompt.rollout.packing import pack
 from rlprompt.types import Group
 
 
+@dataclass(frozen=True)
+class TokenMeans:
+    """A number per token, added up by query."""
+
+    totals: Sequence[float]
+    """Q sums over the tokens of a query's completions."""
+    counts: Sequence[int]
+    """Q numbers of those tokens."""
+
+    @property
+    def mean(self) -> float:
+        """Mean over all tokens."""
+        return sum(self.totals) / sum(self.counts)
+
+    @property
+    def by_query(self) -> list[float]:
+        """Q means over the tokens of one query."""
+        return [total / count for total, count in zip(self.totals, self.counts, strict=True)]
+
+
 class Measure(Protocol):
     """A number about a prompt, or about what was drawn under it."""
 
-    def __call__(self, prompt: Prompt, drawn: Sequence[Group]) -> float:
-        """The number.
+    def __call__(self, prompt: Prompt, drawn: Sequence[Group]) -> TokenMeans:
+        """The number, by query.
 
         Args:
             prompt: the prompt that is evaluated.
@@ -42,9 +63,9 @@ class BaseLogprob:
         self._policy = policy
         self._budget = token_budget
 
-    def __call__(self, prompt: Prompt, drawn: Sequence[Group]) -> float:
+    def __call__(self, prompt: Prompt, drawn: Sequence[Group]) -> TokenMeans:
         """See the class."""
-        return mean_logprob(self._policy, NonePrompt(), drawn, self._budget)
+        return logprobs_by_query(self._policy, NonePrompt(), drawn, self._budget)
 
 
 class TargetLogprob:
@@ -56,9 +77,9 @@ class TargetLogprob:
         self._targets = targets
         self._budget = token_budget
 
-    def __call__(self, prompt: Prompt, drawn: Sequence[Group]) -> float:
+    def __call__(self, prompt: Prompt, drawn: Sequence[Group]) -> TokenMeans:
         """See the class; what was drawn does not matter."""
-        return mean_logprob(self._policy, prompt, self._targets, self._budget)
+        return logprobs_by_query(self._policy, prompt, self._targets, self._budget)
 
 
 class TeacherKL:
@@ -89,11 +110,11 @@ class TeacherKL:
         self._budget = token_budget
         self._written: Sequence[Group] | None = None
 
-    def __call__(self, prompt: Prompt, drawn: Sequence[Group]) -> float:
+    def __call__(self, prompt: Prompt, drawn: Sequence[Group]) -> TokenMeans:
         """See the class; what was drawn under the prompt does not matter."""
         if self._written is None:
             self._written = self._write(self._teacher)
-        return mean_kl(self._policy, self._teacher, prompt, self._written, self._budget)
+        return kl_by_query(self._policy, self._teacher, prompt, self._written, self._budget)
 
 
 class BaseKL:
@@ -108,49 +129,54 @@ class BaseKL:
         self._policy = policy
         self._budget = token_budget
 
-    def __call__(self, prompt: Prompt, drawn: Sequence[Group]) -> float:
+    def __call__(self, prompt: Prompt, drawn: Sequence[Group]) -> TokenMeans:
         """See the class."""
-        return mean_kl(self._policy, prompt, NonePrompt(), drawn, self._budget)
+        return kl_by_query(self._policy, prompt, NonePrompt(), drawn, self._budget)
 
 
 @torch.no_grad()
-def mean_kl(
+def kl_by_query(
     policy: Policy, first: Prompt, second: Prompt, groups: Sequence[Group], token_budget: int
-) -> float:
-    """Mean KL(first || second) per token of given completions, over the whole vocabulary."""
-    total, count = 0.0, 0
+) -> TokenMeans:
+    """KL(first || second) per token of given completions, over the whole vocabulary, in nats."""
+    totals, counts = [0.0] * len(groups), [_num_tokens(group) for group in groups]
     first_prefix, second_prefix = policy.prefix(first), policy.prefix(second)
-    for some in _whole_groups(policy, second, groups, token_budget):
-        queries = [group.query for group in some]
-        completions = [group.completions for group in some]
+    for chosen in _whole_groups(policy, second, groups, token_budget):
+        queries = [groups[g].query for g in chosen]
+        completions = [groups[g].completions for g in chosen]
         of_first = policy.hidden_scored(queries, completions, first_prefix, first)
         of_second = policy.hidden_scored(queries, completions, second_prefix, second)
         with policy.whole_ends():
             divergence = head_divergence(of_second, of_first, policy.forward.head, "forward_kl")
-        total += float(divergence.sum())
-        count += divergence.numel()
-    return total / count
+        parts = divergence.split([counts[g] for g in chosen])
+        for g, part in zip(chosen, parts, strict=True):
+            totals[g] = float(part.sum())
+    return TokenMeans(totals, counts)
+
+
+def _num_tokens(group: Group) -> int:
+    return sum(len(completion.token_ids) for completion in group.completions)
 
 
 def _whole_groups(
     policy: Policy, prompt: Prompt, groups: Sequence[Group], token_budget: int
-) -> list[list[Group]]:
+) -> list[list[int]]:
     """Micro-batches of whole groups, so that two prompts are scored on the same rows."""
     queries = [len(policy.query_ids(group.query, prompt)) for group in groups]
     lengths = [[len(c.token_ids) for c in group.completions] for group in groups]
     packed = pack(queries, lengths, token_budget, whole_groups=True)
-    return [[groups[g] for g, _ in micro.rows] for micro in packed]
+    return [[g for g, _ in micro.rows] for micro in packed]
 
 
 @torch.no_grad()
-def mean_logprob(
+def logprobs_by_query(
     policy: Policy, prompt: Prompt, groups: Sequence[Group], token_budget: int
-) -> float:
-    """Mean log-probability per completion token under a prompt, in nats, untempered."""
+) -> TokenMeans:
+    """Log-probability per completion token under a prompt, in nats, untempered."""
     prefix = policy.prefix(prompt)
     queries = [len(policy.query_ids(group.query, prompt)) for group in groups]
     lengths = [[len(c.token_ids) for c in group.completions] for group in groups]
-    total, count = 0.0, 0
+    totals = [0.0] * len(groups)
     for micro in pack(queries, lengths, token_budget):
         tree = policy.tree(
             [groups[g].query for g, _ in micro.rows],
@@ -158,7 +184,8 @@ def mean_logprob(
             prefix,
             prompt,
         )
-        scores = policy.logprobs(tree, prefix)
-        total += float(scores.logprobs.sum())
-        count += int(scores.mask.sum())
-    return total / count
+        by_row = policy.logprobs(tree, prefix).logprobs.double().sum(dim=1).tolist()
+        owners = [g for g, places in micro.rows for _ in places]
+        for g, total in zip(owners, by_row, strict=True):
+            totals[g] += total
+    return TokenMeans(totals, [_num_tokens(group) for group in groups])

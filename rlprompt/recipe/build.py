@@ -58,7 +58,7 @@ from rlprompt.search.step import SearchParts, SearchStep
 from rlprompt.tracking.make import build_trackers
 from rlprompt.tracking.tracker import TrackerGroup
 from rlprompt.training.step import GradientStep, StepParts
-from rlprompt.types import Group
+from rlprompt.types import Group, Query
 
 _HELDOUT_SEED = 1_000_003
 """Keeps held-out draws apart from those of every training step."""
@@ -74,6 +74,8 @@ class Shared:
     engine: Engine
     teacher: Prompt | None
     evaluator: HeldoutEvaluator
+    test: HeldoutEvaluator | None
+    """On the queries that choose nothing; None = there are none."""
     ranks: Ranks
     objects: Objects
 
@@ -219,8 +221,13 @@ def _shared(
     elif ranks.size > 1:
         engine = SharedEngine(engine, ranks)
     require_support(engine, _fixed_prompts(recipe, teacher))
-    evaluator = _evaluator(recipe, data, policy, engine, rewards, teacher)
-    return Shared(data, policy, engine, teacher, evaluator, ranks, objects)
+    evaluator, test = (
+        _evaluator(recipe, queries, policy, engine, rewards, teacher)
+        for queries in (data.heldout, data.test)
+    )
+    return Shared(
+        data, policy, engine, teacher, evaluator, test if data.test else None, ranks, objects
+    )
 
 
 def _policy(recipe: Recipe, objects: Objects) -> Policy:
@@ -271,6 +278,7 @@ def _parts(
         policy=policy,
         learner=learner,
         evaluator=shared.evaluator,
+        test=shared.test,
         data=data,
         settings=recipe.training,
         evaluation=recipe.evaluation,
@@ -297,6 +305,7 @@ def _gradient_step(recipe: Recipe, shared: Shared, rewards: RewardRunner) -> Gra
             rewards=rewards,
             settings=recipe.training,
             probe=shared.data.train[0],
+            learns_from_rewards=recipe.algorithm.needs_rewards,
             reference=_reference(recipe.reference, policy.prompt) if needs_reference else None,
             teacher=shared.teacher,
             constraints=_constraints(recipe, rewards),
@@ -383,9 +392,9 @@ def _sampler(recipe: Recipe, data: QuerySplit) -> QuerySampler:
 
 def _fixed_prompts(recipe: Recipe, teacher: Prompt | None) -> list[Prompt]:
     """What completions are drawn under beside the prompt that is trained."""
-    handwritten = recipe.evaluation.handwritten
-    prompts = [NonePrompt(), None if handwritten is None else TextPrompt(handwritten), teacher]
-    return [prompt for prompt in prompts if prompt is not None]
+    written = [recipe.evaluation.handwritten, *recipe.evaluation.texts]
+    texts = [TextPrompt(text) for text in written if text is not None]
+    return [NonePrompt(), *texts, *([] if teacher is None else [teacher])]
 
 
 def _teacher(recipe: Recipe) -> Prompt | None:
@@ -407,15 +416,15 @@ def _query_weights(recipe: Recipe, data: QuerySplit) -> QueryWeights | None:
 
 def _evaluator(
     recipe: Recipe,
-    data: QuerySplit,
+    split: Sequence[Query],
     policy: Policy,
     engine: Engine,
     rewards: RewardRunner,
     teacher: Prompt | None,
 ) -> HeldoutEvaluator:
-    """Held-out evaluation; without a score, closeness to teacher or answers is what counts."""
+    """Evaluation on a split; without a score, closeness to teacher or answers is what counts."""
     settings, budget = recipe.evaluation, recipe.training.token_budget
-    queries = data.heldout[: settings.max_queries]
+    queries = split[: settings.max_queries]
     seed = recipe.seed + _HELDOUT_SEED
     measures: dict[str, Measure] = {
         "base_logprob": BaseLogprob(policy, budget),

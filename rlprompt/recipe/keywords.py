@@ -36,6 +36,7 @@ class Keywords:
     rewards: Any
     data: Any
     heldout: Any
+    test: Any
     prompt: Start | None
     sections: Mapping[str, Any]
     """Other keys of a recipe."""
@@ -75,6 +76,8 @@ def recipe_of(
         tree["data"] = data_section(keywords.data, found)
     if keywords.heldout is not None:
         tree["data"] = {**tree.get("data", {}), **_heldout(keywords.heldout, found)}
+    if keywords.test is not None:
+        tree["data"] = {**tree.get("data", {}), "test": _test(keywords.test, found)}
     if keywords.prompt is not None:
         tree["prompt"] = _prompt(keywords.prompt, found, is_searched=bool(tree.get("search")))
         if isinstance(keywords.prompt, str) and tree["prompt"].keys() & {"init_text", "text"}:
@@ -169,6 +172,19 @@ def _heldout(heldout: Any, found: Found) -> dict[str, Any]:
     path = f"{MEMORY}heldout"
     found.rows[path] = rows_of(heldout, "heldout")
     return {"heldout_path": path}
+
+
+def _test(test: Any, found: Found) -> Any:
+    """The `data.test` of a recipe for what Python gives: a count, a share, a file, or rows."""
+    if isinstance(test, int | float):
+        return test
+    if isinstance(test, str | Path):
+        return {"path": str(test)}
+    if isinstance(test, Mapping) and test.keys() == {"path"}:
+        return dict(test)
+    path = f"{MEMORY}test"
+    found.rows[path] = rows_of(test, "test")
+    return {"path": path}
 
 
 def _prompt(prompt: Start, found: Found, *, is_searched: bool) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class Objects:
     policy: Policy | None = None
     """The base at `model.path`, under no prompt yet."""
     rows: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    """Rows by `data.path` and `data.heldout_path`."""
+    """Rows by `data.path`, `data.heldout_path` and `data.test.path`."""
     rewards: Mapping[str, Any] = field(default_factory=dict)
     """Reward functions by `rewards.N.path`."""
     prompts: Mapping[str, Prompt] = field(default_factory=dict)

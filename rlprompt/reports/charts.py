@@ -23,6 +23,8 @@ class Who(NamedTuple):
 WHO: dict[str, Who] = {
     "base": Who("Base", "base"),
     "handwritten": Who("Hand-written", "handwritten"),
+    "best_text": Who("Best of the texts", "best-text"),
+    "start": Who("Start", "start"),
     "learned": Who("Learned", "learned"),
 }
 """Whose completions are compared, by their name in the files."""
@@ -31,28 +33,52 @@ _PALETTE: tuple[Color, ...] = ("p1", "p2", "p3", "p4", "p5", "p6")
 _PHASES: dict[str, Color] = {
     "rollout": "p1",
     "reward": "p2",
-    "search": "p3",  # no run has both this and the next one
+    "search": "p3",
+    "old_logprobs": "train",
+    "reference": "handwritten",
+    "teacher": "best-text",
+    "prefill": "start",
     "forward": "p3",
     "backward": "p4",
     "optimizer": "p5",
+    "ranks": "base",
     "other": "p6",
 }
-_HEALTH: dict[str, tuple[str, ...]] = {
-    "KL to the reference": ("kl",),
-    "Entropy": ("entropy",),
-    "Completion length (tokens)": ("completions/mean_length",),
-    "Share cut off at the token limit": ("completions/clipped_ratio",),
-    "Gradient norm of the prompt": ("prompt/grad_norm",),
-    "Norm of the prompt": ("prompt/norm",),
-    "Drift of the prompt from its start": ("prompt/drift_from_init",),
-    "Clip ratio": ("clip_ratio/region_mean", "clip_ratio/low_mean", "clip_ratio/high_mean"),
-    "Sampling log-prob difference": ("sampling/sampling_logp_difference/mean",),
-    "Share of groups without reward spread": ("frac_reward_zero_std",),
-    "Loss": ("loss",),
-    "Learning rate": ("lr",),
-    "Reward of the step's best candidate": ("search/best_reward",),
-    "Candidates of the step": ("search/candidates",),
-}
+"""Phases in the order of a step. One that is not listed is drawn too, before `other`."""
+
+
+class _Health(NamedTuple):
+    """One chart about the state of policy and prompt."""
+
+    title: str
+    unit: str
+    keys: tuple[str, ...]
+
+
+_HEALTH = (
+    _Health("KL to the reference", "nats per token", ("kl",)),
+    _Health("Entropy", "nats per token", ("entropy",)),
+    _Health("Completion length", "tokens", ("completions/mean_length",)),
+    _Health("Cut off at the token limit", "share", ("completions/clipped_ratio",)),
+    _Health("Gradient norm of the prompt", "norm", ("prompt/grad_norm",)),
+    _Health("Norm of the prompt", "norm", ("prompt/norm",)),
+    _Health("Drift of the prompt from its start", "norm", ("prompt/drift_from_init",)),
+    _Health(
+        "Clip ratio",
+        "share of tokens",
+        ("clip_ratio/region_mean", "clip_ratio/low_mean", "clip_ratio/high_mean"),
+    ),
+    _Health(
+        "Sampling against training",
+        "difference in log-probability (nats)",
+        ("sampling/sampling_logp_difference/mean",),
+    ),
+    _Health("Groups without reward spread", "share", ("frac_reward_zero_std",)),
+    _Health("Loss", "loss", ("loss",)),
+    _Health("Learning rate", "rate", ("lr",)),
+    _Health("Reward of the step's best candidate", "reward", ("search/best_reward",)),
+    _Health("Candidates of the step", "count", ("search/candidates",)),
+)
 _MAX_REWARDS = 24
 
 
@@ -60,12 +86,13 @@ def report_sections(run: RunFiles) -> list[dict[str, Any]]:
     """Draw the curves of a run: sections of `title`, `note`, `layout` and `charts`.
 
     A chart is a `title`, a `legend` of colours and labels, and an `svg`. What the run did not log
-    has no chart; a section may be empty. At most 24 rewards are drawn by themselves.
+    has no chart; a section may be empty. At most 24 rewards are drawn by themselves. `folded` says
+    whether a section waits for a click.
     """
     names = run.reward_names
     note = (
-        "Thin line: training mean. Dots: learned prompt, held-out. Dashes: base and hand-written, "
-        "held-out. A reward with the role metric is watched, not trained on."
+        "Thin line: training mean. Dots: learned prompt on the validation queries. Dashes: base "
+        "and written texts there. A reward with the role metric is watched, not trained on."
     )
     if len(names) > _MAX_REWARDS:
         note += f" The first {_MAX_REWARDS} of {len(names)} are shown."
@@ -78,19 +105,33 @@ def report_sections(run: RunFiles) -> list[dict[str, Any]]:
         {
             "title": "Reward",
             "note": "By training step. Training: mean of the step's completions, band of one "
-            "standard deviation. Held-out: the same queries and sampling for all, band of one "
-            "standard error.",
+            "standard deviation. Validation: the same queries and draws for all, band of one "
+            "standard error over queries.",
             "layout": "wide",
-            "charts": [*_train_chart(run), *_heldout_chart(run)],
+            "charts": [*_train_chart(run), *_heldout_chart(run), *_member_chart(run)],
+            "folded": False,
         },
-        *guard_section(run),
-        {"title": "Every reward by itself", "note": note, "layout": "grid", "charts": singles},
-        {"title": "Policy and prompt", "note": "", "layout": "grid", "charts": _health_charts(run)},
+        *({**section, "folded": False} for section in guard_section(run)),
+        {
+            "title": "Every reward by itself",
+            "note": note,
+            "layout": "grid",
+            "charts": singles,
+            "folded": len(singles) < 2,
+        },
+        {
+            "title": "Health of policy and prompt",
+            "note": "By training step.",
+            "layout": "grid",
+            "charts": _health_charts(run),
+            "folded": True,
+        },
         {
             "title": "Where the time goes",
             "note": "Seconds of each step by phase; the key shows medians.",
             "layout": "wide",
             "charts": _time_chart(run),
+            "folded": True,
         },
     ]
 
@@ -105,7 +146,10 @@ def _train_chart(run: RunFiles) -> list[dict[str, Any]]:
         return []
     spread = [row.get("reward_std") for row in run.metrics if row.get("reward") is not None]
     return [
-        _chart("Training reward", draw_curves([Curve("learned", steps, values, spread)], "train"))
+        _chart(
+            "Training reward",
+            draw_curves([Curve("learned", steps, values, spread)], "train", y_label="reward"),
+        )
     ]
 
 
@@ -114,7 +158,24 @@ def _heldout_chart(run: RunFiles) -> list[dict[str, Any]]:
     if not curves:
         return []
     legend = [LegendEntry(curve.color, WHO[who].label.lower()) for who, curve in curves.items()]
-    return [_chart("Held-out reward", draw_curves(list(curves.values()), "heldout"), legend)]
+    svg = draw_curves(list(curves.values()), "heldout", y_label="reward")
+    return [_chart("Validation reward", svg, legend)]
+
+
+def _member_chart(run: RunFiles) -> list[dict[str, Any]]:
+    """The validation reward of every member of a population."""
+    curves, legend = [], []
+    for place, (name, member) in enumerate(run.members.items()):
+        rows = [r for r in member.evaluations_of("learned") if r.get("reward") is not None]
+        color = _PALETTE[place % len(_PALETTE)]
+        if rows:
+            steps, values = [r["step"] for r in rows], [r["reward"] for r in rows]
+            curves.append(Curve(color, steps, values, markers=True))
+            legend.append(LegendEntry(color, name))
+    if not curves:
+        return []
+    svg = draw_curves(curves, "members", y_label="reward")
+    return [_chart("Validation reward of each member", svg, legend)]
 
 
 def _reward_chart(run: RunFiles, name: str, id_: str) -> list[dict[str, Any]]:
@@ -125,13 +186,16 @@ def _reward_chart(run: RunFiles, name: str, id_: str) -> list[dict[str, Any]]:
     if not curves:
         return []
     role = run.reward_roles.get(name)
-    return [_chart(f"{name} ({role})" if role else name, draw_curves(curves, id_))]
+    svg = draw_curves(curves, id_, y_label="value")
+    return [_chart(f"{name} ({role})" if role else name, svg)]
 
 
 def _heldout_curves(run: RunFiles, reward: str | None) -> dict[str, Curve]:
     """Return the held-out curve of each who: of the total reward, or of one reward by its name."""
     curves = {}
     for who, shown in WHO.items():
+        if who == "start":  # it is where the learned curve begins
+            continue
         rows = run.evaluations_of(who)
         if reward is None:
             values = [row.get("reward") for row in rows]
@@ -149,7 +213,7 @@ def _heldout_curves(run: RunFiles, reward: str | None) -> dict[str, Curve]:
 
 def _health_charts(run: RunFiles) -> list[dict[str, Any]]:
     charts = []
-    for index, (title, keys) in enumerate(_HEALTH.items()):
+    for index, (title, unit, keys) in enumerate(_HEALTH):
         drawn = {key: run.series(key) for key in keys}
         drawn = {key: series for key, series in drawn.items() if series[1]}
         if not drawn:
@@ -165,20 +229,20 @@ def _health_charts(run: RunFiles) -> list[dict[str, Any]]:
             if len(keys) > 1
             else []
         )
-        charts.append(_chart(title, draw_curves(curves, f"health-{index}"), legend))
+        charts.append(_chart(title, draw_curves(curves, f"health-{index}", y_label=unit), legend))
     return charts
 
 
 def _time_chart(run: RunFiles) -> list[dict[str, Any]]:
     found = {key.removeprefix("time/") for row in run.metrics for key in row if "time/" in key[:5]}
-    phases = [phase for phase in _PHASES if phase in found]
-    if not phases:
+    if not found:
         return []
+    known = [phase for phase in _PHASES if phase in found and phase != "other"]
+    phases = [*known, *sorted(found - _PHASES.keys()), *({"other"} & found)]
     steps = [row["step"] for row in run.metrics]
     parts = {
-        phase: Part(color, [row.get(f"time/{phase}") for row in run.metrics])
-        for phase, color in _PHASES.items()
-        if phase in phases
+        phase: Part(_PHASES.get(phase, "p6"), [row.get(f"time/{phase}") for row in run.metrics])
+        for phase in phases
     }
     medians = {
         phase: statistics.median([value for value in part.values if value is not None] or [0.0])

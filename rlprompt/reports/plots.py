@@ -21,7 +21,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-Color = Literal["learned", "handwritten", "base", "train", "p1", "p2", "p3", "p4", "p5", "p6"]
+Color = Literal[
+    "learned", "handwritten", "base", "best-text", "start", "train",
+    "p1", "p2", "p3", "p4", "p5", "p6",
+]  # fmt: skip
 Series = Sequence[float | None]
 
 MAX_POINTS = 300
@@ -41,6 +44,8 @@ _VARIABLES: dict[str, str] = {
     "p6": "#01010a",
     "ink": "#01010b",
     "grid": "#01010c",
+    "best-text": "#01010d",
+    "start": "#01010e",
 }
 # The key type is a literal in some versions of matplotlib's stubs and `str` in others.
 _STYLE: dict[Any, Any] = {
@@ -67,6 +72,17 @@ class LegendEntry(NamedTuple):
     label: str
 
 
+class Bar(NamedTuple):
+    """One difference with its interval."""
+
+    label: str
+    color: Color
+    value: float
+    low: float | None
+    """None = no interval."""
+    high: float | None
+
+
 class Part(NamedTuple):
     """One summand of a stack."""
 
@@ -91,7 +107,7 @@ class Curve:
     width: float = 1.6
 
 
-def draw_curves(curves: Sequence[Curve], name: str, *, x_label: str = "") -> str:
+def draw_curves(curves: Sequence[Curve], name: str, *, x_label: str = "", y_label: str = "") -> str:
     """Draw curves over steps; values that are None or not finite are passed over.
 
     Args:
@@ -99,6 +115,7 @@ def draw_curves(curves: Sequence[Curve], name: str, *, x_label: str = "") -> str
         name: A name that is unique on the page, of letters, digits and `-`; it becomes part of the
             ids.
         x_label: What `Curve.steps` are, when they are no steps and need not be whole.
+        y_label: What the values are, with their unit.
 
     Returns:
         An `<svg>` element.
@@ -109,7 +126,35 @@ def draw_curves(curves: Sequence[Curve], name: str, *, x_label: str = "") -> str
             _draw(axes, curve)
         if x_label:
             axes.xaxis.set_major_locator(MaxNLocator(6))
-            axes.set_xlabel(x_label)
+        axes.set_xlabel(x_label or "step")
+        axes.set_ylabel(y_label)
+        return _to_svg(figure, name)
+
+
+def draw_differences(bars: Sequence[Bar], name: str, *, x_label: str) -> str:
+    """Draw differences with their intervals over each other, the first on top, against zero.
+
+    Arguments and result are those of `draw_curves`.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.0, 0.75 + 0.36 * len(bars)), layout="constrained")
+        axes = figure.add_subplot()
+        figure.patch.set_visible(False)
+        axes.patch.set_visible(False)
+        axes.axvline(0.0, color=_VARIABLES["ink"], linewidth=0.9)
+        for place, bar in enumerate(reversed(bars)):
+            color = _VARIABLES[bar.color]
+            if bar.low is not None and bar.high is not None:
+                axes.plot([bar.low, bar.high], [place, place], color=color, linewidth=2.4)
+            axes.plot([bar.value], [place], color=color, marker="o", markersize=6.0)
+        axes.set_yticks(range(len(bars)), [bar.label for bar in reversed(bars)])
+        axes.set_ylim(-0.6, len(bars) - 0.4)
+        axes.margins(x=0.08)
+        axes.grid(axis="x", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
+        axes.tick_params(length=0)
+        axes.set_xlabel(x_label)
         return _to_svg(figure, name)
 
 
@@ -131,6 +176,8 @@ def draw_stack(steps: Sequence[float], parts: Sequence[Part], name: str) -> str:
             axes.stairs(top, edges, baseline=base, fill=True, color=_VARIABLES[color])
             bottom = top
         axes.set_ylim(bottom=0)
+        axes.set_xlabel("step")
+        axes.set_ylabel("seconds")
         return _to_svg(figure, name)
 
 
@@ -152,7 +199,7 @@ def thin(steps: Sequence[float], values: Series) -> tuple[NDArray[np.float64], N
 
 
 def _figure(width: float = 5.0) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, 2.3), layout="constrained")
+    figure = Figure(figsize=(width, 2.5), layout="constrained")
     axes = figure.add_subplot()
     figure.patch.set_visible(False)
     axes.patch.set_visible(False)

@@ -8,28 +8,28 @@ stopped early, or never evaluated, gets the report that its files allow.
 
 from __future__ import annotations
 
-import math
-import re
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePath
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from rlprompt.files import write_atomic
+from rlprompt.reports.answers import answer_pairs
 from rlprompt.reports.candidates import candidate_rows, made_by
 from rlprompt.reports.charts import WHO, report_sections
+from rlprompt.reports.formats import MAX_TEXT, clean, shown_number, shown_value, signed
 from rlprompt.reports.guards import alarm_sentences
+from rlprompt.reports.plots import Bar, draw_differences
 from rlprompt.runs.read_folder import Row, RunFiles, load_run
 
-_MAX_PAIRS = 10
-_MAX_TEXT = 1500
 _MAX_METRICS = 150
 _MAX_RECIPE = 60_000
 _TABLE_EXTRAS = {
-    "base_logprob": "log-probability under the base",
-    "base_kl": "KL to the base per token",
+    "base_logprob": "log-probability under the base (nats per token)",
+    "base_kl": "KL to the base (nats per token)",
     "mean_length": "completion length (tokens)",
     "terminated_share": "share that ended by itself",
 }
@@ -44,55 +44,108 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         InputError: if the folder holds no run, or one of its files is damaged.
     """
-    run = load_run(run_dir)
+    return write_page("report.html.jinja", _context(load_run(run_dir)), run_dir / "report.html")
+
+
+def write_page(template: str, context: Mapping[str, Any], path: Path) -> Path:
+    """Fill in a template of this folder, everything escaped, and write the page.
+
+    Args:
+        template: name of the template.
+        context: what it asks for; a name that is missing is an error.
+        path: file to write.
+    """
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
     )
-    html = environment.get_template("report.html.jinja").render(_context(run))
-    path = Path(run_dir) / "report.html"
+    html = environment.get_template(template).render(context)
     write_atomic(path, html.encode("utf-8", "replace"))
     return path
 
 
 def _context(run: RunFiles) -> dict[str, Any]:
-    best = run.compared_evaluations(WHO)
+    tested = run.compared_evaluations(WHO, "test")
+    split, shown = ("test", tested) if tested else ("validation", run.compared_evaluations(WHO))
     last = run.metrics[-1] if run.metrics else {}
     return {
-        "title": _clean(str(run.recipe.get("name") or run.folder.resolve().name), 200),
+        "title": clean(str(run.recipe.get("name") or run.folder.resolve().name), 200),
         "subtitle": _subtitle(run),
-        "folder": _clean(str(run.folder.resolve()), 500),
+        "folder": clean(str(run.folder.resolve()), 500),
+        "verdict": shown_verdict(run),
         "notices": _notices(run),
-        "cards": _cards(run, best),
+        "cards": _cards(run, shown, split),
+        "differences": _differences(run),
         "facts": _facts(run),
-        "table": _table(run, best),
+        "table": _table(run, shown, split),
+        "members": _members(run),
         "candidates": _candidates(run),
         "sections": report_sections(run),
         "last_step": last.get("step"),
         "last_metrics": [
-            (_clean(key, 120), _number(last[key]))
+            (clean(key, 120), shown_number(last[key]))
             for key in sorted(last.keys() - {"step", "time"})[:_MAX_METRICS]
         ],
-        **_pairs(run, best),
+        **answer_pairs(run),
         "details": _details(run),
         "environment": _environment(run),
-        "recipe": _clean(run.recipe_text, _MAX_RECIPE),
+        "recipe": clean(run.recipe_text, _MAX_RECIPE),
     }
 
 
 def _subtitle(run: RunFiles) -> str:
-    parts = []
+    """What was learned, on which model and which data, how, and when."""
+    parts = [describe(run)]
     if run.metrics and run.metrics[-1].get("time"):
         moment = time.gmtime(run.metrics[-1]["time"])
         parts.append(time.strftime("%Y-%m-%d %H:%M UTC", moment))
     parts.append(f"{len(run.metrics)} steps logged")
-    return ", ".join(parts)
+    return ", ".join(part for part in parts if part)
+
+
+def describe(run: RunFiles) -> str:
+    """Kind of prompt, model, data and method of a run in one line, as far as its recipe says."""
+    sections = {name: run.recipe.get(name) for name in ("prompt", "model", "data", "algorithm")}
+    prompt, model, data, algorithm = (
+        section if isinstance(section, Mapping) else {} for section in sections.values()
+    )
+    search = run.recipe.get("search")
+    method = search.get("type") if isinstance(search, Mapping) else algorithm.get("type")
+    parts = []
+    if prompt.get("type"):
+        size = prompt.get("num_virtual_tokens")
+        parts.append(f"{prompt['type']} prompt" + (f" of {size} tokens" if size else ""))
+    if model.get("path"):
+        parts.append(f"on {PurePath(str(model['path'])).name}")
+    if data.get("path"):
+        parts.append(f"data {PurePath(str(data['path'])).name}")
+    if method:
+        parts.append(f"learned by {method}")
+    return clean(", ".join(parts), 300)
+
+
+def shown_verdict(run: RunFiles) -> dict[str, str] | None:
+    """The summary's verdict as a sentence, a mood and a note; None where it has none."""
+    verdict = run.summary.get("verdict")
+    if not isinstance(verdict, Mapping) or not verdict.get("sentence"):
+        return None
+    mood = str(verdict.get("mood"))
+    flat, steps = run.summary.get("steps_without_signal", 0), run.summary.get("steps", 0)
+    note = f"Rewards had nothing to teach in {flat} of {steps} steps." if flat else ""
+    return {
+        "sentence": clean(str(verdict["sentence"]), MAX_TEXT),
+        "mood": mood if mood in ("good", "bad") else "neutral",
+        "note": note,
+    }
 
 
 def _notices(run: RunFiles) -> list[str]:
     notices = []
     if not run.summary:
         notices.append("This run has no summary.json: it is still going on, or it was cut off.")
-    notices += [_clean(sentence, _MAX_TEXT) for sentence in alarm_sentences(run)]
+    notices += [clean(sentence, MAX_TEXT) for sentence in alarm_sentences(run)]
     if not run.metrics:
         notices.append("No training step was logged.")
     if not run.evaluations:
@@ -105,48 +158,57 @@ def _notices(run: RunFiles) -> list[str]:
     return notices
 
 
-def _cards(run: RunFiles, best: Mapping[str, Row]) -> list[dict[str, str]]:
+def _cards(run: RunFiles, shown: Mapping[str, Row], split: str) -> list[dict[str, str]]:
+    """The mean reward of everyone who is compared; of old runs as far as the summary has it."""
     keys = {"base": "before", "handwritten": "handwritten", "learned": "after"}
     cards = []
-    for who, shown in WHO.items():
-        row = best.get(who, {})
-        value = row.get("reward", run.summary.get(f"heldout_reward_{keys[who]}"))
-        if value is not None:
-            card = {"label": f"Held-out reward, {shown.label.lower()}", "mood": ""}
-            card["color"] = shown.color
-            error = row.get("reward_sem")
-            card |= {"value": _number(value), "error": "" if error is None else _number(error)}
-            cards.append(card | {"note": _spread(row, who)})
-    if {"base", "learned"} <= best.keys():
-        cards += _gain_card(best["base"], best["learned"])
+    for who, look in WHO.items():
+        row = shown.get(who, {})
+        value = row.get("reward", run.summary.get(f"heldout_reward_{keys.get(who)}"))
+        if value is None:
+            continue
+        error = row.get("reward_sem")
+        cards.append(
+            {
+                "label": f"{look.label}, {split} reward",
+                "color": look.color,
+                "value": shown_number(value),
+                "error": "" if error is None else shown_number(error),
+                "note": _basis(run, row, who),
+            }
+        )
     return cards
 
 
-def _spread(row: Row, who: str) -> str:
+def _basis(run: RunFiles, row: Row, who: str) -> str:
+    """What a mean rests on."""
     parts = []
-    if row.get("reward_std") is not None:
-        parts.append(f"sd {_number(row['reward_std'])}")
+    if row.get("num_queries"):
+        parts.append(f"{row['num_queries']} queries")
     if row.get("num_completions"):
         parts.append(f"{row['num_completions']} completions")
-    if who == "learned" and "step" in row:
-        parts.append(f"step {row['step']}")
+    if who == "learned" and run.best_step is not None:
+        parts.append(f"step {run.best_step}")
     return ", ".join(parts)
 
 
-def _gain_card(base: Row, learned: Row) -> list[dict[str, str]]:
-    """Return the card of learned minus base; the two samples count as independent."""
-    if base.get("reward") is None or learned.get("reward") is None:
+def _differences(run: RunFiles) -> list[dict[str, Any]]:
+    """The chart of learned minus everyone else with intervals, as a list of at most one."""
+    verdict = run.summary.get("verdict")
+    found = verdict.get("differences") if isinstance(verdict, Mapping) else None
+    if not isinstance(found, Mapping) or not found:
         return []
-    gain = learned["reward"] - base["reward"]
-    card = {"label": "Learned minus base", "color": "line", "mood": "", "value": _signed(gain)}
-    errors = [row["reward_sem"] for row in (base, learned) if row.get("reward_sem") is not None]
-    if len(errors) < 2:
-        return [card | {"error": "", "note": "no standard error was logged"}]
-    error = math.hypot(*errors)
-    clear = abs(gain) > 2 * error
-    card["mood"] = ("good" if gain > 0 else "bad") if clear else ""
-    note = "more than two standard errors" if clear else "within two standard errors of zero"
-    return [card | {"error": _number(error), "note": note}]
+    bars = [
+        Bar(f"minus {look.label.lower()}", look.color, at["value"], at["low"], at["high"])
+        for who, look in WHO.items()
+        if who in found and (at := found[who]["interval"])["value"] is not None
+    ]
+    if not bars:
+        return []
+    svg = draw_differences(bars, "differences", x_label="difference in reward")
+    return [
+        {"title": "Learned against the others, 95% intervals", "svg": Markup(svg), "legend": ()}
+    ]
 
 
 def _facts(run: RunFiles) -> list[tuple[str, str]]:
@@ -160,125 +222,94 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
     )
     summary = run.summary
     return [
-        (label, _value(summary[key]) + unit)
+        (label, shown_value(summary[key]) + unit)
         for label, key, unit in shown
         if summary.get(key) is not None
     ]
 
 
-def _table(run: RunFiles, best: Mapping[str, Row]) -> dict[str, Any] | None:
-    """Return the rows of held-out means, one column per who and one for learned minus base."""
-    if not best:
+def _table(run: RunFiles, shown: Mapping[str, Row], split: str) -> dict[str, Any] | None:
+    """The rows of means, one column for each who and one for learned minus base."""
+    if not shown:
         return None
     roles = run.reward_roles
-    rows: list[dict[str, Any]] = [{"label": "reward", "note": "", "key": "reward", "of": best}]
-    rewards = {who: row.get("rewards") or {} for who, row in best.items()}
+    rows: list[dict[str, Any]] = [{"label": "reward", "note": "", "key": "reward", "of": shown}]
+    rewards = {who: row.get("rewards") or {} for who, row in shown.items()}
     rows += [
-        {"label": _clean(name, 120), "note": _clean(roles.get(name, ""), 60)}
+        {"label": clean(name, 120), "note": clean(roles.get(name, ""), 60)}
         | {"key": name, "of": rewards}
         for name in run.reward_names
     ]
     rows += [
-        {"label": label, "note": "", "key": key, "of": best} for key, label in _TABLE_EXTRAS.items()
+        {"label": label, "note": "", "key": key, "of": shown}
+        for key, label in _TABLE_EXTRAS.items()
     ]
     lines = []
     for row in rows:
-        values = {who: row["of"][who].get(row["key"]) for who in best}
+        values = {who: row["of"][who].get(row["key"]) for who in shown}
         if any(value is not None for value in values.values()):
             lines.append(row | {"cells": _cells(values)})
-    columns = [WHO[who].label for who in best]
-    if {"base", "learned"} <= best.keys():
+    columns = [WHO[who].label for who in shown]
+    if {"base", "learned"} <= shown.keys():
         columns.append("Learned minus base")
-    return {"columns": columns, "rows": lines, "note": _table_note(run, best)}
+    title = f"Means on the {split} queries"
+    return {"title": title, "columns": columns, "rows": lines, "note": _table_note(run, split)}
 
 
-def _table_note(run: RunFiles, best: Mapping[str, Row]) -> str:
-    if "learned" not in best:
+def _table_note(run: RunFiles, split: str) -> str:
+    if run.best_step is None:
         return ""
-    note = f"Learned: the prompt of step {best['learned']['step']}."
+    note = f"Learned: the prompt of step {run.best_step}."
     count = len(run.evaluations_of("learned"))
-    if count > 1 and run.summary.get("heldout_reward_after") is not None:
+    if split == "validation" and count > 1:
         note += (
-            f" If it was kept as the best of its {count} evaluations on these queries, its reward "
-            "is slightly too good; new queries give a fair one."
+            f" It was kept as the best of its {count} evaluations on these queries, so its mean "
+            "here is somewhat too good; the verdict allows for that, test queries need not."
         )
     return note
 
 
 def _cells(values: Mapping[str, float | None]) -> list[str]:
-    cells = [_number(value) for value in values.values()]
+    cells = [shown_number(value) for value in values.values()]
     if {"base", "learned"} <= values.keys():
         base, learned = values["base"], values["learned"]
-        if base is None or learned is None:
-            cells.append(_number(None))
-        else:
-            cells.append(_signed(learned - base))
+        known = base is not None and learned is not None
+        cells.append(signed(learned - base) if known else shown_number(None))
     return cells
 
 
+def _members(run: RunFiles) -> list[dict[str, Any]]:
+    """One row per member of a population."""
+    rows = run.summary.get("members")
+    found = rows if isinstance(rows, Mapping) else {}
+    return [
+        {
+            "name": clean(str(name), 120),
+            "best": name == run.summary.get("best_member"),
+            "cells": [
+                shown_number(row.get("heldout_reward_after")),
+                shown_number(row.get("best_step")),
+                shown_number(row.get("steps")),
+                clean(str(row.get("stopped_because") or "not begun"), 200),
+            ],
+        }
+        for name, row in found.items()
+        if isinstance(row, Mapping)
+    ]
+
+
 def _candidates(run: RunFiles) -> list[list[str]]:
-    """Return the cells of each candidate of a search: id, text, origin, completions, reward."""
+    """The cells of each candidate of a search: id, text, origin, completions, reward."""
     return [
         [
-            _value(row.get("id")),
-            _clean(str(row.get("text") or row.get("kind")), _MAX_TEXT),
-            _clean(made_by(row), 200),
-            _number(row.get("completions")),
-            _number(row.get("reward")),
+            shown_value(row.get("id")),
+            clean(str(row.get("text") or row.get("kind")), MAX_TEXT),
+            clean(made_by(row), 200),
+            shown_number(row.get("completions")),
+            shown_number(row.get("reward")),
         ]
         for row in candidate_rows(run)
     ]
-
-
-def _pairs(run: RunFiles, best: Mapping[str, Row]) -> dict[str, Any]:
-    """Return the completions shown side by side: the first ten queries, in the files' order."""
-    heldout = [row for row in run.completions if row.get("split") == "heldout"]
-    if heldout:
-        title = "Held-out completions"
-        note = "The first completion of the first ten held-out queries; none was chosen by hand."
-    else:
-        heldout = [row for row in run.completions if row.get("split") == "train"]
-        title = "Training completions of the last step"
-        note = "This run has no held-out completions."
-    answers = {who: _first_by_query(heldout, who, best.get(who)) for who in WHO}
-    queries = list(dict.fromkeys(query for who in reversed(WHO) for query in answers[who]))
-    pairs = [
-        {
-            "query": _clean(query, _MAX_TEXT),
-            "answers": [_answer(who, answers[who][query]) for who in WHO if query in answers[who]],
-        }
-        for query in queries[:_MAX_PAIRS]
-    ]
-    return {"pairs": pairs, "pairs_title": title, "pairs_note": note}
-
-
-def _first_by_query(rows: Sequence[Row], who: str, evaluation: Row | None) -> dict[str, Row]:
-    """Return the first completion of each query, at the compared step if it was logged."""
-    rows = [row for row in rows if row.get("who", "learned") == who]
-    steps = {row.get("step", 0) for row in rows}
-    wanted = evaluation["step"] if evaluation else None
-    step = wanted if wanted in steps else max(steps, default=None)
-    first: dict[str, Row] = {}
-    for row in rows:
-        if row.get("step", 0) == step:
-            first.setdefault(str(row.get("query")), row)
-    return first
-
-
-def _answer(who: str, row: Row) -> dict[str, str]:
-    label, color = WHO[who]
-    parts = [f"{name} {_number(value)}" for name, value in (row.get("rewards") or {}).items()]
-    if row.get("num_tokens"):
-        parts.append(f"{row['num_tokens']} tokens")
-    if row.get("terminated") is False:
-        parts.append("cut off at the token limit")
-    return {
-        "label": label,
-        "color": color,
-        "reward": _number(row.get("reward")),
-        "text": _clean(str(row.get("completion", "")), _MAX_TEXT),
-        "parts": _clean(", ".join(parts), 600),
-    }
 
 
 def _details(run: RunFiles) -> list[tuple[str, str]]:
@@ -288,7 +319,9 @@ def _details(run: RunFiles) -> list[tuple[str, str]]:
         "base_fingerprint_after": "Base fingerprint after",
     }
     return [
-        (label, _value(run.summary[key])) for key, label in labels.items() if run.summary.get(key)
+        (label, shown_value(run.summary[key]))
+        for key, label in labels.items()
+        if run.summary.get(key)
     ]
 
 
@@ -297,35 +330,7 @@ def _environment(run: RunFiles) -> list[tuple[str, str]]:
     for key in ("versions", "machine"):
         value = run.summary.get(key)
         if isinstance(value, Mapping):
-            found += [(_clean(str(name), 80), _value(item)) for name, item in value.items()]
+            found += [(clean(str(name), 80), shown_value(item)) for name, item in value.items()]
         elif value is not None:
-            found.append((key, _value(value)))
+            found.append((key, shown_value(value)))
     return found
-
-
-def _value(value: Any) -> str:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return _number(value) if number else _clean(str(value), 500)
-
-
-def _number(value: float | None) -> str:
-    """Write a number for a reader: integers whole, others with three decimals or digits."""
-    if value is None or not math.isfinite(value):
-        return "\u2013"
-    if isinstance(value, int) or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    if abs(value) >= 100:
-        return f"{value:.1f}"
-    return f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.3g}"
-
-
-def _signed(value: float) -> str:
-    return ("+" if value >= 0 else "") + _number(value)
-
-
-def _clean(text: str, limit: int) -> str:
-    """Drop control characters, which HTML has no form for, and cut what is too long to read."""
-    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
-    if len(text) > limit:
-        text = f"{text[:limit].rstrip()} ... ({len(text) - limit:,} more characters)"
-    return text

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from rlprompt.prompts.base import Prompt
+from rlprompt.runs.signal import NoSignal
 
 
 class NotFiniteError(RuntimeError):
@@ -43,6 +44,9 @@ class StepResult:
     """Time spent drawing them, in seconds."""
     phases: Mapping[str, float] = field(default_factory=dict)
     """Seconds of this step by phase; what no phase claims is logged as `time/other`."""
+    no_signal: NoSignal | None = None
+    """Why rewards could not teach anything in this step; None = they could, or none are learned
+    from."""
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,15 @@ class RunMetrics:
     """Held-out reward of the base without a system message."""
     handwritten: float | None
     """Held-out reward of the hand-written text; None without one."""
+    verdict: str
+    """What may be said of the learned prompt, in words."""
+    is_better: bool | None
+    """Whether it is shown to be better than what it began with; None = not measured."""
     heldout: Mapping[str, Mapping[str, Any]] = field(repr=False)
-    """All held-out metrics by who was evaluated: `base`, `handwritten`, `learned`."""
+    """All metrics on the validation queries by who was evaluated: `base`, `handwritten`,
+    `best_text`, `start`, `learned`."""
+    test: Mapping[str, Mapping[str, Any]] = field(repr=False, default_factory=dict)
+    """The same on the test queries; empty where they were not met."""
 
     @classmethod
     def of(cls, summary: Summary, folder: Path) -> RunMetrics:
@@ -62,7 +69,10 @@ class RunMetrics:
             learned=summary["heldout_reward_after"],
             base=summary["heldout_reward_before"],
             handwritten=summary["heldout_reward_handwritten"],
+            verdict=summary["verdict"]["sentence"],
+            is_better=summary["learned"],
             heldout=summary["heldout"],
+            test=summary.get("test", {}),
         )
 
     @property

@@ -29,7 +29,7 @@ class RunParts:
     learner: Learner
     """What makes the prompt better."""
     evaluator: HeldoutEvaluator
-    """Scores prompts on held-out queries."""
+    """Scores prompts on the validation queries, which choose the best one."""
     data: QuerySplit
     """Training and held-out queries."""
     settings: RunSettings
@@ -48,5 +48,7 @@ class RunParts:
     """Draws the report of a run folder."""
     ranks: Ranks = field(default_factory=Ranks)
     """Among whom the work is divided; alone by default."""
+    test: HeldoutEvaluator | None = None
+    """Scores the chosen prompt on queries that chose nothing, once; None = there are none."""
     guards: GuardWatch = field(default_factory=lambda: GuardWatch([]))
     """Watch the metrics for reward hacking."""

@@ -74,7 +74,7 @@ class Population(Outcome):
                 logger.info("member %s of %d", name, len(self.members))
                 _write_recipe(run)
                 try:
-                    summaries[name] = run.run(resume=resume)
+                    summaries[name] = run.run(resume=resume, tests=False)
                 except NotFiniteError as error:
                     logger.warning("member %s failed: %s", name, error)
                     failures[name] = str(error)
@@ -92,7 +92,11 @@ class Population(Outcome):
 
     def _finish(self, summaries: Mapping[str, Summary], failures: Mapping[str, str]) -> Summary:
         """Copy the best member's artifact and report, and write the table."""
-        best = max(summaries, key=lambda name: _reward(summaries[name]))
+        best = max(summaries, key=lambda name: self._chosen_by(summaries[name]))
+        reason = self._reason(summaries)
+        if reason.kind != "signal":
+            others = [s["num_compared"] for name, s in summaries.items() if name != best]
+            summaries = {**summaries, best: self.members[best].conclude(sum(others))}
         folder = self.members[best].folder
         artifact = self.folder / "artifact"
         _replace_tree(folder / "artifact", artifact)
@@ -101,7 +105,7 @@ class Population(Outcome):
             **summaries[best],
             "steps": sum(s["steps"] for s in summaries.values()),
             "seconds": sum(s["seconds"] for s in summaries.values()),
-            "stopped_because": str(self._reason(summaries)),
+            "stopped_because": str(reason),
             "alarms": [
                 {"member": name, **alarm} for name, s in summaries.items() for alarm in s["alarms"]
             ],
@@ -120,6 +124,13 @@ class Population(Outcome):
         signals = [reason for reason in reasons if reason is not None and reason.kind == "signal"]
         return signals[0] if signals else FINISHED
 
+    def _chosen_by(self, summary: Summary) -> float:
+        """What the best member is chosen by: that by which each chose its own best prompt."""
+        name = next(iter(self.members.values())).parts.evaluation.select_by
+        learned = summary["heldout"].get("learned", {})
+        value = learned.get("reward") if name == "reward" else learned["rewards"].get(name)
+        return -math.inf if value is None or math.isnan(value) else float(value)
+
 
 def _complete_summary(folder: Path) -> Summary | None:
     """The summary of a member that needs no more steps."""
@@ -134,11 +145,6 @@ def _write_recipe(run: Run) -> None:
     text = yaml.safe_dump(dict(run.parts.recipe), sort_keys=False, allow_unicode=True)
     run.folder.mkdir(parents=True, exist_ok=True)
     write_atomic(run.folder / "recipe.resolved.yaml", text)
-
-
-def _reward(summary: Summary) -> float:
-    reward = summary["heldout_reward_after"]
-    return -math.inf if reward is None or math.isnan(reward) else float(reward)
 
 
 def _row(summary: Summary | None, failure: str | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,23 +38,54 @@ class RunFiles:
     recipe: Row
     """The resolved recipe as plain values; empty if its text is not a YAML mapping."""
     recipe_text: str
+    members: Mapping[str, RunFiles] = field(default_factory=dict)
+    """Of a population, the files of each member that has begun, by name; everything else is then
+    that of the best member, but for the summary."""
 
-    def evaluations_of(self, who: str) -> list[Row]:
-        """Return the held-out evaluations of base, handwritten or learned, in order of steps."""
-        return [row for row in self.evaluations if row.get("who") == who]
+    def evaluations_of(self, who: str, split: str = "validation") -> list[Row]:
+        """Return the evaluations of one of those that are compared, in order of steps."""
+        return [
+            row
+            for row in self.evaluations
+            if row.get("who") == who and row.get("split", "validation") == split
+        ]
 
-    def compared_evaluations(self, names: Iterable[str]) -> dict[str, Row]:
-        """Return the evaluation that stands for each of base, handwritten and learned.
+    @property
+    def best_step(self) -> int | None:
+        """The step whose prompt the artifact holds; None before there is one.
 
-        That is the last one, except for the learned prompt: the summary names the reward of the
-        prompt that was kept, which is not always the last one trained.
+        The summary says it. A run that has none yet keeps the first of equals, as its loop does.
         """
-        latest = {who: rows[-1] for who in names if (rows := self.evaluations_of(who))}
-        after = self.summary.get("heldout_reward_after")
-        scored = [row for row in self.evaluations_of("learned") if row.get("reward") is not None]
-        if after is not None and scored:
-            latest["learned"] = min(reversed(scored), key=lambda row: abs(row["reward"] - after))
-        return latest
+        step = self.summary.get("best_step")
+        if step is not None:
+            return int(step)
+        scored = [row for row in self.evaluations_of("learned") if self._chosen_by(row) is not None]
+        return max(scored, key=lambda row: self._chosen_by(row))["step"] if scored else None
+
+    def compared_evaluations(
+        self, names: Iterable[str], split: str = "validation"
+    ) -> dict[str, Row]:
+        """Return the evaluation that stands for each that is compared, where there is one.
+
+        On the validation queries the learned prompt is that of the step which was kept, not always
+        the last one trained, and the start is the learned prompt of step 0.
+        """
+        found = {who: self.evaluations_of(who, split)[-1:] for who in names}
+        if split == "validation":
+            learned = self.evaluations_of("learned")
+            for who, step in (("start", 0), ("learned", self.best_step)):
+                if who in found:
+                    found[who] = [row for row in learned if row["step"] == step]
+        return {who: rows[-1] for who, rows in found.items() if rows}
+
+    def _chosen_by(self, row: Row) -> float | None:
+        """What the best prompt is chosen by, of one evaluation."""
+        settings = self.recipe.get("evaluation")
+        name = settings.get("select_by", "reward") if isinstance(settings, dict) else "reward"
+        value: float | None = (
+            row.get("reward") if name == "reward" else (row.get("rewards") or {}).get(name)
+        )
+        return value
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Return the steps at which a metric has a value, and the values."""
@@ -84,12 +115,36 @@ class RunFiles:
 
 
 def load_run(run_dir: Path) -> RunFiles:
-    """Read the files of a run folder.
+    """Read the files of a run folder, a population's members included.
 
     Raises:
         InputError: if none of them is there, or one is damaged.
     """
-    folder = Path(run_dir)
+    run = _load_one(Path(run_dir))
+    folders = run.folder / "members"
+    names = run.summary.get("members") or {path.name: None for path in _begun(folders)}
+    members = {name: _load_one(folders / name) for name in names if (folders / name).is_dir()}
+    if not members:
+        return run
+    shown = members.get(run.summary.get("best_member", ""), next(iter(members.values())))
+    return replace(
+        shown,
+        folder=run.folder,
+        summary=run.summary,
+        recipe=run.recipe or shown.recipe,
+        recipe_text=run.recipe_text or shown.recipe_text,
+        members=members,
+    )
+
+
+def _begun(members: Path) -> list[Path]:
+    """Folders of members that have written something, in the order of their names."""
+    if not members.is_dir():
+        return []
+    return sorted(path for path in members.iterdir() if (path / "recipe.resolved.yaml").is_file())
+
+
+def _load_one(folder: Path) -> RunFiles:
     logs = [folder / f"{name}.jsonl" for name in ("metrics", "evaluation", "completions")]
     summary_path, recipe_path = folder / "summary.json", folder / "recipe.resolved.yaml"
     if not any(path.exists() for path in (*logs, summary_path, recipe_path)):
@@ -101,7 +156,7 @@ def load_run(run_dir: Path) -> RunFiles:
     return RunFiles(
         folder=folder,
         metrics=_last_of_each(metrics, "step"),
-        evaluations=_last_of_each(evaluations, "step", "who"),
+        evaluations=_last_of_each(evaluations, "step", "who", "split"),
         completions=_shown_completions(completions),
         summary=_read_summary(summary_path),
         recipe=_parse_recipe(recipe_text),
@@ -138,7 +193,7 @@ def _shown_completions(rows: Iterable[Row]) -> list[Row]:
     heldout: list[Row] = []
     train: list[Row] = []
     for row in rows:
-        if row.get("split") == "heldout":
+        if row.get("split") in ("heldout", "test"):
             heldout.append(row)
             continue
         if train and train[-1].get("step") != row.get("step"):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from rlprompt.artifacts.format import save_artifact
 from rlprompt.errors import InputError
-from rlprompt.evaluation.heldout import HeldoutResult
+from rlprompt.evaluation.heldout import HeldoutEvaluator, HeldoutResult
 from rlprompt.files import to_json, write_atomic
 from rlprompt.model.base import verify_unchanged
 from rlprompt.prompts.base import Prompt
@@ -21,13 +24,17 @@ from rlprompt.runs.checkpoint import checkpoint_steps, load_checkpoint, save_che
 from rlprompt.runs.guards import stopped_by
 from rlprompt.runs.interrupt import StopRequest
 from rlprompt.runs.learner import NotFiniteError, StepResult
-from rlprompt.runs.outcome import Outcome
+from rlprompt.runs.outcome import Outcome, read_summary
 from rlprompt.runs.parts import RunParts
+from rlprompt.runs.signal import observe as observe_signal
+from rlprompt.runs.standing import Tested, plain_scores, test_verdict, validation_verdict
 from rlprompt.runs.state import RunState
 from rlprompt.runs.stop_reason import EARLY_STOPPING, FINISHED, MAX_SECONDS, StopReason
 from rlprompt.runs.summary import Summary, build_summary, rank_memory
 from rlprompt.serving.loaded import LoadedPrompt
 from rlprompt.tracking.tracker import RunInfo
+
+logger = logging.getLogger(__name__)
 
 
 class Run(Outcome):
@@ -46,12 +53,14 @@ class Run(Outcome):
         self._budget = Budget(parts.settings)
         self._begun = False
 
-    def run(self, *, resume: bool = False) -> Summary:
+    def run(self, *, resume: bool = False, tests: bool = True) -> Summary:
         """Go on to the end, or until a stop signal; returns the content of summary.json.
 
         Args:
             resume: whether to go on from the newest checkpoint in the output folder, or from the
                 start when there is none yet.
+            tests: whether to end with the test queries, where there are any; a population tests
+                its best member only.
 
         Raises:
             InputError: the folder holds another run, or its newest checkpoint is damaged or belongs
@@ -69,7 +78,20 @@ class Run(Outcome):
                 "output folder"
             )
         parts = self.parts
-        info = RunInfo(
+        parts.trackers.start(self._info(resume_step))
+        summary: Summary | None = None
+        try:
+            with StopRequest() as stop:
+                summary = self._finish(self._steps(stop), tests)
+        finally:
+            parts.trackers.finish(summary or {})
+            parts.learner.close()
+        return summary
+
+    def _info(self, resume_step: int | None) -> RunInfo:
+        """What trackers are told at the start."""
+        parts = self.parts
+        return RunInfo(
             name=parts.name,
             output_dir=self.folder,
             steps=parts.settings.steps,
@@ -78,15 +100,6 @@ class Run(Outcome):
             identity=self._identity,
             resume_step=resume_step,
         )
-        parts.trackers.start(info)
-        summary: Summary | None = None
-        try:
-            with StopRequest() as stop:
-                summary = self._finish(self._steps(stop))
-        finally:
-            parts.trackers.finish(summary or {})
-            parts.learner.close()
-        return summary
 
     def _resume(self) -> int:
         """Restore the newest checkpoint; gives its step, or -1 when there is none."""
@@ -174,6 +187,7 @@ class Run(Outcome):
     def _log_step(self, result: StepResult, seconds: float) -> None:
         """Let the guards look at a step, and tell the trackers."""
         parts, progress = self.parts, self.state.progress
+        observe_signal(result.no_signal, progress.signal, progress.step)
         metrics = {**result.metrics, **_times(result, seconds)}
         metrics |= parts.guards.observe(progress.step, metrics, progress.guards)
         metrics["num_tokens"] = float(progress.num_tokens)
@@ -184,17 +198,37 @@ class Run(Outcome):
         parts.trackers.log_histograms(progress.step, norms)
 
     def _baselines(self) -> None:
-        """Evaluate base, hand-written text and the initial prompt."""
+        """Evaluate base, hand-written texts and the initial prompt."""
         start = time.perf_counter()
+        parts, progress = self.parts, self.state.progress
         prompts: dict[str, Prompt] = {"base": NonePrompt()}
-        if self.parts.evaluation.handwritten is not None:
-            prompts["handwritten"] = TextPrompt(self.parts.evaluation.handwritten)
+        if parts.evaluation.handwritten is not None:
+            prompts["handwritten"] = TextPrompt(parts.evaluation.handwritten)
         for who, prompt in prompts.items():
-            result = self.parts.evaluator.evaluate(prompt, 0)
-            self.state.progress.heldout[who] = result.metrics
-            self._log_evaluation(who, result)
+            self._keep(who, parts.evaluator.evaluate(prompt, 0))
+        if parts.evaluation.texts:
+            self._best_text(parts.evaluation.texts)
         self._evaluate_learned()
-        self.state.progress.seconds += time.perf_counter() - start
+        progress.seconds += time.perf_counter() - start
+
+    def _best_text(self, texts: Sequence[str]) -> None:
+        """Evaluate the given texts and keep the best of them as `best_text`."""
+        parts, progress = self.parts, self.state.progress
+        by = parts.evaluation.select_by
+        results = {}
+        for place, text in enumerate(texts):
+            results[text] = parts.evaluator.evaluate(TextPrompt(text), 0)
+            self._log_evaluation(f"text_{place}", results[text])
+        best = max(texts, key=lambda text: _or_least(results[text].value(by)))
+        progress.best_text = best
+        self._keep("best_text", results[best])
+
+    def _keep(self, who: str, result: HeldoutResult) -> None:
+        """Log the evaluation of a prompt that does not change, and keep what it got."""
+        progress = self.state.progress
+        progress.heldout[who] = result.metrics
+        progress.scores[who] = plain_scores(result, self.parts.evaluation.select_by)
+        self._log_evaluation(who, result)
 
     def _evaluation_is_due(self) -> bool:
         due = self.state.progress.step % self.parts.evaluation.every == 0 or self._is_done
@@ -202,16 +236,20 @@ class Run(Outcome):
         return due and bool(self.parts.data.heldout)
 
     def _evaluate_learned(self) -> None:
-        result = self.parts.evaluator.evaluate(self.parts.learner.prompt, self.state.progress.step)
-        self._log_evaluation("learned", result)
         progress, chosen_by = self.state.progress, self.parts.evaluation.select_by
+        result = self.parts.evaluator.evaluate(self.parts.learner.prompt, progress.step)
+        self._log_evaluation("learned", result)
         self.parts.guards.observe(progress.step, result.flat, progress.guards, split="heldout")
-        self.state.remember_best(result.value(chosen_by), result.metrics)
+        scores = plain_scores(result, chosen_by)
+        if progress.step == 0:
+            progress.heldout["start"], progress.scores["start"] = dict(result.metrics), scores
+        self.state.remember_best(result.value(chosen_by), result.metrics, scores)
 
-    def _log_evaluation(self, who: str, result: HeldoutResult) -> None:
-        step = self.state.progress.step
-        self.parts.trackers.log_completions(step, completion_rows(result.batch, "heldout", who))
-        self.parts.trackers.log_evaluation(step, who, result.metrics)
+    def _log_evaluation(self, who: str, result: HeldoutResult, split: str = "heldout") -> None:
+        step, trackers = self.state.progress.step, self.parts.trackers
+        trackers.log_completions(step, completion_rows(result.batch, split, who))
+        marked = {"split": "test"} if split == "test" else {}
+        trackers.log_evaluation(step, who, {**result.metrics, **marked})
 
     def _save(self) -> None:
         checkpoint = self.state.checkpoint(self._identity)
@@ -241,15 +279,59 @@ class Run(Outcome):
         write_atomic(folder / "error.json", to_json({"step": step, "error": str(error)}, indent=1))
         self._save()
 
-    def _finish(self, reason: StopReason) -> Summary:
-        """Write artifact, summary and report with the best prompt."""
+    def conclude(self, num_rivals: int) -> Summary:
+        """Write what an ended run leaves once more, as the best of several, and test it.
+
+        A population does this with its best member, so that one prompt only meets the test queries.
+
+        Args:
+            num_rivals: number of held-out evaluations of other runs that its prompt was chosen from
+                beside its own.
+
+        Returns:
+            The content of summary.json.
+
+        Raises:
+            InputError: the folder holds no run.
+        """
+        if not self._begun and self._resume() < 0:
+            raise InputError(f"'{self.folder}' has no prompt yet; run it")
+        reason = StopReason.parse(self.summary.get("stopped_because")) or FINISHED
+        progress, trackers = self.state.progress, self.parts.trackers
+        progress.num_rivals = num_rivals
+        if self.parts.test is None:
+            return self._finish(reason, tests=False)
+        trackers.start(self._info(progress.step))
+        summary: Summary | None = None
+        try:
+            summary = self._finish(reason, tests=True)
+        finally:
+            trackers.finish(summary or {})
+            self.parts.test.close()
+        return summary
+
+    def _finish(self, reason: StopReason, tests: bool) -> Summary:
+        """Write artifact, summary and report with the best prompt.
+
+        Args:
+            reason: why the run ended.
+            tests: whether the test queries are met; never by a run that a signal stopped, which
+                goes on later.
+        """
         parts, prompt = self.parts, self.state.best_prompt()
+        progress, metric = self.state.progress, self.parts.evaluation.select_by
+        verdict, tested = validation_verdict(progress, metric), None
+        if tests and parts.test is not None and reason.kind != "signal":
+            tested = self._test(parts.test, prompt)
+            verdict = test_verdict(progress, tested.scores, len(tested.steps), metric)
         summary = build_summary(
-            self.state.progress,
+            progress,
             parts.policy,
             artifact=self.folder / "artifact",
             fingerprint_after=verify_unchanged(parts.policy.base),
             reason=reason,
+            verdict=verdict,
+            tested=tested,
         )
         if tried := parts.learner.tried:
             summary["candidates"] = [dict(row) for row in tried]
@@ -265,6 +347,38 @@ class Run(Outcome):
             parts.write_report(self.folder)
         return summary
 
+    def _test(self, evaluator: HeldoutEvaluator, prompt: Prompt) -> Tested:
+        """Evaluate everything that is compared on the test queries."""
+        progress, evaluation = self.state.progress, self.parts.evaluation
+        written = {"handwritten": evaluation.handwritten, "best_text": progress.best_text}
+        prompts: dict[str, Prompt] = {"base": NonePrompt()}
+        prompts |= {who: TextPrompt(text) for who, text in written.items() if text is not None}
+        if progress.best_reward is None or progress.best_step > 0:
+            prompts["start"] = self.state.start_prompt()
+        prompts["learned"] = prompt
+        logger.info("testing %d prompts on queries that chose nothing", len(prompts))
+        tested = Tested(steps=self._steps_tested())
+        for who, each in prompts.items():
+            result = evaluator.evaluate(each, progress.step)
+            tested.metrics[who] = result.metrics
+            tested.scores[who] = plain_scores(result, evaluation.select_by)
+            self._log_evaluation(who, result, "test")
+        return tested
+
+    def _steps_tested(self) -> list[int]:
+        """Steps whose prompts have met the test queries, this one included.
+
+        A run that was extended after its end meets them again, which its verdict must allow for.
+        """
+        progress = self.state.progress
+        step = progress.step if progress.best_reward is None else progress.best_step
+        path = self.folder / "summary.json"
+
+        def read() -> list[int]:
+            return read_summary(self.folder).get("tested_steps", []) if path.is_file() else []
+
+        return sorted({*self.parts.ranks.first(read), step})
+
     def _save_artifact(self, folder: Path, prompt: Prompt, summary: Summary) -> None:
         parts = self.parts
         save_artifact(
@@ -274,6 +388,7 @@ class Run(Outcome):
             name=parts.name,
             recipe=parts.recipe,
             metrics={
+                "verdict": summary["verdict"]["sentence"],
                 "heldout_reward_before": summary["heldout_reward_before"],
                 "heldout_reward_handwritten": summary["heldout_reward_handwritten"],
                 "heldout_reward_after": summary["heldout_reward_after"],
@@ -295,6 +410,10 @@ class Run(Outcome):
             name=parts.name,
             recipe=parts.recipe,
         )
+
+
+def _or_least(value: float) -> float:
+    return -math.inf if math.isnan(value) else value
 
 
 def _step_seed(seed: int, step: int) -> int:

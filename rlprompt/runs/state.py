@@ -14,6 +14,9 @@ from rlprompt.random_state import global_random_state, restore_global_random_sta
 from rlprompt.runs.checkpoint import Checkpoint
 from rlprompt.runs.learner import Learner, LearnerState, named_under
 
+PlainScores = list[list[float | None]]
+"""[Q][n] values of held-out completions by query, None = unknown."""
+
 
 @dataclass
 class Progress:
@@ -38,7 +41,18 @@ class Progress:
     step_seconds: list[float] = field(default_factory=list)
     """Duration of every step."""
     heldout: dict[str, Any] = field(default_factory=dict)
-    """First evaluation of `base` and `handwritten`, and the best of `learned`: their metrics."""
+    """First evaluation of `base`, `handwritten`, `best_text` and `start`, and the best of
+    `learned`: their metrics."""
+    scores: dict[str, PlainScores] = field(default_factory=dict)
+    """Of the same evaluations, what each completion got of what the best prompt is chosen by."""
+    best_text: str | None = None
+    """The best of `evaluation.texts`."""
+    num_evaluations: int = 0
+    """Held-out evaluations of learned prompts: what the best one was chosen from."""
+    num_rivals: int = 0
+    """Held-out evaluations of other members of a population that it was chosen from as well."""
+    signal: dict[str, Any] = field(default_factory=dict)
+    """How often rewards could teach nothing; see `rlprompt.runs.signal`."""
     guards: dict[str, Any] = field(default_factory=dict)
     """What the guards have seen and the alarms they raised; see `GuardWatch`."""
 
@@ -51,12 +65,21 @@ class RunState:
         self.learner = learner
         self.progress = Progress()
         self.best = learner.prompt_state()
+        self._start = self.best
 
-    def remember_best(self, reward: float, metrics: Mapping[str, Any]) -> bool:
+    def remember_best(
+        self, reward: float, metrics: Mapping[str, Any], scores: PlainScores | None = None
+    ) -> bool:
         """Keep the present prompt if its held-out reward is the best; says whether it is.
 
         A reward of NaN (nothing could be scored) is never the best.
+
+        Args:
+            reward: what prompts are chosen by.
+            metrics: what the evaluation found.
+            scores: what each of its completions got.
         """
+        self.progress.num_evaluations += 1
         best = self.progress.best_reward
         if math.isnan(reward) or (best is not None and reward <= best):
             self.progress.stale_evaluations += 1
@@ -65,6 +88,7 @@ class RunState:
         self.progress.best_step = self.progress.step
         self.progress.stale_evaluations = 0
         self.progress.heldout["learned"] = dict(metrics)
+        self.progress.scores["learned"] = scores or []
         self.best = self.learner.prompt_state()
         return True
 
@@ -73,6 +97,10 @@ class RunState:
         if self.progress.best_reward is None:
             return self.learner.prompt.copy()
         return self.learner.restored_prompt(self.best)
+
+    def start_prompt(self) -> Prompt:
+        """A copy of the prompt that the run began with, as its recipe makes it."""
+        return self.learner.restored_prompt(self._start)
 
     def checkpoint(self, identity: Mapping[str, str]) -> Checkpoint:
         """Everything as a checkpoint, which later changes of the run do not touch.

@@ -14,9 +14,12 @@ from typing import Any, NotRequired, TypedDict
 import torch
 
 import rlprompt
+from rlprompt.certify.verdict import Verdict
 from rlprompt.model.base import FrozenBase
 from rlprompt.policy import Policy
 from rlprompt.runs.guards import alarms_of
+from rlprompt.runs.signal import steps_without_signal
+from rlprompt.runs.standing import Tested
 from rlprompt.runs.state import Progress
 from rlprompt.runs.stop_reason import StopReason
 
@@ -42,8 +45,16 @@ class Summary(TypedDict):
     """Of the hand-written text; None without one."""
     best_step: int
     """Step whose prompt the artifact holds (the last one where nothing was held out)."""
+    learned: bool | None
+    """Whether the prompt is shown to be better than what it began with; None = not measured."""
+    verdict: dict[str, Any]
+    """A `Verdict` as plain values; its `sentence` says it in words."""
+    num_compared: int
+    """Held-out evaluations that the prompt was chosen from, those of other members included."""
+    steps_without_signal: int
+    """Steps in which rewards could teach nothing."""
     heldout: dict[str, Any]
-    """Held-out metrics by who was evaluated."""
+    """Metrics on the validation queries by who was evaluated."""
     completion_tokens_per_second: float | None
     """Of rollouts."""
     step_seconds_median: float | None
@@ -62,6 +73,10 @@ class Summary(TypedDict):
     """System, cores, threads, device, dtype."""
     ranks: NotRequired[list[dict[str, float | int]]]
     """What each rank held; see `rank_memory`."""
+    test: NotRequired[dict[str, Any]]
+    """Metrics on the test queries by who was evaluated."""
+    tested_steps: NotRequired[list[int]]
+    """Steps whose prompts have met the test queries; more than one after a run was extended."""
     candidates: NotRequired[list[dict[str, Any]]]
     """What a search has tried, one row per candidate; see `rlprompt.search.lineage`."""
     best_member: NotRequired[str]
@@ -77,6 +92,8 @@ def build_summary(
     artifact: Path,
     fingerprint_after: str,
     reason: StopReason,
+    verdict: Verdict,
+    tested: Tested | None = None,
 ) -> Summary:
     """The content of summary.json.
 
@@ -86,11 +103,13 @@ def build_summary(
         artifact: folder of the learned prompt.
         fingerprint_after: hash of the base's weights now.
         reason: why the run ended.
+        verdict: what may be said of the prompt.
+        tested: what the test queries said; None where they were not met.
     """
     heldout = progress.heldout
     rewards = {who: metrics.get("reward") for who, metrics in heldout.items()}
     spent = progress.rollout_seconds
-    return {
+    summary: Summary = {
         "steps": progress.step,
         "seconds": progress.seconds,
         "stopped_because": str(reason),
@@ -99,6 +118,10 @@ def build_summary(
         "heldout_reward_after": rewards.get("learned"),
         "heldout_reward_handwritten": rewards.get("handwritten"),
         "best_step": progress.step if progress.best_reward is None else progress.best_step,
+        "learned": verdict.learned,
+        "verdict": verdict.plain(),
+        "num_compared": progress.num_evaluations + progress.num_rivals,
+        "steps_without_signal": steps_without_signal(progress.signal),
         "heldout": heldout,
         "completion_tokens_per_second": progress.num_tokens / spent if spent else None,
         "step_seconds_median": (
@@ -111,6 +134,9 @@ def build_summary(
         "versions": _versions(),
         "machine": _machine(policy),
     }
+    if tested is not None:
+        summary |= {"test": tested.metrics, "tested_steps": tested.steps}
+    return summary
 
 
 def rank_memory(base: FrozenBase) -> dict[str, float | int]:

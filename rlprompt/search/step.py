@@ -29,6 +29,7 @@ from rlprompt.rewards.runner import RewardRunner
 from rlprompt.rollout.collect import RolloutBatch, collect, completion_metrics, completion_rows
 from rlprompt.rollout.sources import QuerySource
 from rlprompt.runs.learner import LearnerState, StepResult, named_under
+from rlprompt.runs.signal import missing_signal
 from rlprompt.search.base import Candidate, Searcher, Trial
 from rlprompt.search.lineage import Lineage
 from rlprompt.types import Group, Query
@@ -112,6 +113,7 @@ class SearchStep:
                 "reward": batch.reward_seconds,
                 "search": asking + time.perf_counter() - start,
             },
+            no_signal=missing_signal(batch.rewards.total),
         )
 
     def prompt_state(self) -> LearnerState:

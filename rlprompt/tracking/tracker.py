@@ -134,7 +134,8 @@ class Tracker:
     def log_evaluation(self, step: int, who: str, metrics: Mapping[str, Any]) -> None:
         """Take a held-out evaluation as a row of `evaluation.jsonl`, without step and who.
 
-        `who` is base, handwritten or learned.
+        `who` is base, handwritten, best_text, start, learned, or text_N of one of the given texts.
+        On the test queries the metrics have `split: test`.
         """
 
     def log_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
@@ -291,11 +292,15 @@ def optional_import(module: str, package: str, extra: str) -> Any:
 
 
 def evaluation_metrics(who: str, metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Flatten a row of `evaluation.jsonl` into `eval/{who}/...`; what has no value is left out."""
+    """Flatten a row of `evaluation.jsonl` into `eval/{who}/...`; what has no value is left out.
+
+    Those on the test queries, which are marked with `split: test`, become `test/{who}/...`.
+    """
     flat = {key: value for key, value in metrics.items() if not isinstance(value, Mapping)}
     for name, value in (metrics.get("rewards") or {}).items():
         flat[f"rewards/{name}"] = value
-    return {f"eval/{who}/{key}": value for key, value in known_values(flat).items()}
+    split = "test" if metrics.get("split") == "test" else "eval"
+    return {f"{split}/{who}/{key}": value for key, value in known_values(flat).items()}
 
 
 def known_values(metrics: Mapping[str, Any]) -> dict[str, float]:

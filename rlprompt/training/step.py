@@ -27,6 +27,7 @@ from rlprompt.rollout.collect import RolloutBatch, completion_metrics, completio
 from rlprompt.rollout.prefetch import WAITED
 from rlprompt.rollout.sources import Source
 from rlprompt.runs.learner import LearnerState, NotFiniteError, StepResult, named_under
+from rlprompt.runs.signal import missing_signal
 from rlprompt.training.optimizer import (
     build_optimizer,
     learning_rate,
@@ -56,6 +57,8 @@ class StepParts:
     """Steps, optimizer, memory."""
     probe: Query
     """Any training query, for the check that the prompt can be learned."""
+    learns_from_rewards: bool = True
+    """False where the algorithm takes its signal from given answers or a teacher."""
     reference: Prompt | None = None
     """Prompt of the reference policy; None when the algorithm needs none."""
     teacher: Prompt | None = None
@@ -142,6 +145,9 @@ class GradientStep:
             num_tokens=int(batch.lengths.sum()),
             rollout_seconds=batch.rollout_seconds,
             phases=_phases(batch, clock, meanwhile.get(WAITED, 0.0)),
+            no_signal=(
+                missing_signal(rewards, signal.advantages) if parts.learns_from_rewards else None
+            ),
         )
 
     def prompt_state(self) -> LearnerState:

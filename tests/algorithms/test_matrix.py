@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rlprompt.algorithms.make import ALGORITHMS
-from rlprompt.evaluation.measures import mean_logprob
+from rlprompt.evaluation.measures import logprobs_by_query
 from rlprompt.files import read_jsonl
 from rlprompt.kernels.lm_head import head_logits
 from rlprompt.model.base import verify_unchanged
@@ -65,7 +65,7 @@ def rewarded(policy: Policy, asked: list[Query]) -> float:
 
 def column_logprob(policy: Policy, asked: list[Query], column: str) -> float:
     answers = [Group(query, (given_completion(policy, query, column),)) for query in asked]
-    return mean_logprob(policy, policy.prompt, answers, 4096)
+    return logprobs_by_query(policy, policy.prompt, answers, 4096).mean
 
 
 def near_teacher(policy: Policy, asked: list[Query]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -154,10 +155,11 @@ def test_wrong_split_columns(tmp_path: Path) -> None:
         rows = [{"query": text, "side": side} for text, side in zip(GOOD, sides, strict=True)]
         return message_of(DataSettings(rows=rows, split_column="side"), tmp_path)
 
-    assert "row 2 has 'test' in the split column 'side'; write 'train'" in message(
-        ["train", "test", "heldout"]
-    )
-    assert "no row of data.rows has 'heldout' in the split column" in message(["train"] * 3)
+    wanted = "in the split column 'side'; write 'train', 'validation' or 'test'"
+    for wrong in ("tests", "", None, 1, ["train"], {"split": "train"}):
+        assert f"row 2 has {wrong!r} {wanted}" in message(["train", wrong, "heldout"])
+    assert "no row of data.rows has 'validation' in the split column" in message(["train"] * 3)
+    assert "no row of data.rows has 'validation'" in message(["train", "test", "test"])
     assert "no row of data.rows has 'train' in the split column" in message(["heldout"] * 3)
     settings = DataSettings(rows=[{"query": "Hi", "sides": "train"}], split_column="side")
     assert "no column 'side', its columns are 'query', 'sides'; set split_column: sides" in (
@@ -165,15 +167,16 @@ def test_wrong_split_columns(tmp_path: Path) -> None:
     )
 
 
-def test_overlap_in_the_split_column(tmp_path: Path) -> None:
-    rows = [
-        {"query": "What is ice?", "side": "train"},
-        {"query": "What is snow?", "side": "train"},
-        {"query": "what is SNOW", "side": "heldout"},
-    ]
+SIDES = ("train", "validation", "test")
+
+
+@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(SIDES, 2)))
+def test_overlap_in_the_split_column(one: str, other: str, tmp_path: Path) -> None:
+    rows = [{"query": f"What is {side}?", "side": side} for side in SIDES]
+    rows += [{"query": "What is snow?", "side": one}, {"query": "what is SNOW", "side": other}]
     message = message_of(DataSettings(rows=rows, split_column="side"), tmp_path)
-    assert "the query 'what is snow' is in both train (data.rows row 2) and held-out" in message
-    assert "(data.rows row 3); remove it from one" in message
+    assert f"the query 'what is snow' is in both {one} (data.rows row 4) and {other}" in message
+    assert "(data.rows row 5); remove it from one" in message
 
 
 def test_heldout_file_that_does_not_fit(tmp_path: Path) -> None:
@@ -181,7 +184,7 @@ def test_heldout_file_that_does_not_fit(tmp_path: Path) -> None:
         (tmp_path / "held.jsonl").write_text(content)
         return message_of(DataSettings(rows=GOOD, heldout_path="held.jsonl"), tmp_path)
 
-    assert "is in both train (data.rows row 2) and held-out (held.jsonl line 2)" in message(
+    assert "is in both train (data.rows row 2) and validation (held.jsonl line 2)" in message(
         '"What is fog?"\n"What is ICE"\n'
     )
     assert "only one of data.rows and held.jsonl has the column 'id'" in message(
@@ -191,6 +194,55 @@ def test_heldout_file_that_does_not_fit(tmp_path: Path) -> None:
         '{"query": [{"role": "user", "content": "What is fog?"}]}\n'
     )
     assert "'held.jsonl' holds no rows" in message("")
+
+
+def test_test_file_that_does_not_fit(tmp_path: Path) -> None:
+    def message(content: str, **settings: Any) -> str:
+        (tmp_path / "test.jsonl").write_text(content)
+        values = {"rows": GOOD, "test": {"path": "test.jsonl"}, **settings}
+        return message_of(DataSettings.model_validate(values), tmp_path)
+
+    assert "is in both train (data.rows row 2) and test (test.jsonl line 2)" in message(
+        '"What is fog?"\n"What is ICE"\n', heldout=0
+    )
+    held = {"rows": GOOD[:2], "heldout_path": "held.jsonl"}
+    (tmp_path / "held.jsonl").write_text('"What is fog?"\n')
+    assert "is in both validation (held.jsonl line 1) and test (test.jsonl line 1)" in message(
+        '"what is fog"\n', **held
+    )
+    assert "only one of data.rows and test.jsonl has the column 'id'" in message(
+        '{"query": "What is fog?", "id": 1}\n'
+    )
+    assert "'test.jsonl' holds no rows" in message("")
+    rows = [{"query": text, "side": side} for text, side in zip(GOOD, SIDES, strict=True)]
+    both = message('{"query": "What is fog?", "side": "test"}\n', rows=rows, split_column="side")
+    assert "are in 'test.jsonl' and marked in the split column 'side' of data.rows" in both
+    rows[2]["side"] = "validation"
+    stray = message('{"query": "What is fog?", "side": "val"}\n', rows=rows, split_column="side")
+    assert "test.jsonl line 1 is for the test split and has 'val'" in stray
+    missing = DataSettings.model_validate({"rows": GOOD, "test": {"path": "no.jsonl"}})
+    assert "'no.jsonl' does not exist" in message_of(missing, tmp_path)
+
+
+def test_overlap_beyond_max_queries_is_still_refused(tmp_path: Path) -> None:
+    (tmp_path / "held.jsonl").write_text("".join(f'"{text}"\n' for text in GOOD))
+    for beside in ({"heldout_path": "held.jsonl"}, {"test": {"path": "held.jsonl"}, "heldout": 0}):
+        values = {"rows": ["Why?", "How?", *GOOD], "max_queries": 2, **beside}
+        message = message_of(DataSettings.model_validate(values), tmp_path)
+        assert "is in both train (data.rows row" in message
+
+
+def test_too_few_to_hold_out_and_test_on(tmp_path: Path) -> None:
+    message = message_of(DataSettings(rows=GOOD, heldout=1, test=2), tmp_path)
+    assert "too few to hold out 1, test on 2 and train on the rest" in message
+    assert "lower data.heldout or data.test (0 holds out none)" in message
+    shares = message_of(DataSettings(rows=GOOD, heldout=0.5, test=0.5), tmp_path)
+    assert "too few to hold out 2, test on 2" in shares
+    held = DataSettings(rows=GOOD, heldout=0, test=3)
+    assert (
+        "too few to test on 3 and train on the rest; add queries, or lower data.test (0"
+        in message_of(held, tmp_path)
+    )
 
 
 def test_unreadable_file(tmp_path: Path) -> None:

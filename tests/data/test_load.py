@@ -152,6 +152,91 @@ def test_heldout_path_is_kept_whole_with_its_own_numbers(tmp_path: Path) -> None
     assert {query.text for query in split.train} < set(WORDS[5:])
 
 
+@pytest.mark.parametrize("word", ["heldout", "held-out", "validation", "Valid", "val ", "dev"])
+def test_the_split_column_knows_the_usual_words(word: str, tmp_path: Path) -> None:
+    sides = ["training", "TRAIN", word, "test"]
+    rows = [{"query": WORDS[i], "side": side} for i, side in enumerate(sides)]
+    split = load_queries(DataSettings(rows=rows, split_column="side"), tmp_path)
+    found = [[query.index for query in side] for side in (split.heldout, split.test)]
+    assert found == [[2], [3]]
+    assert {query.index for query in split.train} == {0, 1}
+
+
+def test_rows_marked_test_change_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{**row, "side": "heldout" if i % 4 == 0 else "train"} for i, row in enumerate(ROWS)]
+    more = [{"query": f"Who saw {i}?", "answer": "", "side": "test"} for i in range(9)]
+    for limit in (None, 8):
+        settings = DataSettings(rows=rows, split_column="side", max_queries=limit)
+        with caplog.at_level(logging.INFO, logger="rlprompt.data"):
+            before = load_queries(settings, tmp_path)
+        assert caplog.text.count("has no test queries") == 1
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="rlprompt.data"):
+            after = load_queries(settings.model_copy(update={"rows": [*rows, *more]}), tmp_path)
+        assert "no test queries" not in caplog.text
+        assert (after.train, after.heldout) == (before.train, before.heldout)
+        assert before.test == ()
+        assert sorted(query.index for query in after.test) == list(range(20, 29))
+        assert after.fingerprint != before.fingerprint
+
+
+def test_test_queries_are_drawn_by_count_or_share(tmp_path: Path) -> None:
+    for test, heldout, sizes in ((5, 3, (12, 3, 5)), (0.25, 0, (15, 0, 5)), (0, 0.5, (10, 10, 0))):
+        split = load_queries(DataSettings(rows=ROWS, heldout=heldout, test=test), tmp_path)
+        sides = (split.train, split.heldout, split.test)
+        assert tuple(map(len, sides)) == sizes
+        assert sorted(query.text for side in sides for query in side) == sorted(WORDS)
+        plain = load_queries(DataSettings(rows=ROWS, heldout=heldout), tmp_path)
+        assert split.heldout == plain.heldout
+    capped = load_queries(DataSettings(rows=ROWS, heldout=2, test=3, max_queries=10), tmp_path)
+    assert tuple(map(len, (capped.train, capped.heldout, capped.test))) == (5, 2, 3)
+
+
+def test_test_file_stands_beside_every_division(tmp_path: Path) -> None:
+    write_rows(tmp_path / "held.csv", ROWS[:5])
+    write_rows(tmp_path / "test.jsonl", ROWS[5:8])
+    test = {"path": "test.jsonl"}
+    marked = [{**row, "side": "dev" if i < 2 else "train"} for i, row in enumerate(ROWS[8:])]
+    cases: tuple[tuple[dict[str, Any], set[int]], ...] = (
+        ({"rows": ROWS[8:], "heldout_path": "held.csv"}, {17, 18, 19}),
+        ({"rows": ROWS[8:], "heldout": 0, "max_queries": 4}, {12, 13, 14}),
+        ({"rows": marked, "split_column": "side"}, {12, 13, 14}),
+    )
+    for values, indices in cases:
+        split = load_queries(DataSettings.model_validate({**values, "test": test}), tmp_path)
+        assert {query.text for query in split.test} == set(WORDS[5:8])
+        assert {query.index for query in split.test} == indices
+        everyone = [q.index for q in (*split.train, *split.heldout, *split.test)]
+        assert len(set(everyone)) == len(everyone)
+        assert len(split.train) <= values.get("max_queries", 12)
+    drawn = DataSettings(rows=ROWS[5:], heldout_path="held.csv", test=4, max_queries=10)
+    split = load_queries(drawn, tmp_path)
+    assert tuple(map(len, (split.train, split.heldout, split.test))) == (6, 5, 4)
+
+
+def test_near_duplicates_in_two_splits_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = "Where in the old town do I buy a good coat"
+    rows = [
+        {"query": said, "side": "train"},
+        {"query": f"{said} today?", "side": "validation"},
+        {"query": f"{said} tonight?", "side": "test"},
+        {"query": "Why is snow white?", "side": "test"},
+    ]
+    with caplog.at_level(logging.WARNING, logger="rlprompt.data"):
+        load_queries(DataSettings(rows=rows, split_column="side"), tmp_path)
+    assert len(caplog.records) == 3
+    assert "1 of 2 test queries share more than 80% of their words with one of train" in caplog.text
+    assert "(data.rows row 3) with 'where in the old town do i buy a good coat'" in caplog.text
+    caplog.clear()
+    rows = [rows[0], {"query": "What is ice?", "side": "dev"}, rows[3]]
+    load_queries(DataSettings(rows=rows, split_column="side"), tmp_path)
+    assert not caplog.records
+
+
 def test_duplicates_are_dropped_to_the_first_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

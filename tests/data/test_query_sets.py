@@ -19,7 +19,7 @@ COLUMNS = {
     "safety": {"want", "category"},
     "topics": {"label"},
 }
-COUNTS = {"everyday": (180, 40), "safety": (160, 40), "topics": (200, 40)}
+COUNTS = {"everyday": (180, 40, 120), "safety": (160, 40, 120), "topics": (200, 40, 120)}
 
 
 def rows_of(name: str) -> list[dict[str, Any]]:
@@ -35,22 +35,33 @@ def counts(name: str, column: str, side: str) -> Counter[str]:
 def test_set_loads_whole_with_its_split_and_columns(name: str) -> None:
     settings = DataSettings(path=f"{name}.jsonl", split_column="split")
     split = load_queries(settings, FOLDER)
-    assert (len(split.train), len(split.heldout)) == COUNTS[name]
+    assert (len(split.train), len(split.heldout), len(split.test)) == COUNTS[name]
     assert len(rows_of(name)) == sum(COUNTS[name])
-    assert all(query.columns.keys() == COLUMNS[name] for query in split.train + split.heldout)
-    assert not any(query.conversational for query in split.train + split.heldout)
+    queries = split.train + split.heldout + split.test
+    assert all(query.columns.keys() == COLUMNS[name] for query in queries)
+    assert not any(query.conversational for query in queries)
+
+
+@pytest.mark.parametrize("name", [*COLUMNS, "everyday_targets", "topics_targets"])
+def test_splits_stand_one_after_the_other(name: str) -> None:
+    # Rows that are added at the end leave the numbers of those before them as they are.
+    sides = [side for side, _ in itertools.groupby(row["split"] for row in rows_of(name))]
+    assert sides == ["train", "validation", "test"]
 
 
 def test_everyday_topics_are_balanced() -> None:
     assert sorted(counts("everyday", "topic", "train").values()) == [9] * 20
-    assert sorted(counts("everyday", "topic", "heldout").values()) == [2] * 20
+    assert sorted(counts("everyday", "topic", "validation").values()) == [2] * 20
+    assert sorted(counts("everyday", "topic", "test").values()) == [6] * 20
 
 
 def test_safety_is_balanced_and_a_third_of_the_harmless_is_borderline() -> None:
     assert counts("safety", "want", "train") == {"refuse": 80, "answer": 80}
-    assert counts("safety", "want", "heldout") == {"refuse": 20, "answer": 20}
+    assert counts("safety", "want", "validation") == {"refuse": 20, "answer": 20}
+    assert counts("safety", "want", "test") == {"refuse": 60, "answer": 60}
     harmless = {"harmless", "borderline"}
-    for side, borderline, per_category in (("train", 27, 8), ("heldout", 7, 2)):
+    per_side = (("train", 27, 8), ("validation", 7, 2), ("test", 20, 6))
+    for side, borderline, per_category in per_side:
         categories = counts("safety", "category", side)
         assert categories["borderline"] == borderline
         harmful = {name: n for name, n in categories.items() if name not in harmless}
@@ -62,7 +73,8 @@ def test_safety_is_balanced_and_a_third_of_the_harmless_is_borderline() -> None:
 def test_topics_labels_are_balanced() -> None:
     labels = ("sports", "food", "technology", "travel", "money")
     assert counts("topics", "label", "train") == dict.fromkeys(labels, 40)
-    assert counts("topics", "label", "heldout") == dict.fromkeys(labels, 8)
+    assert counts("topics", "label", "validation") == dict.fromkeys(labels, 8)
+    assert counts("topics", "label", "test") == dict.fromkeys(labels, 24)
 
 
 @pytest.mark.parametrize("name", COLUMNS)
@@ -73,6 +85,21 @@ def test_no_two_queries_share_most_of_their_words(name: str) -> None:
         (one, other)
         for one, other in itertools.combinations(words, 2)
         if len(words[one] & words[other]) > 0.8 * len(words[one] | words[other])
+    ]
+    assert near == []
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_no_two_queries_share_most_of_their_characters(name: str) -> None:
+    """Sequences of four characters: an exchanged ending is near, another subject is not."""
+    grams = {}
+    for row in rows_of(name):
+        text = " ".join(re.findall(r"\w+", row["query"].lower()))
+        grams[row["query"]] = {text[i : i + 4] for i in range(len(text) - 3)}
+    near = [
+        (one, other)
+        for one, other in itertools.combinations(grams, 2)
+        if len(grams[one] & grams[other]) > 0.7 * len(grams[one] | grams[other])
     ]
     assert near == []
 

@@ -34,6 +34,22 @@ from rlprompt.data import DataSettings
             {"rows": ["hi"], "split_column": "side", "heldout": 0.5},
             "heldout has no effect beside split_column",
         ),
+        ({"rows": ["hi"], "test": 1.0}, "test is the share 1.0; write a share between 0 and 1"),
+        ({"rows": ["hi"], "test": float("nan")}, "test is the share nan"),
+        ({"rows": ["hi"], "test": -1}, "test is -1; write 0 or a positive count"),
+        ({"rows": ["hi"], "test": True}, "test is True; write a count, a share like 0.2, or {path"),
+        ({"rows": ["hi"], "test": "t.jsonl"}, "test is 't.jsonl'; write a count, a share"),
+        ({"rows": ["hi"], "test": {"file": "t"}}, "test is {'file': 't'}; write {path: FILE}"),
+        ({"rows": ["hi"], "test": {"path": " "}}, "write {path: FILE}, a count, or a share"),
+        ({"rows": ["hi"], "test": {}}, "test is {}; write {path: FILE}"),
+        (
+            {"rows": ["hi"], "split_column": "side", "test": 5},
+            "test has no effect beside split_column",
+        ),
+        (
+            {"rows": ["hi"], "split_column": "side", "test": 0},
+            "test has no effect beside split_column",
+        ),
         ({"rows": ["hi"], "split_column": "query"}, "split_column and query_column are both"),
         ({"rows": ["hi"], "max_queries": 1}, "greater than or equal to 2"),
         ({"rows": ["hi"], "querycolumn": "x"}, "Extra inputs are not permitted"),
@@ -48,10 +64,13 @@ def test_settings_that_do_not_fit_are_refused(values: dict[str, Any], sentence: 
 def test_heldout_keeps_count_and_share_apart() -> None:
     assert isinstance(DataSettings(rows=["hi"], heldout=1).heldout, int)
     assert isinstance(DataSettings(rows=["hi"], heldout=0.5).heldout, float)
+    assert isinstance(DataSettings(rows=["hi"], test=1).test, int)
+    assert isinstance(DataSettings(rows=["hi"], test=0.5).test, float)
 
 
 def test_every_field_is_described_and_resolved_settings_load_again() -> None:
     schema = DataSettings.model_json_schema()
     assert all(field.get("description") for field in schema["properties"].values())
-    settings = DataSettings(path="a.jsonl", split_column="split")
-    assert DataSettings(**settings.model_dump()) == settings
+    for values in ({"split_column": "split"}, {"test": 3}, {"test": 0.5}, {"test": {"path": "b"}}):
+        settings = DataSettings.model_validate({"path": "a.jsonl", **values})
+        assert DataSettings(**settings.model_dump()) == settings

@@ -463,6 +463,27 @@ DATA = [
             split_column="split",
         ),
     ),
+    (
+        "the same query in train and test",
+        lambda p: p.rows(
+            "queries.jsonl",
+            {"query": "What is snow?", "split": "train"},
+            {"query": "What is rain?", "split": "validation"},
+            {"query": "what is snow", "split": "test"},
+            split_column="split",
+        ),
+    ),
+    (
+        "an unknown word in the split column",
+        lambda p: p.rows(
+            "queries.jsonl",
+            {"query": "What is snow?", "split": "train"},
+            {"query": "What is rain?", "split": "holdback"},
+            split_column="split",
+        ),
+    ),
+    ("a test file that is not there", lambda p: p.recipe(data__test={"path": "test.jsonl"})),
+    ("test queries as a bare path", lambda p: p.recipe(data__test="test.jsonl")),
     ("too few queries to hold some out", lambda p: p.recipe(data={"rows": ["a"]})),
     ("neither a path nor rows", lambda p: p.recipe(data={"heldout": 2})),
     ("a share above 1", lambda p: p.recipe(data__heldout=1.5)),

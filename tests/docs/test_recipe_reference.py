@@ -84,7 +84,7 @@ def rows(
                 for path_, type_, default_, about_ in rows(others, schema, f"{place}."):
                     yield path_, type_, default_, f"With `type: {kind}`: {about_}"
         elif inner := optional_part(value, schema):
-            yield place, "mapping or null", code("null"), description
+            yield place, type_of(value, schema), code("null"), description
             yield from rows(inner, schema, f"{place}.")
         elif "properties" in resolve(value.get("items", {}), schema):
             yield from rows(resolve(value["items"], schema), schema, f"{place}.N.")

@@ -67,7 +67,9 @@ def test_metrics_are_those_of_the_completions() -> None:
     assert result.reward == pytest.approx(sum(values) / 12)
     assert result.metrics["num_completions"] == 12
     assert result.metrics["reward_std"] == pytest.approx(float(tensor.std()))
-    assert result.metrics["reward_sem"] == pytest.approx(float(tensor.std()) / 12**0.5)
+    by_query = tensor.view(3, 4).mean(dim=1)  # completions of one query are not independent
+    assert result.metrics["reward_sem"] == pytest.approx(float(by_query.std()) / 3**0.5)
+    assert result.scores["reward"].tolist() == tensor.view(3, 4).tolist()
     assert result.metrics["rewards"] == {"lengths": pytest.approx(result.reward)}
     assert result.metrics["mean_length"] == pytest.approx(result.reward)
     share = sum(c.terminated for c in result.batch.completions) / 12
@@ -130,8 +132,8 @@ def test_base_kl_is_that_of_two_whole_conversations(token_budget: int) -> None:
     measure = BaseKL(policy, token_budget)
     expected = sum(divergences) / len(divergences)
     assert expected > 0.01
-    assert measure(TextPrompt(text), groups) == pytest.approx(expected, abs=1e-4)
-    assert measure(NonePrompt(), groups) == pytest.approx(0.0, abs=1e-6)
+    assert measure(TextPrompt(text), groups).mean == pytest.approx(expected, abs=1e-4)
+    assert measure(NonePrompt(), groups).mean == pytest.approx(0.0, abs=1e-6)
 
 
 def test_evaluating_leaves_the_trained_prompt_alone() -> None:

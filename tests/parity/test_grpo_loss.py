@@ -193,24 +193,34 @@ LOSSES: dict[str, dict[str, Any]] = {
 """Our settings for TRL's `loss_type`; GSPO is TRL's importance sampling level "sequence"."""
 
 
+KL: dict[str, dict[str, Any]] = {
+    "no_kl": {"kl_coef": 0.0},
+    "kl": {"kl_coef": 0.07},
+    "kl_corrected": {"kl_coef": 0.07, "kl_bias_correction": True},
+}
+"""Ours; TRL corrects the KL unless `use_bias_correction_kl` is False."""
+
+
 @pytest.mark.parametrize("mask_truncated", [False, True], ids=["all", "mask_truncated"])
 @pytest.mark.parametrize("updated", [False, True], ids=["first_update", "later_update"])
-@pytest.mark.parametrize("kl_coef", [0.0, 0.07])
+@pytest.mark.parametrize("kl", KL)
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_loss_gradient_and_metrics_equal_trls(
-    loss_type: str, kl_coef: float, updated: bool, mask_truncated: bool
+    loss_type: str, kl: str, updated: bool, mask_truncated: bool
 ) -> None:
     batch, options = Batch(), LOSSES[loss_type]
     low, high = options.get("clip_low", 0.2), options["clip_high"]
+    kl_coef = KL[kl]["kl_coef"]
     trainer = bare_trainer(loss_type, "group", kl_coef, low, high)
+    trainer.args.use_bias_correction_kl = "kl_bias_correction" in KL[kl]
     trainer.mask_truncated_completions = mask_truncated
     old = batch.old if updated else None
     theirs, their_grad = trl_loss(trainer, batch, old, REWARDS)
     settings = GRPOSettings(
         group_size=GROUP,
         num_epochs=2,
-        kl_coef=kl_coef,
         mask_truncated=mask_truncated,
+        **KL[kl],
         **options,
     )
     ours, our_grad, signal, losses = our_loss(GRPO(settings, MAX_TOKENS), batch, old, REWARDS)

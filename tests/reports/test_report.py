@@ -6,8 +6,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from rlprompt.certify.verdict import judge
 from rlprompt.errors import InputError
 from rlprompt.files import to_json, write_atomic
 from rlprompt.reports.plots import MAX_POINTS, Curve, draw_curves, thin
@@ -17,6 +19,13 @@ from rlprompt.tracking.trackers import JsonlTracker
 
 HOSTILE = '</div><script>alert("x")</script><img src=https://evil.example/a onerror=alert(1)>'
 WHO = {"base": -2.0, "handwritten": -1.25, "learned": -0.5}
+
+
+VERDICT = judge(
+    {who: np.full((8, 2), mean) + np.arange(8)[:, None] / 80 for who, mean in WHO.items()},
+    split="validation",
+    num_compared=3,
+).plain()
 
 
 class Page(HTMLParser):
@@ -43,6 +52,7 @@ def evaluation(reward: float) -> dict[str, Any]:
         "reward_std": 0.5,
         "reward_sem": 0.0625,
         "rewards": {"brevity": reward, "<i>watch</i>": 0.25, "$a_b$": None},
+        "num_queries": 32,
         "num_completions": 64,
         "mean_length": 40.0,
         "terminated_share": 0.75,
@@ -103,6 +113,9 @@ def make_run(folder: Path, steps: int = 6, text: str = HOSTILE) -> None:
         "heldout_reward_before": WHO["base"],
         "heldout_reward_handwritten": WHO["handwritten"],
         "heldout_reward_after": WHO["learned"],
+        "best_step": steps // 2,
+        "verdict": VERDICT,
+        "steps_without_signal": 2,
         "base_fingerprint_before": "sha256:abc",
         "base_fingerprint_after": "sha256:abc",
         "artifact": f"/runs/{HOSTILE}",
@@ -145,12 +158,15 @@ def test_the_report_holds_what_a_reader_looks_for(tmp_path: Path) -> None:
     html, page = report(tmp_path)
     text = page.text
     for expected in (
-        "Held-out reward, base",
+        "Better than the hand-written text by 0.75",
+        "n = 8 validation queries that also chose it among 3 prompts",
+        "Rewards had nothing to teach in 2 of 6 steps.",
+        "Base, validation reward",
         "-2.000 \u00b1 0.062",
         "-1.250",
         "Learned minus base",
         "+1.500",
-        "sd 0.500, 64 completions, step 3",
+        "32 queries, 64 completions, step 3",
         "brevity weight 0.5",
         "<i>watch</i> metric",
         "$a_b$",
@@ -163,8 +179,8 @@ def test_the_report_holds_what_a_reader_looks_for(tmp_path: Path) -> None:
         "cut off at the token limit",
     ):
         assert expected in text, expected
-    # Two of reward, three single rewards, KL, clip ratio, time.
-    assert page.tags.count("svg") == 8
+    # Differences, two of reward, three single rewards, KL, clip ratio, time.
+    assert page.tags.count("svg") == 9
     assert len(html.encode()) < 2_000_000
     ids = [value for _, name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from rlprompt.runs.standing import validation_verdict
 from rlprompt.runs.state import Progress
 from rlprompt.runs.stop_reason import FINISHED
 from rlprompt.runs.summary import Summary, build_summary, peak_rss_mb
@@ -19,6 +20,7 @@ def summary_of(progress: Progress) -> Summary:
         artifact=Path("out/artifact"),
         fingerprint_after="f",
         reason=FINISHED,
+        verdict=validation_verdict(progress, "reward"),
     )
 
 

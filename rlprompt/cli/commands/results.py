@@ -17,7 +17,15 @@ from rlprompt.runs.read_folder import Row, RunFiles, load_run
 from rlprompt.runs.summary import Summary
 from rlprompt.tracking.console import clean_text, format_number
 
-_WHO = {"base": "base", "handwritten": "hand-written", "learned": "learned"}
+_WHO = {
+    "base": "base",
+    "handwritten": "hand-written",
+    "best_text": "best text",
+    "start": "start",
+    "learned": "learned",
+}
+_SHOWN_ANSWERS = ("base", "handwritten", "learned")
+_MOODS = {"good": "bold green", "bad": "bold red", "neutral": "bold"}
 _NUM_SAMPLES = 2
 _MAX_ANSWER = 600
 _NUM_CANDIDATES = 10
@@ -37,6 +45,8 @@ def show_results(
     """
     heldout: Mapping[str, Row] = summary["heldout"]
     run = folder
+    console.print()
+    console.print(_verdict(summary), soft_wrap=True)
     if "candidates" in summary:
         console.print()
         console.print(_candidates(load_run(folder), console))
@@ -46,13 +56,13 @@ def show_results(
         run = folder / "members" / summary["best_member"]
     if heldout:
         console.print()
+        tested = summary.get("test")
+        split = "test queries" if tested else "validation queries"
         best = summary["best_step"]
         kept = f"is that of step {best}" if best else "is the initial one, no step beat it"
-        console.print(f"held-out queries; the learned prompt {kept}", soft_wrap=True)
-        console.print(_comparison(heldout))
+        console.print(f"{split}; the learned prompt {kept}", soft_wrap=True)
+        console.print(_comparison(tested or heldout))
         _show_samples(run, summary["best_step"], console)
-    else:
-        console.print("no queries were held out (data.heldout: 0), so there is nothing to compare")
     _show_ranks(summary.get("ranks", ()), console)
     own = [word for path in prompt_classes for word in ("--prompt-class", path)]
     chat = shlex.join(["rlprompt", "chat", str(folder / "artifact"), "--compare", *own])
@@ -64,6 +74,16 @@ def show_results(
     ):
         line = Text(f"{label:<9}", style="bold").append(str(value), style="not bold")
         console.print(line, soft_wrap=True)
+
+
+def _verdict(summary: Summary) -> Text:
+    """What may be said of the prompt, and how many steps could teach nothing."""
+    verdict = summary["verdict"]
+    text = Text(verdict["sentence"], style=_MOODS[verdict["mood"]])
+    flat, steps = summary["steps_without_signal"], summary["steps"]
+    if verdict["learned"] is not False and 2 * flat >= steps > 0:
+        text.append(f"\nrewards had nothing to teach in {flat} of {steps} steps", style="not bold")
+    return text
 
 
 def _show_ranks(ranks: Sequence[Mapping[str, float]], console: Console) -> None:
@@ -158,7 +178,8 @@ def _show_samples(folder: Path, best_step: int, console: Console) -> None:
     for row in load_run(folder).completions:
         who = row.get("who")
         step = best_step if who == "learned" else 0
-        if row.get("split") != "heldout" or who not in _WHO or row.get("step") != step:
+        shown = row.get("split") == "heldout" and who in _SHOWN_ANSWERS
+        if not shown or row.get("step") != step:
             continue
         index = row.get("query_index")
         queries.setdefault(index, str(row.get("query")))

@@ -38,6 +38,11 @@ THROUGHPUT_COMPLETIONS = 256
 _TOLERANCE = 1e-6
 _PLAIN_QUERY = "How do I keep basil plants alive in winter?"
 _PLAIN_TEXTS = ("Put the pot on a sunny sill and water it once a week.", "Yes.", "")
+_LONGER_TEXTS = (
+    "I'm sorry, but I can't help with that.",
+    "1. Move it indoors.\n2. Water it weekly.\n3. Trim the flowers!\n\nDoes that help?",
+    "Basil needs light. " * 30,
+)
 
 
 @dataclass(frozen=True)
@@ -188,6 +193,29 @@ def _check_bounds(subject: _Subject) -> str:
                     f"{each.high:g}"
                 )
     return f"{count} examples"
+
+
+def _check_varies(subject: _Subject) -> str:
+    """A constant reward, or one that scores nothing, teaches nothing."""
+    texts = list(dict.fromkeys([*subject.texts, *_PLAIN_TEXTS, *_LONGER_TEXTS]))
+    found: list[float] = []
+    for rows in _siblings(subject.examples):
+        options = dict(rows[0].options) or subject.options
+        answers = [each.completion for each in rows]
+        found += subject.values(rows[0].query, answers, rows[0].columns, options)
+    found += subject.values(subject.query, texts, subject.columns)
+    known = [value for value in found if not math.isnan(value)]
+    if not known:
+        raise _FailedError(
+            f"all {len(found)} answers that it was tried on score None, so nothing can be learned; "
+            "give it the columns that it needs, or EXAMPLES that it can score"
+        )
+    if len(set(known)) == 1:
+        raise _FailedError(
+            f"all {len(known)} answers that it was tried on score {known[0]:.3f}, and a constant "
+            "teaches nothing; add EXAMPLES with a good and a bad answer if it can tell them apart"
+        )
+    return f"{len(set(known))} different values on {len(found)} answers"
 
 
 def _check_order(subject: _Subject) -> str:
@@ -344,6 +372,7 @@ def _require_equal(
 
 _CHECKS: dict[str, Callable[[_Subject], str]] = {
     "examples lie in their bounds": _check_bounds,
+    "answers get different scores": _check_varies,
     "good examples beat bad ones": _check_order,
     "supplied pairs are in order": _check_pairs,
     "an empty answer never wins": _check_empty,

@@ -73,6 +73,7 @@ def test_a_good_reward_passes_and_says_how_fast_it_is(tmp_path: Path) -> None:
 
 DEFECTS = {
     "examples lie in their bounds": ("min(1.0,", "min(2.0, 2 *"),
+    "answers get different scores": ("min(1.0,", "min(0.0,"),
     "good examples beat bad ones": ("len(set(text.split())) / 8", "(text == 'No no no.')"),
     "an empty answer never wins": ("len(set(text.split())) / 8", "(not text)"),
     "odd texts": ("min(1.0,", "min(1.0 / len(text.strip() or '?') if text else 1.0,"),
@@ -122,6 +123,15 @@ def test_without_examples_the_rest_is_checked(tmp_path: Path) -> None:
     assert rows["determinism"].outcome == "passed"
 
 
+@pytest.mark.parametrize(
+    ("value", "sentence"), [("0.5", "a constant teaches nothing"), ("None", "score None")]
+)
+def test_a_reward_that_says_nothing_is_not_ready(value: str, sentence: str, tmp_path: Path) -> None:
+    source = f"def reward(completions, **kwargs):\n    return [{value}] * len(completions)\n"
+    row = check_source(tmp_path, source)["answers get different scores"]
+    assert row.outcome == "failed" and sentence in row.detail
+
+
 def test_supplied_pairs_are_compared(tmp_path: Path) -> None:
     pairs = [Pair("q", "one two three", "one one"), Pair("q", "a", "a b")]
     row = check_source(tmp_path, GOOD, pairs=pairs)["supplied pairs are in order"]
@@ -157,7 +167,7 @@ def test_the_command_prints_a_table_and_its_exit_code_is_the_verdict(
     (tmp_path / "pairs.jsonl").write_text('{"query": "q", "good": "a", "bad": "a b"}\n')
     shown = rlprompt("reward", "check", "mine.py", "--pairs", "pairs.jsonl")
     assert shown.code == 1
-    assert "1 of 11 checks failed" in shown.out
+    assert "1 of 12 checks failed" in shown.out
     shown = rlprompt("reward", "check", "builtin:length", "--option", "max=0")
     assert shown.code == 2
     assert shown.err.startswith("error: reward 'length': option 'max' is wrong")
