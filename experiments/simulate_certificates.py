@@ -8,7 +8,7 @@ the *worst* worlds every candidate has exactly the rate alpha that is to be refu
 ones one candidate is good (a fifth of alpha) and all others are at alpha. `false_rate` is the
 larger of the two; a cell's `error` is the standard error of a share of that many worlds.
 
-    selection   best of K on n queries: Holm, and a fixed sequence in the order of a validation split
+    selection   best of K on n queries: Holm; a fixed sequence in the order of a validation split
     bounded     four completions a query, averaged: betting
     judge       verdicts of a judge with a sensitivity, labels half failures and half others
     labels      the labels are a random part of the answers themselves (peers apply here)
@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import math
 import statistics
@@ -467,41 +468,37 @@ def monitored(failures: Counts, table: NDArray[np.float64]) -> NDArray[np.float6
 SHIFTS = (Shift("tv", 0.05), Shift("ratio", 2.0), Shift("chi2", 0.1), Shift("kl", 0.05))
 
 
-def cells(peers: Path | None) -> Iterator[tuple[str, Callable[[], list[Mapping[str, Any]]]]]:
+Blocks = Iterator[tuple[str, Callable[[], list[Mapping[str, Any]]]]]
+
+
+def one(family: str, keys: Mapping[str, Any], make: Callable[..., Cell], *given: Any) -> Any:
+    """A block of one cell: its name, and what draws it."""
+    name = " ".join([family, *(f"{key}={value}" for key, value in keys.items())])
+    return name, lambda: [{"family": family, **keys, **make(*given)}]
+
+
+def cells(peers: Path | None) -> Blocks:
     """The name of every block of cells, and what draws it."""
-
-    def one(make: Callable[..., Cell], keys: Mapping[str, Any], *given: Any) -> Any:
-        return lambda: [dict(keys) | make(*given)]
-
-    for k in CANDIDATES:
-        for n in QUERIES:
-            for method in ("holm", "fixed_sequence"):
-                keys = {"family": "selection", "K": k, "n": n, "method": method}
-                yield f"selection K={k} n={n} {method}", one(selection, keys, k, n, method)
-    for k in (1, 10):
-        for n in (50, 200, 1000) if k == 1 else (50, 200):
-            keys = {"family": "bounded", "K": k, "n": n}
-            yield f"bounded K={k} n={n}", one(bounded, keys, k, n)
-    for shift in SHIFTS:
-        for k in (1, 50):
-            for n in (100, 500, 1000):
-                keys = {"family": "shift", "shift": f"{shift.kind}:{shift.radius}", "K": k, "n": n}
-                yield f"shift {shift.kind} K={k} n={n}", one(shifted, keys, shift, k, n)
+    for k, n, method in itertools.product(CANDIDATES, QUERIES, ("holm", "fixed_sequence")):
+        yield one("selection", {"K": k, "n": n, "method": method}, selection, k, n, method)
+    for k, n in ((1, 50), (1, 200), (1, 1000), (10, 50), (10, 200)):
+        yield one("bounded", {"K": k, "n": n}, bounded, k, n)
+    for shift, k, n in itertools.product(SHIFTS, (1, 50), (100, 500, 1000)):
+        keys = {"shift": f"{shift.kind}:{shift.radius}", "K": k, "n": n}
+        yield one("shift", keys, shifted, shift, k, n)
     for n in (200, 400, 1000):
-        yield f"groups n={n}", one(grouped, {"family": "groups", "K": 1, "n": n}, n)
-    for k in (1, 10):
-        for n in (100, 300, 1000):
-            keys = {"family": "peeking", "K": k, "n": n}
-            yield f"peeking K={k} n={n}", one(peeking, keys, k, n)
+        yield one("groups", {"K": 1, "n": n}, grouped, n)
+    for k, n in itertools.product((1, 10), (100, 300, 1000)):
+        yield one("peeking", {"K": k, "n": n}, peeking, k, n)
     for n in (300, 1000):
-        yield f"alarm n={n}", one(alarm, {"family": "alarm", "n": n}, n)
+        yield one("alarm", {"n": n}, alarm, n)
     for labelled in (100, 400):
-        keys = {"family": "labels", "K": 1, "n": 1000, "labels": labelled}
-        yield f"labels {labelled}", one(from_answers, keys, labelled, peers)
+        keys = {"K": 1, "n": 1000, "labels": labelled}
+        yield one("labels", keys, from_answers, labelled, peers)
     yield from judge_blocks()
 
 
-def judge_blocks() -> Iterator[tuple[str, Callable[[], list[Mapping[str, Any]]]]]:
+def judge_blocks() -> Blocks:
     def block(keys: Mapping[str, Any], *given: Any) -> Callable[[], list[Mapping[str, Any]]]:
         return lambda: [dict(keys) | dict(cell) for cell in judge(*given)]
 

@@ -45,7 +45,7 @@ Array = NDArray[np.float64]
 _OUTSIDE = 1e-6
 """Probability that sensitivity or false-alarm rate lie outside of what is searched."""
 _CELLS_PER_DEVIATION = 8
-"""Cells per standard deviation of a measured share; a cell costs at most one of them in sharpness."""
+"""Cells per standard deviation of a measured share; sharpness is lost by at most one cell."""
 _TOLERANCE = 1e-5
 """How far a bound may lie above the largest rate that is not refuted."""
 _LEAST_TOTAL, _MOST_TOTAL = 3.0, 20.0
@@ -153,7 +153,7 @@ class JudgedRate:
         return upper_bound(lambda limit: self.p_value(flagged, limit), delta, _TOLERANCE)
 
     def most_flagged(self, limit: float, delta: float) -> int:
-        """The most flagged answers with which the limit can be certified; -1 when none is few enough.
+        """The most flagged answers with which a limit can be certified; -1 when none is too many.
 
         Args:
             limit: true rate that is to be certified.

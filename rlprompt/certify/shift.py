@@ -34,8 +34,8 @@ class Shift:
     """All distributions Q within a radius of P."""
 
     kind: Kind
-    """`tv`: TV(P, Q) <= radius; `ratio`: dQ/dP <= radius everywhere; `chi2`: chi2(Q || P) <= radius;
-    `kl`: KL(Q || P) <= radius."""
+    """`tv`: TV(P, Q) <= radius; `ratio`: dQ/dP <= radius everywhere; `chi2`: chi2(Q || P) <=
+    radius; `kl`: KL(Q || P) <= radius."""
     radius: float
 
     def __post_init__(self) -> None:
