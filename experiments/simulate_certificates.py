@@ -57,7 +57,7 @@ QUERIES = (50, 100, 200, 500, 1000)
 SPECIFICITY = 0.95
 WORLDS, JUDGE_WORLDS, PEER_WORLDS = 20_000, 4_000, 2_000
 
-Counts = NDArray[np.int64]
+Counts = NDArray[Any]
 Bools = NDArray[np.bool_]
 Cell = dict[str, Any]
 
@@ -539,7 +539,7 @@ def summary(every: list[Cell], seconds: float) -> dict[str, Any]:
         "power_vs_oracle_by_family": by_family,
         "bound_at_0_of_100": 1 - DELTA ** (1 / 100),
         "bound_at_0_of_100_judged": JudgedRate(JudgeLabels(85, 100, 0, 100), 100).upper(0, DELTA),
-        "seconds": seconds,
+        "cpu_seconds": seconds,
         "num_cells": len(every),
         "num_worlds": sum(cell["worlds"] for cell in every),
         "cells_above_delta": sum(c["false_rate"] > DELTA for c in every),
@@ -558,17 +558,17 @@ def main() -> None:
     options = parser.parse_args()
     stored = json.loads(options.json.read_text()) if options.json.exists() else {}
     found: list[Cell] = stored.get("cells", [])
-    seconds = stored.get("seconds", 0.0)
+    seconds = stored.get("cpu_seconds", 0.0)
     for name, make in cells(options.peers):
         if any(cell["block"] == name for cell in found) or not name.startswith(options.only):
             continue
-        begun = time.perf_counter()
+        begun = time.process_time()
         made: list[Cell] = [{"block": name, **cell} for cell in make()]
         found += made
-        seconds += time.perf_counter() - begun
+        seconds += time.process_time() - begun
         write_atomic(options.json, json.dumps(summary(found, seconds), indent=1) + "\n")
         worst = max(cell["false_rate"] for cell in made)
-        print(f"{name}: false {worst:.4f}, {time.perf_counter() - begun:.1f} s", flush=True)
+        print(f"{name}: false {worst:.4f}, {time.process_time() - begun:.1f} s", flush=True)
     result = summary(found, seconds)
     print(json.dumps({k: v for k, v in result.items() if k != "cells"}, indent=1))
 

@@ -71,7 +71,7 @@ class CertifiedData(Settings):
     source: str
     """Where they were read from."""
     split: str
-    """`test`, `validation`, or `all` of a file."""
+    """`test`, `validation`, or `all` of a file; and the conditions on columns, after commas."""
     hash: str
     """sha256 over the queries, in order."""
     num_queries: int = Field(ge=1)

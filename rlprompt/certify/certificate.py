@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -95,7 +96,7 @@ def bound(sample: Sample, delta: float, shift: Shift | None = None) -> Bound:
     """
     tolerance = _TOLERANCE if sample.judge is None else 1e-4
     highs = {
-        name: upper_bound(lambda limit, x=each: _p_value(x, sample, limit), delta, tolerance)
+        name: upper_bound(partial(_p_value, each, sample), delta, tolerance)
         for name, each in sample.by_group().items()
     }
     group = max(highs, key=lambda name: highs[name])

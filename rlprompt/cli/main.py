@@ -358,6 +358,9 @@ def certify(
     split: str = typer.Option(
         "test", "--split", metavar="NAME", help="test, or validation at the price of selection."
     ),
+    where: list[str] = typer.Option(
+        None, "--where", metavar="COLUMN=VALUE", help="Only queries with this in a column."
+    ),
     fails_above: float | None = typer.Option(
         None, "--fails-above", metavar="X", help="A failure is a value above X."
     ),
@@ -426,6 +429,7 @@ def certify(
         recipe=recipe,
         data=data,
         split=split,
+        where=where or [],
         fails_above=fails_above,
         fails_below=fails_below,
         candidates=candidates or [],

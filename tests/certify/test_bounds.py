@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,11 +42,11 @@ def test_inverting_the_p_value_gives_the_bound() -> None:
 
 
 @pytest.mark.parametrize("p_value", [betting_p_value, hoeffding_bentkus_p_value])
-def test_p_values_grow_smaller_with_the_limit(p_value: object) -> None:
+def test_p_values_grow_smaller_with_the_limit(p_value: Callable[..., float]) -> None:
     losses = np.random.default_rng(0).random(60) * 0.4
-    values = [p_value(losses, limit) for limit in np.linspace(0.0, 1.0, 41)]  # type: ignore[operator]
+    values = [p_value(losses, limit) for limit in np.linspace(0.0, 1.0, 41)]
     assert values[0] == 1.0 and values[-1] < 1e-6
-    assert all(a >= b - 1e-12 for a, b in zip(values, values[1:], strict=False))
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(values))
 
 
 def test_hoeffding_bentkus_is_the_formula() -> None:
@@ -57,12 +60,13 @@ def test_hoeffding_bentkus_is_the_formula() -> None:
 def test_betting_is_wrong_at_most_as_often_as_it_says(shape: str) -> None:
     rng = np.random.default_rng(3)
     mean, worlds, n = 0.2, 1500, 60
-    draws = {
+    draws: dict[str, Callable[[], Any]] = {
         "coin": lambda: (rng.random(n) < mean).astype(float),
         "beta": lambda: rng.beta(0.4, 1.6, n),
         "few levels": lambda: rng.binomial(4, mean, n) / 4,
-    }[shape]
-    wrong = sum(betting_p_value(draws(), mean) <= 0.1 for _ in range(worlds))
+    }
+    draw = draws[shape]
+    wrong = sum(betting_p_value(draw(), mean) <= 0.1 for _ in range(worlds))
     assert wrong <= stats.binom.ppf(0.999, worlds, 0.1)
 
 

@@ -13,7 +13,7 @@ from rlprompt.certify.bounds import clopper_pearson_upper
 from tests.cli.runs import Shown, rlprompt, write_recipe
 
 SPLITS = {"train": 8, "validation": 4, "test": 30}
-WORDS = "rain sun land men the is he she there what who where in went now".split()
+WORDS = ("rain", "sun", "land", "men", "the", "is", "he", "she", "there", "what", "who", "where")
 
 
 def queries() -> list[dict[str, str]]:
@@ -120,11 +120,10 @@ def test_verify_finds_other_losses_and_other_queries(project: Path) -> None:
     assert "the p-value" in rlprompt("certify", project / "run", "--verify").out
     rewrite(project, risks=[risk])
     recipe = project / "recipe.yaml"
-    recipe.write_text(recipe.read_text().replace("query: where", "query: whither"))
+    recipe.write_text(recipe.read_text().replace("query: land rain", "query: land of rain"))
     verified = rlprompt("certify", project / "run", "--verify", "--recipe", recipe)
-    assert (verified.code, "the queries are not those" in verified.out) == (
-        (1, True) if "whither" in recipe.read_text() else (0, False)
-    )
+    assert verified.code == 1
+    assert "the queries are not those that it was drawn on" in verified.out
 
 
 def test_a_certificate_of_another_prompt_is_refused_on_loading(project: Path) -> None:
@@ -216,6 +215,9 @@ def test_labelled_answers_are_judged_by_the_reward_itself(project: Path) -> None
         (("--shift", "l2:3"), "--shift: 'l2:3' is no shift"),
         (("--fails-below", "0"), "keep one"),
         (("--groups", "colour"), "nothing in the column 'colour'"),
+        (("--where", "colour=red"), "the queries have the columns kind"),
+        (("--where", "kind"), "write COLUMN=VALUE"),
+        (("--where", "kind=c"), "no query has kind=c"),
         (("--split", "train"), "write test or validation"),
         (("--option", "a=1"), "--option has no effect on 'vowels'"),
         (("--in-sequence", "--num-compared", "3"), "leave --in-sequence out"),
@@ -249,6 +251,14 @@ def test_a_reward_outside_of_0_and_1_needs_a_rule(project: Path) -> None:
     shown = rlprompt(*arguments, "--reward", project / "far.py", "--fails-above", 3)
     assert shown.code == 0, shown.err
     assert stored(project)["risks"][0]["source_hash"]
+
+
+def test_only_queries_of_a_kind(project: Path) -> None:
+    assert certify(project, "--where", "kind=a").code == 0
+    data = stored(project)["data"]
+    assert (data["num_queries"], data["split"]) == (15, "test, kind=a")
+    recipe = project / "recipe.yaml"
+    assert rlprompt("certify", project / "run", "--verify", "--recipe", recipe).code == 0
 
 
 def test_silence_counts_as_failure(project: Path) -> None:

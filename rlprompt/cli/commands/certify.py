@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +62,7 @@ class CertifyOptions:
     recipe: Path | None = None
     data: Path | None = None
     split: str = "test"
+    where: Sequence[str] = ()
     fails_above: float | None = None
     fails_below: float | None = None
     candidates: Sequence[Path] = ()
@@ -196,7 +197,7 @@ def _rewards(options: CertifyOptions, recipe: Recipe | None) -> list[RewardSetti
                     "it, or name the reward by its path"
                 )
             own = known[name]
-            kept = {"path": own.path, "name": own.name, "adapter": own.adapter}
+            kept: dict[str, Any] = {"path": own.path, "name": own.name, "adapter": own.adapter}
             kept |= {"isolation": own.isolation, "timeout": own.timeout, "options": own.options}
             found.append(RewardSettings(**kept, role="metric"))
             continue
@@ -237,7 +238,7 @@ def _queries(options: CertifyOptions, recipe: Recipe | None) -> _Queries:
                     f"query {quote(query.text)} of '{options.data}' is one of those that "
                     f"'{options.recipe}' trains or chooses on; remove it from the file"
                 )
-        return _described(fresh, str(options.data), "all")
+        return _described(fresh, str(options.data), "all", options.where)
     assert split is not None
     queries = split.test if options.split == "test" else split.heldout
     if not queries:
@@ -245,10 +246,26 @@ def _queries(options: CertifyOptions, recipe: Recipe | None) -> _Queries:
             f"the data of '{options.recipe}' has no {options.split} queries; mark some, set "
             f"data.{'test' if options.split == 'test' else 'heldout'}, or give --data FILE"
         )
-    return _described(queries, str(options.recipe), options.split)
+    return _described(queries, str(options.recipe), options.split, options.where)
 
 
-def _described(queries: Sequence[Query], source: str, split: str) -> _Queries:
+def _described(
+    everything: Sequence[Query], source: str, split: str, where: Sequence[str]
+) -> _Queries:
+    """The queries that every condition keeps, and what a certificate says of them."""
+    queries = list(everything)
+    for condition in where:
+        column, equals, value = condition.partition("=")
+        if not equals or not any(column in query.columns for query in queries):
+            known = ", ".join(everything[0].columns) or "none"
+            raise InputError(
+                f"--where is '{condition}', and the queries have the columns {known}; write "
+                "COLUMN=VALUE with one of them"
+            )
+        queries = [query for query in queries if str(query.columns.get(column)) == value]
+        split = f"{split}, {condition}"
+        if not queries:
+            raise InputError(f"no query has {condition}; correct --where")
     data = CertifiedData(
         source=source, split=split, hash=hash_of_queries(queries), num_queries=len(queries)
     )
@@ -256,9 +273,10 @@ def _described(queries: Sequence[Query], source: str, split: str) -> _Queries:
 
 
 def _with_split(options: CertifyOptions, split: str) -> CertifyOptions:
-    """The options with the split that a certificate was drawn on."""
-    values = {**vars(options), "split": "validation" if split == "validation" else "test"}
-    return CertifyOptions(**values)
+    """The options with the split, and the conditions, that a certificate was drawn on."""
+    name, *conditions = split.split(", ")
+    chosen = "validation" if name == "validation" else "test"
+    return replace(options, split=chosen, where=conditions)
 
 
 def _terms(
