@@ -44,6 +44,9 @@ def card(info: Mapping[str, Any]) -> str:
         lines += ["## Held-out results", "", "| | |", "|---|---|"]
         lines += [f"| {cell(k)} | {cell(v)} |" for k, v in numbers.items()]
         lines.append("")
+    if info.get("certificate"):
+        claim = cell(info["certificate"]["statement"])
+        lines += ["## Certificate", "", claim, "", "Check it: `rlprompt certify . --verify`", ""]
     lines += [
         "## Use",
         "",

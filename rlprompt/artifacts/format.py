@@ -3,6 +3,7 @@
     prompt.safetensors   the tensors of its representation
     prompt.json          what it is, what it was made on, and how
     README.md            a card for people
+    certificate.json     what has been certified of it, where something has
     adapter/             of an adapter: its weights in PEFT's own files
 
 Tensors by representation: `soft` has embeddings [m, d], `prefix` has keys_values
@@ -30,6 +31,12 @@ from pydantic import Field, ValidationError
 from torch import Tensor
 
 from rlprompt.artifacts.card import card
+from rlprompt.artifacts.certificate import (
+    FILE,
+    Certificate,
+    drop_certificate,
+    read_certificate,
+)
 from rlprompt.errors import InputError
 from rlprompt.files import to_json, write_atomic
 from rlprompt.policy import Policy
@@ -119,6 +126,7 @@ def save_artifact(
         recipe=dict(recipe),
         metrics=dict(metrics),
     )
+    drop_certificate(folder)  # it was another prompt's
     for name, content in prompt.artifact_files(policy.base.id).items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,6 +134,27 @@ def save_artifact(
     write_atomic(folder / "README.md", card(info.model_dump()))
     write_atomic(folder / "prompt.json", to_json(info.model_dump(), indent=2))
     return info
+
+
+def certify_artifact(folder: Path, certificate: Certificate) -> None:
+    """Put a certificate into an artifact, in place of the one that is there, and onto its card.
+
+    Args:
+        folder: folder of the artifact.
+        certificate: certificate of this prompt.
+
+    Raises:
+        InputError: the artifact is damaged, or cannot be written.
+    """
+    info = read_artifact_info(folder)
+    try:
+        write_atomic(Path(folder) / FILE, to_json(certificate.model_dump(), indent=1) + "\n")
+        shown = {**info.model_dump(), "certificate": {"statement": certificate.statement}}
+        write_atomic(Path(folder) / "README.md", card(shown))
+    except OSError as error:
+        raise InputError(
+            f"'{folder}' cannot be written ({error.strerror}); name an artifact that can"
+        ) from error
 
 
 def read_artifact_info(folder: Path) -> ArtifactInfo:
@@ -176,9 +205,10 @@ def load_artifact(
 
     Raises:
         InputError: the artifact is damaged, belongs to another base or template, or is of a class
-            that is neither built in nor named.
+            that is neither built in nor named; or its certificate is another prompt's.
     """
     info = read_artifact_info(folder)
+    read_certificate(folder)  # refuses one that was issued for another prompt
     _check_belongs(info, folder, policy, force)
     kinds = {**PROMPTS, **{each.kind: each for each in own}}
     _require_known(info, folder, kinds)
