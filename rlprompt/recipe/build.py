@@ -16,7 +16,7 @@ from rlprompt.algorithms.robust import QueryWeights
 from rlprompt.artifacts.format import load_artifact
 from rlprompt.data import QuerySampler, load_queries
 from rlprompt.data.augment import Augmenter
-from rlprompt.data.base import QuerySplit
+from rlprompt.data.base import QuerySplit, TestSettings
 from rlprompt.distributed.ranks import DistributedSettings, Ranks
 from rlprompt.distributed.shared_engine import SharedEngine
 from rlprompt.engines.base import Engine
@@ -216,7 +216,11 @@ def started_from_data(recipe: Recipe, data: QuerySplit) -> Recipe:
 
 def _require_rows(recipe: Recipe, objects: Objects) -> None:
     """Refuse data that was in memory of another program."""
-    for key, path in (("path", recipe.data.path), ("heldout_path", recipe.data.heldout_path)):
+    data = recipe.data
+    paths = {"path": data.path, "heldout_path": data.heldout_path}
+    if isinstance(data.test, TestSettings):
+        paths["test.path"] = data.test.path
+    for key, path in paths.items():
         if path is not None and in_memory(path) and path not in objects.rows:
             raise InputError(
                 f"data.{key} is '{path}', rows in memory of the program that began this run; name "

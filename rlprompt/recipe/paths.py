@@ -18,8 +18,7 @@ from rlprompt.user_code import is_path
 _FILES = (
     "data.path",
     "data.heldout_path",
-    "data.validation_path",
-    "data.test_path",
+    "data.test.path",
     "prompt.from_artifact",
     "prompt.parts.*.from_artifact",
 )

@@ -74,7 +74,7 @@ def compare_runs(folders: Sequence[Path]) -> RunComparison:
     was chosen from.
 
     Args:
-        folders: at least two run folders.
+        folders: run folders, at least two.
 
     Raises:
         InputError: there are fewer, one is named twice, or a folder holds no run.

@@ -37,6 +37,7 @@ CHANGEABLE: Mapping[str, str] = {
     "model.cpu_kernels": "changes rounding only",
     "data.path": "the same queries may lie elsewhere; their fingerprint is compared",
     "data.heldout_path": "the same queries may lie elsewhere; their fingerprint is compared",
+    "data.test.path": "the same queries may lie elsewhere; their fingerprint is compared",
     "rewards.*.timeout": "how long it is waited for, not what comes",
     "rewards.*.on_error": "what happens when a reward fails, not what it gives",
     "rewards.*.isolation": "where a reward runs, not what it gives",

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -42,7 +41,7 @@ def run(folders: Sequence[Path], output: Path, as_json: bool) -> None:
     _show(comparison, output, PlainConsole())
 
 
-def _show(comparison: RunComparison, output: Path, console: Console) -> None:
+def _show(comparison: RunComparison, output: Path, console: PlainConsole) -> None:
     table = Table()
     for column in ("run", f"{comparison.split} reward", "95% interval", "queries", "step"):
         table.add_column(column, justify="left" if column == "run" else "right")
