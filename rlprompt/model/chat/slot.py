@@ -97,12 +97,12 @@ class ChatSlot:
         self._known: dict[tuple[bool | str, ...], Mapping[int, str]] = {}
         self._known_systems: set[str] = set()
         self.template_hash = template.hash
-        template.check_header()
 
         self._none_head: Pieces | None = None
         self._head: Pieces | None = None
         self._none_head = self._none_split(1)[1]
         self._head = self._split(1).head
+        template.check_header()
         self.none_head_ids = encoder.encode_pieces(self._none_head)
         turn_break = self._turn_break()
         end_of_turn = next(iter(encoder.split(turn_break.lstrip())), None)
