@@ -53,8 +53,8 @@ def default_output(name: str) -> Path:
     problem = folder_problem(name)
     if problem:
         raise InputError(
-            f"the name {name[:80]!r} {problem}, so it cannot be a folder under runs/; change it, "
-            "or name the run folder with --output"
+            f"the name {name[:80]!r} cannot be a folder under runs/ (it {problem}); change it, or "
+            "name the run folder with --output"
         )
     return Path("runs") / name
 

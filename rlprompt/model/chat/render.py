@@ -30,6 +30,7 @@ MOST_CHARACTERS = 4_000_000
 
 _LENGTH = struct.Struct(">I")
 _WALL_SECONDS = 120.0
+_MANY = 1000
 _WORKER = Path(__file__).with_name("render_worker.py")
 _QUIET = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
@@ -79,6 +80,7 @@ class _Renderer:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0
+        self._served = 0
 
     def start(self) -> None:
         with self._lock:
@@ -87,20 +89,25 @@ class _Renderer:
     def ask(self, request: Mapping[str, Any]) -> str:
         body = json.dumps(request).encode()
         with self._lock:
-            process = self._running()
-            try:
-                _send(process, _LENGTH.pack(len(body)) + body)
-                reply = _receive(process)
-            except (OSError, EOFError) as error:
-                self._stop()
-                raise LimitError(
-                    f"it takes more than {CPU_SECONDS} s or {MEMORY_BYTES >> 20} MiB"
-                ) from error
+            reply = self._exchange(body)
+            if "limit" in reply and self._served > _MANY:
+                self._stop()  # its memory is not what it was: a fresh one decides
+                reply = self._exchange(body)
         if "limit" in reply:
             raise LimitError(reply["limit"])
         if "error" in reply:
             raise RenderError(reply["error"])
         return str(reply["text"])
+
+    def _exchange(self, body: bytes) -> dict[str, Any]:
+        process = self._running()
+        self._served += 1
+        try:
+            _send(process, _LENGTH.pack(len(body)) + body)
+            return _receive(process)
+        except (OSError, EOFError):
+            self._stop()
+            return {"limit": f"it takes more than {CPU_SECONDS} s or {MEMORY_BYTES >> 20} MiB"}
 
     def _running(self) -> subprocess.Popen[bytes]:
         # After a fork the process belongs to the parent, which goes on asking it.
@@ -115,6 +122,7 @@ class _Renderer:
                 bufsize=0,
             )
             self._owner = os.getpid()
+            self._served = 0
             atexit.register(self.close)
         return self._process
 

@@ -78,6 +78,7 @@ def _answer(render: Any, request: dict[str, Any], most_characters: int) -> bytes
         )
         if len(text) > most_characters:
             raise MemoryError(f"it writes more than {most_characters} characters")
+        text.encode()  # half of a surrogate pair is no text
         reply = {"text": text}
     except (MemoryError, RecursionError) as error:
         reply = {"limit": f"{type(error).__name__}: {str(error)[:500]}"}

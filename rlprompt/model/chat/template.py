@@ -150,6 +150,11 @@ def plain_variables(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     return {"bos_token": str(tokenizer.bos_token) if writes_bos else ""}
 
 
+def template_variables(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The special tokens, by the names that templates call them."""
+    return {name: _plain(value) for name, value in tokenizer.special_tokens_map.items()}
+
+
 class ChatTemplate:
     """A Jinja chat template as a function from conversation shape to `Layout`.
 
@@ -167,8 +172,7 @@ class ChatTemplate:
     ) -> None:
         self.text = text
         self.hash = hashlib.sha256(text.encode()).hexdigest()
-        special = {name: _plain(value) for name, value in tokenizer.special_tokens_map.items()}
-        self._all_variables = special | dict(variables)
+        self._all_variables = template_variables(tokenizer) | dict(variables)
         self._source = _date_macro(text) + text
         # Letters and digits only, so no trimming touches it; the hash keeps it out of the template.
         self._salt = f"q{self.hash[:20]}"

@@ -17,7 +17,14 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from rlprompt.errors import InputError
-from rlprompt.model.chat.template import PLAIN, PLAIN_TEMPLATE, plain_variables
+from rlprompt.model.chat.render import RenderError, render
+from rlprompt.model.chat.template import (
+    PLAIN,
+    PLAIN_TEMPLATE,
+    plain_variables,
+    template_source,
+    template_variables,
+)
 from rlprompt.model.chat.tokenization import is_control
 from rlprompt.types import Message
 
@@ -64,10 +71,12 @@ class ConversationEncoder:
                 "takes question and answer as two segments, plain, or the path of a .jinja file"
             )
         self._tokenizer = tokenizer
-        self._source = PLAIN_TEMPLATE if template == PLAIN else template
-        self._variables: dict[str, Any] = (
-            dict(plain_variables(tokenizer)) if template == PLAIN else {}
-        )
+        self._source = template or template_source(tokenizer, None)
+        if template == PLAIN:
+            self._source = PLAIN_TEMPLATE
+        self._variables = template_variables(tokenizer)
+        if template == PLAIN:
+            self._variables |= plain_variables(tokenizer)
         self.max_tokens = max_tokens
         self._keep = keep
         added = tokenizer.added_tokens_decoder
@@ -141,10 +150,8 @@ class ConversationEncoder:
             for message, text in zip(messages, texts, strict=True)
         ]
         try:
-            rendered: Any = self._tokenizer.apply_chat_template(
-                filled, chat_template=self._source, tokenize=False, **self._variables
-            )
-        except Exception as error:  # Jinja raises whatever the template does
+            rendered = render(self._source, filled, self._variables, add_generation_prompt=False)
+        except RenderError as error:
             raise InputError(
                 f"the chat template of the preference model cannot render a conversation "
                 f"({error}); set template"

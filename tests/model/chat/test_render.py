@@ -95,6 +95,11 @@ def test_a_template_cannot_reach_files_or_python() -> None:
         assert text.strip() == ""
 
 
+def test_a_template_that_writes_no_text_is_refused() -> None:
+    with pytest.raises(RenderError, match="surrogates not allowed"):
+        render("{{ '\\udc00' }}", MESSAGES, {})
+
+
 def test_a_child_process_asks_a_renderer_of_its_own() -> None:
     assert render(PLAIN_TEMPLATE, MESSAGES, {"bos_token": ""}).endswith("Assistant:")
     child = os.fork()
