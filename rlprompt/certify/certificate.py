@@ -92,7 +92,7 @@ def bound(sample: Sample, delta: float, shift: Shift | None = None) -> Bound:
     Args:
         sample: losses of one risk.
         delta: probability with which the bound may be too low.
-        shift: as for `p_value`.
+        shift: the distributions that are meant beside the sampled one; see `p_value`.
     """
     tolerance = _TOLERANCE if sample.judge is None else 1e-4
     highs = {
@@ -110,7 +110,7 @@ def joint_p_value(samples: Sequence[Sample], alpha: float, shift: Shift | None =
     Args:
         samples: losses of each risk of one prompt.
         alpha: mean loss that is to be refuted for all of them.
-        shift: as for `p_value`.
+        shift: the distributions that are meant beside the sampled one; see `p_value`.
     """
     return max(p_value(each, alpha, shift) for each in samples)
 

@@ -35,7 +35,7 @@ def queries_needed(limit: float, delta: float) -> int | None:
     Args:
         limit: rate to be certified, under the distribution that is sampled: `Shift.base_limit`
             gives it where another is meant.
-        delta: as for `smallest_limit`.
+        delta: probability with which the certificate may be false; see `smallest_limit`.
     """
     if limit <= 0.0:
         return None
@@ -51,7 +51,7 @@ def most_failures(n: int, limit: float, delta: float) -> int:
     Args:
         n: number of queries.
         limit: rate to be certified.
-        delta: as for `smallest_limit`.
+        delta: probability with which the certificate may be false; see `smallest_limit`.
     """
     low, high = -1, n - 1
     while low < high:
@@ -68,7 +68,7 @@ def power(n: int, limit: float, delta: float, rate: float) -> float:
     Args:
         n: number of queries.
         limit: rate to be certified.
-        delta: as for `smallest_limit`.
+        delta: probability with which the certificate may be false; see `smallest_limit`.
         rate: true rate.
     """
     most = most_failures(n, limit, delta)
@@ -83,7 +83,7 @@ def queries_for_power(limit: float, delta: float, rate: float, wanted: float = 0
 
     Args:
         limit: rate to be certified.
-        delta: as for `smallest_limit`.
+        delta: probability with which the certificate may be false; see `smallest_limit`.
         rate: true rate that is hoped for.
         wanted: probability with which the certificate is to come out.
     """
@@ -126,7 +126,7 @@ def wrong_best_of(num_compared: int, n: int, rate: float, delta: float) -> float
         num_compared: number of independent prompts, all of one rate.
         n: number of queries.
         rate: rate of each.
-        delta: of the plain bound.
+        delta: probability with which the plain bound of one prompt may be too low.
     """
     most = most_failures(n, rate, delta)
     one = 0.0 if most < 0 else float(special.bdtr(most, n, rate))

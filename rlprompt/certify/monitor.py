@@ -216,7 +216,7 @@ def running_log_wealth(values: Array, limit: float, side: Side) -> Array:
     Args:
         values: [..., T] losses in [0, 1]; streams stand side by side.
         limit: mean in the claim.
-        side: as of `EProcess`.
+        side: what is bet on; see `EProcess`.
 
     Returns:
         [..., T] logs.
@@ -231,7 +231,7 @@ def log_gains(values: Array, limit: float, side: Side) -> Array:
     Args:
         values: [..., T] losses in [0, 1].
         limit: mean in the claim.
-        side: as of `EProcess`.
+        side: what is bet on; see `EProcess`.
 
     Returns:
         [..., T, J] logs.

@@ -15,6 +15,7 @@ from pathlib import Path
 import typer
 
 from rlprompt import __version__
+from rlprompt.cli.certify_command import certify
 from rlprompt.cli.reward_app import CONTEXT, VERBOSE, reward_app
 from rlprompt.errors import InputError, machine_fault
 from rlprompt.process_exit import process_end
@@ -36,6 +37,7 @@ model_app = typer.Typer(
 )
 app.add_typer(model_app, name="model")
 app.add_typer(reward_app, name="reward")
+app.command()(certify)
 
 _JSON = typer.Option(False, "--json", help="Print JSON.")
 _STOP_EXIT_CODE = typer.Option(
@@ -439,127 +441,6 @@ def evaluate(
     artifact = Path(given.pop(0)) if named else None
     changes = [*given, *(overrides or [])]
     run(artifact, recipe, changes, output, force=force, verbose=verbose)
-
-
-@app.command()
-def certify(
-    artifacts: list[Path] = typer.Argument(
-        ..., metavar="ARTIFACT", help="The artifact/ folder of a run, or the run; several together."
-    ),
-    reward: list[str] = typer.Option(
-        None,
-        "--reward",
-        metavar="PATH",
-        help="The risk: a path, or a name in --recipe; again = all of them are claimed.",
-    ),
-    alpha: float | None = typer.Option(None, "--alpha", metavar="A", help="Largest mean accepted."),
-    delta: float = typer.Option(
-        0.05, "--delta", metavar="D", help="Probability with which the claim may be false."
-    ),
-    recipe: Path | None = typer.Option(
-        None,
-        "--recipe",
-        "-r",
-        metavar="RECIPE",
-        help="Gives the test queries, and rewards by name.",
-    ),
-    data: Path | None = typer.Option(
-        None, "--data", metavar="FILE", help="Fresh queries in place of the recipe's test split."
-    ),
-    split: str = typer.Option(
-        "test", "--split", metavar="NAME", help="test, or validation at the price of selection."
-    ),
-    where: list[str] = typer.Option(
-        None, "--where", metavar="COLUMN=VALUE", help="Only queries with this in a column."
-    ),
-    fails_above: float | None = typer.Option(
-        None, "--fails-above", metavar="X", help="A failure is a value above X."
-    ),
-    fails_below: float | None = typer.Option(
-        None, "--fails-below", metavar="X", help="A failure is a value below X."
-    ),
-    candidates: list[Path] = typer.Option(
-        None,
-        "--candidates",
-        metavar="RUN",
-        help="Runs whose prompts were compared on these queries too; counted from their records.",
-    ),
-    num_compared: int | None = typer.Option(
-        None, "--num-compared", min=1, metavar="K", help="Prompts compared on these queries."
-    ),
-    in_sequence: bool = typer.Option(
-        False, "--in-sequence", help="Test in the order given, each at delta, until one fails."
-    ),
-    judge_labels: Path | None = typer.Option(
-        None,
-        "--judge-labels",
-        metavar="FILE",
-        help="Answers with people's labels (column human), "
-        "from which the judge's errors are reckoned with.",
-    ),
-    shift: str | None = typer.Option(
-        None, "--shift", metavar="KIND:RADIUS", help="tv:0.05, ratio:1.5, chi2:0.1 or kl:0.05."
-    ),
-    groups: str | None = typer.Option(
-        None, "--groups", metavar="COLUMN", help="Claim it of each group of queries."
-    ),
-    completions: int = typer.Option(
-        1, "--completions", min=1, metavar="N", help="Completions of each query, averaged."
-    ),
-    seed: int = typer.Option(0, "--seed", min=0, max=2**31 - 1, metavar="S", help="Of the draws."),
-    option: list[str] = typer.Option(
-        None, "--option", metavar="KEY=VALUE", help="An option of the reward; may be given again."
-    ),
-    model: str | None = typer.Option(
-        None, "--model", metavar="PATH", help="Base in place of the one that the artifact names."
-    ),
-    prompt_class: list[str] = typer.Option(
-        None, "--prompt-class", metavar="FILE:CLASS", help="As of `rlprompt chat`."
-    ),
-    trust_remote_code: bool = typer.Option(
-        False, "--trust-remote-code", help="Let Python code that comes with the base run."
-    ),
-    verify: bool = typer.Option(
-        False, "--verify", help="Recompute the stored certificates in place of issuing any."
-    ),
-    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
-    verbose: bool = VERBOSE,
-) -> None:
-    """Certify that a prompt's rate of failures is at most ALPHA; exit code 1 when it cannot be.
-
-    The certificate goes into the artifact; see docs/guarantees.md for what it promises.
-    """
-    from rlprompt.cli.commands import certify as command
-
-    if split not in ("test", "validation"):
-        raise InputError(f"--split is '{split}'; write test or validation")
-    options = command.CertifyOptions(
-        rewards=reward or [],
-        alpha=alpha,
-        delta=delta,
-        recipe=recipe,
-        data=data,
-        split=split,
-        where=where or [],
-        fails_above=fails_above,
-        fails_below=fails_below,
-        candidates=candidates or [],
-        num_compared=num_compared,
-        in_sequence=in_sequence,
-        judge_labels=judge_labels,
-        shift=shift,
-        groups=groups,
-        completions=completions,
-        seed=seed,
-        options=option or [],
-        model=model,
-        prompt_classes=prompt_class or [],
-        trust_remote_code=trust_remote_code,
-        as_json=as_json,
-    )
-    if verify:
-        raise typer.Exit(command.verify(artifacts, options))
-    raise typer.Exit(command.run(artifacts, options, verbose=verbose))
 
 
 @model_app.command("fetch")

@@ -233,8 +233,9 @@ def why_not(finding: Finding, names: Sequence[str], terms: Terms) -> str:
     losses = sample.by_group()[found.group]
     mean, n = math.fsum(losses) / len(losses), len(losses)
     of = f" of group {quote(found.group)}" if found.group else ""
+    seen = f"{round(mean * n)} of {n}" if sample.exact else f"{mean:.4g} on average over {n}"
     text = (
-        f"{names[place]}{terms.rule}: {mean:.4g} of {n} queries{of}, so at most {found.worst:.4g} "
+        f"{names[place]}{terms.rule}: {seen} queries{of}, so at most {found.worst:.4g} "
         f"(delta {_delta(terms)}), and alpha is {terms.alpha:g}"
     )
     if not sample.exact:
@@ -250,7 +251,7 @@ def why_not(finding: Finding, names: Sequence[str], terms: Terms) -> str:
     if abstain > 0.0:
         return (
             f"{text}; the rate is above alpha (probability {1 - terms.delta:g}), so that nothing "
-            f"can certify this prompt unless it leaves {abstain:.0%} of the queries or more "
+            f"can certify this prompt unless it leaves {abstain:.1%} of the queries or more "
             "unanswered"
         )
     return f"{text}; more queries, or a better prompt, may help"

@@ -166,7 +166,7 @@ def test_a_prompt_that_fails_too_often_gets_nothing(project: Path) -> None:
         "--fails-above", -1, "--alpha", 0.3,
     )  # fmt: skip
     assert shown.code == 1
-    assert "1 of 30 queries, so at most 1" in shown.out
+    assert "30 of 30 queries, so at most 1" in shown.out
     assert "unless it leaves" in shown.out
     assert not (project / "run" / "artifact" / "certificate.json").exists()
 
