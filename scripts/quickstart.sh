@@ -53,7 +53,8 @@ rows = {
     "hand-written prompt": "heldout_reward_handwritten",
     "learned prompt": "heldout_reward_after",
 }
-print("held-out reward")
+print((summary.get("verdict") or {}).get("sentence", ""))
+print("validation reward")
 for label, key in rows.items():
     value = summary.get(key)
     print(f"  {label:<24}" + ("-" if value is None else f"{value:.3f}"))

@@ -31,7 +31,7 @@ FUNCTIONS = {
         "(prompts, *, data, rewards, model=None, tokenizer=None, completions_per_query=2, seed=0, "
         "**sampling)"
     ),
-    "load_recipe": "(path, overrides=())",
+    "load_recipe": "(path, overrides=(), remembered=None)",
     "load_queries": "(settings, base_dir, given=None, answers=())",
     "build_rewards": "(settings, base_dir, *, needs_score=True, given=None)",
 }

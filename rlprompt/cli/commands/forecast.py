@@ -77,7 +77,7 @@ def run(
         rewards.bind_policy(shared.policy)
     try:
         with notes.status("drawing and scoring completions"):
-            table, again = _table(recipe, shared, rewards, prompts, (num_queries, completions))
+            table, again = _table(recipe, shared, rewards, prompts, num_queries, completions)
     finally:
         rewards.close()
     try:
@@ -124,10 +124,10 @@ def _table(
     shared: Shared,
     rewards: RewardRunner,
     prompts: Mapping[str, Prompt],
-    size: tuple[int, int],
+    num_queries: int,
+    completions: int,
 ) -> tuple[Any, Any]:
     """Rewards [P, Q, n] of all prompts, and [Q, n] of the start's completions scored again."""
-    num_queries, completions = size
     queries = shared.data.train[:num_queries]
     rows, again = [], None
 
