@@ -45,11 +45,11 @@ class FreshAcceptance:
         """Nothing is tested yet.
 
         Args:
-            evaluate: scores a candidate on examples, anew each time.
+            evaluate: function that scores a candidate on examples, anew each time.
             examples: kept apart from all that GEPA sees.
             acceptance: error rate and effect; None = 5% over the whole run.
             batch: examples between two looks.
-            seed: of the order of the examples.
+            seed: seed of the order of the examples.
 
         Raises:
             ValueError: there are no examples, or a batch of none.
@@ -81,8 +81,8 @@ class FreshAcceptance:
         """What GEPA logs of a proposal that was not accepted.
 
         Args:
-            proposal: as of `should_accept`.
-            state: as of `should_accept`.
+            proposal: the proposal, as of `should_accept`.
+            state: the `GEPAState`.
         """
         return self._decision(proposal, state)[1]
 

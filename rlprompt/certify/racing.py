@@ -43,7 +43,7 @@ class Race:
         """All prompts are in the race.
 
         Args:
-            num_prompts: N, at least 2.
+            num_prompts: number of prompts, N, at least 2.
             alpha: probability that anything said of two prompts is ever wrong.
             spread: largest absolute difference of a query's rewards; None = only which of two
                 prompts is better on a query counts.

@@ -120,7 +120,7 @@ class Texts(Searcher):
             texts: N different texts; the first is believed best until one was tried.
             keep: share of the texts that a round leaves, above 0 and below 1.
             completions: fewest completions of each text in the first round.
-            race: decides by evidence in place of rounds; of N prompts, nothing met yet.
+            race: a race of N prompts that decides by evidence, in place of rounds.
         """
         self._candidates = [
             Candidate(number, TextPrompt(text), origin="given") for number, text in enumerate(texts)

@@ -28,6 +28,7 @@ from rlprompt.recipe.schema import Recipe, load_recipe
 from rlprompt.rewards import build_rewards
 from rlprompt.rewards.runner import RewardRunner
 from rlprompt.rollout.collect import collect
+from rlprompt.types import Query
 
 _SHOWN = 5
 """Queries that are named on each side."""
@@ -49,8 +50,8 @@ def run(
     Args:
         recipe_path: a YAML file.
         overrides: `key.path=value` strings.
-        num_queries: training queries, the first in the recipe's order.
-        completions: completions of each query under each prompt, at least 2.
+        num_queries: number of training queries, the first in the recipe's order.
+        completions: number of completions of each query under each prompt, at least 2.
         texts: a JSON file with a list of further system texts.
         difference: mean difference for which the queries needed are said.
         as_json: whether JSON is printed in place of tables.
@@ -75,17 +76,18 @@ def run(
         require_support(shared.engine, tuple(prompts.values()))
         rewards = build_rewards(recipe.rewards, recipe_path.parent)
         rewards.bind_policy(shared.policy)
+    queries = shared.data.train[:num_queries]
     try:
         with notes.status("drawing and scoring completions"):
-            table, again = _table(recipe, shared, rewards, prompts, num_queries, completions)
+            table, again = _table(recipe, shared, rewards, prompts, queries, completions)
     finally:
         rewards.close()
     try:
         found = forecast(table, again)
     except ValueError as error:
         raise InputError(f"no forecast can be made: {error}") from error
-    queries = [query.text for query in shared.data.train[:num_queries]]
-    report = _report(found, list(prompts), queries, signal(table[0]), difference)
+    asked = [query.text for query in queries]
+    report = _report(found, list(prompts), asked, signal(table[0]), difference)
     if as_json:
         sys.stdout.write(to_json(report, indent=2) + "\n")
     else:
@@ -124,11 +126,10 @@ def _table(
     shared: Shared,
     rewards: RewardRunner,
     prompts: Mapping[str, Prompt],
-    num_queries: int,
+    queries: Sequence[Query],
     completions: int,
 ) -> tuple[Any, Any]:
     """Rewards [P, Q, n] of all prompts, and [Q, n] of the start's completions scored again."""
-    queries = shared.data.train[:num_queries]
     rows, again = [], None
 
     def draw() -> Generation:
