@@ -558,7 +558,7 @@ def main() -> None:
     options = parser.parse_args()
     stored = json.loads(options.json.read_text()) if options.json.exists() else {}
     found: list[Cell] = stored.get("cells", [])
-    seconds = stored.get("cpu_seconds", 0.0)
+    seconds = stored.get("cpu_seconds") or 0.0
     for name, make in cells(options.peers):
         if any(cell["block"] == name for cell in found) or not name.startswith(options.only):
             continue

@@ -127,16 +127,16 @@ def certify(
     if split not in ("test", "validation"):
         raise InputError(f"--split is '{split}'; write test or validation")
     options = command.CertifyOptions(
-        rewards=reward or [],
+        rewards=tuple(reward or ()),
         alpha=alpha,
         delta=delta,
         recipe=recipe,
         data=data,
         split=split,
-        where=where or [],
+        where=tuple(where or ()),
         fails_above=fails_above,
         fails_below=fails_below,
-        candidates=candidates or [],
+        candidates=tuple(candidates or ()),
         num_compared=num_compared,
         in_sequence=in_sequence,
         judge_labels=judge_labels,
@@ -144,9 +144,9 @@ def certify(
         groups=groups,
         completions=completions,
         seed=seed,
-        options=option or [],
+        options=tuple(option or ()),
         model=model,
-        prompt_classes=prompt_class or [],
+        prompt_classes=tuple(prompt_class or ()),
         trust_remote_code=trust_remote_code,
         as_json=as_json,
     )

@@ -218,6 +218,8 @@ def test_labelled_answers_are_judged_by_the_reward_itself(project: Path) -> None
         (("--where", "colour=red"), "the queries have the columns kind"),
         (("--where", "kind"), "write COLUMN=VALUE"),
         (("--where", "kind=c"), "no query has kind=c"),
+        (("--data", "fresh.jsonl", "--split", "validation"), "--split has no effect"),
+        (("--verify",), "so alpha has no effect"),
         (("--split", "train"), "write test or validation"),
         (("--option", "a=1"), "--option has no effect on 'vowels'"),
         (("--in-sequence", "--num-compared", "3"), "leave --in-sequence out"),

@@ -144,6 +144,15 @@ def verify(artifacts: Sequence[Path], options: CertifyOptions) -> int:
         InputError: an artifact has no certificate, or one that is damaged or another prompt's.
     """
     console = Console()
+    kept = CertifyOptions(
+        (), None, options.delta, recipe=options.recipe, data=options.data, as_json=options.as_json
+    )
+    if options != kept:
+        changed = sorted(k for k, v in vars(options).items() if v != getattr(kept, k))
+        raise InputError(
+            f"--verify recomputes what is stored, so {changed[0].replace('_', '-')} has no effect; "
+            "leave it out (--recipe or --data may name the queries)"
+        )
     recipe = None if options.recipe is None else load_recipe(options.recipe)
     report: list[dict[str, Any]] = []
     for folder in _folders(artifacts):
@@ -226,6 +235,8 @@ def _queries(options: CertifyOptions, recipe: Recipe | None) -> _Queries:
     """The queries of the claim: a split of the recipe's data, or a file of fresh ones."""
     if options.data is None and recipe is None:
         raise InputError("no queries are named; give --recipe for its test split, or --data FILE")
+    if options.data is not None and options.split == "validation":
+        raise InputError("--split has no effect beside --data, which is used whole; remove it")
     split = None
     if recipe is not None and options.recipe is not None:
         split = load_queries(recipe.data, options.recipe.parent)
