@@ -13,7 +13,7 @@ import json
 import logging
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,7 @@ def without(split: QuerySplit, left_out: Collection[int]) -> QuerySplit:
         side: tuple(query for query in queries if query.index not in left_out)
         for side, queries in split.sides.items()
     }
-    return replace(split, **kept, fingerprint=_fingerprint(kept))
+    return QuerySplit(**kept, fingerprint=_fingerprint(kept), system=split.system)
 
 
 @dataclass(frozen=True)

@@ -186,6 +186,19 @@ def test_the_report_holds_what_a_reader_looks_for(tmp_path: Path) -> None:
     assert len(ids) == len(set(ids))
 
 
+def test_every_phase_that_was_logged_is_drawn(tmp_path: Path) -> None:
+    """A phase that the chart does not know by name is time all the same."""
+    tracker = JsonlTracker()
+    tracker.start(RunInfo(name="test", output_dir=tmp_path, steps=2, base="tiny"))
+    phases = {"rollout": 1.0, "reference": 0.5, "prefill": 0.25, "of_my_own": 0.125, "other": 0.125}
+    for step in (1, 2):
+        tracker.log_metrics(step, {f"time/{name}": value for name, value in phases.items()})
+    tracker.finish({})
+    text = report(tmp_path)[1].text
+    for name, value in phases.items():
+        assert f"{name} {value:.2f} s ({value / 2:.0%})" in text
+
+
 def test_ten_queries_in_order_with_the_prompt_that_was_kept(tmp_path: Path) -> None:
     make_run(tmp_path)
     _, page = report(tmp_path)
