@@ -32,7 +32,7 @@ class InputError(ValueError):
     """A wrong input, described in one sentence that ends with what to do about it.
 
     The sentence quotes names and values that may come from anywhere. It is one line all the same:
-    what would break the line, move the cursor or turn the direction of writing is spelled out.
+    what would break the line, move the cursor or turn the direction of writing becomes a space.
     """
 
     def __init__(self, sentence: str = "") -> None:
@@ -42,7 +42,7 @@ class InputError(ValueError):
             sentence: sentence about what was wrong, where, and what to do; its middle is left out
                 where it is longer than any reader would read.
         """
-        text = _UNPRINTABLE.sub(_spelled, str(sentence))
+        text = _UNPRINTABLE.sub(" ", str(sentence))
         if len(text) > _LONGEST_SENTENCE:
             half = _LONGEST_SENTENCE // 2
             text = f"{text[:half]} ... {text[-half:]}"
@@ -54,10 +54,6 @@ _UNPRINTABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 """Control characters, line separators, marks of direction, and halves of surrogate pairs."""
-
-
-def _spelled(found: re.Match[str]) -> str:
-    return found[0].encode("unicode_escape").decode("ascii")
 
 
 def shorten(text: str, limit: int = 80) -> str:

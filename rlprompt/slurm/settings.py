@@ -115,7 +115,7 @@ def _read(path: Path) -> dict[str, Any]:
         ) from error
     except yaml.YAMLError as error:
         raise InputError(
-            f"cluster file '{path}' is not valid YAML: {yaml_text.reason(error)}"
+            f"cluster file '{path}' cannot be read, it is not valid YAML: {yaml_text.reason(error)}"
         ) from error
     if not isinstance(tree, dict):
         raise InputError(f"cluster file '{path}' is not a mapping of keys; see docs/cluster.md")
