@@ -48,14 +48,14 @@ def test_a_run_leaves_all_its_files_and_says_where(finished: Path) -> None:
 def test_the_table_has_the_rewards_of_the_summary(finished: Path) -> None:
     lines = (finished.parent / "shown.txt").read_text().splitlines()
     heldout = json.loads((finished / "summary.json").read_text())["heldout"]
-    (header,) = [
-        line for line in lines if "base" in line and "hand-written" in line and "-" in line
-    ][:1]
-    assert header.index("base") < header.index("hand-written") < header.index("learned")
     (row,) = [line for line in lines if line.strip("|\u2502 ").startswith("reward ")]
-    shown = [float(word) for word in row.replace("+-", " ").split() if word[0].isdigit()]
-    expected = [heldout[who]["reward"] for who in ("base", "handwritten", "learned")]
-    assert shown[::2] == pytest.approx(expected, abs=5e-4)
+    header = lines[lines.index(row) - 2]
+    columns = [header.index(who) for who in ("base", "hand-written", "start", "learned")]
+    assert columns == sorted(columns)
+    shown = [float(word) for word in row.split() if word[0].isdigit()]
+    expected = [heldout[who]["reward"] for who in ("base", "handwritten", "start", "learned")]
+    assert shown == pytest.approx(expected, abs=5e-4)
+    assert any("standard error" in line for line in lines)
     assert any("vowels" in line for line in lines)
     assert any("mean tokens" in line for line in lines)
 
@@ -83,7 +83,7 @@ def test_the_default_output_is_named_after_the_recipe(
     shown = rlprompt("train", recipe, "training.steps=1")
     assert shown.code == 0, shown.err
     assert json.loads((tmp_path / "runs/no name/summary.json").read_text())["steps"] == 1
-    assert "nothing to compare" in shown.out
+    assert "no query was held out" in shown.out
     assert "'runs/no name/artifact'" in shown.out
 
 

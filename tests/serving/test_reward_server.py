@@ -148,7 +148,8 @@ def test_a_reward_that_logs_what_json_has_not_is_answered_in_json(tmp_path: Path
         status, told = post(server, {"prompts": ["q"], "completions": ["nan"]})
         assert (status, told["extras"]["shaky"]) == (200, [None])
         status, told = post(server, {"prompts": ["q"], "completions": ["deep"]})
-        assert (status, told) == (500, {"error": "RecursionError in the server; see its log"})
+        assert status == 200  # cut at a depth that JSON and whoever reads it can take
+        assert len(json.dumps(told["extras"]["shaky"])) < 1000
 
 
 def test_a_stop_answers_what_is_in_progress(tmp_path: Path) -> None:

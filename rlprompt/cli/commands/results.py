@@ -149,7 +149,9 @@ def _comparison(heldout: Mapping[str, Row]) -> Table:
     table.add_column("")
     for who in shown:
         table.add_column(_WHO[who], justify="right", style="bold" if who == "learned" else "")
-    table.add_row("reward", *(_reward(heldout[who]) for who in shown), end_section=True)
+    for label, key in (("reward", "reward"), ("  standard error", "reward_sem")):
+        values = (_rounded(heldout[who].get(key)) for who in shown)
+        table.add_row(label, *values, end_section=key == "reward_sem")
     names = dict.fromkeys(name for who in shown for name in heldout[who]["rewards"])
     for name in names:
         values = (heldout[who]["rewards"].get(name) for who in shown)
@@ -159,7 +161,7 @@ def _comparison(heldout: Mapping[str, Row]) -> Table:
         ("ended by themselves", "terminated_share"),
         ("log-prob under base", "base_logprob"),
         ("KL to base", "base_kl"),
-        ("information about the query", "query_information"),
+        ("query information", "query_information"),
     ):
         if all(heldout[who].get(key) is None for who in shown):
             continue
@@ -167,11 +169,8 @@ def _comparison(heldout: Mapping[str, Row]) -> Table:
     return table
 
 
-def _reward(row: Row) -> str:
-    value, error = row.get("reward"), row.get("reward_sem")
-    if value is None or error is None or not math.isfinite(value):
-        return format_number(value)
-    return f"{value:.3f} +- {error:.3f}"
+def _rounded(value: float | None) -> str:
+    return format_number(value) if value is None or not math.isfinite(value) else f"{value:.3f}"
 
 
 def _show_samples(folder: Path, best_step: int, console: Console) -> None:
