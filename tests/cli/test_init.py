@@ -53,10 +53,12 @@ def test_the_recipe_is_the_shipped_one_in_another_place(target: str, tmp_path: P
     root = Path(__file__).parents[2]
     shipped = load_recipe(root / STARTERS[target].recipe).plain()
     assert ours.pop("name") == "a-b-c" and shipped.pop("name")
-    assert ours.pop("data") == shipped.pop("data") | {"path": DATA_NAME}
+    assert ours.pop("data") == shipped.pop("data") | {"path": str(folder / DATA_NAME)}
     for mine, theirs in zip(ours.pop("rewards"), shipped.pop("rewards"), strict=True):
         file, _, name = theirs["path"].rpartition(":")
-        assert mine.pop("path") == (f"{REWARD_NAME}:{name}" if "/" in file else theirs["path"])
+        assert mine.pop("path") == (
+            f"{folder / REWARD_NAME}:{name}" if "/" in file else theirs["path"]
+        )
         theirs.pop("path")
         assert mine == theirs
     assert ours == shipped

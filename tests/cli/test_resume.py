@@ -64,7 +64,7 @@ def test_a_finished_run_is_made_longer_with_all_that_was_set(run: Path, tmp_path
     summary = summary_of(run)
     assert (summary["steps"], summary["stopped_because"]) == (4, "finished")
     stored = yaml.safe_load((run / "recipe.resolved.yaml").read_text())
-    assert stored["training"]["optimizer"]["lr"] == 0.01
+    assert stored["training"]["optimizer"]["learning_rate"] == 0.01
     assert set(overridden_keys(run)) >= {"training.steps", "training.optimizer.lr"}
     # What was drawn is what one run of four steps draws.
     straight = tmp_path / "straight"
@@ -193,6 +193,6 @@ def test_a_cosine_that_gets_longer_is_told(model_dir: Path, tmp_path: Path) -> N
     shown = rlprompt("resume", run, "training.steps=6")
     assert shown.code == 0, shown.err
     assert "the cosine learning rate follows the new training.steps from here on" in shown.out
-    rates = [row["lr"] for row in read_jsonl(run / "metrics.jsonl")]
-    assert rates[:2] == [row["lr"] for row in before]
+    rates = [row["learning_rate"] for row in read_jsonl(run / "metrics.jsonl")]
+    assert rates[:2] == [row["learning_rate"] for row in before]
     assert rates[2] > rates[1] and rates[2:] == sorted(rates[2:], reverse=True)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.text import Text
 
 from rlprompt.artifacts.certificate import (
@@ -49,6 +48,7 @@ from rlprompt.recipe.yaml_file import apply_override
 from rlprompt.rewards import RewardRunner, RewardSettings, build_rewards
 from rlprompt.runs.outcome import read_summary
 from rlprompt.serving.loaded import LoadedPrompt, Model, artifact_folder, base_of_artifact
+from rlprompt.tracking.console import PlainConsole
 from rlprompt.types import Completion, Group, Query
 
 
@@ -101,7 +101,7 @@ def run(artifacts: Sequence[Path], options: CertifyOptions, *, verbose: bool = F
     Raises:
         InputError: something named is wrong or cannot be loaded.
     """
-    notes, console = Console(stderr=True), Console()
+    notes, console = PlainConsole(stderr=True), PlainConsole()
     setup_logging(notes, logging.WARNING, verbose)
     folders = _folders(artifacts)
     recipe = None if options.recipe is None else load_recipe(options.recipe)
@@ -143,7 +143,7 @@ def verify(artifacts: Sequence[Path], options: CertifyOptions) -> int:
     Raises:
         InputError: an artifact has no certificate, or one that is damaged or another prompt's.
     """
-    console = Console()
+    console = PlainConsole()
     kept = CertifyOptions(
         (), None, options.delta, recipe=options.recipe, data=options.data, as_json=options.as_json
     )
@@ -493,7 +493,7 @@ def _stored(
     return report
 
 
-def _show(console: Console, report: Sequence[dict[str, Any]], as_json: bool) -> None:
+def _show(console: PlainConsole, report: Sequence[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         console.file.write(to_json(list(report), indent=2) + "\n")
         return

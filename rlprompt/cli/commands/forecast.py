@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from rlprompt.certify.forecast import Forecast, forecast, signal
@@ -28,6 +28,7 @@ from rlprompt.recipe.schema import Recipe, load_recipe
 from rlprompt.rewards import build_rewards
 from rlprompt.rewards.runner import RewardRunner
 from rlprompt.rollout.collect import collect
+from rlprompt.tracking.console import PlainConsole
 from rlprompt.types import Query
 
 _SHOWN = 5
@@ -62,7 +63,7 @@ def run(
     """
     if not difference > 0.0:
         raise InputError(f"--difference is {difference:g}; give one above 0")
-    notes = Console(stderr=True)
+    notes = PlainConsole(stderr=True)
     setup_logging(notes, logging.WARNING, verbose)
     recipe = load_recipe(recipe_path, overrides)
     if not any(reward.role == "score" for reward in recipe.rewards):
@@ -91,7 +92,7 @@ def run(
     if as_json:
         sys.stdout.write(to_json(report, indent=2) + "\n")
     else:
-        _show(report, Console())
+        _show(report, PlainConsole())
 
 
 def _prompts(recipe: Recipe, start: Prompt, further: Sequence[str]) -> Mapping[str, Prompt]:
@@ -181,8 +182,8 @@ def _report(
     }
 
 
-def _show(report: Mapping[str, Any], console: Console) -> None:
-    console.print(f"[bold]{report['sentence']}[/bold]", highlight=False)
+def _show(report: Mapping[str, Any], console: PlainConsole) -> None:
+    console.print(Text(report["sentence"], style="bold"), soft_wrap=True)
     means = Table("prompt", "mean reward")
     for name, mean in report["means"].items():
         means.add_row(name, f"{mean:.3f}")
@@ -199,7 +200,7 @@ def _show(report: Mapping[str, Any], console: Console) -> None:
         f"a difference of {report['difference']:g} needs {report['queries_needed']} queries",
     ]
     for line in lines:
-        console.print(line, highlight=False)
+        console.print(line, soft_wrap=True)
     signals = report["signal"]
     ends = Table("query", "spread", title="most and least signal")
     for row in signals if len(signals) <= 2 * _SHOWN else signals[:_SHOWN] + signals[-_SHOWN:]:
