@@ -208,8 +208,6 @@ def started_from_data(recipe: Recipe, data: QuerySplit) -> Recipe:
             "their texts differ; remove init_text, or set data.system: drop"
         )
     given["init_text"] = data.system
-    if given["num_virtual_tokens"] == fields["num_virtual_tokens"].default:
-        given["num_virtual_tokens"] = None  # as many as the text has
     prompt = type(recipe.prompt).model_validate(given)
     return recipe.model_copy(update={"prompt": prompt})
 

@@ -55,7 +55,7 @@ def fitting(split: QuerySplit, recipe: Recipe, base: Outline) -> QuerySplit:
     for side, before in split.sides.items():
         if before and not kept.sides[side]:
             raise InputError(
-                f"every {SIDES[side]} query is longer than the {base.max_positions} positions of "
+                f"every {'training' if side == 'train' else SIDES[side]} query is longer than the {base.max_positions} positions of "
                 f"{base.id} with prompt and completion; shorten them, or lower sampling.max_tokens"
             )
     logger.warning(

@@ -90,7 +90,8 @@ def test_two_ranks_are_one_and_a_run_goes_on_with_another_number(
     ended = run_ranks(2, tmp_path / "logs", "train", recipe, "-o", two)
     assert ended.codes == [0, 0], ended.logs
     assert_close_runs(one, two)
-    assert "held-out" in ended.logs[0] and "held-out" not in ended.logs[1]
+    shown = "the learned prompt is"
+    assert shown in ended.logs[0] and shown not in ended.logs[1]
     # The first two steps on three ranks (one of them without a held-out query), the last on one.
     (tmp_path / "reward.py").write_text(REWARD + STOPS_FIRST_RANK)
     ended = run_ranks(3, tmp_path / "logs3", "train", recipe, "-o", three, "--stop-exit-code", 85)

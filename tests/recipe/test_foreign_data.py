@@ -73,7 +73,7 @@ def rows_with_system(text: str = SYSTEM) -> list[Any]:
 
 def test_a_prompt_starts_from_the_system_turn_of_the_data(tmp_path: Path) -> None:
     data = {"rows": rows_with_system(), "system": "init"}
-    prompt = {"init_text": None, "num_virtual_tokens": 16}
+    prompt = {"init_text": None, "num_virtual_tokens": None}
     run = tiny_trainer(tmp_path, tmp_path / "run", data=data, prompt=prompt)
     started = run.parts.policy.prompt
     assert started.init_text == SYSTEM

@@ -47,7 +47,7 @@ def test_the_last_update_is_the_end_of_the_schedule(
     assert learner.state().plain["updates"] == total
     rates = [group["lr"] / group["peak_lr"] for group in learner.optimizer.param_groups]
     assert rates == pytest.approx([1 / total] * 2)  # prompt and value head
-    logged = [row["lr"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
+    logged = [row["learning_rate"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
     course = [0.01 * (1 - update / total) for update in range(total)]
     shares = [course[step * of_a_step : (step + 1) * of_a_step] for step in range(STEPS)]
     for value, share in zip(logged, shares, strict=True):
@@ -59,7 +59,7 @@ def test_a_warm_up_and_a_resumed_run_follow_the_same_course(tmp_path: Path) -> N
     whole = tiny_trainer(tmp_path, tmp_path / "whole", **settings)
     whole.run()
     rows = read_jsonl(tmp_path / "whole" / "metrics.jsonl")
-    assert rows[-1]["lr"] < 0.01 * 0.51  # updates 2 and 3 of the 4 behind the warm-up
+    assert rows[-1]["learning_rate"] < 0.01 * 0.51  # updates 2 and 3 of the 4 behind the warm-up
     first = tiny_trainer(tmp_path, tmp_path / "part", **settings)
     before = gradient_step(first)
     before._updates = 5
