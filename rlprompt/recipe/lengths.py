@@ -54,8 +54,9 @@ def fitting(split: QuerySplit, recipe: Recipe, base: Outline) -> QuerySplit:
     kept = without(split, needed.keys())
     for side, before in split.sides.items():
         if before and not kept.sides[side]:
+            which = "training" if side == "train" else SIDES[side]
             raise InputError(
-                f"every {'training' if side == 'train' else SIDES[side]} query is longer than the {base.max_positions} positions of "
+                f"every {which} query is longer than the {base.max_positions} positions of "
                 f"{base.id} with prompt and completion; shorten them, or lower sampling.max_tokens"
             )
     logger.warning(

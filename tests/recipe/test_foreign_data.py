@@ -10,6 +10,7 @@ import pytest
 
 from rlprompt.algorithms.supervised import SupervisedSettings
 from rlprompt.errors import InputError
+from rlprompt.prompts.soft import SoftSettings
 from rlprompt.recipe.build import build_single_run, started_from_data
 from rlprompt.recipe.keywords import Found, data_section
 from rlprompt.recipe.schema import Recipe
@@ -73,7 +74,8 @@ def rows_with_system(text: str = SYSTEM) -> list[Any]:
 
 def test_a_prompt_starts_from_the_system_turn_of_the_data(tmp_path: Path) -> None:
     data = {"rows": rows_with_system(), "system": "init"}
-    prompt = {"init_text": None, "num_virtual_tokens": None}
+    default = SoftSettings.model_fields["init_text"].default
+    prompt = {"init_text": default, "num_virtual_tokens": None}
     run = tiny_trainer(tmp_path, tmp_path / "run", data=data, prompt=prompt)
     started = run.parts.policy.prompt
     assert started.init_text == SYSTEM
