@@ -60,6 +60,7 @@ _TAKEN_ROOMS = frozenset(
         "sampling",
         "search",
         "system",
+        "test",
         "time",
         "val",
     }

@@ -21,7 +21,8 @@ def test_it_says_what_the_reward_tells(recipe: Path, tmp_path: Path) -> None:
     shown = rlprompt("forecast", recipe, *options, "--json")
     assert shown.code == 0, shown.err
     report = json.loads(shown.out)
-    assert list(report["means"]) == ["start", "base", "handwritten", "text 2"]
+    # The start is what is left of "Be nice." in three tokens, so the whole text is another one.
+    assert list(report["means"]) == ["start", "base", "handwritten", "text 2", "text 3"]
     assert sum(report["shares"].values()) == pytest.approx(1.0)
     assert report["noise"] == 0.0 and report["num_queries"] == 4
     spreads = [row["spread"] for row in report["signal"]]

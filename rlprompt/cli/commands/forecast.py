@@ -98,14 +98,14 @@ def run(
 def _prompts(recipe: Recipe, start: Prompt, further: Sequence[str]) -> Mapping[str, Prompt]:
     """Prompts by what they are called, the start first; equal texts once."""
     prompts: dict[str, Prompt] = {"start": start, "base": NonePrompt()}
-    texts = [recipe.evaluation.handwritten, *getattr(recipe.search, "texts", ()), *further]
+    evaluation = recipe.evaluation
+    written = [evaluation.handwritten, *evaluation.texts]
+    texts = [*written, *getattr(recipe.search, "texts", ()), *further]
     met = {start.init_text}
     for text in texts:
         if text is not None and text not in met:
             met.add(text)
-            name = (
-                "handwritten" if text == recipe.evaluation.handwritten else f"text {len(met) - 1}"
-            )
+            name = "handwritten" if text == evaluation.handwritten else f"text {len(met) - 1}"
             prompts[name] = TextPrompt(text)
     return prompts
 
