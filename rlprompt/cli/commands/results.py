@@ -150,8 +150,8 @@ def _comparison(heldout: Mapping[str, Row]) -> Table:
     for who in shown:
         table.add_column(_WHO[who], justify="right", style="bold" if who == "learned" else "")
     for label, key in (("reward", "reward"), ("  standard error", "reward_sem")):
-        values = (_rounded(heldout[who].get(key)) for who in shown)
-        table.add_row(label, *values, end_section=key == "reward_sem")
+        cells = [_rounded(heldout[who].get(key)) for who in shown]
+        table.add_row(label, *cells, end_section=key == "reward_sem")
     names = dict.fromkeys(name for who in shown for name in heldout[who]["rewards"])
     for name in names:
         values = (heldout[who]["rewards"].get(name) for who in shown)
