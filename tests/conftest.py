@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+from contextlib import suppress
 from pathlib import Path
+
+# torch.compile imports it in a test, where it refuses a distutils that another library has imported
+# before it.
+with suppress(ImportError):
+    import setuptools  # noqa: F401
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it at import, which follows
 os.environ["WANDB_MODE"] = "offline"

@@ -64,7 +64,7 @@ def test_a_finished_run_is_made_longer_with_all_that_was_set(run: Path, tmp_path
     summary = summary_of(run)
     assert (summary["steps"], summary["stopped_because"]) == (4, "finished")
     stored = yaml.safe_load((run / "recipe.resolved.yaml").read_text())
-    assert stored["training"]["optimizer"]["learning_rate"] == 0.01
+    assert stored["training"]["optimizer"]["lr"] == 0.01
     assert set(overridden_keys(run)) >= {"training.steps", "training.optimizer.lr"}
     # What was drawn is what one run of four steps draws.
     straight = tmp_path / "straight"

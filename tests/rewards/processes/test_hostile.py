@@ -247,10 +247,10 @@ def expected(batch: int) -> list[float]:
 
 def children_of(pid: int) -> list[str]:
     shown = subprocess.run(
-        ["ps", "--ppid", str(pid), "-o", "stat=,args="], capture_output=True, text=True
+        ["ps", "-ww", "--ppid", str(pid), "-o", "stat=,args="], capture_output=True, text=True
     )
     lines = [line.strip() for line in shown.stdout.splitlines()]
-    return [line for line in lines if not line.startswith("Z") and "ps --ppid" not in line]
+    return [line for line in lines if not line.startswith("Z") and "--ppid" not in line]
 
 
 @pytest.mark.parametrize("name", FORKS)
@@ -339,14 +339,14 @@ def test_pools_and_processes_work_and_leave_no_worker(
         runner.close()
     """
 
-    given = isolation | {"timeout": 20.0}
+    given = isolation | {"timeout": 60.0}
     run = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code), str(folder), name, json.dumps(given)],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    _, said = run.communicate(timeout=60)
+    _, said = run.communicate(timeout=200)
     assert run.returncode == 0, said
     left = subprocess.run(["pgrep", "-f", f"{folder}.*{name}"], capture_output=True, text=True)
     assert not left.stdout.strip()
