@@ -34,7 +34,13 @@ _KEY_METRICS = {
     "grad_norm": "grad norm",
     "step_time": "s/step",
 }
-_WHO = {"base": "base", "handwritten": "hand-written", "learned": "learned"}
+_WHO = {
+    "base": "base",
+    "handwritten": "hand-written",
+    "best_text": "best text",
+    "start": "start",
+    "learned": "learned",
+}
 _BLOCKS = tuple(chr(0x2581 + height) for height in range(8))
 _ASCII_BLOCKS = tuple("_.-~=+*#")
 _HISTORY = 2000
@@ -141,7 +147,8 @@ class TrainingDisplay:
         """Show a held-out evaluation of `who`: base, handwritten or learned."""
         self._evaluations[who] = (step, metrics)
         if self._live is None:
-            self._line(f"step {step}/{self._steps}: held-out {_evaluation(who, metrics)}")
+            split = "test" if metrics.get("split") == "test" else "held-out"
+            self._line(f"step {step}/{self._steps}: {split} {_evaluation(who, metrics)}")
         self._draw()
 
     def close(self, last_line: str | None = None) -> None:
