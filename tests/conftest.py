@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 from contextlib import suppress
@@ -10,7 +11,7 @@ from pathlib import Path
 # torch.compile imports it in a test, where it refuses a distutils that another library has imported
 # before it.
 with suppress(ImportError):
-    import setuptools  # noqa: F401
+    importlib.import_module("setuptools")
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it at import, which follows
 os.environ["WANDB_MODE"] = "offline"
