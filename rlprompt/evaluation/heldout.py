@@ -18,6 +18,7 @@ from rlprompt.certify.comparison import Scores, standard_error
 from rlprompt.engines.base import Engine
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.evaluation.measures import Measure
+from rlprompt.evaluation.values import value_of
 from rlprompt.prompts.base import Prompt
 from rlprompt.rewards.runner import RewardRunner
 from rlprompt.rollout.collect import RolloutBatch, collect
@@ -93,9 +94,7 @@ class HeldoutResult:
 
     def value(self, name: str) -> float:
         """`reward`, or the mean of the reward of that name; NaN when it could not be scored."""
-        if name == "reward":
-            return self.reward
-        value = self.flat.get(f"rewards/{name}/mean")
+        value = value_of(self.metrics, name)
         return math.nan if value is None else float(value)
 
     @property

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from rlprompt.evaluation.values import value_of
 from rlprompt.reports.plots import Curve, LegendEntry, draw_curves
 from rlprompt.runs.read_folder import Row, RunFiles
 
@@ -102,7 +103,7 @@ def _pairs(run: RunFiles, guard: Mapping[str, Any], proxy: str, gold: str) -> li
     kl_of = {row["step"]: row.get("kl") for row in run.metrics}
     if guard.get("split") == "heldout":
         found = [
-            (kl_of.get(row["step"]), _heldout(row, proxy), _heldout(row, gold))
+            (kl_of.get(row["step"]), value_of(row, proxy), value_of(row, gold))
             for row in run.evaluations_of("learned")
         ]
     else:
@@ -112,14 +113,6 @@ def _pairs(run: RunFiles, guard: Mapping[str, Any], proxy: str, gold: str) -> li
 
 def _trained(row: Row, reward: str) -> float | None:
     value: float | None = row.get("reward" if reward == "reward" else f"rewards/{reward}/mean")
-    return value
-
-
-def _heldout(row: Row, reward: str) -> float | None:
-    if reward == "reward":
-        value: float | None = row.get("reward")
-        return value
-    value = (row.get("rewards") or {}).get(reward)
     return value
 
 

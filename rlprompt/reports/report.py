@@ -8,7 +8,6 @@ stopped early, or never evaluated, gets the report that its files allow.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path, PurePath
@@ -19,6 +18,8 @@ from markupsafe import Markup
 
 from rlprompt.artifacts.card import started_from
 from rlprompt.files import write_atomic
+from rlprompt.reading import json_text
+from rlprompt.reading.files import read_bytes
 from rlprompt.reports.answers import answer_pairs
 from rlprompt.reports.candidates import candidate_rows, made_by
 from rlprompt.reports.charts import WHO, report_sections
@@ -334,7 +335,7 @@ def _details(run: RunFiles) -> list[tuple[str, str]]:
 def _start(run: RunFiles) -> list[tuple[str, str]]:
     """Return what the prompt started from, as its card says it; nothing without an artifact."""
     try:
-        info = json.loads((run.folder / "artifact" / "prompt.json").read_bytes())
+        info = json_text.loads(read_bytes(run.folder / "artifact" / "prompt.json"))
         return [("Started from", clean(started_from(info), MAX_TEXT))]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return []

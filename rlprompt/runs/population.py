@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rlprompt.evaluation.values import value_of
 from rlprompt.files import replace_folder, to_json, write_atomic
 from rlprompt.reading import yaml_text
 from rlprompt.runs.claim_folder import RECIPE_FILE
@@ -146,8 +147,7 @@ class Population(Outcome):
     def _chosen_by(self, summary: Summary) -> float:
         """What the best member is chosen by: that by which each chose its own best prompt."""
         name = next(iter(self.members.values())).parts.evaluation.select_by
-        learned = summary["heldout"].get("learned", {})
-        value = learned.get("reward") if name == "reward" else learned["rewards"].get(name)
+        value = value_of(summary["heldout"].get("learned", {}), name)
         return -math.inf if value is None or math.isnan(value) else float(value)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from rlprompt.errors import InputError
+from rlprompt.evaluation.values import value_of
 from rlprompt.files import iter_jsonl
 from rlprompt.reading import json_text, yaml_text
 from rlprompt.reading.files import read_bytes, read_text, reason
@@ -84,10 +85,7 @@ class RunFiles:
         """What the best prompt is chosen by, of one evaluation."""
         settings = self.recipe.get("evaluation")
         name = settings.get("select_by", "reward") if isinstance(settings, dict) else "reward"
-        value: float | None = (
-            row.get("reward") if name == "reward" else (row.get("rewards") or {}).get(name)
-        )
-        return value
+        return value_of(row, name)
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Return the steps at which a metric has a value, and the values."""

@@ -34,13 +34,14 @@ _KEY_METRICS = {
     "grad_norm": "grad norm",
     "step_time": "s/step",
 }
-_WHO = {
+WHO = {
     "base": "base",
     "handwritten": "hand-written",
     "best_text": "best text",
     "start": "start",
     "learned": "learned",
 }
+"""Those whose evaluations are compared, by their name in the files, as a terminal calls them."""
 _BLOCKS = tuple(chr(0x2581 + height) for height in range(8))
 _ASCII_BLOCKS = tuple("_.-~=+*#")
 _HISTORY = 2000
@@ -228,7 +229,7 @@ class TrainingDisplay:
 
     def _held_out(self) -> Text:
         line = Text()
-        for who in dict.fromkeys([*_WHO, *self._evaluations]):
+        for who in dict.fromkeys([*WHO, *self._evaluations]):
             if who in self._evaluations:
                 step, metrics = self._evaluations[who]
                 learned = who == "learned"
@@ -309,7 +310,7 @@ def format_seconds(seconds: float | None) -> str:
 
 
 def _evaluation(who: str, metrics: Mapping[str, Any]) -> str:
-    text = f"{_WHO.get(who, who)} {format_number(metrics.get('reward'))}"
+    text = f"{WHO.get(who, who)} {format_number(metrics.get('reward'))}"
     error = metrics.get("reward_sem")
     return text if error is None else f"{text} +- {format_number(error)}"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import sys
@@ -23,6 +22,8 @@ from rlprompt.errors import InputError
 from rlprompt.files import to_json
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.text import NonePrompt, TextPrompt
+from rlprompt.reading import json_text
+from rlprompt.reading.files import read_bytes, reason
 from rlprompt.recipe.build import Shared, build_prompt, build_shared
 from rlprompt.recipe.schema import Recipe, load_recipe
 from rlprompt.rewards import build_rewards
@@ -112,10 +113,11 @@ def _prompts(recipe: Recipe, start: Prompt, further: Sequence[str]) -> Mapping[s
 
 def _read_texts(path: Path) -> list[str]:
     try:
-        texts = json.loads(path.read_text(encoding="utf-8"))
+        texts = json_text.loads(read_bytes(path))
     except (OSError, ValueError) as error:
+        why = reason(error) if isinstance(error, OSError) else error
         raise InputError(
-            f"'{path}' cannot be read as JSON ({error}); name a list of texts"
+            f"'{path}' cannot be read as JSON ({why}); name a list of texts"
         ) from error
     if not isinstance(texts, list) or not all(isinstance(t, str) and t.strip() for t in texts):
         raise InputError(f"'{path}' is not a list of texts; write one, such as [\"Be brief.\"]")

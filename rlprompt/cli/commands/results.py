@@ -15,15 +15,8 @@ from rich.text import Text
 from rlprompt.reports.candidates import candidate_rows, made_by
 from rlprompt.runs.read_folder import Row, RunFiles, load_run
 from rlprompt.runs.summary import Summary
-from rlprompt.tracking.console import clean_text, format_number
+from rlprompt.tracking.console import WHO, clean_text, format_number
 
-_WHO = {
-    "base": "base",
-    "handwritten": "hand-written",
-    "best_text": "best text",
-    "start": "start",
-    "learned": "learned",
-}
 _SHOWN_ANSWERS = ("base", "handwritten", "learned")
 _MOODS = {"good": "bold green", "bad": "bold red", "neutral": "bold"}
 _NUM_SAMPLES = 2
@@ -144,11 +137,11 @@ def _ending(row: Mapping[str, Any]) -> str:
 
 
 def _comparison(heldout: Mapping[str, Row]) -> Table:
-    shown = [who for who in _WHO if who in heldout]
+    shown = [who for who in WHO if who in heldout]
     table = Table()
     table.add_column("")
     for who in shown:
-        table.add_column(_WHO[who], justify="right", style="bold" if who == "learned" else "")
+        table.add_column(WHO[who], justify="right", style="bold" if who == "learned" else "")
     for label, key in (("reward", "reward"), ("  standard error", "reward_sem")):
         cells = [_rounded(heldout[who].get(key)) for who in shown]
         table.add_row(label, *cells, end_section=key == "reward_sem")
@@ -192,7 +185,7 @@ def _show_samples(folder: Path, best_step: int, console: Console) -> None:
         grid.add_column(style="dim", no_wrap=True)
         grid.add_column(overflow="fold")
         grid.add_row("query", Text(clean_text(query, _MAX_ANSWER, encoding), style="bold"))
-        for who, label in _WHO.items():
+        for who, label in WHO.items():
             if who in answers[index]:
                 text = clean_text(answers[index][who], _MAX_ANSWER, encoding)
                 grid.add_row(label, Text(text))
