@@ -99,3 +99,36 @@ class Engine(ABC):
             keep_products: whether an update will learn from the completions, so that an engine
                 that can keeps what it multiplies. Products that it kept before are given up.
         """
+
+    def generate_each(
+        self,
+        prompts: Sequence[Prompt],
+        queries: Sequence[Query],
+        num_completions: int,
+        sampling: SamplingSettings,
+        seed: int,
+    ) -> list[Generation]:
+        """Draw completions of the same queries under each of several prompts.
+
+        The numbers that completions are drawn with are the same under every prompt. An engine that
+        can decode rows of different prompts together overrides this; the completions must be those
+        of one prompt after the other.
+
+        Args:
+            prompts: the prompts, at least one; the last one stays synced.
+            queries: the queries, at least one.
+            num_completions: the completions of each query under each prompt.
+            sampling: how tokens are drawn.
+            seed: the seed; equal seeds and inputs give equal completions.
+
+        Returns:
+            One generation per prompt, in order.
+
+        Raises:
+            InputError: see `sync` and `generate`.
+        """
+        drawn = []
+        for prompt in prompts:
+            self.sync(prompt)
+            drawn.append(self.generate(queries, num_completions, sampling, seed))
+        return drawn

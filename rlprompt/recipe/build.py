@@ -424,9 +424,10 @@ def _search_step(
 ) -> SearchStep:
     data = shared.data
     augment = Augmenter(recipe.augment, data.train) if recipe.augment else None
+    start = SearchStart(shared.policy.prompt, recipe.seed, shared.engine, data.train)
     return SearchStep(
         SearchParts(
-            searcher=make_searcher(settings, SearchStart(shared.policy.prompt, recipe.seed)),
+            searcher=make_searcher(settings, start),
             engine=shared.engine,
             rewards=rewards,
             queries=QuerySource(data.train, _sampler(recipe, data), augment),

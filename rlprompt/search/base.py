@@ -24,10 +24,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from rlprompt.engines.base import Engine
 from rlprompt.prompts.base import Prompt
 from rlprompt.runs.learner import LearnerState
 from rlprompt.settings import ChosenSettings
-from rlprompt.types import Group
+from rlprompt.types import Group, Query
 
 
 class SearchSettings(ChosenSettings):
@@ -45,6 +46,11 @@ class SearchStart:
     """The recipe's prompt, of one of the kinds in `Searcher.starts_from`; not to be changed."""
     seed: int
     """Seed of everything that the searcher draws itself."""
+    engine: Engine | None = None
+    """What completions are drawn with: for searchers that have the base write candidates, and by
+    its policy for those that look inside of the base. None = outputs and scores are all there is."""
+    queries: Sequence[Query] = ()
+    """The training queries, for searchers that must not copy from them."""
 
 
 @dataclass(frozen=True)

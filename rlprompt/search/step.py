@@ -38,7 +38,7 @@ from rlprompt.runs.learner import LearnerState, StepResult, named_under
 from rlprompt.runs.signal import missing_signal
 from rlprompt.search.base import Candidate, Searcher, Trial
 from rlprompt.search.lineage import Lineage
-from rlprompt.types import Group, Query
+from rlprompt.types import Query
 
 
 @dataclass(frozen=True)
@@ -166,13 +166,14 @@ class SearchStep:
         parts = self.parts
 
         def draw() -> Generation:
-            groups: list[Group] = []
-            for candidate in asked:
-                parts.engine.sync(candidate.prompt)
-                groups += parts.engine.generate(
-                    queries, parts.completions_per_query, parts.sampling, seed
-                ).groups
-            return Generation(tuple(groups))
+            drawn = parts.engine.generate_each(
+                [candidate.prompt for candidate in asked],
+                queries,
+                parts.completions_per_query,
+                parts.sampling,
+                seed,
+            )
+            return Generation(tuple(group for each in drawn for group in each.groups))
 
         return collect(draw, parts.rewards, step=step)
 
