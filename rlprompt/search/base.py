@@ -47,8 +47,8 @@ class SearchStart:
     seed: int
     """Seed of everything that the searcher draws itself."""
     engine: Engine | None = None
-    """What completions are drawn with: for searchers that have the base write candidates, and by
-    its policy for those that look inside of the base. None = outputs and scores are all there is."""
+    """What completions are drawn with, for searchers that have the base write candidates or, by its
+    policy, look inside of the base. None = outputs and scores are all there is."""
     queries: Sequence[Query] = ()
     """The training queries, for searchers that must not copy from them."""
 
