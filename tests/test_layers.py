@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("policy",),
     ("algorithms", "artifacts", "engines", "rewards"),
     ("distributed", "rollout"),
-    ("evaluation", "serving"),
+    ("evaluation", "registry", "serving"),
     ("runs",),
     ("training", "search", "reports"),
     ("recipe",),

@@ -355,7 +355,8 @@ class Run(Outcome):
         if tried := parts.learner.tried:
             summary["candidates"] = [dict(row) for row in tried]
         summary["ranks"] = parts.ranks.each(lambda: rank_memory(parts.policy.base), "the summary")
-        self._write_artifact(prompt, {**artifact_metrics(progress), "verdict": verdict.sentence})
+        said = {"verdict": verdict.sentence, "learned": verdict.learned}
+        self._write_artifact(prompt, artifact_metrics(progress) | said)
         if parts.ranks.is_first:
             write_atomic(self.folder / "summary.json", to_json(summary, indent=2))
             parts.write_report(self.folder)

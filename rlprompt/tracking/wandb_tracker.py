@@ -209,3 +209,44 @@ def _wandb_login() -> bool:
         return netrc.netrc(str(path)).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def log_folder(folder: Path, entity: str, project: str, name: str, told: Mapping[str, Any]) -> str:
+    """Upload a folder as an artifact of the type `prompt`.
+
+    Args:
+        folder: the folder.
+        entity: user or team.
+        project: project of the entity.
+        name: name of the artifact.
+        told: what the artifact says of itself.
+
+    Returns:
+        `entity/project/name:version`.
+
+    Raises:
+        InputError: wandb is not installed.
+        Exception: whatever the client raises where the server refuses or cannot be reached.
+    """
+    wandb = optional_import("wandb", "wandb", "wandb")
+    with wandb.init(entity=entity, project=project, job_type="registry") as run:
+        artifact = wandb.Artifact(name, type="prompt", metadata=dict(told))
+        artifact.add_dir(str(folder))
+        logged = run.log_artifact(artifact)
+        logged.wait()
+        return f"{entity}/{project}/{name}:{logged.version}"
+
+
+def download_folder(reference: str, folder: Path) -> None:
+    """Download an artifact's files.
+
+    Args:
+        reference: `entity/project/name:alias`.
+        folder: where they go.
+
+    Raises:
+        InputError: wandb is not installed.
+        Exception: whatever the client raises where the server refuses or cannot be reached.
+    """
+    wandb = optional_import("wandb", "wandb", "wandb")
+    wandb.Api().artifact(reference).download(root=str(folder))

@@ -39,6 +39,31 @@ def surface() -> dict[str, list[str]]:
 
 def test_commands_and_options_are_those_of_the_design() -> None:
     assert surface() == {
+        "registry add": ["artifact", "name", "--message", "--tag", "--registry"],
+        "registry list": ["--tag", "--registry", "--json"],
+        "registry show": ["reference", "--registry", "--json"],
+        "registry diff": ["one", "other", "--registry", "--json"],
+        "registry promote": [
+            "name",
+            "alias",
+            "versions",
+            "--why",
+            "--force",
+            "--remove",
+            "--registry",
+        ],
+        "registry protect": [
+            "name",
+            "alias",
+            "--verdict",
+            "--certificate",
+            "--reward",
+            "--registry",
+        ],
+        "registry rollback": ["name", "alias", "--why", "--registry"],
+        "registry history": ["name", "alias", "--registry", "--json"],
+        "registry push": ["reference", "to", "--registry"],
+        "registry pull": ["source", "reference", "--name", "--registry"],
         "train": [
             "recipe",
             "overrides",
