@@ -223,7 +223,8 @@ def main() -> None:
         known = {row["case"] for row in read_rows()}
         for case in options.only:
             if case not in known:
-                row = run_case(*case.split("/"), options.seconds)
+                target, _, name = case.partition("/")
+                row = run_case(target, name, options.seconds)
                 write_rows([*read_rows(), row])
     else:
         sys.stdout.write(table(read_rows()) + "\n")
