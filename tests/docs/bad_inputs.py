@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from tests.cli.runs import with_changes, write_recipe
 from tests.docs.bad_classes import OWN
+from tests.docs.bad_registry import REGISTRY
 from tests.fixtures.tiny import tiny_model, tiny_tokenizer
 
 TRAIN = ("train", "recipe.yaml")
@@ -637,6 +638,7 @@ SECTIONS: dict[str, list[tuple[str, Callable[[Project], Sequence[str]]]]] = {
     "Datasets": DATA,
     "Artifacts": ARTIFACTS,
     "Run folders": RUNS,
+    "Registry": REGISTRY,
     "Clusters": CLUSTER,
 }
 CASES = [
