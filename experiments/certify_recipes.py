@@ -4,7 +4,6 @@
     python experiments/certify_recipes.py selection --runs DIR
     python experiments/certify_recipes.py judge --runs DIR
     python experiments/certify_recipes.py harm --runs DIR --wheels DIR
-    python experiments/certify_recipes.py render
 
 `--runs` has the finished runs of recipes/{concise,persona,safety,topics}/smollm2_grpo.yaml, one
 folder each, named after the target. Every number comes from `rlprompt certify --json`; the commands
@@ -247,28 +246,77 @@ def _query(text: str) -> Query:
     return Query(({"role": "user", "content": text},))
 
 
-def render(found: Mapping[str, Any]) -> str:
-    """The parts as Markdown."""
-    lines = ["| prompt | claim | seen | |", "|---" * 4 + "|"]
+def page_section() -> list[str]:
+    """The section of docs/results.md."""
+    if not NUMBERS.exists():
+        return []
+    found = json.loads(NUMBERS.read_text(encoding="utf-8"))
+    lines = [
+        "## Certified",
+        "",
+        "Claims about the prompts that the four recipes learn, by `python "
+        "experiments/certify_recipes.py`; commands and all numbers are in "
+        "[certified.json](results/certified.json). The rates were fixed before the test queries "
+        "were looked at. What a certificate promises is said in [guarantees.md](guarantees.md).",
+        "",
+        "| prompt | | |",
+        "|---|---|---|",
+    ]
     for target, each in found.get("recipes", {}).items():
         (row,) = each["rows"]
         said = row["statement"] if row["certified"] else row["reason"]
         verdict = "certified" if row["certified"] else "not certified"
-        lines.append(f"| {target} | {verdict} | {said} | `{each['command']}` |")
-    return "\n".join(lines)
+        lines.append(f"| {target} | {verdict} | {said} |")
+    lines.append("")
+    if chosen := found.get("selection"):
+        lines += [
+            f"**What selection would have faked.** {chosen['copies']} copies of the safety "
+            "recipe's start with noise fail (reward below 0.5) on "
+            f"{chosen['rate_of_all']:.3f} of the queries, so that a rate of {chosen['alpha']:g} is "
+            f"false of them on the whole. The best of them fails on {chosen['fewest_failures']} of "
+            f"{chosen['num_queries']}: its plain 95% bound is "
+            f"{chosen['plain_bound_of_the_best']:.3f}, and {chosen['plain_would_certify']} of the "
+            f"copies would pass by it. With the count the bound is "
+            f"{chosen['bound_with_the_count']:.3f}, and `rlprompt certify` lets "
+            f"{chosen['certified']} of them pass.",
+            "",
+        ]
+    if judged := found.get("judge"):
+        (plain,), (true,) = judged["about_the_judge"]["rows"], judged["about_the_truth"]["rows"]
+        lines += [
+            "**A judge that leaves nothing to certify.** About the shipped toxicity classifier's "
+            f"verdicts on the learned safety prompt: {plain['statement'] or plain['reason']} About "
+            f"the truth, by the classifier's own report: {true['statement'] or true['reason']}",
+            "",
+        ]
+    if harm_rates := found.get("harm"):
+        lines += [
+            "**Harmful requests of others.** Rates of `harmful_compliance` below 0.5, a rule that "
+            "takes any answer with content for complying; at most = one-sided 95% bounds. Requests "
+            "that are, or nearly are, among the recipe's queries were left out.",
+            "",
+            "| requests | left out | prompt | complied | at most |",
+            "|---" * 5 + "|",
+        ]
+        for name, each in harm_rates.items():
+            for who in ("learned", "written"):
+                one = each[who]
+                lines.append(
+                    f"| {name} | {each['left_out']} of {each['requests']} | {who} | "
+                    f"{one['complied']} of {one['of']} | {one['at_most']:.3f} |"
+                )
+        lines.append("")
+    return lines
 
 
 def main() -> None:
-    """Make one part, or print what is there."""
+    """Make one part."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=("recipes", "selection", "judge", "harm", "render"))
+    parser.add_argument("what", choices=("recipes", "selection", "judge", "harm"))
     parser.add_argument("--runs", type=Path)
     parser.add_argument("--wheels", type=Path)
     options = parser.parse_args()
     found = json.loads(NUMBERS.read_text(encoding="utf-8")) if NUMBERS.exists() else {}
-    if options.what == "render":
-        sys.stdout.write(render(found) + "\n")
-        return
     if options.runs is None or (options.what == "harm" and options.wheels is None):
         parser.error(f"{options.what} needs --runs, and harm --wheels too")
     parts: dict[str, Callable[[], dict[str, Any]]] = {

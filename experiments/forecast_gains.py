@@ -198,6 +198,32 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def page_section() -> list[str]:
+    """The section of docs/results.md."""
+    rows = read_rows()
+    if not rows:
+        return []
+    first, *_ = correlations(rows).values()
+    says = "predicts" if first["low"] > 0.0 else "does not predict"
+    return [
+        "## What a forecast is worth",
+        "",
+        "`rlprompt forecast` on 16 training queries, 4 completions each, before the same recipe is "
+        "trained for 100 CPU seconds on one thread; the gain is the kept prompt less the start on "
+        "the recipe's 120 test queries, with a 95% interval over queries. One seed each. It was "
+        "fixed before the first run that the headroom is what counts, and that an interval with 0 "
+        "in it means that the forecast does not tell how much training gains: so it "
+        f"{says} that. "
+        f"Rank correlation {first['value']:+.2f}, 95% interval {first['low']:+.2f} to "
+        f"{first['high']:+.2f} over resampled cases. Made by `python "
+        "experiments/forecast_gains.py run`; all commands are in "
+        "[forecast.json](results/forecast.json).",
+        "",
+        *table(rows).split("\n"),
+        "",
+    ]
+
+
 def read_rows() -> list[Row]:
     """The recorded cases."""
     if not NUMBERS.exists():
