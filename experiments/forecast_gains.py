@@ -204,16 +204,15 @@ def page_section() -> list[str]:
     if not rows:
         return []
     first, *_ = correlations(rows).values()
-    says = "predicts" if first["low"] > 0.0 else "does not predict"
+    outcome = "It does." if first["low"] > 0.0 else "It does not."
     return [
         "## What a forecast is worth",
         "",
         "`rlprompt forecast` on 16 training queries, 4 completions each, before the same recipe is "
         "trained for 100 CPU seconds on one thread; the gain is the kept prompt less the start on "
-        "the recipe's 120 test queries, with a 95% interval over queries. One seed each. It was "
-        "fixed before the first run that the headroom is what counts, and that an interval with 0 "
-        "in it means that the forecast does not tell how much training gains: so it "
-        f"{says} that. "
+        "the recipe's 120 test queries, with a 95% interval over queries. One seed each. Fixed "
+        "before the first run: the forecast is said to tell how much training gains if the rank "
+        f"correlation of headroom and gain has an interval above 0. {outcome} "
         f"Rank correlation {first['value']:+.2f}, 95% interval {first['low']:+.2f} to "
         f"{first['high']:+.2f} over resampled cases. Made by `python "
         "experiments/forecast_gains.py run`; all commands are in "
