@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from rlprompt.certify.comparison import Scores, standard_error
@@ -24,6 +24,18 @@ from rlprompt.rewards.runner import RewardRunner
 from rlprompt.rollout.collect import RolloutBatch, collect
 from rlprompt.settings import Settings
 from rlprompt.types import Query
+
+
+class AcceptedSettings(Settings):
+    """When a later prompt is shown to be better than the one kept; see
+    `rlprompt.certify.succession`."""
+
+    alpha: float = Field(default=0.05, gt=0.0, lt=1.0)
+    """Probability that the run, or the whole population, ever keeps a prompt that is not better
+    than the one it replaced."""
+    spread: float | None = Field(default=None, gt=0.0)
+    """Largest difference of two values of one query, such as 1 for rewards in [0, 1]; the mean is
+    then compared. Null = the number of queries on which a prompt is better."""
 
 
 class EvaluationSettings(Settings):
@@ -47,6 +59,25 @@ class EvaluationSettings(Settings):
     select_by: str = "reward"
     """What makes a prompt the best one, which the artifact holds: `reward` (the total), or the name
     of a reward, such as a gold one with the role `metric` that the trained reward cannot buy."""
+    keep: Literal["highest", "accepted"] = "highest"
+    """When a later prompt replaces the one that is kept: where its mean is higher (`highest`), or
+    where it is shown to be better on the paired values of the validation queries (`accepted`). In
+    doubt the second keeps the prompt that the run began with."""
+    evidence: AcceptedSettings | None = None
+    """With `accepted`: when a prompt counts as better; null = the defaults."""
+
+    @model_validator(mode="after")
+    def _evidence_has_effect(self) -> Self:
+        if self.evidence is not None and self.keep != "accepted":
+            raise ValueError(
+                f"evidence has no effect with keep: {self.keep}; remove it, or set keep: accepted"
+            )
+        return self
+
+    @property
+    def acceptance(self) -> AcceptedSettings | None:
+        """What a later prompt must show to be kept; None = a higher mean."""
+        return None if self.keep == "highest" else self.evidence or AcceptedSettings()
 
     @field_validator("handwritten")
     @classmethod
