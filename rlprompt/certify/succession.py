@@ -1,17 +1,33 @@
-"""Which prompt of a run is kept where each must be shown to be better than the one it replaces.
+"""Which prompt of a run is kept where it must be shown to be better than another.
 
-The prompt that a run begins with is the first incumbent. Each evaluation's prompt is a candidate,
-tested on the paired values of the validation queries; it succeeds the incumbent only where it is
-accepted. A run learns from training queries, so its prompts are the same whatever the tests say
-(`Acceptance.fixed`), and all of them may meet the same queries: the probability that a run ever
-keeps a prompt that is not better than the one it replaced is at most `alpha`.
+The prompt that a run begins with is kept at first. Each evaluation's prompt is a candidate, tested
+once on the paired values of the validation queries, against one of two:
 
-Members of a population compete in the same way. Half of the population's alpha is divided equally
-among the members for their own candidates. The other half is for tests between members: the first
-member's prompt is the incumbent, and each later member's has one test against it. What a member
-keeps depends on the queries, but it is one of few prompts that do not: each has a share of its
-member, half for the start and half for its candidates as the run's own test divides it. A pair's
-level is the test's level times both shares, and the sum over all pairs is at most the test's level.
+- `start`: the prompt that the run began with. Of the candidates that are accepted, the one with the
+  highest mean is kept. The probability that a prompt is kept that is not better than the start is
+  at most `alpha`; which of those that are better is best is an estimate.
+- `kept`: the prompt that is kept at the moment, which an accepted candidate replaces. The
+  probability that a run ever replaces a prompt by one that is not better is at most `alpha`.
+
+A run learns from training queries, so its prompts are the same whatever the tests say, and all may
+meet the same queries. Against the start, the hypotheses are fixed beforehand, and the level of one
+that was refuted passes to the next (the fallback procedure, Wiens 2003, a Bonferroni procedure that
+holds under any dependence: Bretz, Maurer, Brannath and Posch, Statistics in Medicine 2009). Against
+the kept prompt, every pair of prompts is a hypothesis (`Acceptance.fixed`).
+
+An evaluation is drawn whole whatever a test says, because it also draws the curve. So the test has
+a fixed size, which finds more than one that may be looked at any time: without a `spread`, the
+exact sign test of "better on more queries than worse" (Arbuthnott 1710; Conover, Practical
+Nonparametric Statistics, 3.4), ties left out. With a `spread`, the mean is compared by
+`PairedTest`, which is valid for any bounded values and needs many queries.
+
+Members of a population share the population's alpha. With `start` each gets an equal part for its
+own candidates, and the highest mean is chosen among the members. With `kept` half of alpha is so
+divided, and the other half is for tests between members: the first member's prompt is the
+incumbent, and each later member's has one test against it. What a member keeps depends on the
+queries, but it is one of few prompts that do not: each has a share of its member, half for the
+start and half for its candidates as the run's own test divides it. A pair's level is the test's
+level times both shares, and the sum over all pairs is at most the test's level.
 
 Assumed and broken by: `certify.acceptance`. In particular a user who reads the tests and begins
 another run because of them makes candidates that no run counts.
@@ -25,109 +41,158 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from scipy import stats
 
-from rlprompt.certify.acceptance import Acceptance, PairedTest
+from rlprompt.certify.acceptance import Acceptance, PairedTest, queries_to_accept
 from rlprompt.certify.comparison import Scores, query_means
 
+Against = Literal["start", "kept"]
 RESERVE = 0.1
 """Share of alpha for candidates beyond the announced number, of a run that is made longer."""
 
 
+class Decision(NamedTuple):
+    """How one test of a candidate ended."""
+
+    accepted: bool
+    """Whether it is shown to be better."""
+    difference: float | None
+    """Mean difference over all queries; None where none could be scored under both."""
+    p_value: float
+    """Of "not better"."""
+
+
+def decide(ours: Scores, theirs: Scores, level: float, spread: float | None) -> Decision:
+    """Whether one prompt is shown to be better than another.
+
+    Args:
+        ours: values of the candidate, [Q, n].
+        theirs: values of the other on the same queries and draws, [Q, n].
+        level: probability of accepting a candidate that is not better.
+        spread: largest absolute difference of a query's values; None = which is better counts.
+
+    Raises:
+        ValueError: a difference is beyond the spread.
+    """
+    differences = query_means(ours - theirs)
+    known = differences[~np.isnan(differences)]
+    if not len(known):
+        return Decision(False, None, 1.0)
+    if spread is None:
+        wins, losses = int((known > 0).sum()), int((known < 0).sum())
+        p_value = float(stats.binom.sf(wins - 1, wins + losses, 0.5)) if wins else 1.0
+        return Decision(p_value <= level, float(known.mean()), p_value)
+    test = PairedTest(level, spread, miss_rate=None)
+    accepted = test.update(known) == "accept"
+    return Decision(accepted, float(known.mean()), test.p_value)
+
+
+def fewest_queries(level: float, spread: float | None) -> int:
+    """Queries on which a candidate is accepted if it is better on each, by the spread if any.
+
+    Args:
+        level: level of the test.
+        spread: as of `decide`.
+    """
+    return queries_to_accept(level) if spread is not None else math.ceil(-math.log2(level))
+
+
 @dataclass(frozen=True)
 class Challenge:
-    """How a candidate's test against the incumbent ended."""
+    """How a candidate's test in a run ended."""
 
     step: int
     """The candidate: the step of its evaluation."""
     against: int
-    """The incumbent's step."""
+    """Step of the prompt that it was tested against."""
     accepted: bool
-    """Whether the candidate is the incumbent from then on."""
+    """Whether it is shown to be better than that."""
+    kept: bool
+    """Whether it is the kept prompt from then on."""
     difference: float | None
-    """Mean difference over all queries; None where none could be scored under both."""
-    num_queries: int
-    """Queries that the test counted; fewer than there are where it was decided early."""
+    """As of `Decision`."""
     level: float
     """Probability of accepting it if it is not better."""
     p_value: float
-    """Anytime-valid, of "not better"."""
-
-
-def paired_challenge(test: PairedTest, ours: Scores, theirs: Scores) -> tuple[bool, float | None]:
-    """Decide a test by all queries at once; whether it accepts, and the mean difference.
-
-    Args:
-        test: a test that has met no query.
-        ours: values of the candidate, [Q, n].
-        theirs: values of the incumbent on the same queries and draws, [Q, n].
-
-    Raises:
-        ValueError: a difference is beyond the test's spread.
-    """
-    differences = query_means(ours - theirs)
-    known = differences[~np.isnan(differences)]
-    decision = test.update(known)
-    return decision == "accept", float(known.mean()) if len(known) else None
+    """As of `Decision`."""
 
 
 @dataclass
 class Succession:
-    """The incumbent of one run, and every test that was made of a candidate; plain values."""
+    """The kept prompt of one run, and every test that was made of a candidate; plain values."""
 
     acceptance: Acceptance
-    incumbent: int = 0
+    """What hands out levels."""
+    against: Against = "start"
+    """What candidates are tested against."""
+    kept: int = 0
     """Step of the prompt that is kept."""
     challenges: list[Challenge] = field(default_factory=list)
+    """Every test so far."""
 
     @classmethod
-    def announced(cls, num_candidates: int, alpha: float, spread: float | None) -> Succession:
+    def announced(
+        cls, num_candidates: int, alpha: float, spread: float | None, against: Against = "start"
+    ) -> Succession:
         """One that has met no candidate.
 
         Args:
             num_candidates: number of evaluations that are planned; more may come, at the levels
                 that `RESERVE` leaves.
-            alpha: probability of ever keeping a prompt that is not better than the one before it.
-            spread: largest absolute difference of a query's values; None = which is better counts.
+            alpha: probability of ever keeping a prompt that is not better.
+            spread: as of `decide`.
+            against: prompt that candidates are tested against.
         """
-        return cls(
-            Acceptance(
-                alpha, num_candidates, spread=spread, miss_rate=None, fixed=True, reserve=RESERVE
-            )
+        pairs = against == "kept"
+        acceptance = Acceptance(
+            alpha, num_candidates, spread=spread, miss_rate=None, fixed=pairs, reserve=RESERVE
         )
+        return cls(acceptance, against)
 
-    def challenge(self, step: int, ours: Scores, incumbent: Scores) -> bool:
-        """Test a candidate once; returns whether it is the incumbent now.
+    @property
+    def opponent(self) -> int:
+        """Step of the prompt that the next candidate is tested against."""
+        return 0 if self.against == "start" else self.kept
+
+    def challenge(self, step: int, ours: Scores, opponent: Scores) -> Challenge:
+        """Test a candidate, once.
 
         Args:
             step: step of the candidate.
             ours: values of the candidate, [Q, n].
-            incumbent: values of the incumbent on the same queries and draws, [Q, n].
+            opponent: values of the prompt of step `opponent` on the same queries and draws, [Q, n].
 
         Raises:
             ValueError: a difference is beyond the spread; nothing has changed then.
         """
         acceptance = copy.copy(self.acceptance)
         test = acceptance.begin()
-        accepted, difference = paired_challenge(test, ours, incumbent)
+        found = decide(ours, opponent, test.level, acceptance.spread)
+        test.decision = "accept" if found.accepted else "reject"
         acceptance.close(test)
+        kept = found.accepted and self._is_highest(found.difference)
+        made = Challenge(
+            step, self.opponent, found.accepted, kept, found.difference, test.level, found.p_value
+        )
         self.acceptance = acceptance
-        self.challenges.append(
-            Challenge(
-                step, self.incumbent, accepted, difference, test.num_queries, test.level,
-                test.p_value,
-            )
-        )  # fmt: skip
-        if accepted:
-            self.incumbent = step
-        return accepted
+        self.challenges.append(made)
+        self.kept = step if kept else self.kept
+        return made
+
+    def _is_highest(self, difference: float | None) -> bool:
+        """Whether an accepted candidate is above the kept one, if both are held to the start."""
+        if self.against == "kept" or not self.kept:
+            return True
+        known = next(each.difference for each in self.challenges if each.step == self.kept)
+        return (difference or 0.0) > (known or 0.0)
 
     @property
     def weight(self) -> float:
-        """Share of the incumbent among all prompts that this run can keep; they sum to 1."""
-        places = [i for i, each in enumerate(self.challenges, start=1) if each.accepted]
+        """Share of the kept prompt among all that this run can keep; they sum to 1 at most."""
+        places = [i for i, each in enumerate(self.challenges, start=1) if each.kept]
         return self.acceptance.share(places[-1]) / 2.0 if places else 0.5
 
     def state_dict(self) -> dict[str, Any]:
@@ -143,7 +208,8 @@ class Succession:
         """
         return cls(
             Acceptance.from_state(state["acceptance"]),
-            state["incumbent"],
+            state["against"],
+            state["kept"],
             [Challenge(**each) for each in state["challenges"]],
         )
 
@@ -169,21 +235,23 @@ class MemberChallenge:
     accepted: bool
     """Whether the candidate is the incumbent from then on."""
     difference: float | None
-    """Mean difference over all queries; None where none could be scored under both."""
+    """As of `Decision`."""
     level: float
     """Probability of accepting it if it is not better."""
     p_value: float
-    """Anytime-valid, of "not better"."""
+    """As of `Decision`."""
 
 
-def member_alpha(alpha: float, num_members: int) -> float:
+def member_alpha(alpha: float, num_members: int, against: Against) -> float:
     """What a member of a population may spend on its own candidates.
 
     Args:
         alpha: probability for the whole population.
         num_members: number of members, at least 1.
+        against: prompt that candidates are tested against.
     """
-    return alpha if num_members == 1 else alpha / (2.0 * num_members)
+    between = 2.0 if against == "kept" and num_members > 1 else 1.0
+    return alpha / (between * num_members)
 
 
 def compete(
@@ -204,14 +272,13 @@ def compete(
     incumbent = members[0]
     for place, member in enumerate(members[1:], start=1):
         level = alpha / (2.0 * (num_members - 1) * place) * member.weight * incumbent.weight
-        test = PairedTest(level, spread, miss_rate=None)
-        accepted, difference = paired_challenge(test, member.scores, incumbent.scores)
+        found = decide(member.scores, incumbent.scores, level, spread)
         challenges.append(
             MemberChallenge(
-                member.name, incumbent.name, accepted, difference, level, test.p_value
+                member.name, incumbent.name, found.accepted, found.difference, level, found.p_value
             )
         )
-        incumbent = member if accepted else incumbent
+        incumbent = member if found.accepted else incumbent
     return challenges
 
 

@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from rlprompt.certify.comparison import Scores, standard_error
+from rlprompt.certify.succession import Against
 from rlprompt.engines.base import Engine
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.evaluation.measures import Measure
@@ -27,12 +28,13 @@ from rlprompt.types import Query
 
 
 class AcceptedSettings(Settings):
-    """When a later prompt is shown to be better than the one kept; see
-    `rlprompt.certify.succession`."""
+    """When a later prompt is shown to be better; see `rlprompt.certify.succession`."""
 
+    against: Against = "start"
+    """Better than what: than the prompt that the run began with (`start`; of several that are, the
+    one with the highest mean is kept), or than the one that is kept at the moment (`kept`)."""
     alpha: float = Field(default=0.05, gt=0.0, lt=1.0)
-    """Probability that the run, or the whole population, ever keeps a prompt that is not better
-    than the one it replaced."""
+    """Probability that the run, or the whole population, ever keeps a prompt that is not better."""
     spread: float | None = Field(default=None, gt=0.0)
     """Largest difference of two values of one query, such as 1 for rewards in [0, 1]; the mean is
     then compared. Null = the number of queries on which a prompt is better."""
@@ -60,9 +62,9 @@ class EvaluationSettings(Settings):
     """What makes a prompt the best one, which the artifact holds: `reward` (the total), or the name
     of a reward, such as a gold one with the role `metric` that the trained reward cannot buy."""
     keep: Literal["highest", "accepted"] = "highest"
-    """When a later prompt replaces the one that is kept: where its mean is higher (`highest`), or
-    where it is shown to be better on the paired values of the validation queries (`accepted`). In
-    doubt the second keeps the prompt that the run began with."""
+    """Which prompt is kept: the one with the highest mean (`highest`), or only one that is shown to
+    be better on the paired values of the validation queries (`accepted`), which in doubt is the
+    prompt that the run began with."""
     evidence: AcceptedSettings | None = None
     """With `accepted`: when a prompt counts as better; null = the defaults."""
 

@@ -78,7 +78,7 @@ class Evaluations:
             result.value(by),
             result.metrics,
             scores,
-            is_better=None if challenge is None else challenge.accepted,
+            is_better=None if challenge is None else challenge.kept,
         )
 
     def test(self, evaluator: HeldoutEvaluator, prompt: Prompt) -> Tested | None:
@@ -160,6 +160,7 @@ class Evaluations:
         if test is not None:
             marked |= {
                 "accepted": test.accepted,
+                "kept": test.kept,
                 "against_step": test.against,
                 "acceptance_level": test.level,
                 "acceptance_p_value": test.p_value,

@@ -4,7 +4,7 @@ Members are trained one after the other, each as it would be alone: its own fold
 rollouts and rewards. They share what does not learn (base, packed weights, engine, held-out
 evaluation), so that a sweep over starts, learning rates or seeds loads and packs the base once and
 evaluates the baselines once. The best member by held-out reward is the run's result; with
-`evaluation.keep: accepted` it is the first, unless a later one is shown to be better than it.
+`evaluation.evidence.against: kept` it is the first, unless a later one is shown to be better.
 
 A member ends for reasons of its own: a guard, a time limit, a loss that is not finite. The others
 are trained all the same. Only a signal ends the population, and `--resume` goes on with the members
@@ -109,7 +109,7 @@ class Population(Outcome):
 
         Where a later member must be shown to be better, it is tested when it has ended.
         """
-        if self._accepted is not None and ended:
+        if self._are_tested and ended:
             return
         best = run.state.progress.best_reward  # of what `_chosen_by` takes from a summary
         value = -math.inf if best is None else best
@@ -132,8 +132,8 @@ class Population(Outcome):
         reason = self._reason(summaries)
         if reason.kind != "signal":
             others = [s["num_compared"] for name, s in summaries.items() if name != best]
-            alpha = 0.0 if self._accepted is None else self._accepted.alpha
-            chosen = member_sentence(challenges, alpha)
+            accepted = self._accepted
+            chosen = "" if accepted is None else member_sentence(best, challenges, accepted)
             summaries = {**summaries, best: self.members[best].conclude(sum(others), chosen)}
         artifact = self.folder / "artifact"
         self._show(self.members[best])
@@ -157,9 +157,14 @@ class Population(Outcome):
         self.members[best].parts.write_report(self.folder)  # with all members
         return summary
 
+    @property
+    def _are_tested(self) -> bool:
+        """Whether a later member must be shown to be better than the one chosen so far."""
+        return self._accepted is not None and self._accepted.against == "kept"
+
     def _best(self, summaries: Mapping[str, Summary]) -> tuple[str, list[MemberChallenge]]:
         """The member whose prompt is the result, and the tests between members that say so."""
-        if self._accepted is None:
+        if self._accepted is None or not self._are_tested:
             return max(summaries, key=lambda name: self._chosen_by(summaries[name])), []
         kept = []
         for name in self.members:

@@ -62,8 +62,8 @@ class RunFiles:
         if step is not None:
             return int(step)
         rows = self.evaluations_of("learned")
-        if any("accepted" in row for row in rows):
-            return max((int(row["step"]) for row in rows if row.get("accepted")), default=0)
+        if any("kept" in row for row in rows):
+            return max((int(row["step"]) for row in rows if row.get("kept")), default=0)
         values = {row["step"]: self._chosen_by(row) for row in rows}
         known = {step: value for step, value in values.items() if value is not None}
         return max(known, key=lambda step: known[step]) if known else None

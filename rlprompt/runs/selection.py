@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rlprompt.certify.acceptance import queries_to_accept
 from rlprompt.certify.comparison import Scores
 from rlprompt.certify.succession import (
     Challenge,
@@ -19,6 +18,7 @@ from rlprompt.certify.succession import (
     MemberChallenge,
     Succession,
     compete,
+    fewest_queries,
     planned_evaluations,
 )
 from rlprompt.errors import InputError
@@ -46,8 +46,10 @@ def begin_succession(
     if accepted is None or progress.succession:
         return
     planned = planned_evaluations(steps, evaluation.every)
-    succession = Succession.announced(planned, accepted.alpha, accepted.spread)
-    needed = queries_to_accept(succession.acceptance.next_level)
+    succession = Succession.announced(
+        planned, accepted.alpha, accepted.spread, accepted.against
+    )
+    needed = fewest_queries(succession.acceptance.next_level, accepted.spread)
     if needed > num_queries:
         raise InputError(
             f"evaluation.keep is accepted, but {num_queries} validation queries can never show that "
@@ -59,10 +61,11 @@ def begin_succession(
 
 
 def challenge_kept(progress: Progress, scores: PlainScores) -> Challenge | None:
-    """Test the present prompt against the kept one; None = it is the one that the run begins with.
+    """Test the present prompt; None = it is the one that the run begins with.
 
     Args:
-        progress: counters of the run, with the kept prompt's values as `learned`.
+        progress: counters of the run, with the first prompt's values as `start` and the kept one's
+            as `learned`.
         scores: what each completion of the present prompt got.
 
     Raises:
@@ -78,12 +81,13 @@ def challenge_kept(progress: Progress, scores: PlainScores) -> Challenge | None:
             )
         return None
     succession = Succession.from_state(progress.succession)
+    opponent = progress.scores["learned" if succession.against == "kept" else "start"]
     try:
-        succession.challenge(progress.step, _table(scores), _table(progress.scores["learned"]))
+        made = succession.challenge(progress.step, _table(scores), _table(opponent))
     except ValueError as error:
         raise _beyond_spread(error) from error
     progress.succession = succession.state_dict()
-    return succession.challenges[-1]
+    return made
 
 
 def selection_sentence(progress: Progress) -> str:
@@ -98,8 +102,12 @@ def selection_sentence(progress: Progress) -> str:
     at = f"at {100 * succession.acceptance.alpha:.3g}% over the run"
     won = [each for each in succession.challenges if each.accepted]
     if won:
-        against = _prompt_of(won[-1].against)
-        told = f"The prompt of step {won[-1].step} was kept: accepted against {against}, {at}."
+        kept = next(each for each in won if each.step == succession.kept)
+        how = "accepted"
+        if succession.against == "start" and len(won) > 1:
+            how = f"the highest mean of {len(won)} that were accepted"
+        against = _prompt_of(kept.against)
+        told = f"The prompt of step {kept.step} was kept: {how} against {against}, {at}."
     else:
         told = (
             "No later prompt was shown to be better than the one it began with, so that was kept "
@@ -137,16 +145,19 @@ def chosen_member(
     return (won[-1] if won else members[0].name), challenges
 
 
-def member_sentence(challenges: Sequence[MemberChallenge], alpha: float) -> str:
-    """How the member was chosen, in words; empty where there was nothing to choose from.
+def member_sentence(
+    name: str, challenges: Sequence[MemberChallenge], accepted: AcceptedSettings
+) -> str:
+    """How the member was chosen, in words.
 
     Args:
+        name: name of the member.
         challenges: tests between the members.
-        alpha: probability for the whole population.
+        accepted: what is spent over the whole population.
     """
+    at = f"at {100 * accepted.alpha:.3g}% over the population"
     if not challenges:
-        return ""
-    at = f"at {100 * alpha:.3g}% over the population"
+        return f"Member {name} was chosen by its mean; the tests of all members hold {at}."
     won = [each for each in challenges if each.accepted]
     if won:
         return (
