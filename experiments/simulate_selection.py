@@ -8,14 +8,14 @@ deviation 0.3), the prompt's effect after the curve, what the prompt has come to
 alone (a random walk over the evaluations, 0.05 each), and the luck of a draw (0.2), cut to [0, 1].
 
 Curves of the effect: `flat`, `falls`, `slow`, `rises`, `steep`, `late`, and `peak` and `collapse`,
-which rise and fall again. Rules, of which `rlprompt` has the first two:
+which rise and fall again. Rules, of which `rlprompt` has the first four:
 
 - `highest`: the highest mean, the earlier of equals;
-- `accepted`: a later prompt replaces the kept one where `certify.succession` accepts it, by the
-  number of queries on which it is better; `accepted_mean`: the same by the mean, spread 1;
-- `t_test`: as `accepted`, at the same levels, by a paired t-test of fixed size;
-- `gated`: the highest mean, where a t-test that allows for the choice (Bonferroni) shows that it is
-  better than the start, else the start;
+- `accepted`: of those that `certify.succession` accepts against the start, by the number of queries
+  on which they are better, the highest mean; `accepted_kept`: each against the one kept before it;
+  `accepted_mean`: against the start by the mean, spread 1;
+- `any_time`: as `accepted`, by the test that may be looked at after each query;
+- `t_test`: as `accepted`, by a paired t-test of the mean, which is exact for normal values only;
 - `last`: the last prompt, whatever it scored.
 
 Kill rule, stated before the first run: `accepted` becomes the default of `evaluation.keep` only if
@@ -43,17 +43,15 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from rlprompt.certify.succession import RESERVE, Succession  # noqa: E402
+from rlprompt.certify.acceptance import PairedTest  # noqa: E402
+from rlprompt.certify.succession import RESERVE, Against, Succession  # noqa: E402
 
 Array = NDArray[np.float64]
 ALPHA = 0.05
 DRAWS = 2
 BETWEEN, WALK, LUCK = 0.3, 0.05, 0.2
-TRUTH = 100_000
-"""Queries that a prompt's true mean is computed on."""
-TOLERANCE = 1e-3
-"""A prompt counts as better than the start where its true mean is this much above: more than the
-error of the truth's own sample."""
+ROUNDING = 1e-9
+"""A prompt is better than the start where its true mean is this much above."""
 
 CURVES: dict[str, Callable[[Array], Array]] = {
     "flat": lambda t: 0.0 * t,
@@ -78,10 +76,13 @@ def rewards(effects: Array, queries: int, draw: np.random.Generator) -> Array:
     return np.asarray(np.clip(means[:, :, None] + luck, 0.0, 1.0))
 
 
-def true_means(effects: Array, seed: int) -> Array:
-    """[K + 1] means over very many queries."""
-    draw = np.random.default_rng([seed, 99])
-    return np.asarray(rewards(effects, TRUTH, draw).mean(axis=(1, 2)))
+def true_means(effects: Array) -> Array:
+    """[K + 1] exact means: of normal values that are cut to [0, 1]."""
+    scale = np.sqrt(BETWEEN**2 + LUCK**2 + WALK**2 * np.arange(len(effects)))
+    low, high = (0.0 - 0.5 - effects) / scale, (1.0 - 0.5 - effects) / scale
+    inside = stats.norm.cdf(high) - stats.norm.cdf(low)
+    edges = stats.norm.pdf(high) - stats.norm.pdf(low)
+    return np.asarray((0.5 + effects) * inside - scale * edges + stats.norm.sf(high))
 
 
 def highest(scores: Array) -> int:
@@ -89,45 +90,41 @@ def highest(scores: Array) -> int:
     return int(np.argmax(scores.mean(axis=(1, 2))))
 
 
-def accepted(scores: Array, spread: float | None) -> int:
+def accepted(scores: Array, spread: float | None, against: Against) -> int:
     """Who is kept by the tests that runs use."""
-    succession = Succession.announced(len(scores) - 1, ALPHA, spread)
+    succession = Succession.announced(len(scores) - 1, ALPHA, spread, against)
     for step in range(1, len(scores)):
-        succession.challenge(step, scores[step], scores[succession.incumbent])
-    return succession.incumbent
+        succession.challenge(step, scores[step], scores[succession.opponent])
+    return succession.kept
 
 
-def t_test(scores: Array) -> int:
-    """The same succession by one-sided paired t-tests of fixed size."""
-    kept, count = 0, len(scores) - 1
-    for step in range(1, len(scores)):
-        share = (1.0 - RESERVE) / count
-        share /= 1.0 if step == 1 else (2.0 if kept == 0 else 2.0 * (step - 1))
-        if p_value(scores[step], scores[kept]) <= ALPHA * share:
-            kept = step
-    return kept
+def gated(scores: Array, is_better: Callable[[Array, float], bool]) -> int:
+    """The highest mean of those that a test finds better than the start, by Bonferroni."""
+    level = ALPHA * (1.0 - RESERVE) / (len(scores) - 1)
+    differences = (scores - scores[0]).mean(axis=2)  # [K + 1, Q]
+    better = [k for k in range(1, len(scores)) if is_better(differences[k], level)]
+    return max(better, key=lambda k: differences[k].mean()) if better else 0
 
 
-def gated(scores: Array) -> int:
-    """The highest, where it is shown to be better than the start among all that were compared."""
-    best = highest(scores)
-    if best and p_value(scores[best], scores[0]) > ALPHA / (len(scores) - 1):
-        return 0
-    return best
+def by_bets(differences: Array, level: float) -> bool:
+    """The sign test that may be looked at any time."""
+    return PairedTest(level, None, miss_rate=None).update(differences) == "accept"
 
 
-def p_value(ours: Array, theirs: Array) -> float:
-    """One-sided, of the paired t-test over queries."""
-    differences = (ours - theirs).mean(axis=1)
-    return float(stats.ttest_1samp(differences, 0.0, alternative="greater").pvalue)
+def by_t(differences: Array, level: float) -> bool:
+    """The one-sided paired t-test."""
+    count = len(differences)
+    t = differences.mean() / (differences.std(ddof=1) / count**0.5)
+    return bool(stats.t.sf(t, count - 1) <= level)
 
 
 RULES: Mapping[str, Callable[[Array], int]] = {
     "highest": highest,
-    "accepted": partial(accepted, spread=None),
-    "accepted_mean": partial(accepted, spread=1.0),
-    "t_test": t_test,
-    "gated": gated,
+    "accepted": partial(accepted, spread=None, against="start"),
+    "accepted_kept": partial(accepted, spread=None, against="kept"),
+    "accepted_mean": partial(accepted, spread=1.0, against="start"),
+    "any_time": partial(gated, is_better=by_bets),
+    "t_test": partial(gated, is_better=by_t),
     "last": lambda scores: len(scores) - 1,
 }
 
@@ -135,7 +132,7 @@ RULES: Mapping[str, Callable[[Array], int]] = {
 def cells_of(curve: str, queries: int, evaluations: int, runs: int, seed: int) -> list[Any]:
     """What each rule keeps in the same worlds of one curve."""
     effects = CURVES[curve](np.linspace(0.0, 1.0, evaluations + 1))
-    truth = true_means(effects, seed)
+    truth = true_means(effects)
     kept = {name: np.zeros(runs, dtype=np.int64) for name in RULES}
     seen = {name: np.zeros(runs) for name in RULES}
     for run in range(runs):
@@ -148,7 +145,7 @@ def cells_of(curve: str, queries: int, evaluations: int, runs: int, seed: int) -
     rows = []
     for name, places in kept.items():
         gains = truth[places] - truth[0]
-        wrong = int(((places > 0) & (gains <= TOLERANCE)).sum())
+        wrong = int(((places > 0) & (gains <= ROUNDING)).sum())
         error = stats.binomtest(wrong, runs).proportion_ci(0.95, "exact")
         rows.append(
             {
@@ -161,7 +158,7 @@ def cells_of(curve: str, queries: int, evaluations: int, runs: int, seed: int) -
                 "false_rate": wrong / runs,
                 "false_interval": [float(error.low), float(error.high)],
                 "kept_start": float((places == 0).mean()),
-                "worse_than_start": float((gains < -TOLERANCE).mean()),
+                "worse_than_start": float((gains < -ROUNDING).mean()),
             }
         )  # fmt: skip
     return rows
@@ -185,7 +182,7 @@ def verdict(cells: list[dict[str, Any]]) -> dict[str, Any]:
     }
     least = min(row["queries"] for row in cells)
     loss = gains[f"highest_{least}"] - gains[f"accepted_{least}"]
-    ours = [row for row in cells if row["rule"] in ("accepted", "accepted_mean")]
+    ours = [row for row in cells if row["rule"].startswith("accepted")]
     return {
         "false_rate_max": max(row["false_rate"] for row in ours),
         "stated_rate": ALPHA,
@@ -213,7 +210,8 @@ def main() -> None:
                 cells += cells_of(curve, queries, evaluations, given.runs, given.seed)
                 rows = [f"{r['rule']} {r['true_gain']:+.3f}" for r in cells[-len(RULES) :]]
                 seconds = round(time.perf_counter() - start)
-                sys.stdout.write(f"{queries} {evaluations} {curve}: {', '.join(rows)} ({seconds} s)\n")
+                head = f"{queries} {evaluations} {curve}"
+                sys.stdout.write(f"{head}: {', '.join(rows)} ({seconds} s)\n")
                 sys.stdout.flush()
     result = {**verdict(cells), "cells": cells}
     given.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

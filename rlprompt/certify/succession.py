@@ -44,7 +44,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from rlprompt.certify.acceptance import Acceptance, PairedTest, queries_to_accept
 from rlprompt.certify.comparison import Scores, query_means
@@ -83,7 +83,7 @@ def decide(ours: Scores, theirs: Scores, level: float, spread: float | None) -> 
         return Decision(False, None, 1.0)
     if spread is None:
         wins, losses = int((known > 0).sum()), int((known < 0).sum())
-        p_value = float(stats.binom.sf(wins - 1, wins + losses, 0.5)) if wins else 1.0
+        p_value = float(special.bdtrc(wins - 1, wins + losses, 0.5)) if wins else 1.0
         return Decision(p_value <= level, float(known.mean()), p_value)
     test = PairedTest(level, spread, miss_rate=None)
     accepted = test.update(known) == "accept"
