@@ -260,7 +260,7 @@ class Acceptance:
         if self.num_candidates is not None and self.num_candidates < 1:
             raise ValueError(f"num_candidates is {self.num_candidates}; give 1 at least, or None")
         if self.reuse and self.fixed:
-            raise ValueError("candidates that are fixed cannot follow the tests; set reuse or fixed")
+            raise ValueError("fixed candidates cannot follow the tests; set reuse or fixed")
         if not 0.0 <= self.reserve < 1.0 or (self.reserve and self.num_candidates is None):
             raise ValueError(
                 f"reserve is {self.reserve:g}; choose it from 0 to below 1, and announce a number "

@@ -22,7 +22,7 @@ _ALPHA = typer.Option(
     None,
     "--alpha",
     metavar="A",
-    help="Largest mean accepted; again = from loose to strict, the smallest that passes is claimed.",
+    help="Largest mean accepted; again = the smallest that passes is claimed.",
 )
 _DELTA = typer.Option(
     0.05, "--delta", metavar="D", help="Probability with which the claim may be false."

@@ -289,9 +289,7 @@ class Recipe(Settings):
         if self.training.max_seconds is not None:
             tree["training"]["max_seconds"] /= len(self.population)
         if (accepted := self.evaluation.acceptance) is not None:
-            share = member_alpha(
-                accepted.alpha, len(self.population), accepted.against
-            )
+            share = member_alpha(accepted.alpha, len(self.population), accepted.against)
             tree["evaluation"]["evidence"] = accepted.model_dump(mode="json") | {"alpha": share}
         for key, value in member.changes.items():
             set_value(tree, key, value, f"population member {member.name}")

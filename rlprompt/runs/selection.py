@@ -46,15 +46,13 @@ def begin_succession(
     if accepted is None or progress.succession:
         return
     planned = planned_evaluations(steps, evaluation.every)
-    succession = Succession.announced(
-        planned, accepted.alpha, accepted.spread, accepted.against
-    )
+    succession = Succession.announced(planned, accepted.alpha, accepted.spread, accepted.against)
     needed = fewest_queries(succession.acceptance.next_level, accepted.spread)
     if needed > num_queries:
         raise InputError(
-            f"evaluation.keep is accepted, but {num_queries} validation queries can never show that "
-            f"a prompt is better: at alpha {accepted.alpha:g} over {planned} evaluations it takes "
-            f"{needed}, were it better on every one; hold out more, evaluate less often "
+            f"evaluation.keep is accepted, but {num_queries} validation queries can never show "
+            f"that a prompt is better: at alpha {accepted.alpha:g} over {planned} evaluations it "
+            f"takes {needed}, were it better on every one; hold out more, evaluate less often "
             "(evaluation.every), or remove keep"
         )
     progress.succession = succession.state_dict()

@@ -131,9 +131,7 @@ def test_a_longer_run_goes_on_at_what_was_put_aside_and_state_is_json() -> None:
         assert again == run
         run = again
     spent = [each.level for each in run.challenges]
-    assert spent == pytest.approx(
-        [0.05 * 0.9 / 2, 0.05 * 0.9 / 2, 0.05 * 0.1 / 2, 0.05 * 0.1 / 6]
-    )
+    assert spent == pytest.approx([0.05 * 0.9 / 2, 0.05 * 0.9 / 2, 0.05 * 0.1 / 2, 0.05 * 0.1 / 6])
 
 
 def test_what_was_not_scored_says_nothing_and_a_wrong_spread_changes_nothing() -> None:
@@ -178,9 +176,12 @@ def test_members_share_one_error_rate(against: Against) -> None:
     assert wrong <= alpha * runs
 
 
+MEANS = {"a": 0.0, "b": 0.0, "c": 3.0}
+
+
 def test_a_member_that_is_better_is_chosen_and_the_pairs_sum_to_half_of_alpha() -> None:
     draw = np.random.default_rng(4)
-    members = [Member(name, table(draw, mean, 60), 0.5) for name, mean in zip("abc", (0, 0, 3))]
+    members = [Member(name, table(draw, mean, 60), 0.5) for name, mean in MEANS.items()]
     challenges = compete(members, 0.05, None, 3)
     assert [each.accepted for each in challenges] == [False, True]
     assert [each.against for each in challenges] == ["a", "a"]

@@ -324,8 +324,8 @@ def _terms(
     if len(limits) > 1:
         if options.in_sequence:
             raise InputError(
-                "--in-sequence orders the prompts, and several --alpha are a sequence of their own; "
-                "give one --alpha, or leave --in-sequence out"
+                "--in-sequence orders the prompts, and several --alpha are a sequence of their "
+                "own; give one --alpha, or leave --in-sequence out"
             )
         method = "bonferroni"
     judge = None
@@ -517,8 +517,8 @@ def _stored(
                 int(results[place].batch.rewards.values[name].isnan().sum()) for name in names
             ]
             made = certificate(
-                claims[place].findings, place, terms, drawn, read_artifact_info(folder), prompt_hash(folder),
-                unscored,
+                claims[place].findings, place, terms, drawn, read_artifact_info(folder),
+                prompt_hash(folder), unscored,
             )  # fmt: skip
             certify_artifact(folder, made)
             row |= {"statement": made.statement, "reason": None}
