@@ -166,15 +166,16 @@ class Population(Outcome):
         """The member whose prompt is the result, and the tests between members that say so."""
         if self._accepted is None or not self._are_tested:
             return max(summaries, key=lambda name: self._chosen_by(summaries[name])), []
-        kept = []
+        known = {}
         for name in self.members:
             if name in summaries:
                 self.members[name].require_state()
-                kept.append((name, self.members[name].state.progress))
-        # A signal can come before a member has evaluated the prompt that it begins with.
-        known = [(name, progress) for name, progress in kept if "learned" in progress.scores]
+                progress = self.members[name].state.progress
+                # A signal can come before a member has evaluated the prompt that it begins with.
+                if "learned" in progress.scores:
+                    known[name] = progress
         if not known:
-            return kept[0][0], []
+            return next(iter(summaries)), []
         return chosen_member(known, self._accepted, len(self.members))
 
     def _reason(self, summaries: Mapping[str, Summary]) -> StopReason:

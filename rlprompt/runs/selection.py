@@ -7,7 +7,7 @@ them through checkpoints, and are put in words for the verdict.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -115,12 +115,12 @@ def selection_sentence(progress: Progress) -> str:
 
 
 def chosen_member(
-    kept: Sequence[tuple[str, Progress]], accepted: AcceptedSettings, num_members: int
+    kept: Mapping[str, Progress], accepted: AcceptedSettings, num_members: int
 ) -> tuple[str, list[MemberChallenge]]:
     """The member whose prompt is the population's, and the tests that say so.
 
     Args:
-        kept: name and counters of every member that has come to an end, in the recipe's order.
+        kept: counters of every member that has come to an end by name, in the recipe's order.
         accepted: what is spent over the whole population.
         num_members: number of members, those that failed included.
 
@@ -133,7 +133,7 @@ def chosen_member(
             _table(progress.scores["learned"]),
             Succession.from_state(progress.succession).weight,
         )
-        for name, progress in kept
+        for name, progress in kept.items()
     ]
     try:
         challenges = compete(members, accepted.alpha, accepted.spread, num_members)

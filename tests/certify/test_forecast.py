@@ -126,9 +126,7 @@ def test_the_share_between_prompts_of_a_mean_is_that_of_many_means() -> None:
     share = np.mean(between) / (np.mean(between) + np.mean(within))
     assert found.between_share(5, 4) == pytest.approx(share, abs=0.03)
     # More queries that favour different prompts take from it; what prompts do on all stays.
-    assert found.between_share(1, 1) == pytest.approx(
-        found.prompt_share + found.query_prompt_share
-    )
+    assert found.between_share(1, 1) == pytest.approx(found.prompt_share + found.query_prompt_share)
     assert found.between_share(1, 100) > found.between_share(4, 25)
 
 

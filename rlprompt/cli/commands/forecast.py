@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from rlprompt.certify.forecast import Forecast, forecast, prompt_signal, signal
+from rlprompt.certify.forecast import Forecast, Rewards, forecast, prompt_signal, signal
 from rlprompt.cli.commands.terminal import setup_logging
 from rlprompt.engines.base import Generation
 from rlprompt.engines.make import require_support
@@ -89,8 +89,7 @@ def run(
     except ValueError as error:
         raise InputError(f"no forecast can be made: {error}") from error
     asked = [query.text for query in queries]
-    spreads = (signal(table[0]), prompt_signal(table))
-    report = _report(found, list(prompts), asked, spreads, difference)
+    report = _report(found, list(prompts), asked, table, difference)
     queries_per_step = recipe.training.queries_per_step
     report["step"] = {
         "queries": queries_per_step,
@@ -162,11 +161,11 @@ def _report(
     found: Forecast,
     names: Sequence[str],
     queries: Sequence[str],
-    spreads: tuple[Any, Any],
+    table: Rewards,
     difference: float,
 ) -> dict[str, Any]:
     """What is printed, as plain values."""
-    spread, between = spreads
+    spread, between = signal(table[0]), prompt_signal(table)
     known = [i for i in range(len(queries)) if not math.isnan(spread[i])]
     ranked = sorted(known, key=lambda i: -spread[i])
     return {
