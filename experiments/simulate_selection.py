@@ -53,7 +53,7 @@ BETWEEN, WALK, LUCK = 0.3, 0.05, 0.2
 ROUNDING = 1e-9
 """A prompt is better than the start where its true mean is this much above."""
 
-CURVES: dict[str, Callable[[Array], Array]] = {
+CURVES: dict[str, Callable[[Array], NDArray[Any]]] = {
     "flat": lambda t: 0.0 * t,
     "falls": lambda t: -0.1 * t,
     "slow": lambda t: 0.05 * t,
