@@ -142,9 +142,10 @@ def test_members_share_one_error_rate(tmp_path: Path, against: str) -> None:
     ]
     changes |= {"population": members, "training": {"steps": 2}}
     recipe = tiny_recipe(tmp_path, **changes)
-    assert recipe.members()["b"].evaluation.evidence is not None
+    evidence_of_b = recipe.members()["b"].evaluation.evidence
+    assert evidence_of_b is not None
     own = 0.1 if against == "kept" else 0.2
-    assert recipe.members()["b"].evaluation.evidence.alpha == pytest.approx(own)
+    assert evidence_of_b.alpha == pytest.approx(own)
     built = build_run(recipe, tmp_path, tmp_path / "run")
     assert isinstance(built, Population)
     summary = built.run()
