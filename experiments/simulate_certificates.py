@@ -18,8 +18,8 @@ larger of the two; a cell's `error` is the standard error of a share of that man
     alarm       a monitor of a stream that is as bad as allowed: how often it ever alarms
 
 A cell that stands in the file already is not drawn again, so that an interrupted run goes on.
-`--peers FOLDER` names a folder with `truescore` (`pip install --target FOLDER truescore`); without
-it, its columns of `labels` are null. 1 core, about ten minutes.
+`--peers FOLDER` names a folder with `truescore` and `ppi-python` (`pip install --target FOLDER
+truescore ppi-python`); the columns of one that is not there are null. 1 core, about ten minutes.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -296,7 +298,7 @@ def from_answers(labelled: int, peers: Path | None) -> Cell:
     """
     n, sensitivity = 1000, 0.85
     rng = rng_of("labels from answers", labelled)
-    correct = peer_module(peers)
+    methods = peers_in(peers)
     passed: dict[bool, Bools] = {}
     others: dict[bool, dict[str, list[bool]]] = {False: {}, True: {}}
     oracle = 0.0
@@ -308,45 +310,68 @@ def from_answers(labelled: int, peers: Path | None) -> Cell:
         knows = most_failures(n, float(flag_rate(ALPHA, sensitivity)), DELTA)
         oracle = float((verdicts.sum(axis=1) <= knows).mean())
         for true, flagged in zip(truth, verdicts, strict=True):
-            for name, high in peer_limits(correct, true, flagged, labelled).items():
+            for name, high in peer_limits(methods, true, flagged, labelled).items():
                 others[mixed].setdefault(name, []).append(high <= ALPHA)
-    names = ("rogan_gladen", "ppi")
-    naive = {f"truescore_{x}": _share(others[False].get(x)) for x in names}
+    naive = {name: _share(others[False].get(name)) for name in PEERS}
     cell = cell_of(passed[False], passed[True], 1, oracle, naive)
-    return cell | {"peer_power": {f"truescore_{x}": _share(others[True].get(x)) for x in names}}
+    return cell | {"peer_power": {name: _share(others[True].get(name)) for name in PEERS}}
 
 
 def _share(values: list[bool] | None) -> float | None:
     return None if not values else float(np.mean(values))
 
 
-def peer_module(folder: Path | None) -> Any:
+PEERS = ("truescore_rogan_gladen", "truescore_ppi", "ppi_python")
+"""Methods of other packages for labels that are a random part of the answers."""
+Peer = Callable[[NDArray[np.float64], NDArray[np.float64], int], float]
+"""Human labels, verdicts, and how many labels are known -> one-sided upper limit of the rate."""
+
+
+def peers_in(folder: Path | None) -> dict[str, Peer]:
+    """The methods whose package lies in a folder."""
     if folder is None:
-        return None
-    sys.path.insert(0, str(folder))
-    return importlib.import_module("truescore.correct")
-
-
-def peer_limits(correct: Any, truth: Bools, flagged: Bools, labelled: int) -> dict[str, float]:
-    """One-sided upper limits of truescore's two corrections; a refusal is no certificate."""
-    if correct is None:
         return {}
+    sys.path.append(str(folder))  # behind the packages that are installed
+    found: dict[str, Peer] = {}
+    with suppress(ImportError):
+        correct = importlib.import_module("truescore.correct")
+        for name in ("rogan_gladen", "ppi"):
+            found[f"truescore_{name}"] = partial(_truescore, getattr(correct, f"{name}_estimate"))
+    with suppress(ImportError):
+        found["ppi_python"] = partial(_ppi_python, importlib.import_module("ppi_py").ppi_mean_ci)
+    return found
+
+
+def _truescore(
+    make: Callable[..., Any],
+    truth: NDArray[np.float64],
+    flagged: NDArray[np.float64],
+    labelled: int,
+) -> float:
+    return float(make(flagged, truth[:labelled], np.arange(labelled), alpha=2 * DELTA).high)
+
+
+def _ppi_python(
+    make: Callable[..., Any],
+    truth: NDArray[np.float64],
+    flagged: NDArray[np.float64],
+    labelled: int,
+) -> float:
+    """Power-tuned prediction-powered inference (PPI++), the package's default."""
+    found = make(truth[:labelled], flagged[:labelled], flagged[labelled:], alpha=2 * DELTA)
+    return float(np.asarray(found[1]).reshape(-1)[0])
+
+
+def peer_limits(
+    peers: Mapping[str, Peer], truth: Bools, flagged: Bools, labelled: int
+) -> dict[str, float]:
+    """One-sided upper limits of each method; a refusal is no certificate."""
     limits = {}
-    makers: dict[str, Callable[..., Any]] = {
-        "rogan_gladen": correct.rogan_gladen_estimate,
-        "ppi": correct.ppi_estimate,
-    }
-    for name, make in makers.items():
+    for name, limit in peers.items():
         try:
-            high = make(
-                flagged.astype(float),
-                truth[:labelled].astype(float),
-                np.arange(labelled),
-                alpha=2 * DELTA,
-            ).high
+            limits[name] = limit(truth.astype(float), flagged.astype(float), labelled)
         except ValueError:
-            high = 1.0
-        limits[name] = high
+            limits[name] = 1.0
     return limits
 
 
@@ -553,7 +578,7 @@ def summary(every: list[Cell], seconds: float) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, required=True, help="where the numbers go, and are")
-    parser.add_argument("--peers", type=Path, help="a folder with truescore")
+    parser.add_argument("--peers", type=Path, help="a folder with truescore and ppi-python")
     parser.add_argument("--only", default="", help="blocks whose name begins so")
     options = parser.parse_args()
     stored = json.loads(options.json.read_text()) if options.json.exists() else {}

@@ -87,6 +87,8 @@ class Certificate(Settings):
     """The claim in words."""
     alpha: float = Field(gt=0, lt=1)
     """The mean loss that is not exceeded."""
+    limits: list[float] = Field(default_factory=list)
+    """All values of alpha that were tested, from loose to strict; empty = this one alone."""
     delta: float = Field(gt=0, lt=1)
     """Probability over the sample with which the claim may be false."""
     bounds: list[float]

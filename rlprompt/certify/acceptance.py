@@ -24,12 +24,19 @@ ever accepts a candidate that is not better than its incumbent is at most `alpha
   C(k - 1, a) that the bits can lead to, fixed before the queries are looked at, and a union bound
   over all of them holds: the level is divided by C(k - 1, a) (k >= 1, and 2^-(a + 1) for a), and
   nothing is passed on. Until something is accepted, a run pays a factor of 2 for it.
+- `fixed`: the candidates are the same whatever the tests say, as the checkpoints of a run that
+  learns from other queries are; only the incumbent depends on them. Then each of the pairs of a
+  candidate and an earlier prompt is a hypothesis of its own, fixed beforehand, and they may all
+  meet the same queries. The level of the k-th candidate is divided among its k possible
+  incumbents, half to the prompt that the run began with and half to the k - 1 others.
+- `reserve`: a share of alpha that is put aside for candidates beyond the announced number, of which
+  the m-th gets 1 / (m (m + 1)).
 
 Assumed: a candidate's queries are independent draws, fresh to it (not those whose answers it was
 written from), and differences lie within `spread`. Each query counts once per candidate: answers to
 a query that was met before say nothing new about other queries, and are left out. Broken by
-choosing queries by their scores, by a proposer that reads the test's scores under `reuse`, and by
-queries that are variants of each other.
+choosing queries by their scores, by a proposer that reads the test's scores under `reuse` or any of
+its outcomes under `fixed`, and by queries that are variants of each other.
 
 Letters: T queries, J bets.
 """
@@ -66,8 +73,9 @@ class PairedTest:
     min_effect: float = 0.1
     """Smallest mean difference worth finding, in units of the reward; without a spread, share of
     queries won less share of queries lost."""
-    miss_rate: float = 0.1
-    """Probability of rejecting as hopeless a candidate that is better by `min_effect`."""
+    miss_rate: float | None = 0.1
+    """Probability of rejecting as hopeless a candidate that is better by `min_effect`; None = none
+    is rejected, and `min_effect` is not read: for answers that are drawn anyway."""
     max_queries: int | None = None
     """Queries after which an undecided candidate is rejected; None = never for that reason."""
     num_queries: int = 0
@@ -89,14 +97,15 @@ class PairedTest:
         Raises:
             ValueError: a number is out of its range.
         """
-        if not 0.0 < self.level < 1.0 or not 0.0 < self.miss_rate < 1.0:
+        miss_rate = 0.5 if self.miss_rate is None else self.miss_rate
+        if not 0.0 < self.level < 1.0 or not 0.0 < miss_rate < 1.0:
             raise ValueError(
-                f"level is {self.level:g} and miss_rate {self.miss_rate:g}; choose both between "
-                "0 and 1"
+                f"level is {self.level:g} and miss_rate {miss_rate:g}; choose both between 0 and 1"
             )
         if self.spread is not None and not 0.0 < self.spread < math.inf:
             raise ValueError(f"spread is {self.spread:g}; give the largest difference there can be")
-        if not 0.0 < self.min_effect < (self.spread or 1.0):
+        effect_counts = self.miss_rate is not None
+        if effect_counts and not 0.0 < self.min_effect < (self.spread or 1.0):
             raise ValueError(
                 f"min_effect is {self.min_effect:g}; choose it between 0 and the spread, "
                 f"{self.spread or 1.0:g}"
@@ -194,7 +203,9 @@ class PairedTest:
         logs_for = np.asarray(self.log_for) + np.cumsum(gains, axis=0)
         logs_against = np.asarray(self.log_against) + np.cumsum(losses, axis=0)
         accepts = _mixed(logs_for) >= -math.log(self.level)  # [T]
-        rejects = _mixed(logs_against) >= -math.log(self.miss_rate)
+        rejects = np.zeros_like(accepts)
+        if self.miss_rate is not None:
+            rejects = _mixed(logs_against) >= -math.log(self.miss_rate)
         if self.max_queries is not None:
             rejects |= self.num_queries + 1 + np.arange(len(shares)) >= self.max_queries
         decided = np.flatnonzero(accepts | rejects)
@@ -223,7 +234,7 @@ class Acceptance:
     """As of `PairedTest`."""
     min_effect: float = 0.1
     """As of `PairedTest`."""
-    miss_rate: float = 0.1
+    miss_rate: float | None = 0.1
     """As of `PairedTest`."""
     max_queries: int | None = None
     """As of `PairedTest`."""
@@ -233,6 +244,10 @@ class Acceptance:
     """Those that were accepted."""
     passed_on: float = 0.0
     """Level of the last candidate, if it was accepted."""
+    fixed: bool = False
+    """Whether the candidates are the same whatever is accepted; all may meet the same queries."""
+    reserve: float = 0.0
+    """Share of `alpha` for candidates beyond `num_candidates`; 0 = there must be none."""
 
     def __post_init__(self) -> None:
         """Refuse what no run can keep to.
@@ -244,14 +259,35 @@ class Acceptance:
             raise ValueError(f"alpha is {self.alpha:g}; choose it between 0 and 1")
         if self.num_candidates is not None and self.num_candidates < 1:
             raise ValueError(f"num_candidates is {self.num_candidates}; give 1 at least, or None")
+        if self.reuse and self.fixed:
+            raise ValueError("fixed candidates cannot follow the tests; set reuse or fixed")
+        if not 0.0 <= self.reserve < 1.0 or (self.reserve and self.num_candidates is None):
+            raise ValueError(
+                f"reserve is {self.reserve:g}; choose it from 0 to below 1, and announce a number "
+                "of candidates beyond which it is for"
+            )
+
+    def share(self, place: int) -> float:
+        """The share of `alpha` of a candidate, before what its history costs.
+
+        Args:
+            place: number of the candidate, from 1.
+        """
+        if self.num_candidates is None:
+            return 1.0 / (place * (place + 1))
+        if place <= self.num_candidates:
+            return (1.0 - self.reserve) / self.num_candidates
+        beyond = place - self.num_candidates
+        return self.reserve / (beyond * (beyond + 1))
 
     @property
     def next_level(self) -> float:
         """The level of the next candidate's test."""
-        if self.num_candidates is not None:
-            share = 1.0 / self.num_candidates
-        else:
-            share = 1.0 / ((self.num_begun + 1) * (self.num_begun + 2))
+        share = self.share(self.num_begun + 1)
+        if self.fixed:
+            if self.num_accepted:
+                return self.alpha * share / (2.0 * self.num_begun)
+            return self.alpha * share / (2.0 if self.num_begun else 1.0)
         if self.reuse:
             histories = math.comb(self.num_begun, self.num_accepted)
             return self.alpha * share / histories / 2.0 ** (self.num_accepted + 1)
@@ -263,9 +299,10 @@ class Acceptance:
         Raises:
             ValueError: there were as many candidates as were announced.
         """
-        if self.num_candidates is not None and self.num_begun >= self.num_candidates:
+        announced = self.num_candidates
+        if announced is not None and self.num_begun >= announced and not self.reserve:
             raise ValueError(
-                f"{self.num_candidates} candidates were announced, and all have had their test; "
+                f"{announced} candidates were announced, and all have had their test; "
                 "announce more, or None"
             )
         test = PairedTest(
@@ -284,7 +321,7 @@ class Acceptance:
         is_accepted = test.decision == "accept"
         if is_accepted:
             self.num_accepted += 1
-            self.passed_on = 0.0 if self.reuse else test.level
+            self.passed_on = 0.0 if self.reuse or self.fixed else test.level
         return is_accepted
 
     def state_dict(self) -> dict[str, Any]:
@@ -299,6 +336,18 @@ class Acceptance:
             state: what `state_dict` gave.
         """
         return cls(**state)
+
+
+def queries_to_accept(level: float) -> int:
+    """Fewest queries on which a candidate can be accepted: it is better on each by the spread.
+
+    Args:
+        level: level of its test.
+    """
+    count, needed = 1, -math.log(level)
+    while float(_mixed(count * np.log1p(_BETS))) < needed:
+        count += 1
+    return count
 
 
 def _mixed(logs: ArrayLike) -> NDArray[np.float64]:

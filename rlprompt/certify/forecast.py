@@ -5,6 +5,14 @@ makes of them, what the prompt does on all queries, what it does on this one, an
 chance: a random model of two crossed factors, whose components are estimated from mean squares
 (Searle, Casella and McCulloch, "Variance Components", 1992, chapter 4; below zero is cut at zero).
 
+The idea is that of "p1" (arXiv 2604.08801): the variance of rewards lies among responses of one
+prompt and among prompts, and learning a prompt works where the second part is large. There the
+second part is what the mean over the queries in use keeps of the prompts' differences, so it falls
+with more queries that favour different prompts, and a few queries on which prompts differ most are
+worth more than many. Here the two kinds of difference are told apart: `prompt_share` stays however
+many queries are averaged, `query_prompt_share` is divided by their number, as `chance_share` is by
+that of all completions (`between_share`). `prompt_signal` says on which queries prompts differ.
+
 Assumed: queries are an independent sample, every prompt met all of them equally often, and draws
 are independent given prompt and query. The F test of the prompts is exact for normal effects and
 close for means over many queries. What breaks it: few prompts say little about all prompts that
@@ -74,6 +82,19 @@ class Forecast:
     def gain(self) -> float:
         """Mean of the best other prompt less that of prompt 0; the best of several is flattered."""
         return max(self.means[1:]) - self.means[0]
+
+    def between_share(self, num_queries: int, completions: int) -> float:
+        """Of the variance of a prompt's mean reward over a batch, what lies between prompts.
+
+        This is the share of arXiv 2604.08801, for a batch of any size; 0 where nothing varies.
+
+        Args:
+            num_queries: number of queries that the mean is over.
+            completions: number of completions of each.
+        """
+        between = self.prompt_share + self.query_prompt_share / num_queries
+        whole = between + self.chance_share / (num_queries * completions)
+        return between / whole if whole > 0.0 else 0.0
 
     def queries_needed(self, difference: float) -> int:
         """Queries on which a paired test (5%, two-sided) sees a difference with probability 0.8.
@@ -170,6 +191,20 @@ def signal(rewards: Rewards) -> NDArray[np.float64]:
     for row in np.flatnonzero(counts >= 2):
         spread[row] = np.nanstd(rewards[row], ddof=1)
     return spread
+
+
+def prompt_signal(rewards: Rewards) -> NDArray[np.float64]:
+    """How far prompts differ on each query: [Q] standard deviation beyond that of chance.
+
+    By the sum of squares between prompts less what the completions' own variance makes of it, cut
+    at zero; the queries with the highest values are those that arXiv 2604.08801 keeps.
+
+    Args:
+        rewards: [P, Q, n] with P and n at least 2; NaN = not scored, its query has NaN.
+    """
+    between = rewards.mean(axis=2).var(axis=0, ddof=1)  # [Q]
+    chance = rewards.var(axis=2, ddof=1).mean(axis=0) / rewards.shape[2]
+    return np.asarray(np.sqrt(np.maximum(0.0, between - chance)))
 
 
 def _components(table: Rewards) -> tuple[Sequence[float], float]:

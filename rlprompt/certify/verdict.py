@@ -65,6 +65,7 @@ def judge(
     split: Split,
     num_compared: int = 1,
     kept_start: bool = False,
+    selection: str = "",
     without_signal: str | None = None,
     metric: str = "reward",
 ) -> Verdict:
@@ -75,6 +76,7 @@ def judge(
         split: split that the queries are of.
         num_compared: number of prompts that the learned one was chosen from on these queries.
         kept_start: whether the learned prompt is the one it began with, because nothing was better.
+        selection: sentences that say by which tests it was kept; empty = by its mean.
         without_signal: reason why no step could teach anything, as a part of a sentence; None =
             some could.
         metric: name of what the values are.
@@ -100,7 +102,7 @@ def judge(
     return Verdict(
         learned=learned,
         sentence=" ".join(
-            part for part in (_nothing(kept_start, without_signal), compared) if part
+            part for part in (_nothing(kept_start, without_signal, selection), compared) if part
         ),
         mood=_mood(learned, differences),
         differences=differences,
@@ -123,10 +125,12 @@ def unmeasured(why: str, without_signal: str | None = None) -> Verdict:
     return Verdict(None, f"Nothing says whether anything was learned: {why}.", "neutral")
 
 
-def _nothing(kept_start: bool, without_signal: str | None) -> str:
-    """The sentence that says that nothing was learned, or an empty text."""
+def _nothing(kept_start: bool, without_signal: str | None, selection: str = "") -> str:
+    """The sentences that say what was kept, or that nothing was learned; or an empty text."""
     if without_signal is not None:
         return f"Nothing was learned, because {without_signal}."
+    if selection:
+        return selection
     if kept_start:
         return (
             "Nothing was learned: no later prompt did better on the validation queries than the "

@@ -18,7 +18,12 @@ _REWARD = typer.Option(
     metavar="PATH",
     help="The risk: a path, or a name in --recipe; again = all of them are claimed.",
 )
-_ALPHA = typer.Option(None, "--alpha", metavar="A", help="Largest mean accepted.")
+_ALPHA = typer.Option(
+    None,
+    "--alpha",
+    metavar="A",
+    help="Largest mean accepted; again = the smallest that passes is claimed.",
+)
 _DELTA = typer.Option(
     0.05, "--delta", metavar="D", help="Probability with which the claim may be false."
 )
@@ -94,7 +99,7 @@ _AS_JSON = typer.Option(False, "--json", help="Print JSON.")
 def certify(
     artifacts: list[Path] = _ARTIFACTS,
     reward: list[str] = _REWARD,
-    alpha: float | None = _ALPHA,
+    alpha: list[float] = _ALPHA,
     delta: float = _DELTA,
     recipe: Path | None = _RECIPE,
     data: Path | None = _DATA,
@@ -128,7 +133,7 @@ def certify(
         raise InputError(f"--split is '{split}'; write test or validation")
     options = command.CertifyOptions(
         rewards=tuple(reward or ()),
-        alpha=alpha,
+        alpha=tuple(alpha or ()),
         delta=delta,
         recipe=recipe,
         data=data,

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -79,6 +79,8 @@ class Terms:
     alpha: float
     delta: float
     rule: Rule = Rule()
+    limits: tuple[float, ...] = ()
+    """All values of alpha that are tested, from loose to strict; empty = this one alone."""
     shift: Shift | None = None
     method: Method = "holm"
     num_compared: int = 1
@@ -220,6 +222,44 @@ def assess(samples: Sequence[tuple[Sample, ...]], terms: Terms) -> list[Finding]
     ]
 
 
+@dataclass(frozen=True)
+class Claim:
+    """What is said of one prompt of several that were tested together."""
+
+    terms: Terms
+    """With the smallest alpha that passed, or the largest one where none did."""
+    findings: tuple[Finding, ...]
+    """Of all prompts, at that alpha."""
+    finding: Finding
+    """Of this prompt."""
+
+
+def strictest(samples: Sequence[tuple[Sample, ...]], terms: Terms) -> list[Claim]:
+    """The smallest alpha that each prompt passes, of those that are tested.
+
+    "The rate is at least 0.1" implies "it is at least 0.05", so the limits of one prompt are a
+    fixed sequence from loose to strict, each at the prompt's whole share of delta: more limits cost
+    nothing. Several prompts then have equal shares (Bonferroni): Holm's larger ones would have to
+    be paid for at every limit.
+
+    Args:
+        samples: the losses of each risk, by prompt.
+        terms: what is to be certified.
+    """
+    claims: list[Claim] = []
+    for alpha in terms.limits or (terms.alpha,):
+        at = replace(terms, alpha=alpha)
+        findings = tuple(assess(samples, at))
+        if not claims:
+            claims = [Claim(at, findings, each) for each in findings]
+            going = {place for place, each in enumerate(findings) if each.passed}
+            continue
+        going = {place for place in going if findings[place].passed}
+        for place in going:
+            claims[place] = Claim(at, findings, findings[place])
+    return claims
+
+
 def why_not(finding: Finding, names: Sequence[str], terms: Terms) -> str:
     """Why a prompt did not pass, and what would help, in words.
 
@@ -308,6 +348,7 @@ def certificate(
     made = Certificate(
         statement="",
         alpha=terms.alpha,
+        limits=list(terms.limits),
         delta=terms.delta,
         bounds=[each.worst for each in finding.bounds],
         method=terms.method,
@@ -362,6 +403,9 @@ def statement(certificate: Certificate) -> str:
     if certificate.num_compared > 1:
         method = certificate.method.replace("_", " ")
         text += f"; {certificate.num_compared} prompts were compared ({method})"
+    stricter = [limit for limit in certificate.limits if limit < certificate.alpha]
+    if stricter:
+        text += f"; not shown: at most {' or '.join(f'{limit:g}' for limit in stricter)}"
     unscored = sum(risk.num_unscored for risk in certificate.risks)
     if unscored:
         text += f"; {unscored} completions without a value count as failures"
@@ -413,6 +457,7 @@ def discrepancies(certificate: Certificate, queries_hash: str | None = None) -> 
             f"its losses do not certify alpha = {certificate.alpha:g} at delta = "
             f"{certificate.delta:g}"
         )
+    found += _of_limits(certificate, samples, shift)
     level = certificate.delta if sequence else certificate.delta / certificate.num_compared
     bounds = [bound(sample, level, shift).worst for sample in samples]
     if len(bounds) != len(certificate.bounds) or not np.allclose(
@@ -424,6 +469,24 @@ def discrepancies(certificate: Certificate, queries_hash: str | None = None) -> 
     if queries_hash is not None and queries_hash != certificate.data.hash:
         found.append("the queries are not those that it was drawn on")
     return found
+
+
+def _of_limits(
+    certificate: Certificate, samples: Sequence[Sample], shift: Shift | None
+) -> list[str]:
+    """What does not fit in the limits that were tested from loose to strict."""
+    limits = certificate.limits
+    if not limits:
+        return []
+    if certificate.alpha not in limits or limits != sorted(set(limits), reverse=True):
+        return [f"it tested the limits {limits}, not in order or without {certificate.alpha:g}"]
+    if certificate.method != "bonferroni":
+        return [f"several limits were tested by {certificate.method}, which does not cover them"]
+    following = [limit for limit in limits if limit < certificate.alpha][:1]
+    level = certificate.delta / certificate.num_compared
+    if following and joint_p_value(samples, following[0], shift) <= level:
+        return [f"its losses certify {following[0]:g} too, which it says is not shown"]
+    return []
 
 
 def hash_of_queries(queries: Sequence[Query]) -> str:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from rlprompt.certify.comparison import Scores, standard_error
+from rlprompt.certify.succession import Against
 from rlprompt.engines.base import Engine
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.evaluation.measures import Measure
@@ -24,6 +25,19 @@ from rlprompt.rewards.runner import RewardRunner
 from rlprompt.rollout.collect import RolloutBatch, collect
 from rlprompt.settings import Settings
 from rlprompt.types import Query
+
+
+class AcceptedSettings(Settings):
+    """When a later prompt is shown to be better; see `rlprompt.certify.succession`."""
+
+    against: Against = "start"
+    """Better than what: than the prompt that the run began with (`start`; of several that are, the
+    one with the highest mean is kept), or than the one that is kept at the moment (`kept`)."""
+    alpha: float = Field(default=0.05, gt=0.0, lt=1.0)
+    """Probability that the run, or the whole population, ever keeps a prompt that is not better."""
+    spread: float | None = Field(default=None, gt=0.0)
+    """Largest difference of two values of one query, such as 1 for rewards in [0, 1]; the mean is
+    then compared. Null = the number of queries on which a prompt is better."""
 
 
 class EvaluationSettings(Settings):
@@ -47,6 +61,25 @@ class EvaluationSettings(Settings):
     select_by: str = "reward"
     """What makes a prompt the best one, which the artifact holds: `reward` (the total), or the name
     of a reward, such as a gold one with the role `metric` that the trained reward cannot buy."""
+    keep: Literal["highest", "accepted"] = "highest"
+    """Which prompt is kept: the one with the highest mean (`highest`), or only one that is shown to
+    be better on the paired values of the validation queries (`accepted`), which in doubt is the
+    prompt that the run began with."""
+    evidence: AcceptedSettings | None = None
+    """With `accepted`: when a prompt counts as better; null = the defaults."""
+
+    @model_validator(mode="after")
+    def _evidence_has_effect(self) -> Self:
+        if self.evidence is not None and self.keep != "accepted":
+            raise ValueError(
+                f"evidence has no effect with keep: {self.keep}; remove it, or set keep: accepted"
+            )
+        return self
+
+    @property
+    def acceptance(self) -> AcceptedSettings | None:
+        """What a later prompt must show to be kept; None = a higher mean."""
+        return None if self.keep == "highest" else self.evidence or AcceptedSettings()
 
     @field_validator("handwritten")
     @classmethod

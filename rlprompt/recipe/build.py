@@ -135,7 +135,7 @@ def build_run(
         # Its folder lies elsewhere, and can be evaluated by its own stored recipe.
         stored = with_absolute_paths(parts.recipe, base_dir, classes=True)
         runs[name] = Run(replace(parts, recipe=stored), output / "members" / name)
-    return Population(runs, output)
+    return Population(runs, output, recipe.evaluation.acceptance)
 
 
 def build_single_run(

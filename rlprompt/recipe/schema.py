@@ -19,6 +19,7 @@ from rlprompt.algorithms.constraints import ConstraintSettings
 from rlprompt.algorithms.grpo import GRPOSettings
 from rlprompt.algorithms.make import AnyAlgorithmSettings
 from rlprompt.algorithms.robust import RobustSettings
+from rlprompt.certify.succession import member_alpha
 from rlprompt.data.augment import AugmentSettings
 from rlprompt.data.base import DataSettings
 from rlprompt.distributed.ranks import DistributedSettings
@@ -195,6 +196,11 @@ class Recipe(Settings):
                 f"evaluation.select_by names the reward '{chosen}', which the recipe does not "
                 "have; write reward, or the name of one"
             )
+        if self.evaluation.keep == "accepted" and self.data.heldout == 0:
+            raise ValueError(
+                "evaluation.keep: accepted has no effect with data.heldout: 0, which leaves no "
+                "query to compare prompts on; hold some out, or remove keep"
+            )
         if self.sampling.min_tokens > self.sampling.max_tokens:
             raise ValueError(
                 f"sampling.min_tokens is {self.sampling.min_tokens}, max_tokens is "
@@ -282,6 +288,9 @@ class Recipe(Settings):
         tree["training"]["steps"] //= len(self.population)
         if self.training.max_seconds is not None:
             tree["training"]["max_seconds"] /= len(self.population)
+        if (accepted := self.evaluation.acceptance) is not None:
+            share = member_alpha(accepted.alpha, len(self.population), accepted.against)
+            tree["evaluation"]["evidence"] = accepted.model_dump(mode="json") | {"alpha": share}
         for key, value in member.changes.items():
             set_value(tree, key, value, f"population member {member.name}")
         kind = type(self)  # with the classes of the user's own that the recipe names

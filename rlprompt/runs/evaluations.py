@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import math
 
+from rlprompt.certify.succession import Challenge
 from rlprompt.evaluation.heldout import HeldoutEvaluator, HeldoutResult
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.rollout.collect import completion_rows
 from rlprompt.runs.interrupt import Stopped, StopRequest
 from rlprompt.runs.parts import RunParts
+from rlprompt.runs.selection import begin_succession, challenge_kept
 from rlprompt.runs.standing import Tested, plain_scores
 from rlprompt.runs.state import RunState
 
@@ -38,6 +40,9 @@ class Evaluations:
     def baselines(self) -> None:
         """Base, hand-written texts and the initial prompt, as far as they are not known yet."""
         evaluation, heldout = self._parts.evaluation, self._state.progress.heldout
+        queries = self._parts.data.heldout[: evaluation.max_queries]
+        steps = self._parts.settings.steps
+        begin_succession(self._state.progress, evaluation, steps, len(queries))
         prompts: dict[str, Prompt] = {"base": NonePrompt()}
         if evaluation.handwritten is not None:
             prompts["handwritten"] = TextPrompt(evaluation.handwritten)
@@ -52,7 +57,7 @@ class Evaluations:
         self.learned()
 
     def learned(self, *, is_last: bool = False) -> None:
-        """The prompt as it is now; it is kept where it is the best so far.
+        """The prompt as it is now; it is kept where it is better than the one kept so far.
 
         Args:
             is_last: whether no step follows: then only a signal that comes within stops it.
@@ -62,13 +67,19 @@ class Evaluations:
         result = self._evaluated(self._parts.evaluator, prompt, is_last=is_last)
         if result is None:
             return
-        progress.evaluated_step = progress.step
-        self._log("learned", result)
-        self._parts.guards.observe(progress.step, result.flat, progress.guards, split="heldout")
         scores = plain_scores(result, by)
+        challenge = challenge_kept(progress, scores) if progress.succession else None
+        progress.evaluated_step = progress.step
+        self._log("learned", result, test=challenge)
+        self._parts.guards.observe(progress.step, result.flat, progress.guards, split="heldout")
         if progress.step == 0:
             progress.heldout["start"], progress.scores["start"] = dict(result.metrics), scores
-        self._state.remember_best(result.value(by), result.metrics, scores)
+        self._state.remember_best(
+            result.value(by),
+            result.metrics,
+            scores,
+            is_better=None if challenge is None else challenge.kept,
+        )
 
     def test(self, evaluator: HeldoutEvaluator, prompt: Prompt) -> Tested | None:
         """Everything that is compared, on queries that chose nothing; None where it was stopped.
@@ -136,8 +147,22 @@ class Evaluations:
         progress.scores[who] = plain_scores(result, self._parts.evaluation.select_by)
         self._log(who, result)
 
-    def _log(self, who: str, result: HeldoutResult, split: str = "heldout") -> None:
+    def _log(
+        self,
+        who: str,
+        result: HeldoutResult,
+        split: str = "heldout",
+        test: Challenge | None = None,
+    ) -> None:
         step, trackers = self._state.progress.step, self._parts.trackers
         trackers.log_completions(step, completion_rows(result.batch, split, who))
-        marked = {"split": "test"} if split == "test" else {}
+        marked: dict[str, object] = {"split": "test"} if split == "test" else {}
+        if test is not None:
+            marked |= {
+                "accepted": test.accepted,
+                "kept": test.kept,
+                "against_step": test.against,
+                "acceptance_level": test.level,
+                "acceptance_p_value": test.p_value,
+            }
         trackers.log_evaluation(step, who, {**result.metrics, **marked})

@@ -3,7 +3,8 @@
 Members are trained one after the other, each as it would be alone: its own folder, optimizer,
 rollouts and rewards. They share what does not learn (base, packed weights, engine, held-out
 evaluation), so that a sweep over starts, learning rates or seeds loads and packs the base once and
-evaluates the baselines once. The best member by held-out reward is the run's result.
+evaluates the baselines once. The best member by held-out reward is the run's result; with
+`evaluation.evidence.against: kept` it is the first, unless a later one is shown to be better.
 
 A member ends for reasons of its own: a guard, a time limit, a loss that is not finite. The others
 are trained all the same. Only a signal ends the population, and `--resume` goes on with the members
@@ -16,10 +17,13 @@ import logging
 import math
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rlprompt.certify.succession import MemberChallenge
+from rlprompt.evaluation.heldout import AcceptedSettings
 from rlprompt.evaluation.values import value_of
 from rlprompt.files import replace_folder, to_json, write_atomic
 from rlprompt.reading import yaml_text
@@ -27,6 +31,7 @@ from rlprompt.runs.claim_folder import RECIPE_FILE
 from rlprompt.runs.learner import NotFiniteError
 from rlprompt.runs.outcome import Outcome, read_summary
 from rlprompt.runs.run import Run
+from rlprompt.runs.selection import chosen_member, member_sentence
 from rlprompt.runs.stop_reason import FAILED, FINISHED, StopReason
 from rlprompt.runs.summary import Summary
 from rlprompt.serving.loaded import LoadedPrompt
@@ -37,15 +42,20 @@ logger = logging.getLogger(__name__)
 class Population(Outcome):
     """Runs by name; each writes to its own folder inside the population's."""
 
-    def __init__(self, members: Mapping[str, Run], folder: Path) -> None:
+    def __init__(
+        self, members: Mapping[str, Run], folder: Path, accepted: AcceptedSettings | None = None
+    ) -> None:
         """Keep the members' runs; nothing is written yet.
 
         Args:
             members: the members' runs, at least one, by the member's name.
             folder: the run folder of the population.
+            accepted: what a later member must show to be chosen, over the whole population; None =
+                a higher mean.
         """
         super().__init__(folder)
         self.members = dict(members)
+        self._accepted = accepted
 
     @property
     def prompt(self) -> LoadedPrompt:
@@ -95,7 +105,12 @@ class Population(Outcome):
         return self._finish(summaries, failures)
 
     def _publish(self, run: Run, ended: Mapping[str, Summary]) -> None:
-        """Show a member that is being trained as the population's result, if it is the best."""
+        """Show a member that is being trained as the population's result, if it is the best.
+
+        Where a later member must be shown to be better, it is tested when it has ended.
+        """
+        if self._are_tested and ended:
+            return
         best = run.state.progress.best_reward  # of what `_chosen_by` takes from a summary
         value = -math.inf if best is None else best
         if all(self._chosen_by(summary) < value for summary in ended.values()):
@@ -113,11 +128,13 @@ class Population(Outcome):
 
     def _finish(self, summaries: Mapping[str, Summary], failures: Mapping[str, str]) -> Summary:
         """Copy the best member's artifact and report, and write the table."""
-        best = max(summaries, key=lambda name: self._chosen_by(summaries[name]))
+        best, challenges = self._best(summaries)
         reason = self._reason(summaries)
         if reason.kind != "signal":
             others = [s["num_compared"] for name, s in summaries.items() if name != best]
-            summaries = {**summaries, best: self.members[best].conclude(sum(others))}
+            accepted = self._accepted
+            chosen = "" if accepted is None else member_sentence(best, challenges, accepted)
+            summaries = {**summaries, best: self.members[best].conclude(sum(others), chosen)}
         artifact = self.folder / "artifact"
         self._show(self.members[best])
         summary: Summary = {
@@ -134,9 +151,32 @@ class Population(Outcome):
                 name: _row(summaries.get(name), failures.get(name)) for name in self.members
             },
         }
+        if challenges:
+            summary["member_selection"] = [asdict(each) for each in challenges]
         write_atomic(self.folder / "summary.json", to_json(summary, indent=2))
         self.members[best].parts.write_report(self.folder)  # with all members
         return summary
+
+    @property
+    def _are_tested(self) -> bool:
+        """Whether a later member must be shown to be better than the one chosen so far."""
+        return self._accepted is not None and self._accepted.against == "kept"
+
+    def _best(self, summaries: Mapping[str, Summary]) -> tuple[str, list[MemberChallenge]]:
+        """The member whose prompt is the result, and the tests between members that say so."""
+        if self._accepted is None or not self._are_tested:
+            return max(summaries, key=lambda name: self._chosen_by(summaries[name])), []
+        known = {}
+        for name in self.members:
+            if name in summaries:
+                self.members[name].require_state()
+                progress = self.members[name].state.progress
+                # A signal can come before a member has evaluated the prompt that it begins with.
+                if "learned" in progress.scores:
+                    known[name] = progress
+        if not known:
+            return next(iter(summaries)), []
+        return chosen_member(known, self._accepted, len(self.members))
 
     def _reason(self, summaries: Mapping[str, Summary]) -> StopReason:
         """Why the whole ended: a signal, or each member has ended for reasons of its own."""

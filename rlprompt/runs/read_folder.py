@@ -61,7 +61,10 @@ class RunFiles:
         step = self.summary.get("best_step")
         if step is not None:
             return int(step)
-        values = {row["step"]: self._chosen_by(row) for row in self.evaluations_of("learned")}
+        rows = self.evaluations_of("learned")
+        if any("kept" in row for row in rows):
+            return max((int(row["step"]) for row in rows if row.get("kept")), default=0)
+        values = {row["step"]: self._chosen_by(row) for row in rows}
         known = {step: value for step, value in values.items() if value is not None}
         return max(known, key=lambda step: known[step]) if known else None
 

@@ -136,6 +136,7 @@ class Run(Outcome):
             logger.info("early stopping counts anew from step %d", progress.step)
             progress.stale_evaluations = 0
         progress.extent = now
+        progress.chosen = ""  # it says how a run that had ended was chosen
 
     def _steps(self, stop: StopRequest) -> StopReason:
         """The loop; returns why it ended, with everything saved."""
@@ -294,7 +295,16 @@ class Run(Outcome):
         write_atomic(folder / "error.json", to_json({"step": step, "error": str(error)}, indent=1))
         self._save()
 
-    def conclude(self, num_rivals: int) -> Summary:
+    def require_state(self) -> None:
+        """Have the state of the run: its own, or of a member that had ended before from its folder.
+
+        Raises:
+            InputError: the folder holds no run.
+        """
+        if not self._begun and self._resume() < 0:
+            raise InputError(f"'{self.folder}' has no prompt yet; run it")
+
+    def conclude(self, num_rivals: int, chosen: str = "") -> Summary:
         """Write what an ended run leaves once more, as the best of several, and test it.
 
         A population does this with its best member, so that one prompt only meets the test queries.
@@ -302,6 +312,7 @@ class Run(Outcome):
         Args:
             num_rivals: number of held-out evaluations of other runs that its prompt was chosen from
                 beside its own.
+            chosen: sentence that says by which tests it was chosen; empty = by its mean.
 
         Returns:
             The content of summary.json.
@@ -309,11 +320,10 @@ class Run(Outcome):
         Raises:
             InputError: the folder holds no run.
         """
-        if not self._begun and self._resume() < 0:
-            raise InputError(f"'{self.folder}' has no prompt yet; run it")
+        self.require_state()
         reason = StopReason.parse(self.summary.get("stopped_because")) or FINISHED
         progress, trackers = self.state.progress, self.parts.trackers
-        progress.num_rivals = num_rivals
+        progress.num_rivals, progress.chosen = num_rivals, chosen
         if self.parts.test is None:
             return self._finish(reason, tests=False)
         trackers.start(self._info(progress.step))
@@ -402,8 +412,7 @@ class Run(Outcome):
     def prompt(self) -> LoadedPrompt:
         """The learned prompt, ready to answer: the best by held-out reward, or else the last."""
         parts = self.parts
-        if not self._begun and self._resume() < 0:  # a member of a population that had ended before
-            raise InputError(f"'{self.folder}' has no prompt yet; run it")
+        self.require_state()
         return LoadedPrompt(
             parts.policy.sibling(),
             self.state.best_prompt(),

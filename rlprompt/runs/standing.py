@@ -15,6 +15,7 @@ import numpy as np
 from rlprompt.certify.comparison import Scores
 from rlprompt.certify.verdict import Verdict, judge, unmeasured
 from rlprompt.evaluation.heldout import HeldoutResult
+from rlprompt.runs.selection import selection_sentence
 from rlprompt.runs.signal import without_signal
 from rlprompt.runs.state import PlainScores, Progress
 
@@ -59,6 +60,7 @@ def validation_verdict(progress: Progress, metric: str) -> Verdict:
         split="validation",
         num_compared=max(1, progress.num_evaluations + progress.num_rivals),
         kept_start=progress.kept_start,
+        selection=selection_sentence(progress),
         without_signal=why,
         metric=metric,
     )
@@ -80,6 +82,7 @@ def test_verdict(
         split="test",
         num_compared=num_tested,
         kept_start=progress.kept_start,
+        selection=selection_sentence(progress),
         without_signal=without_signal(progress.signal),
         metric=metric,
     )

@@ -59,6 +59,12 @@ class Progress:
     """Steps whose prompts have met the test queries."""
     num_rivals: int = 0
     """Held-out evaluations of other members of a population that it was chosen from as well."""
+    succession: dict[str, Any] = field(default_factory=dict)
+    """Tests of later prompts against the kept one, as `Succession` has them; empty where the
+    highest mean is kept."""
+    chosen: str = ""
+    """How it was chosen among the members of a population, in words, where they had to be shown to
+    be better."""
     signal: dict[str, Any] = field(default_factory=dict)
     """How often rewards could teach nothing; see `rlprompt.runs.signal`."""
     guards: dict[str, Any] = field(default_factory=dict)
@@ -99,9 +105,14 @@ class RunState:
         self._start = self.best
 
     def remember_best(
-        self, reward: float, metrics: Mapping[str, Any], scores: PlainScores | None = None
+        self,
+        reward: float,
+        metrics: Mapping[str, Any],
+        scores: PlainScores | None = None,
+        *,
+        is_better: bool | None = None,
     ) -> bool:
-        """Keep the present prompt if its held-out reward is the best; says whether it is.
+        """Keep the present prompt if it is better than the kept one; says whether it is.
 
         A reward of NaN (nothing could be scored) is never the best.
 
@@ -109,10 +120,13 @@ class RunState:
             reward: what prompts are chosen by.
             metrics: what the evaluation found.
             scores: what each of its completions got.
+            is_better: whether it was accepted against the kept one; None = its reward says it.
         """
         self.progress.num_evaluations += 1
         best = self.progress.best_reward
-        if math.isnan(reward) or (best is not None and reward <= best):
+        if is_better is None:
+            is_better = best is None or reward > best
+        if math.isnan(reward) or not is_better:
             self.progress.stale_evaluations += 1
             return False
         self.progress.best_reward = reward

@@ -51,6 +51,9 @@ class Summary(TypedDict):
     """A `Verdict` as plain values; its `sentence` says it in words."""
     num_compared: int
     """Held-out evaluations that the prompt was chosen from, those of other members included."""
+    selection: NotRequired[dict[str, Any]]
+    """Tests that the prompt was kept by, as `certify.succession` has them; absent where the highest
+    mean was kept."""
     steps_without_signal: int
     """Steps in which rewards could teach nothing."""
     heldout: dict[str, Any]
@@ -79,6 +82,8 @@ class Summary(TypedDict):
     """Steps whose prompts have met the test queries; more than one after a run was extended."""
     candidates: NotRequired[list[dict[str, Any]]]
     """What a search has tried, one row per candidate; see `rlprompt.search.lineage`."""
+    member_selection: NotRequired[list[dict[str, Any]]]
+    """Tests between the members of a population, where a later one had to be shown to be better."""
     best_member: NotRequired[str]
     """Member of a population whose artifact is the run's."""
     members: NotRequired[dict[str, dict[str, Any]]]
@@ -134,6 +139,8 @@ def build_summary(
         "versions": _versions(),
         "machine": _machine(policy),
     }
+    if progress.succession:
+        summary["selection"] = progress.succession
     if tested is not None:
         summary |= {"test": tested.metrics, "tested_steps": tested.steps}
     return summary

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from rlprompt.certify.forecast import forecast, signal
+from rlprompt.certify.forecast import forecast, prompt_signal, signal
 
 
 def table(
@@ -111,3 +111,33 @@ def test_what_is_too_small_is_refused() -> None:
     for difference in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="give one above 0"):
             forecast(np.ones((2, 3, 2))).queries_needed(difference)
+
+
+def test_the_share_between_prompts_of_a_mean_is_that_of_many_means() -> None:
+    """Against means over batches of queries that are drawn anew, as arXiv 2604.08801 has it."""
+    found = forecast(table(0.5, 1.0, 2.0, 3, (200, 300, 4)))
+    between, within = [], []
+    for seed in range(40):
+        rewards = table(0.5, 1.0, 2.0, 100 + seed, (200, 5, 4))
+        means = rewards.mean(axis=(1, 2))
+        chance = rewards.var(axis=2, ddof=1).mean() / (5 * 4)
+        between.append(means.var(ddof=1) - chance)
+        within.append(chance)
+    share = np.mean(between) / (np.mean(between) + np.mean(within))
+    assert found.between_share(5, 4) == pytest.approx(share, abs=0.03)
+    # More queries that favour different prompts take from it; what prompts do on all stays.
+    assert found.between_share(1, 1) == pytest.approx(found.prompt_share + found.query_prompt_share)
+    assert found.between_share(1, 100) > found.between_share(4, 25)
+
+
+def test_a_table_without_variance_has_no_share_between_prompts() -> None:
+    assert forecast(np.zeros((2, 3, 2))).between_share(4, 2) == 0.0
+
+
+def test_queries_on_which_prompts_differ_are_found() -> None:
+    rewards = table(0.0, 0.0, 0.1, 0, (4, 6, 8))
+    rewards[:, 2] += np.array([0.0, 1.0, 2.0, 3.0])[:, None]
+    rewards[1, 4, 0] = float("nan")
+    found = prompt_signal(rewards)
+    assert found[2] == pytest.approx(np.std([0, 1, 2, 3], ddof=1), abs=0.1)
+    assert np.isnan(found[4]) and (np.delete(found, [2, 4]) < 0.1).all()

@@ -211,6 +211,8 @@ def test_labelled_answers_are_judged_by_the_reward_itself(project: Path) -> None
     ("options", "said"),
     [
         (("--alpha", "1.5"), "--alpha is 1.5"),
+        (("--alpha", "0.3"), "--alpha 0.3 is given twice"),
+        (("--alpha", "0.5", "--in-sequence"), "give one --alpha, or leave --in-sequence out"),
         (("--delta", "0"), "--delta is 0"),
         (("--shift", "l2:3"), "--shift: 'l2:3' is no shift"),
         (("--fails-below", "0"), "keep one"),
@@ -308,6 +310,72 @@ def test_prompts_of_one_call_share_delta(project: Path) -> None:
     assert all(row["bounds"]["vowels"] > alone for row in rows)
     assert rlprompt("certify", project / "run", other, "--verify").code == 0
     assert rlprompt("certify", other, project / "run" / ".." / "other", "--verify").code == 2
+
+
+def limits(project: Path, *artifacts: Path, of: tuple[float, ...]) -> Shown:
+    alphas = [part for limit in of for part in ("--alpha", limit)]
+    return rlprompt(
+        "certify", *artifacts, "--recipe", project / "recipe.yaml", "--reward", "vowels",
+        "--fails-above", 0.9, "--json", *alphas,
+    )  # fmt: skip
+
+
+def test_of_several_limits_the_smallest_that_passes_is_claimed(project: Path) -> None:
+    """At no price: the bound is that of one limit, and the claim is the smallest above it."""
+    (row,) = json.loads(certify(project, "--json").out)
+    bound = row["bounds"]["vowels"]
+    of = (round(bound + 0.01, 3), 0.9, round(bound - 0.01, 3), 0.001)
+    shown = limits(project, project / "run", of=of)
+    assert shown.code == 0, shown.err
+    (row,) = json.loads(shown.out)
+    assert row["alpha"] == of[0] and row["bounds"]["vowels"] == bound
+    found = stored(project)
+    assert found["limits"] == sorted(of, reverse=True) and found["alpha"] == of[0]
+    assert f"is at most {of[0]:g}" in row["statement"]
+    assert f"not shown: at most {of[2]:g} or 0.001" in row["statement"]
+    assert "impossible: the 30 queries can certify" in shown.err  # 0.001
+    verified = rlprompt("certify", project / "run", "--verify", "--recipe", project / "recipe.yaml")
+    assert verified.code == 0, verified.out
+
+
+def test_limits_of_several_prompts_share_delta_equally(project: Path) -> None:
+    other = project / "other"
+    shutil.copytree(project / "run" / "artifact", other)
+    shown = limits(project, project / "run", other, of=(0.9, 0.001))
+    rows = json.loads(shown.out)
+    assert [row["alpha"] for row in rows] == [0.9, 0.9]
+    assert stored(project)["method"] == "bonferroni"
+    assert rlprompt("certify", project / "run", other, "--verify").code == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"method": "holm"}, "does not cover them"),
+        ({"limits": [0.5, 0.9]}, "not in order"),
+        ({"limits": [0.9]}, "without 0.5"),
+        ({"limits": [0.9, 0.5, 0.45]}, "certify 0.45 too"),
+    ],
+    ids=["method", "order", "missing", "stricter"],
+)
+def test_verify_knows_several_limits(project: Path, changes: dict[str, Any], said: str) -> None:
+    path = project / "run" / "artifact" / "certificate.json"
+    assert limits(project, project / "run", of=(0.9, 0.5, 0.001)).code == 0
+    content = stored(project)
+    assert content["alpha"] == 0.5
+    path.write_text(json.dumps(content | changes))
+    shown = rlprompt("certify", project / "run", "--verify")
+    assert shown.code == 1 and said in shown.out
+
+
+def test_where_no_limit_passes_the_loosest_is_explained(project: Path) -> None:
+    shown = rlprompt(
+        "certify", project / "run", "--recipe", project / "recipe.yaml", "--reward", "vowels",
+        "--fails-above", -1, "--alpha", 0.2, "--alpha", 0.5,
+    )  # fmt: skip
+    assert shown.code == 1 and "and alpha is 0.5" in shown.out
+    shown = limits(project, project / "run", of=(0.01, 0.001))
+    assert shown.code == 1 and shown.err.count("impossible: ") == 1
 
 
 def test_fresh_queries_that_were_trained_on_are_refused(project: Path) -> None:

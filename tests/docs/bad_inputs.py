@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -316,6 +316,29 @@ SEARCHES = [
         "several greedy completions in a search",
         lambda p: _race(p, search__completions_per_query=2, sampling__temperature=0),
     ),
+    (
+        "evidence beside halving",
+        lambda p: _race(p, search__evidence={}, search__keep=0.5),
+    ),
+    (
+        "a rate of false findings of 1",
+        lambda p: _race(p, search__evidence={"alpha": 1.0}),
+    ),
+    (
+        "an effect that no text can reach",
+        lambda p: _race(p, search__evidence={"spread": 0.1, "min_effect": 0.2}),
+    ),
+    (
+        "rewards that differ by more than the stated spread",
+        lambda p: (
+            _race(p, search__evidence={"spread": 0.2}),
+            p.write(
+                "reward.py",
+                "def reward(completions, **kwargs):\n"
+                "    return [5.0 * (place < 2) for place in range(len(completions))]\n",
+            ),
+        )[1],
+    ),
     ("a plan of a search", lambda p: _race(p) and ("plan", "recipe.yaml")),
 ]
 MODELS = [
@@ -395,6 +418,40 @@ REWARDS = [
         "a guard that watches a metric nobody logs",
         lambda p: p.recipe(
             guards=[{"type": "limit", "name": "long", "metric": "lenght", "above": 1, "window": 2}]
+        ),
+    ),
+    (
+        "evidence where the highest mean is kept",
+        lambda p: p.recipe(evaluation__evidence={"alpha": 0.01}),
+    ),
+    (
+        "acceptance without held-out queries",
+        lambda p: p.recipe(evaluation__keep="accepted", data__heldout=0),
+    ),
+    (
+        "acceptance on too few held-out queries",
+        lambda p: p.recipe(evaluation__keep="accepted"),
+    ),
+    (
+        "a way to keep prompts that there is not",
+        lambda p: p.recipe(evaluation__keep="accept"),
+    ),
+    (
+        "acceptance of a reward that scores nothing",
+        lambda p: p.reward_returning(
+            "[None] * len(completions)",
+            evaluation__keep="accepted",
+            evaluation__evidence={"alpha": 0.9},
+        ),
+    ),
+    (
+        "values that differ by more than the stated spread",
+        lambda p: p.reward(
+            "def reward(completions, trainer_state, **kwargs):\n"
+            "    return [5.0 * (trainer_state.global_step > 0)] * len(completions)\n",
+            evaluation__keep="accepted",
+            evaluation__evidence={"alpha": 0.99, "spread": 1.0},
+            data__heldout=4,
         ),
     ),
     (
@@ -590,6 +647,153 @@ RUNS = [
     ),
     ("a file as the output", lambda p: train("--output", "recipe.yaml")),
 ]
+FRESH = ("who walks", "where is rain now", "what is a land", "he is the sun", "men are there")
+CERTIFY = ("certify", "run", "--data", "fresh.jsonl", "--fails-above", "0.9")
+
+
+def _certify(
+    *options: str, rows: Sequence[Any] = FRESH, **changes: Any
+) -> Callable[[Project], Sequence[str]]:
+    """Certify the run's artifact on fresh queries, with a recipe beside it."""
+
+    def arguments(project: Project) -> Sequence[str]:
+        project.recipe(**changes)
+        lines = [json.dumps(row if isinstance(row, dict) else {"query": row}) for row in rows]
+        project.write("fresh.jsonl", "\n".join(lines) + "\n")
+        return (*CERTIFY, *options)
+
+    return arguments
+
+
+def _risk(*options: str, **changes: Any) -> Callable[[Project], Sequence[str]]:
+    """The same with a risk and a limit."""
+    return _certify("--reward", "reward.py", "--alpha", "0.6", *options, **changes)
+
+
+def _labelled(*rows: Mapping[str, Any]) -> Callable[[Project], Sequence[str]]:
+    """The same with labelled answers, from which the judge's errors are known."""
+
+    def arguments(project: Project) -> Sequence[str]:
+        project.write("labels.jsonl", "\n".join(json.dumps(row) for row in rows) + "\n")
+        return _risk("--judge-labels", "labels.jsonl")(project)
+
+    return arguments
+
+
+def _of_split(*options: str, **changes: Any) -> Callable[[Project], Sequence[str]]:
+    """Certify on a split of the recipe's data."""
+
+    def arguments(project: Project) -> Sequence[str]:
+        project.recipe(**changes)
+        where = ("certify", "run", "--recipe", "recipe.yaml", "--reward", "vowels")
+        return (*where, "--alpha", "0.6", "--fails-above", "0.9", *options)
+
+    return arguments
+
+
+def _verify_damaged(project: Project) -> Sequence[str]:
+    project.write("run/artifact/certificate.json", "{}")
+    return ("certify", "run", "--verify")
+
+
+def _without_summary(project: Project) -> Sequence[str]:
+    (project.folder / "run" / "summary.json").unlink()
+    return _of_split("--split", "validation")(project)
+
+
+CERTIFICATES = [
+    ("no risk", _certify("--alpha", "0.6")),
+    ("a reward that is not there", _certify("--alpha", "0.6", "--reward", "mine.py")),
+    ("no limit", _certify("--reward", "reward.py")),
+    ("a limit of 1", _certify("--reward", "reward.py", "--alpha", "1")),
+    ("a limit that is given twice", _risk("--alpha", "0.6")),
+    ("several limits beside a sequence of prompts", _risk("--alpha", "0.7", "--in-sequence")),
+    ("a delta of 0", _risk("--delta", "0")),
+    ("two rules for a failure", _risk("--fails-below", "0.1")),
+    (
+        "no queries",
+        lambda p: ("certify", "run", "--reward", "reward.py", "--alpha", "0.6"),
+    ),
+    ("a split that is none", _risk("--split", "train")),
+    ("a split beside a file of queries", _risk("--split", "validation")),
+    ("a recipe without test queries", _of_split()),
+    (
+        "fresh queries that the recipe trains on",
+        _risk("--recipe", "recipe.yaml", rows=["what is rain"]),
+    ),
+    ("a column that is not there", _risk("--where", "kind=a")),
+    (
+        "a condition that no query meets",
+        _risk("--where", "kind=b", rows=[{"query": "who", "kind": "a"}]),
+    ),
+    ("groups of a column that is not there", _risk("--groups", "kind")),
+    ("a shift of a kind that is not known", _risk("--shift", "l2:0.1")),
+    ("a shift beyond what there can be", _risk("--shift", "tv:2")),
+    ("an option of a reward that is in the recipe", _of_split("--option", "a=1", data__test=2)),
+    (
+        "fewer prompts than the records name",
+        _of_split("--split", "validation", "--num-compared", "1"),
+    ),
+    ("a run whose record is gone", _without_summary),
+    ("a sequence without all prompts", _risk("--in-sequence", "--num-compared", "3")),
+    (
+        "one artifact twice",
+        lambda p: (
+            _risk()(p)
+            and (
+                "certify",
+                "run",
+                "run/artifact",
+                *CERTIFY[2:],
+                "--reward",
+                "reward.py",
+                "--alpha",
+                "0.6",
+            )
+        ),
+    ),
+    ("a folder that is no artifact", lambda p: ("certify", "model", "--verify")),
+    ("labels without a person's verdict", _labelled({"judge": 1.0})),
+    ("labels of one kind only", _labelled({"judge": 1.0, "human": 1}, {"judge": 0.0, "human": 1})),
+    ("a judge's verdict that is no number", _labelled({"judge": "yes", "human": 1})),
+    ("labelled answers without an answer", _labelled({"query": "who is he", "human": 1})),
+    (
+        "a judge of several completions",
+        lambda p: (*_labelled({"judge": 1.0, "human": 1})(p), "--completions", "2"),
+    ),
+    (
+        "a reward outside of 0 and 1 without a rule",
+        lambda p: (
+            p.reward_returning("[2.0] * len(completions)"),
+            p.write("fresh.jsonl", "".join(json.dumps({"query": q}) + "\n" for q in FRESH)),
+            ("certify", "run", "--data", "fresh.jsonl", "--reward", "reward.py", "--alpha", "0.6"),
+        )[2],
+    ),
+    ("nothing to verify", lambda p: ("certify", "run", "--verify")),
+    ("a claim beside --verify", lambda p: ("certify", "run", "--verify", "--alpha", "0.5")),
+    ("a damaged certificate", _verify_damaged),
+]
+FORECAST = ("forecast", "recipe.yaml")
+
+
+def _without_score(project: Project) -> Sequence[str]:
+    project.recipe(rewards__0__role="metric", algorithm={"type": "distill", "teacher": "Be brief."})
+    return FORECAST
+
+
+FORECASTS = [
+    ("no reward that is learned from", _without_score),
+    ("a difference of 0", lambda p: (*FORECAST, "--difference", "0")),
+    ("texts that are not there", lambda p: (*FORECAST, "--texts", "texts.json")),
+    (
+        "texts that are no list",
+        lambda p: (p.write("texts.json", '{"a": 1}'), (*FORECAST, "--texts", "texts.json"))[1],
+    ),
+    (
+        "a reward that scores nothing",
+        lambda p: (p.reward_returning("[None] * len(completions)"), FORECAST)[1],
+    ),
+]
 SUBMIT = ("submit", "recipe.yaml", "--dry-run")
 CLUSTER = [
     (
@@ -639,6 +843,8 @@ SECTIONS: dict[str, list[tuple[str, Callable[[Project], Sequence[str]]]]] = {
     "Artifacts": ARTIFACTS,
     "Run folders": RUNS,
     "Registry": REGISTRY,
+    "Certificates": CERTIFICATES,
+    "Forecasts": FORECASTS,
     "Clusters": CLUSTER,
 }
 CASES = [

@@ -18,6 +18,7 @@ from rlprompt.artifacts.certificate import (
     read_certificate,
 )
 from rlprompt.artifacts.format import certify_artifact, read_artifact_info
+from rlprompt.certify.selection import Method
 from rlprompt.certify.shift import parse_shift
 from rlprompt.cli.commands.terminal import setup_logging
 from rlprompt.data import load_queries
@@ -27,16 +28,16 @@ from rlprompt.data.files import read_file
 from rlprompt.engines.make import make_engine
 from rlprompt.errors import InputError, quote
 from rlprompt.evaluation.certification import (
+    Claim,
     Drawn,
-    Finding,
     Rule,
     Terms,
-    assess,
     certificate,
     discrepancies,
     feasibility,
     hash_of_queries,
     samples_of,
+    strictest,
     why_impossible,
     why_not,
 )
@@ -57,7 +58,7 @@ class CertifyOptions:
     """What a caller says of the claim; the fields are the options of the command."""
 
     rewards: Sequence[str]
-    alpha: float | None
+    alpha: Sequence[float]
     delta: float
     recipe: Path | None = None
     data: Path | None = None
@@ -110,11 +111,8 @@ def run(artifacts: Sequence[Path], options: CertifyOptions, *, verbose: bool = F
     runner = build_rewards(settings, _base_dir(options), needs_score=False)
     try:
         terms = _terms(options, folders, runner, settings)
-        impossible = why_impossible(terms, drawn_on.queries)
-        if impossible is not None:
-            notes.print(Text(f"impossible: {impossible}"), soft_wrap=True)
+        if not _say_feasibility(notes, terms, drawn_on.queries):
             return 1
-        notes.print(Text(feasibility(terms, drawn_on.queries)), soft_wrap=True)
         with notes.status("loading the model"):
             prompts = _loaded(folders, options)
         runner.bind_policy(prompts[0].policy)
@@ -123,14 +121,28 @@ def run(artifacts: Sequence[Path], options: CertifyOptions, *, verbose: bool = F
     finally:
         runner.close()
     names = [each.name for each in settings]
-    findings = assess([samples_of(r, names, terms, drawn_on.queries) for r in results], terms)
+    samples = [samples_of(r, names, terms, drawn_on.queries) for r in results]
     sampling = prompts[0].sampling.model_dump(mode="json")
     drawn = Drawn(
         settings, _source_hashes(settings, options), drawn_on.data, drawn_on.queries, sampling
     )
-    report = _stored(folders, findings, results, terms, drawn)
+    report = _stored(folders, strictest(samples, terms), results, drawn)
     _show(console, report, options.as_json)
     return 0 if all(row["certified"] for row in report) else 1
+
+
+def _say_feasibility(notes: PlainConsole, terms: Terms, queries: Sequence[Query]) -> bool:
+    """Say what each limit needs; False where none can come out."""
+    possible = False
+    for alpha in terms.limits or (terms.alpha,):
+        at = replace(terms, alpha=alpha)
+        impossible = why_impossible(at, queries)
+        said = feasibility(at, queries) if impossible is None else f"impossible: {impossible}"
+        notes.print(Text(said), soft_wrap=True)
+        possible |= impossible is None
+        if impossible is not None:
+            break  # a stricter limit needs more
+    return possible
 
 
 def verify(artifacts: Sequence[Path], options: CertifyOptions) -> int:
@@ -145,7 +157,7 @@ def verify(artifacts: Sequence[Path], options: CertifyOptions) -> int:
     """
     console = PlainConsole()
     kept = CertifyOptions(
-        (), None, options.delta, recipe=options.recipe, data=options.data, as_json=options.as_json
+        (), (), options.delta, recipe=options.recipe, data=options.data, as_json=options.as_json
     )
     if options != kept:
         changed = sorted(k for k, v in vars(options).items() if v != getattr(kept, k))
@@ -296,11 +308,7 @@ def _terms(
     runner: RewardRunner,
     settings: Sequence[RewardSettings],
 ) -> Terms:
-    if options.alpha is None:
-        raise InputError("no limit is named; give --alpha, the largest rate that is acceptable")
-    for name, value in (("alpha", options.alpha), ("delta", options.delta)):
-        if not 0.0 < value < 1.0:
-            raise InputError(f"--{name} is {value:g}; choose it between 0 and 1")
+    limits = _limits(options)
     rule = _rule(options)
     try:
         shift = None if options.shift is None else parse_shift(options.shift)
@@ -312,6 +320,14 @@ def _terms(
             f"--in-sequence tests every prompt that was compared, and {compared - len(folders)} of "
             f"{compared} are not given; name them, or leave --in-sequence out"
         )
+    method: Method = "fixed_sequence" if options.in_sequence else "holm"
+    if len(limits) > 1:
+        if options.in_sequence:
+            raise InputError(
+                "--in-sequence orders the prompts, and several --alpha are a sequence of their "
+                "own; give one --alpha, or leave --in-sequence out"
+            )
+        method = "bonferroni"
     judge = None
     if options.judge_labels is not None:
         if len(settings) > 1 or rule.kind == "value" or options.completions > 1:
@@ -321,17 +337,36 @@ def _terms(
             )
         judge = _judge(options.judge_labels, rule, runner, settings[0].name)
     return Terms(
-        alpha=options.alpha,
+        alpha=limits[0],
+        limits=limits if len(limits) > 1 else (),
         delta=options.delta,
         rule=rule,
         shift=shift,
-        method="fixed_sequence" if options.in_sequence else "holm",
+        method=method,
         num_compared=compared,
         completions_per_query=options.completions,
         seed=options.seed,
         group_column=options.groups,
         judge=judge,
     )
+
+
+def _limits(options: CertifyOptions) -> tuple[float, ...]:
+    """The values of alpha, from loose to strict.
+
+    Raises:
+        InputError: there is none, one is twice there, or alpha or delta is not between 0 and 1.
+    """
+    if not options.alpha:
+        raise InputError("no limit is named; give --alpha, the largest rate that is acceptable")
+    named = [*(("alpha", value) for value in options.alpha), ("delta", options.delta)]
+    for name, value in named:
+        if not 0.0 < value < 1.0:
+            raise InputError(f"--{name} is {value:g}; choose it between 0 and 1")
+    for place, value in enumerate(options.alpha):
+        if value in options.alpha[:place]:
+            raise InputError(f"--alpha {value:g} is given twice; give each limit once")
+    return tuple(sorted(options.alpha, reverse=True))
 
 
 def _rule(options: CertifyOptions) -> Rule:
@@ -461,19 +496,19 @@ def _draw(
 
 def _stored(
     folders: Sequence[Path],
-    findings: Sequence[Finding],
+    claims: Sequence[Claim],
     results: Sequence[HeldoutResult],
-    terms: Terms,
     drawn: Drawn,
 ) -> list[dict[str, Any]]:
     """Write the certificates of those that passed; what to show of each prompt."""
     names = [each.name for each in drawn.rewards]
     report = []
     for place, folder in enumerate(folders):
-        finding = findings[place]
+        terms, finding = claims[place].terms, claims[place].finding
         row: dict[str, Any] = {
             "artifact": str(folder),
             "certified": finding.passed,
+            "alpha": terms.alpha if finding.passed else None,
             "bounds": {n: b.worst for n, b in zip(names, finding.bounds, strict=True)},
             "p_value": finding.p_value,
         }
@@ -482,8 +517,8 @@ def _stored(
                 int(results[place].batch.rewards.values[name].isnan().sum()) for name in names
             ]
             made = certificate(
-                findings, place, terms, drawn, read_artifact_info(folder), prompt_hash(folder),
-                unscored,
+                claims[place].findings, place, terms, drawn, read_artifact_info(folder),
+                prompt_hash(folder), unscored,
             )  # fmt: skip
             certify_artifact(folder, made)
             row |= {"statement": made.statement, "reason": None}

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from rlprompt.certify.forecast import Forecast, forecast, signal
+from rlprompt.certify.forecast import Forecast, Rewards, forecast, prompt_signal, signal
 from rlprompt.cli.commands.terminal import setup_logging
 from rlprompt.engines.base import Generation
 from rlprompt.engines.make import require_support
@@ -89,7 +89,13 @@ def run(
     except ValueError as error:
         raise InputError(f"no forecast can be made: {error}") from error
     asked = [query.text for query in queries]
-    report = _report(found, list(prompts), asked, signal(table[0]), difference)
+    report = _report(found, list(prompts), asked, table, difference)
+    queries_per_step = recipe.training.queries_per_step
+    report["step"] = {
+        "queries": queries_per_step,
+        "completions": completions,
+        "between_share": found.between_share(queries_per_step, completions),
+    }
     if as_json:
         sys.stdout.write(to_json(report, indent=2) + "\n")
     else:
@@ -155,10 +161,11 @@ def _report(
     found: Forecast,
     names: Sequence[str],
     queries: Sequence[str],
-    spread: Any,
+    table: Rewards,
     difference: float,
 ) -> dict[str, Any]:
     """What is printed, as plain values."""
+    spread, between = signal(table[0]), prompt_signal(table)
     known = [i for i in range(len(queries)) if not math.isnan(spread[i])]
     ranked = sorted(known, key=lambda i: -spread[i])
     return {
@@ -180,7 +187,14 @@ def _report(
         "noise": None if math.isnan(found.noise) else found.noise,
         "difference": difference,
         "queries_needed": found.queries_needed(difference),
-        "signal": [{"query": queries[i], "spread": float(spread[i])} for i in ranked],
+        "signal": [
+            {
+                "query": queries[i],
+                "spread": float(spread[i]),
+                "between_prompts": None if math.isnan(between[i]) else float(between[i]),
+            }
+            for i in ranked
+        ],
     }
 
 
@@ -191,10 +205,12 @@ def _show(report: Mapping[str, Any], console: PlainConsole) -> None:
         means.add_row(name, f"{mean:.3f}")
     console.print(means)
     shares = ", ".join(f"{name} {share:.0%}" for name, share in report["shares"].items())
-    noise = report["noise"]
+    noise, step = report["noise"], report["step"]
     lines = [
         f"{report['num_queries']} queries, {report['num_dropped']} left out for a missing reward",
         f"variance of one query's rewards: {shares}",
+        f"variance of the mean over a step's {step['queries']} queries x {step['completions']}: "
+        f"prompts {step['between_share']:.0%}",
         f"spread within a group of the start: {report['group_spread']:.3f}; "
         f"{report['flat_groups']:.0%} of groups are flat and teach nothing",
         f"best of n of the start's own completions: {report['best_of_n']:.3f}",
@@ -204,7 +220,9 @@ def _show(report: Mapping[str, Any], console: PlainConsole) -> None:
     for line in lines:
         console.print(line, soft_wrap=True)
     signals = report["signal"]
-    ends = Table("query", "spread", title="most and least signal")
+    ends = Table("query", "spread", "between prompts", title="most and least signal")
     for row in signals if len(signals) <= 2 * _SHOWN else signals[:_SHOWN] + signals[-_SHOWN:]:
-        ends.add_row(row["query"][:70], f"{row['spread']:.3f}")
+        between = row["between_prompts"]
+        shown = "-" if between is None else f"{between:.3f}"
+        ends.add_row(row["query"][:70], f"{row['spread']:.3f}", shown)
     console.print(ends)
