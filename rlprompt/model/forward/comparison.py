@@ -74,7 +74,7 @@ class Expected(NamedTuple):
     tolerance: float
     """Mean divergence in nats that a correct forward may have."""
     rounded_scores: Tensor | None = None
-    """[N, V] with attention scores rounded to the model's dtype; None = that is no other forward."""
+    """[N, V] with attention scores rounded to the model's dtype; None = not another forward."""
 
     def gap(self, ours: Tensor) -> Gap:
         """How far logits [N, V] are from the nearer of the model's own forwards."""
