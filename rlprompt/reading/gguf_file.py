@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-from rlprompt.reading.files import in_words, open_regular
+from rlprompt.reading.files import TEXT_BYTES, in_words, open_regular
 
 HEADER_BYTES = 256 << 20
 """Most that values and table may take; those of a vocabulary of 262,144 tokens take 20 MB."""
@@ -232,7 +232,7 @@ class _Header:
     def _value(self, kind: int, key: str) -> Any:
         what = f"the value of {key[:80]!r}"
         if kind == _STRING:
-            return self._text(HEADER_BYTES, what)
+            return self._text(TEXT_BYTES, what)
         if kind in _SCALARS:
             (value,) = struct.unpack(
                 f"<{_SCALARS[kind]}", self._take(struct.calcsize(f"<{_SCALARS[kind]}"), what)
