@@ -67,7 +67,7 @@ def pieces() -> tuple[list[str], list[float], list[int]]:
 
 
 def sentencepiece_bpe(text: str) -> list[str]:
-    """SentencePiece's algorithm, slow and obvious: the best-scored pair first, then the leftmost."""
+    """SentencePiece's algorithm, slow and obvious: the best pair first, then the leftmost."""
     tokens, scores, kinds = pieces()
     score = {t: s for t, s, k in zip(tokens, scores, kinds, strict=True) if k == NORMAL}
     symbols = list(text)
