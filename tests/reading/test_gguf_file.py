@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import resource
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,43 +12,7 @@ import pytest
 from rlprompt.reading import gguf_file
 from rlprompt.reading.files import UnreadableError
 from rlprompt.reading.gguf_file import BLOCKS, GgufError, GgufFile
-
-ALIGNMENT = 32
-
-
-def text(value: bytes | str, length: int | None = None) -> bytes:
-    content = value.encode() if isinstance(value, str) else value
-    return struct.pack("<Q", len(content) if length is None else length) + content
-
-
-def pair(key: bytes | str, kind: int, value: bytes) -> bytes:
-    return text(key) + struct.pack("<I", kind) + value
-
-
-def line(
-    name: str | bytes = "a", axes: tuple[int, ...] = (4, 2), kind: int = 0, offset: int = 0
-) -> bytes:
-    packed = struct.pack(f"<I{len(axes)}Q", len(axes), *axes)
-    return text(name) + packed + struct.pack("<IQ", kind, offset)
-
-
-def whole(
-    pairs: tuple[bytes, ...] = (),
-    lines: tuple[bytes, ...] = (),
-    *,
-    data: int = 32,
-    version: int = 3,
-    counts: tuple[int, int] | None = None,
-    magic: bytes = b"GGUF",
-) -> bytes:
-    tensors, values = counts or (len(lines), len(pairs))
-    header = magic + struct.pack("<IQQ", version, tensors, values) + b"".join(pairs + lines)
-    return header + b"\0" * (-len(header) % ALIGNMENT) + b"\1" * data
-
-
-def items(kind: int, count: int, content: bytes = b"") -> bytes:
-    return struct.pack("<IQ", kind, count) + content
-
+from tests.fixtures.gguf_bytes import items, line, pair, text, whole
 
 HUGE = 1 << 62
 BAD: dict[str, tuple[bytes, str]] = {
