@@ -93,8 +93,8 @@ def locate(path: str, revision: str | None) -> Source:
         model_id = path if revision is None else f"{path}@{revision}"
         return Source(_fetch_from_hub(path, revision), model_id)
     raise InputError(
-        f"model.path is {path!r}, which is no embedded or converted model ({', '.join(_names())}), "
-        f"no folder and no hub id (org/name); {_suggestion(path) or 'correct it.'}"
+        f"model.path is {path!r}, which is no embedded model ({', '.join(EMBEDDED)}), no converted "
+        f"one, no folder and no hub id (org/name); {_suggestion(path) or 'correct it.'}"
     )
 
 

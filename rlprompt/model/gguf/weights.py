@@ -7,6 +7,7 @@ the size of the model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
@@ -78,7 +79,7 @@ def write_weights(
         OSError: the file cannot be read, or the folder not written.
     """
     shards: list[dict[str, Tensor]] = [{}]
-    files: list[tuple[Path, list[str], int]] = []
+    files: list[_Shard] = []
     held = total = done = next_report = 0
     numbers: dict[str, int] = {}
     whole = sum(tensor.num_bytes for tensor in file.tensors.values())
@@ -138,22 +139,30 @@ def _numbers(stored: np.ndarray, kind: gguf.GGMLQuantizationType, tensor: GgufTe
         ) from error
 
 
-def _save(shard: dict[str, Tensor], folder: Path, number: int) -> tuple[Path, list[str], int]:
+@dataclass(frozen=True)
+class _Shard:
+    """A file of weights that has no final name yet."""
+
+    path: Path
+    names: list[str]
+
+
+def _save(shard: dict[str, Tensor], folder: Path, number: int) -> _Shard:
     path = folder / f"shard-{number}"
     save_file(shard, path, metadata={"format": "pt"})
     path.chmod(0o644)  # safetensors writes 0600, which hides a shared cache from others
-    return path, list(shard), sum(tensor.nbytes for tensor in shard.values())
+    return _Shard(path, list(shard))
 
 
-def _name_shards(files: list[tuple[Path, list[str], int]], folder: Path, total: int) -> None:
+def _name_shards(files: list[_Shard], folder: Path, total: int) -> None:
     """Give the files the names that transformers looks for."""
     if len(files) == 1:
-        files[0][0].rename(folder / "model.safetensors")
+        files[0].path.rename(folder / "model.safetensors")
         return
     where = {}
-    for number, (path, names, _) in enumerate(files, start=1):
+    for number, shard in enumerate(files, start=1):
         final = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        path.rename(folder / final)
-        where |= dict.fromkeys(names, final)
+        shard.path.rename(folder / final)
+        where |= dict.fromkeys(shard.names, final)
     index = {"metadata": {"total_size": total}, "weight_map": where}
     write_atomic(folder / "model.safetensors.index.json", to_json(index, indent=2) + "\n")
