@@ -17,9 +17,10 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 from rlprompt.reading.files import TEXT_BYTES, in_words, open_regular
 
@@ -120,7 +121,7 @@ class GgufFile:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self._file: BinaryIO = open(open_regular(path), "rb")  # noqa: SIM115
+        self._file: BufferedReader = open(open_regular(path), "rb")  # noqa: SIM115
         try:
             self.size = os.fstat(self._file.fileno()).st_size
             header = _Header(self._file, self.size)
@@ -163,7 +164,7 @@ class GgufFile:
                 raise GgufError(f"it has become shorter while its tensor {tensor.name} was read")
             yield piece
 
-    def digest_source(self) -> BinaryIO:
+    def digest_source(self) -> BufferedReader:
         """The file at its first byte, for a hash of all of it."""
         self._file.seek(0)
         return self._file
@@ -172,7 +173,7 @@ class GgufFile:
 class _Header:
     """Values and table, read from the first byte on."""
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
+    def __init__(self, file: BufferedReader, size: int) -> None:
         self._file = file
         self._left = min(size, HEADER_BYTES)
         self._whole = size <= HEADER_BYTES

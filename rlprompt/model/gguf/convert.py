@@ -189,7 +189,7 @@ def _build(file: GgufFile, made: _Made, name: str, dtype: torch.dtype, say: Prog
         kinds = write_weights(file, made.conversion, dtype, folder, say)
         _write_settings(made, dtype, folder)
         say("trying the result")
-        mark = _tried(folder, say)
+        mark = _tried(folder, dtype, say)
         weights = f"{', '.join(kinds)}, dequantised to float32"
         if dtype != torch.float32:
             weights += f", rounded to {str(dtype).removeprefix('torch.')}"
@@ -229,7 +229,7 @@ def _write_settings(made: _Made, dtype: torch.dtype, folder: Path) -> None:
     made.tokenizer.save_pretrained(folder)
 
 
-def _tried(folder: Path, say: Progress) -> str:
+def _tried(folder: Path, dtype: torch.dtype, say: Progress) -> str:
     """The fingerprint of the folder's model, which loads and answers.
 
     Raises:
@@ -239,7 +239,7 @@ def _tried(folder: Path, say: Progress) -> str:
         check_folder(folder, trust_remote_code=False)
         tokenizer = read_tokenizer(folder, trust_remote_code=False)
         config = read_config(folder, trust_remote_code=False)
-        model = read_model(folder, config, config.dtype or torch.bfloat16, trust_remote_code=False)
+        model = read_model(folder, config, dtype, trust_remote_code=False)
         model.eval()
         if tokenizer.chat_template is None:
             say("it has no chat template: set model.template in recipes")

@@ -212,7 +212,7 @@ def _byte_level(vocabulary: Vocabulary) -> tuple[Tokenizer, bool]:
     tokenizer = Tokenizer(model)
     if cut.composed:
         tokenizer.normalizer = normalizers.NFC()
-    first = [pre_tokenizers.Digits(individual_digits=True)] if cut.digits else []
+    first: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if cut.digits else []
     if cut.pattern is not None:
         first.append(pre_tokenizers.Split(Regex(cut.pattern), behavior="isolated"))
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=cut.pattern is None)

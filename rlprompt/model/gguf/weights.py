@@ -159,7 +159,7 @@ def _name_shards(files: list[_Shard], folder: Path, total: int) -> None:
     if len(files) == 1:
         files[0].path.rename(folder / "model.safetensors")
         return
-    where = {}
+    where: dict[str, str] = {}
     for number, shard in enumerate(files, start=1):
         final = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         shard.path.rename(folder / final)

@@ -21,6 +21,7 @@ from rlprompt.model.files.folder import locate
 from rlprompt.model.gguf import weights
 from rlprompt.model.gguf.convert import convert_gguf
 from rlprompt.model.gguf.families import llama3_factors
+from rlprompt.reading.gguf_file import GgufFile
 from tests.fixtures.gguf_files import FAMILIES, write_gguf
 from tests.fixtures.tiny import tiny_model, tiny_tokenizer
 
@@ -104,7 +105,7 @@ def test_blocks_of_every_kind_are_read(kind: str, tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with weights.GgufFile(tmp_path / "a.gguf") as file:
+    with GgufFile(tmp_path / "a.gguf") as file:
         ours = weights._read(file, file.tensors["x"], torch.float32, None)
     assert ours.shape == (256, 256) and np.array_equal(ours.numpy(), wanted)
 
@@ -222,7 +223,7 @@ def test_llama_3_scaling_is_recognised_by_its_factors(tmp_path: Path) -> None:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    model = type(model)(model.config)  # type: ignore[call-arg]
+    model = type(model)(model.config)
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](model.config, torch.device("cpu"))

@@ -128,12 +128,8 @@ def test_tokens_that_stand_for_themselves_are_whole() -> None:
     tokens = tokenizer.convert_ids_to_tokens(tokenizer("in<tool>an</s>")["input_ids"])
     assert tokens == ["<s>", SPACE, "in", "<tool>", SPACE, "an", "</s>"]
     assert set(tokenizer.all_special_tokens) >= {"<s>", "</s>", "<unk>"}
-    assert (
-        tokenizer.decode(
-            [*tokenizer.convert_tokens_to_ids(["<tool>", "</s>"])], skip_special_tokens=True
-        )
-        == "<tool>"
-    )
+    both = tokenizer.convert_tokens_to_ids(["<tool>", "</s>"])
+    assert tokenizer.decode(both, skip_special_tokens=True) == "<tool>"
 
 
 def trained(pattern: str | None) -> tuple[Tokenizer, dict[str, Any]]:
