@@ -71,7 +71,8 @@ def main() -> None:
         f"model.threads={options.threads}",
     ]
     picked = json.loads(PICKED.read_text(encoding="utf-8")) if PICKED.exists() else {}
-    picked[name] = {
+    section = options.texts.stem.removeprefix("handwritten").strip("_")
+    picked[f"{name}/{section}" if section else name] = {
         "command": f"python experiments/pick_text.py {options.recipe} {options.texts} "
         f"--queries {options.queries}",
         "texts": rewards_of(options.recipe, texts, overrides),

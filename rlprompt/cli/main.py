@@ -31,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 model_app = typer.Typer(
-    help="Fetch and list the embedded models.",
+    help="Fetch, convert and list models.",
     context_settings=CONTEXT,
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -456,9 +456,31 @@ def model_fetch(
     fetch_model(name, verbose=verbose)
 
 
+@model_app.command("convert")
+def model_convert(
+    file: str = typer.Argument(
+        ..., metavar="FILE.gguf", help="A Llama, Qwen2 or Gemma 3 model, quantised or not."
+    ),
+    name: str = typer.Argument(..., metavar="NAME", help="What model.path will call it."),
+    dtype: str = typer.Option(
+        "bfloat16", "--dtype", metavar="TYPE", help="What weights are stored in, or float32."
+    ),
+    force: bool = typer.Option(False, "--force", help="Replace a converted model of that name."),
+    verbose: bool = VERBOSE,
+) -> None:
+    """Convert a GGUF file to a model of the cache; says where it is.
+
+    Weights are dequantised, and config, tokenizer and chat template are made of what the file
+    says; the result is loaded and tried before it gets its name.
+    """
+    from rlprompt.cli.commands.model import convert_model
+
+    convert_model(file, name, dtype, force=force, verbose=verbose)
+
+
 @model_app.command("list")
 def model_list(as_json: bool = _JSON) -> None:
-    """List the embedded models."""
+    """List the embedded models, and those that were converted here."""
     from rlprompt.cli.commands.model import show_models
 
     show_models(as_json=as_json)

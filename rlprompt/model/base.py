@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from rlprompt.errors import InputError
 from rlprompt.model.chat.render import start as start_rendering
 from rlprompt.model.device import choose_device, choose_dtype
+from rlprompt.model.files.converted import is_converted, read_manifest
 from rlprompt.model.files.fetch import EMBEDDED
 from rlprompt.model.files.folder import Source, check_folder, locate
 from rlprompt.model.fingerprint import weight_digests
@@ -34,8 +35,8 @@ class ModelSettings(Settings):
     """Which base to load, and where and how precisely it runs."""
 
     path: str = "smollm2-135m"
-    """An embedded model (`rlprompt model list`), a local folder (write ./name for one that is named
-    like an embedded model), or a hub id `org/name`."""
+    """A model of the cache, embedded or converted (`rlprompt model list`), a local folder (write
+    ./name for one that is named like a model of the cache), or a hub id `org/name`."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; none = its main branch."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -67,7 +68,7 @@ class FrozenBase:
     """In eval mode; no parameter wants a gradient."""
     tokenizer: PreTrainedTokenizerBase
     id: str
-    """The embedded name, `org/name[@revision]`, or the absolute path of the folder."""
+    """A name of the cache, `org/name[@revision]`, or the absolute path of the folder."""
     fingerprint: str
     """Names the weights in any dtype; see `rlprompt.model.fingerprint`."""
     dtype: torch.dtype
@@ -173,7 +174,7 @@ def load_base(settings: ModelSettings, sharding: ShardSettings | None = None) ->
         model, shards = read_sharded_model(source.folder, config, dtype, sharding)
         base = replace(freeze(model, tokenizer, source.id), shards=shards, device=device)
     base = replace(base, cpu_kernels=settings.cpu_kernels)
-    _check_embedded(source, base)
+    _check_known(source, base)
     logger.info("base %s: %s on %s, fingerprint %s", base.id, dtype, device, base.fingerprint[:12])
     return base
 
@@ -237,16 +238,22 @@ def _move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return model
 
 
-def _check_embedded(source: Source, base: FrozenBase) -> None:
-    """Refuses a cached copy whose weights are not those that were pinned when it was added."""
-    model = EMBEDDED.get(source.id)
-    if model is None or base.dtype == torch.float16:
+def _check_known(source: Source, base: FrozenBase) -> None:
+    """Refuses a cached copy whose weights are not those that it was made with."""
+    embedded = EMBEDDED.get(source.id)
+    manifest = read_manifest(source.id) if is_converted(source.id) else None
+    if (embedded is None and manifest is None) or base.dtype == torch.float16:
         return
-    if base.fingerprint != model.fingerprint:
+    expected = embedded.fingerprint if embedded is not None else (manifest or {})["fingerprint"]
+    if base.fingerprint != expected:
+        again = (
+            f"delete that folder and run `rlprompt model fetch {source.id}`"
+            if embedded is not None
+            else "convert the model again with --force"
+        )
         raise InputError(
             f"The cached weights in {source.folder} are damaged (fingerprint "
-            f"{base.fingerprint[:12]}, expected {model.fingerprint[:12]}): delete that folder and "
-            f"run `rlprompt model fetch {source.id}`."
+            f"{base.fingerprint[:12]}, expected {expected[:12]}): {again}."
         )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlprompt.model.files.converted import is_converted
 from rlprompt.model.files.fetch import EMBEDDED
 from rlprompt.user_code import is_path
 
@@ -121,7 +122,7 @@ def _found(text: str, base_dir: Path) -> str:
 
 
 def _folder(text: str, base_dir: Path) -> str:
-    if text in EMBEDDED:  # such a name is no folder, whatever lies here
+    if text in EMBEDDED or is_converted(text):  # such a name is no folder, whatever lies here
         return text
     found = _found(text, base_dir)
     return found if found == text or Path(found).is_dir() else text

@@ -122,6 +122,7 @@ def test_commands_and_options_are_those_of_the_design() -> None:
             "--verbose",
         ],
         "eval": ["arguments", "--recipe", "--set", "--output", "--force", "--verbose"],
+        "model convert": ["file", "name", "--dtype", "--force", "--verbose"],
         "model fetch": ["name", "--verbose"],
         "model list": ["--json"],
         "reward check": ["path", "--option", "--column", "--pairs", "--timeout"],

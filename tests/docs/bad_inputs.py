@@ -16,9 +16,11 @@ from safetensors.torch import save_file
 from tests.cli.runs import with_changes, write_recipe
 from tests.docs.bad_classes import OWN
 from tests.docs.bad_registry import REGISTRY
+from tests.fixtures.gguf_bytes import line, pair, text, whole
 from tests.fixtures.tiny import tiny_model, tiny_tokenizer
 
 TRAIN = ("train", "recipe.yaml")
+MAMBA = pair("general.architecture", 8, text("mamba"))
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class Project:
         """Write a file."""
         (self.folder / name).write_text(text)
         return TRAIN
+
+    def gguf(self, content: bytes, name: str = "mine") -> Sequence[str]:
+        """Write a GGUF file, and convert it."""
+        (self.folder / "mine.gguf").write_bytes(content)
+        return ("model", "convert", "mine.gguf", name)
 
     def pairs(self, text: str) -> Sequence[str]:
         """Write a file of compared answers, and check the reward on them."""
@@ -373,6 +380,16 @@ MODELS = [
     ("a template whose loops never end", _endless_template),
     ("an adapter beside the model", _stray_adapter),
     ("an embedded model with a typo", lambda p: ("model", "fetch", "smollm-135m")),
+    ("a GGUF file that is none", lambda p: p.gguf(b"<!DOCTYPE html>")),
+    ("a GGUF file that is cut short", lambda p: p.gguf(whole(counts=(200, 20)))),
+    (
+        "a GGUF file whose tensors overlap",
+        lambda p: p.gguf(whole((), (line(), line("b")))),
+    ),
+    ("a GGUF file of another architecture", lambda p: p.gguf(whole((MAMBA,)))),
+    ("a GGUF file that is not there", lambda p: ("model", "convert", "mine.gguf", "mine")),
+    ("a converted model named as an embedded one", lambda p: p.gguf(whole(), "smollm2-135m")),
+    ("a converted model with a path as its name", lambda p: p.gguf(whole(), "../mine")),
 ]
 REWARDS = [
     ("a file that is not there", lambda p: p.recipe(rewards=[{"path": "rewards.py:reward"}])),

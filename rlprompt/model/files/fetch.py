@@ -15,7 +15,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +41,10 @@ class ModelRow:
     name: str
     description: str
     licence: str
-    download_bytes: int
+    download_bytes: int | None
+    """None = it was converted here."""
     fetched: bool
+    """Whether a whole copy is in the cache."""
     folder: Path
     """Where it is, or would be."""
 
@@ -132,7 +134,7 @@ def fetch(name: str, *, progress: Progress | None = None) -> Path:
     say = progress or logger.info
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(target.parent / f".{name}.lock", say):
+        with lock(target.parent / f".{name}.lock", say):
             damage = _damage(model)  # another process may have made it meanwhile
             if damage is not None:
                 if target.exists():
@@ -167,6 +169,16 @@ def _damage(model: EmbeddedModel) -> str | None:
         return "its manifest is damaged"
     if made_from != model.fingerprint:
         return "another version of rlprompt made it"
+    return missing_file(folder, sizes)
+
+
+def missing_file(folder: Path, sizes: Mapping[str, int]) -> str | None:
+    """What a folder lacks of what its manifest lists, or None.
+
+    Args:
+        folder: folder of the model.
+        sizes: sizes of the files in bytes, by name.
+    """
     for file_name, size in sizes.items():
         file = folder / file_name
         if not file.is_file():
@@ -177,13 +189,18 @@ def _damage(model: EmbeddedModel) -> str | None:
 
 
 @contextmanager
-def _lock(path: Path, say: Progress) -> Iterator[None]:
-    """Holds `path` against other processes; the system lets go of it when this one dies."""
+def lock(path: Path, say: Progress) -> Iterator[None]:
+    """Holds `path` against other processes; the system lets go of it when this one dies.
+
+    Args:
+        path: path of the lock's own file.
+        say: what is told that another process holds it.
+    """
     with path.open("w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("waiting for another process that fetches the same model")
+            say("waiting for another process that makes the same model")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -1,6 +1,6 @@
 """From what a recipe calls a model to a folder that is worth loading.
 
-A model is an embedded name, a local folder or a hub id; each ends as a local folder, so that one
+A model is a name of the cache, a local folder or a hub id; each ends as a local folder, so that one
 set of checks serves all three. The checks read file names and headers only: a wrong folder is
 refused within a second, before any weight is read.
 """
@@ -18,6 +18,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from rlprompt.errors import InputError
+from rlprompt.model.files.converted import converted_folder, is_converted, list_converted
 from rlprompt.model.files.fetch import EMBEDDED, fetch
 from rlprompt.reading import json_text
 from rlprompt.reading.files import DATA_BYTES, expanded, read_bytes, reason, require_regular
@@ -53,11 +54,15 @@ class Source:
 
     folder: Path
     id: str
-    """The embedded name, `org/name[@revision]`, or the absolute path of the folder."""
+    """A name of the cache, `org/name[@revision]`, or the absolute path of the folder."""
 
 
 def locate(path: str, revision: str | None) -> Source:
     """Finds the folder of a model, fetching it when it is an embedded name or a hub id.
+
+    Args:
+        path: path, name or hub id, as a recipe's `model.path` has it.
+        revision: branch, tag or commit of a hub id.
 
     Raises:
         InputError: If nothing has that name, it cannot be fetched, or `revision` is given for
@@ -67,6 +72,15 @@ def locate(path: str, revision: str | None) -> Source:
     if path in EMBEDDED:
         _refuse_revision(path, revision)
         return Source(fetch(path, progress=logger.info), path)
+    if is_converted(path):
+        _refuse_revision(path, revision)
+        folder = converted_folder(path)
+        if local.is_dir() and local.resolve() != folder.resolve():
+            raise InputError(
+                f"model.path is {path!r}, which is a converted model in the cache and a folder "
+                f"here: write ./{path} for the folder, or {folder} for the converted one."
+            )
+        return Source(folder, path)
     if local.is_dir():
         _refuse_revision(path, revision)
         return Source(local.resolve(), str(local.resolve()))
@@ -79,8 +93,8 @@ def locate(path: str, revision: str | None) -> Source:
         model_id = path if revision is None else f"{path}@{revision}"
         return Source(_fetch_from_hub(path, revision), model_id)
     raise InputError(
-        f"model.path is {path!r}, which is no embedded model ({', '.join(EMBEDDED)}), no folder "
-        f"and no hub id (org/name); {_suggestion(path) or 'correct it.'}"
+        f"model.path is {path!r}, which is no embedded model ({', '.join(EMBEDDED)}), no converted "
+        f"one, no folder and no hub id (org/name); {_suggestion(path) or 'correct it.'}"
     )
 
 
@@ -95,13 +109,18 @@ def _refuse_revision(path: str, revision: str | None) -> None:
 def _suggestion(path: str) -> str:
     """`did you mean ...?` with the nearest embedded name or neighbouring folder, or nothing."""
     wanted = expanded(path, "model.path")
-    names = {name: name for name in EMBEDDED}
+    names = {name: name for name in _names()}
     if wanted.parent.is_dir():
         for entry in wanted.parent.iterdir():
             if entry.is_dir():
                 names.setdefault(entry.name, str(entry))
     near = difflib.get_close_matches(wanted.name, names, n=1, cutoff=0.6)
     return f"did you mean {names[near[0]]!r}?" if near else ""
+
+
+def _names() -> list[str]:
+    """Models that can be named."""
+    return [*EMBEDDED, *(row.name for row in list_converted())]
 
 
 def _fetch_from_hub(repo: str, revision: str | None) -> Path:

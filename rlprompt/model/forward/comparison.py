@@ -4,6 +4,11 @@ A fixed tolerance is too wide for one model and too narrow for another: models d
 they carry a rounding error. So the model itself is asked: its own forward once more, from
 embeddings that are off by one rounding, says how far apart two correct forwards are.
 
+Attention is written in two ways that are both right. A fused one keeps scores in float32; the plain
+one (`eager` in transformers) rounds them to the dtype of the model, which is what rlprompt's
+attention does too. Where scores are large (Qwen2's keys have large biases) that moves results by
+more than a rounding of the embeddings, so in half precision a forward is held against both.
+
 Letters: N compared tokens, V vocabulary.
 """
 
@@ -44,16 +49,6 @@ class Probe(NamedTuple):
         return PROBE_TOKENS * 2 // 3
 
 
-class Expected(NamedTuple):
-    """What the model's own forward gives for a probe."""
-
-    probe: Probe
-    logits: Tensor
-    """[N, V]."""
-    tolerance: float
-    """Mean divergence in nats that a correct forward may have."""
-
-
 class Gap(NamedTuple):
     """How far a forward is from the model's own."""
 
@@ -68,6 +63,24 @@ class Gap(NamedTuple):
     def is_fine(self) -> bool:
         """Whether rounding explains it; false where something is not finite."""
         return self.divergence <= self.tolerance
+
+
+class Expected(NamedTuple):
+    """What the model's own forward gives for a probe."""
+
+    probe: Probe
+    logits: Tensor
+    """[N, V]."""
+    tolerance: float
+    """Mean divergence in nats that a correct forward may have."""
+    rounded_scores: Tensor | None = None
+    """[N, V] with attention scores rounded to the model's dtype; None = not another forward."""
+
+    def gap(self, ours: Tensor) -> Gap:
+        """How far logits [N, V] are from the nearer of the model's own forwards."""
+        each = [self.logits] if self.rounded_scores is None else [self.logits, self.rounded_scores]
+        gaps = [gap(own, ours, self.tolerance) for own in each]
+        return next((found for found in gaps if found.is_fine), gaps[0])
 
 
 def probes(vocab_size: int, window: int | None, device: torch.device) -> list[Probe]:

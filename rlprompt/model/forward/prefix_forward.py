@@ -31,7 +31,6 @@ from rlprompt.model.forward.comparison import (
     Expected,
     Gap,
     Probe,
-    gap,
     probes,
     roughened,
     tolerance,
@@ -160,8 +159,21 @@ class PrefixForward:
             if number == 0 and self.base.shards is None:
                 # The whole model once, for what it does before and behind its layers.
                 own = self._own_logits(probe, None)
-            found.append(Expected(probe, own, passes))
+            found.append(Expected(probe, own, passes, self._rounded_scores(probe)))
         return found
+
+    def _rounded_scores(self, probe: Probe) -> Tensor | None:
+        """[N, V] by the model's plain attention, where that differs from the one it has."""
+        model = self.base.model
+        before = model.config._attn_implementation
+        half = self.dtype in (torch.float16, torch.bfloat16)
+        if not half or self.base.shards is not None or before == "eager":
+            return None
+        model.set_attn_implementation("eager")
+        try:
+            return self._own_logits(probe, self.embed(probe.token_ids))
+        finally:
+            model.set_attn_implementation(before)
 
     def _own_logits(self, probe: Probe, embeddings: Tensor | None) -> Tensor:
         """[N, V] of the compared tokens, by the model's own forward.
@@ -183,7 +195,7 @@ class PrefixForward:
     def _differs(self, expected: Sequence[Expected]) -> Gap | None:
         """The first gap that rounding does not explain; None = there is none."""
         for each in expected:
-            found = gap(each.logits, self._our_logits(each.probe), each.tolerance)
+            found = each.gap(self._our_logits(each.probe))
             if not found.is_fine:
                 return found
         return None

@@ -15,6 +15,7 @@ from rlprompt.model.base import FrozenBase, ModelSettings, freeze, load_base
 from rlprompt.model.forward import prefix_forward
 from rlprompt.model.forward.comparison import (
     PROBE_TOKENS,
+    Expected,
     gap,
     probes,
     roughened,
@@ -126,3 +127,39 @@ def test_the_tolerance_is_three_times_what_rounding_does() -> None:
     assert gap(own, three).divergence == pytest.approx(9 * rounding.divergence, rel=0.2)
     wrong = gap(own, own * float("nan"), 1.0)
     assert not wrong.is_fine
+
+
+def large_scores(dtype: torch.dtype) -> FrozenBase:
+    """A base whose keys and queries have large biases, as those of Qwen2.5 do."""
+    model = tiny_model("qwen2", dtype)
+    with torch.no_grad():
+        for number, layer in enumerate(model.model.layers):
+            generator = torch.Generator().manual_seed(number)
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+                noise = torch.randn(projection.bias.shape, generator=generator)
+                projection.bias.add_((20.0 * noise).to(dtype))
+    return freeze(model, tiny_tokenizer(), "tiny-qwen2")
+
+
+def test_a_base_with_large_scores_is_taken_and_its_attention_put_back() -> None:
+    forward = PrefixForward(large_scores(torch.bfloat16))
+    assert forward.base.model.config._attn_implementation == "rlprompt"
+
+
+def test_a_forward_may_be_near_to_either_of_the_models_own() -> None:
+    generator = torch.Generator().manual_seed(0)
+    fused, plain, other = (torch.randn(16, 50, generator=generator) for _ in range(3))
+    (probe,) = probes(50, None, torch.device("cpu"))
+    both = Expected(probe, fused, 1e-3, plain)
+    assert both.gap(fused).is_fine and both.gap(plain).is_fine
+    assert not both.gap(other).is_fine and not both.gap((fused + plain) / 2).is_fine
+    assert both.gap(other) == gap(fused, other, 1e-3)  # what an error tells of
+    assert not Expected(probe, fused, 1e-3).gap(plain).is_fine
+
+
+def test_positions_off_by_one_are_noticed_under_large_scores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(prefix_forward, "build_tree", shifted)
+    with pytest.raises(InputError, match="log-probabilities differ"):
+        PrefixForward(large_scores(torch.bfloat16))

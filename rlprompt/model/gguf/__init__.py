@@ -1,0 +1,1 @@
+"""GGUF files of common families, made into folders that transformers reads."""
