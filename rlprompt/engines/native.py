@@ -63,7 +63,8 @@ class NativeSettings(EngineSettings):
     (Llama-shaped, bfloat16 on a CPU; `model.cpu_kernels`); false = by the base's own modules. The
     results are the same bits."""
     max_rows: int = Field(default=256, ge=1, le=65536)
-    """Most completions decoded at once; more are decoded in turns. Bounds the cache's memory."""
+    """Most completions decoded at once, those under all candidates of a search together; more are
+    decoded in turns. Bounds the cache's memory."""
     reuse_mib: int = Field(default=128, ge=0, le=2**20)
     """Memory for products of a rollout that the update need not compute again, in MiB: where the
     C++ kernels multiply, for the first update under the prompt that was sampled under (IA3 is
