@@ -26,6 +26,7 @@ from rlprompt.errors import InputError
 from rlprompt.policy import Policy, TokenScores
 from rlprompt.prompts.base import (
     Conditioner,
+    EmbeddedPrompt,
     Loader,
     Prompt,
     PromptSettings,
@@ -49,6 +50,7 @@ __all__ = [
     "Candidate",
     "Completion",
     "Conditioner",
+    "EmbeddedPrompt",
     "Engine",
     "EngineSettings",
     "Generation",

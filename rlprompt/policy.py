@@ -10,7 +10,7 @@ H_kv key/value heads, D head dim, d model width. Masks: True = the position coun
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ from rlprompt.model.forward.adapter_hooks import linear_shapes
 from rlprompt.model.forward.prefix_forward import PrefixForward
 from rlprompt.model.forward.tree import TokenTree, TreeContext, build_tree
 from rlprompt.model.sharded.shards import ShardSettings
-from rlprompt.prompts.base import Prompt
+from rlprompt.prompts.base import EmbeddedPrompt, Prompt
 from rlprompt.types import (
     Adapter,
     Completion,
@@ -36,6 +36,9 @@ from rlprompt.types import (
     PrefixKV,
     Query,
 )
+
+PREFILLED_AT_ONCE = 4096
+"""Tokens of prompts that one forward reads, padding to the longest of them counted."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,27 @@ class SharedPrefix:
         ]
         if pairs:  # a rank may have had nothing to do
             torch.autograd.backward([m for m, _ in pairs], [g for _, g in pairs])
+
+
+def _only_reads(prompt: EmbeddedPrompt) -> bool:
+    """Whether its prefix is what its embeddings give: a class derived from it may make another."""
+    return getattr(prompt.prefix, "__func__", None) is EmbeddedPrompt.prefix
+
+
+def _packs(lengths: Mapping[int, int]) -> Iterator[list[int]]:
+    """Prompts that are prefilled at once, those of similar length together.
+
+    Args:
+        lengths: the number of tokens of each; one without tokens is in no pack.
+    """
+    pack: list[int] = []
+    for place in sorted((p for p, n in lengths.items() if n), key=lambda p: lengths[p]):
+        if pack and (len(pack) + 1) * lengths[place] > PREFILLED_AT_ONCE:
+            yield pack
+            pack = []
+        pack.append(place)
+    if pack:
+        yield pack
 
 
 def _leaf(made: Tensor) -> Tensor:
@@ -242,6 +266,34 @@ class Policy:
         """
         return (prompt or self.prompt).prefix(self)
 
+    @torch.no_grad()
+    def prefixes(self, prompts: Sequence[Prompt]) -> list[PrefixKV]:
+        """Keys and values under each of several prompts, without gradients.
+
+        Prompts that are input embeddings (`EmbeddedPrompt`) are prefilled together, as many at once
+        as `PREFILLED_AT_ONCE` allows; others one after the other.
+
+        Args:
+            prompts: the prompts, of any kinds and lengths.
+
+        Returns:
+            One prefix per prompt, in order.
+        """
+        embedded = {
+            place: prompt.input_embeddings(self)
+            for place, prompt in enumerate(prompts)
+            if isinstance(prompt, EmbeddedPrompt) and _only_reads(prompt)
+        }
+        made: dict[int, PrefixKV] = {}
+        for places in _packs({place: len(each) for place, each in embedded.items()}):
+            if len(places) > 1:
+                together = self.forward.prefill_each([embedded[place] for place in places])
+                made |= zip(places, together, strict=True)
+        return [
+            made[place] if place in made else self.prefix(prompt)
+            for place, prompt in enumerate(prompts)
+        ]
+
     def shared_prefix(self) -> SharedPrefix:
         """The policy's own prefix for micro-batches; `finish_prefix` ends with it."""
         # Under shards no graph may be pending while others run: hooks count one run at a time.
@@ -290,18 +342,37 @@ class Policy:
         Raises:
             InputError: a conversation is longer than the base's positions.
         """
-        ids = [self.query_ids(query, prompt) for query in queries]
         rows = [[list(c.token_ids) for c in group] for group in completions]
-        for query, tokens, group in zip(queries, ids, rows, strict=True):
-            longest = prefix.num_tokens + len(tokens) + max((len(r) for r in group), default=room)
-            if longest > self.forward.max_positions:
-                where = query.place or f"query {query.index}"
-                raise InputError(
-                    f"{where} needs {longest} positions with prompt and completion, "
-                    f"{self.base.id} has {self.forward.max_positions}; shorten the query or "
-                    "max_tokens"
-                )
+        ids = [
+            self.fitting_query_ids(query, prefix, prompt, max(map(len, group), default=room))
+            for query, group in zip(queries, rows, strict=True)
+        ]
         return build_tree(ids, rows, prefix.num_tokens, self.device)
+
+    def fitting_query_ids(
+        self, query: Query, prefix: PrefixKV, prompt: Prompt | None = None, room: int = 0
+    ) -> list[int]:
+        """The tokens between the prompt and the completion, where there is room for all.
+
+        Args:
+            query: the query.
+            prefix: the prefix of the prompt.
+            prompt: the policy's own prompt when None.
+            room: positions of the completion.
+
+        Raises:
+            InputError: the conversation is longer than the base's positions.
+        """
+        ids = self.query_ids(query, prompt)
+        longest = prefix.num_tokens + len(ids) + room
+        if longest > self.forward.max_positions:
+            where = query.place or f"query {query.index}"
+            raise InputError(
+                f"{where} needs {longest} positions with prompt and completion, "
+                f"{self.base.id} has {self.forward.max_positions}; shorten the query or "
+                "max_tokens"
+            )
+        return ids
 
     def hidden(
         self, tree: TokenTree, prefix: PrefixKV, products: ProductRows | None = None

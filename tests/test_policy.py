@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
+from torch import Tensor
 
 from rlprompt.errors import InputError
 from rlprompt.model.chat.slot import ChatSlot
+from rlprompt.model.forward.prefix_forward import PrefixForward
 from rlprompt.policy import Policy, SharedPrefix
 from rlprompt.prompts.text import NonePrompt, TextPrompt
+from rlprompt.types import PrefixKV
+from tests.fixtures.prompts import KINDS, make
 from tests.fixtures.tiny import IM_END_ID, TOKENIZER_SIZE, tiny_base
 from tests.invariants.oracle import (
     QUERIES,
@@ -118,3 +124,44 @@ def test_the_longest_conversation_that_fits_is_taken() -> None:
     policy.tree(QUERIES[:1], [[]], prefix, prompt, room=512 - used)
     with pytest.raises(InputError, match="513 positions"):
         policy.tree(QUERIES[:1], [[]], prefix, prompt, room=513 - used)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_prefixes_of_several_prompts_are_those_of_each(dtype: torch.dtype) -> None:
+    policy = policy_of("llama", dtype)
+    prompts = [
+        *(make(name, policy, noise=0.3, seed=i) for i, name in enumerate(KINDS)),
+        NonePrompt(),
+        TextPrompt("a"),
+    ]
+    made = policy.prefixes(prompts)
+    assert len(made) == len(prompts)
+    for ours, prompt in zip(made, prompts, strict=True):
+        theirs = policy.prefix(prompt)
+        assert ours.num_tokens == theirs.num_tokens
+        assert ours.adapter is theirs.adapter
+        pairs = zip([*ours.keys, *ours.values], [*theirs.keys, *theirs.values], strict=True)
+        for one, other in pairs:
+            assert not one.requires_grad
+            assert one.dtype == other.dtype
+            near = 1e-9 if dtype == torch.float64 else 0.0 if policy.forward.cpp else 0.1
+            torch.testing.assert_close(one, other.detach(), rtol=0.0, atol=near)
+
+
+def test_prompts_are_prefilled_in_packs_of_similar_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = policy_of("llama", torch.float64)
+    texts = [TextPrompt(text) for text in ("a", TEXT, "b", "c", f"{TEXT} {TEXT}", TEXT)]
+    lengths = [policy.prefix_length(each) for each in texts]
+    packs: list[list[int]] = []
+    together = PrefixForward.prefill_each
+
+    def counted(self: PrefixForward, embeddings: Sequence[Tensor]) -> list[PrefixKV]:
+        packs.append([len(each) for each in embeddings])
+        return together(self, embeddings)
+
+    monkeypatch.setattr(PrefixForward, "prefill_each", counted)
+    monkeypatch.setattr("rlprompt.policy.PREFILLED_AT_ONCE", 3 * lengths[0])
+    made = policy.prefixes(texts)
+    assert [each.num_tokens for each in made] == lengths
+    assert packs == [[lengths[0]] * 3]  # the others would each be alone
+    assert policy.prefixes([]) == []

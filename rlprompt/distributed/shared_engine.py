@@ -1,4 +1,7 @@
-"""One engine per rank: each query is completed on one, and every rank gets all completions."""
+"""One engine per rank: each query is completed on one, and every rank gets all completions.
+
+Where there are several prompts, each prompt is drawn under on one rank.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from rlprompt.distributed.ranks import Ranks
-from rlprompt.engines.base import Engine, Generation
+from rlprompt.engines.base import Engine, Generation, require_prompts
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.prompts.base import Prompt
 from rlprompt.types import Completion, Group, Query
@@ -92,3 +95,40 @@ class SharedEngine(Engine):
             drawn = [each for part in parts for each in part]
         groups = (Group(query, each) for query, each in zip(queries, drawn, strict=True))
         return Generation(tuple(groups), own.products)
+
+    def generate_each(
+        self,
+        prompts: Sequence[Prompt],
+        queries: Sequence[Query],
+        num_completions: int,
+        sampling: SamplingSettings,
+        seed: int,
+    ) -> list[Generation]:
+        """Draw under several prompts; see `Engine.generate_each`.
+
+        Each rank draws under some of the prompts, all of them in one batch where its engine can.
+        With fewer prompts than ranks, one prompt comes after the other, and queries are divided.
+
+        Raises:
+            InputError: there is no prompt, or raised by any rank's engine.
+            RankLostError: another rank has ended or hangs.
+        """
+        require_prompts(prompts)
+        if not self._together and len(prompts) < self._ranks.size:
+            return super().generate_each(prompts, queries, num_completions, sampling, seed)
+        mine = slice(0, len(prompts)) if self._together else self._ranks.share(len(prompts))
+
+        def draw() -> list[list[tuple[Completion, ...]]]:
+            drawn = self._engine.generate_each(
+                prompts[mine], queries, num_completions, sampling, seed
+            )
+            return [[group.completions for group in each.groups] for each in drawn]
+
+        with self._around():
+            parts = self._ranks.each(draw, "the rollout")
+        self._engine.sync(prompts[-1])
+        drawn = parts[0] if self._together else [each for part in parts for each in part]
+        return [
+            Generation(tuple(Group(q, own) for q, own in zip(queries, each, strict=True)))
+            for each in drawn
+        ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from rlprompt.engines.sampling import SamplingSettings
+from rlprompt.errors import InputError
 from rlprompt.model.cpu.rollout_products import RolloutProducts
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
@@ -125,10 +126,24 @@ class Engine(ABC):
             One generation per prompt, in order.
 
         Raises:
-            InputError: see `sync` and `generate`.
+            InputError: there is no prompt, or see `sync` and `generate`.
         """
+        require_prompts(prompts)
         drawn = []
         for prompt in prompts:
             self.sync(prompt)
             drawn.append(self.generate(queries, num_completions, sampling, seed))
         return drawn
+
+
+def require_prompts(prompts: Sequence[Prompt]) -> None:
+    """Refuse to draw under no prompt.
+
+    Args:
+        prompts: the prompts that `Engine.generate_each` is given.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not prompts:
+        raise InputError("engine.generate_each has no prompt to draw under; give one at least")

@@ -11,11 +11,18 @@ them (`rlprompt.kernels.cpu.cache_layout`), so that a step moves nothing. Where 
 whole blocks of columns that the rows of a group share stand in one row of the group only, its
 leader: the memory of the others is never touched there.
 
+Where rows are decoded under several prompts at once, what stands above of a query is said of a
+prefix with its query, and the prefix that all rows share has no columns.
+
 Letters: B rows, G groups, L layers, H heads, H_kv key/value heads, P prefix tokens, Q padded query
 length, S columns, D head dim.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from itertools import chain
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,7 +34,6 @@ from rlprompt.kernels.dispatch import fused_decode, uses_triton
 from rlprompt.kernels.operands import KeyValue, Packed, Scoring, Spans
 from rlprompt.kernels.reference import mask_bias
 from rlprompt.model.forward.attention import LayerCall
-from rlprompt.model.forward.tree import TokenTree, TreeContext
 from rlprompt.types import PrefixKV
 
 _BLOCK, _CPP_BLOCK = 32, 128
@@ -35,22 +41,43 @@ _BLOCK, _CPP_BLOCK = 32, 128
 neither read nor clear columns before they are written, so that larger blocks cost them nothing."""
 
 
+class Prefilled(Protocol):
+    """What a prefill leaves: keys and values of G queries, or of prefixes with their queries."""
+
+    @property
+    def mask(self) -> Tensor:
+        """Their tokens, bool [G, Q], right-padded."""
+        ...
+
+    @property
+    def query_keys(self) -> Iterable[Tensor]:
+        """Each layer's keys, [G, H_kv, Q, D], right-padded."""
+        ...
+
+    @property
+    def query_values(self) -> Iterable[Tensor]:
+        """Each layer's values, as `query_keys`."""
+        ...
+
+    @property
+    def cpp_layers(self) -> Collection[int]:
+        """Layers whose attention runs in the C++ kernels."""
+        ...
+
+
 class DecodeCache:
     """Keys and values of B rows in one block of memory, and which columns each row sees."""
 
-    def __init__(
-        self, tree: TokenTree, context: TreeContext, prefix: PrefixKV, copies: int, max_tokens: int
-    ) -> None:
+    def __init__(self, context: Prefilled, prefix: PrefixKV, copies: int, max_tokens: int) -> None:
         """Lay out prefix and queries for `copies` rows per group.
 
         Args:
-            tree: the prefilled queries.
             context: the prefill's context, which has kept query keys and values.
-            prefix: the shared prefix.
+            prefix: the prefix of all rows; one of no tokens where each query has its own before it.
             copies: completions per group.
             max_tokens: tokens of the longest completion.
         """
-        mask = tree.queries.mask
+        mask = context.mask
         groups, width = mask.shape
         self.prefix_tokens = prefix.num_tokens
         self.column = self.prefix_tokens + width
@@ -61,7 +88,7 @@ class DecodeCache:
         self._group = group
         self._shared = self.column
         self._most_columns = self.column + max_tokens
-        like = context.query_keys[0]
+        like = next(iter(context.query_keys))
         kv_heads, _, dim = prefix.keys[0].shape
         layers = len(prefix.keys)
         self._cpp_layers = frozenset(context.cpp_layers)
@@ -74,7 +101,7 @@ class DecodeCache:
             self._led = int(self.column - padding.max()) // LANES * LANES
         self._data = self._room(like, 2 * layers, self._rows, kv_heads, dim)
         fronts = [*prefix.keys, *prefix.values]
-        backs = [*context.query_keys, *context.query_values]
+        backs = chain(context.query_keys, context.query_values)
         to_the_right = _right_aligned(mask)[:, None, :, None].expand(-1, kv_heads, -1, dim)
         for part, (front, back) in enumerate(zip(fronts, backs, strict=True)):
             for_cpp = part % layers in self._cpp_layers

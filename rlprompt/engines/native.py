@@ -1,27 +1,29 @@
 """The native engine: decoding on the policy's own base, without a second copy of anything.
 
-A query is prefilled once per group under the prompt's prefix. Every row then owns a slice of a
+A query is prefilled once per group under its prompt's prefix. Every row then owns a slice of a
 cache, written once with prefix and query and then one column per token. Rows that have finished are
-dropped: the last rows move into their places and the batch narrows.
+dropped: the last rows move into their places and the batch narrows. Rows of one batch may stand
+under different prompts, where these are keys and values alone: a step does not know.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlprompt.engines.base import Engine, EngineSettings, Generation
+from rlprompt.engines.base import Engine, EngineSettings, Generation, require_prompts
 from rlprompt.engines.cache import DecodeCache, DecodeContext
 from rlprompt.engines.decode_cpp import CppDecoder, agrees, cpp_decoder
 from rlprompt.engines.sampling import Drawer, SamplingSettings
 from rlprompt.errors import InputError
 from rlprompt.model.cpu.rollout_products import ProductStore, ProductWriter, StepProducts
+from rlprompt.model.forward.forest import ForestContext, build_forest
 from rlprompt.model.forward.prefix_forward import PrefixForward
 from rlprompt.model.forward.tree import TreeContext
 from rlprompt.policy import Policy
@@ -61,7 +63,8 @@ class NativeSettings(EngineSettings):
     (Llama-shaped, bfloat16 on a CPU; `model.cpu_kernels`); false = by the base's own modules. The
     results are the same bits."""
     max_rows: int = Field(default=256, ge=1, le=65536)
-    """Most completions decoded at once; more are decoded in turns. Bounds the cache's memory."""
+    """Most completions decoded at once, those under all candidates of a search together; more are
+    decoded in turns. Bounds the cache's memory."""
     reuse_mib: int = Field(default=128, ge=0, le=2**20)
     """Memory for products of a rollout that the update need not compute again, in MiB: where the
     C++ kernels multiply, for the first update under the prompt that was sampled under (IA3 is
@@ -82,8 +85,7 @@ class NativeEngine(Engine):
         self._plain: Decoder | None = None
         self._adapted: _AdaptedDecoder | None = None
         self._proven = False
-        self._prompt: Prompt | None = None
-        self._prefix: PrefixKV | None = None
+        self._synced: _Under | None = None
 
     def supports(self, prompt: Prompt) -> bool:
         """True: whatever makes a prefix can be decoded under."""
@@ -92,8 +94,7 @@ class NativeEngine(Engine):
     def sync(self, prompt: Prompt) -> None:
         """Prefill the prompt; its prefix is used until the next sync."""
         with self._without_graph():
-            self._prefix = self.policy.prefix(prompt).snapshot()
-        self._prompt = prompt
+            self._synced = _Under(prompt, self.policy.prefix(prompt).snapshot())
 
     def _without_graph(self) -> AbstractContextManager[object]:
         # What is gathered in inference mode could not be trained through afterwards.
@@ -116,10 +117,62 @@ class NativeEngine(Engine):
             InputError: no prompt is synced, a stop token does not exist, or a query with prompt and
                 completion is longer than the base's positions.
         """
-        prefix = self._checked_prefix(sampling)
+        under = self._checked(sampling)
         uniform = _uniform(first, len(queries), num_completions, sampling.max_tokens, seed)
-        with self._without_graph(), self.policy.forward.adapted(prefix.adapter):
-            return self._drawn(queries, uniform, self._loop(sampling, progress), keep_products)
+        tasks = [_Task(under, query) for query in queries]
+        with self._without_graph():
+            return self._drawn(tasks, uniform, self._loop(sampling, progress), keep_products)
+
+    def generate_each(
+        self,
+        prompts: Sequence[Prompt],
+        queries: Sequence[Query],
+        num_completions: int,
+        sampling: SamplingSettings,
+        seed: int,
+    ) -> list[Generation]:
+        """Draw under several prompts at once; see `Engine.generate_each`.
+
+        As many prompts as `max_rows` has room for are one batch, prefill included. Each prompt with
+        an adapter is drawn under alone, since an adapter is on for all rows.
+
+        Raises:
+            InputError: there is no prompt, or see `generate`.
+        """
+        require_prompts(prompts)
+        self._check_stop_ids(sampling)
+        uniform = _uniform(0, len(queries), num_completions, sampling.max_tokens, seed)
+        loop = self._loop(sampling, None)
+        at_once = max(1, self.settings.max_rows // max(1, len(queries) * num_completions))
+        drawn: list[Generation] = []
+        with self._without_graph():
+            for first in range(0, len(prompts), at_once):
+                turn = prompts[first : first + at_once]
+                prefixes = self.policy.prefixes(turn)
+                unders = [_Under(*each) for each in zip(turn, prefixes, strict=True)]
+                drawn += self._drawn_under(unders, queries, uniform, loop)
+        self._synced = replace(unders[-1], prefix=unders[-1].prefix.snapshot())
+        return drawn
+
+    def _drawn_under(
+        self,
+        unders: Sequence[_Under],
+        queries: Sequence[Query],
+        uniform: Tensor,
+        loop: _TokenLoop,
+    ) -> list[Generation]:
+        """One generation of the same queries, by the same numbers, per prompt."""
+        plain = [under for under in unders if under.prefix.adapter is None]
+        batches = [plain, *([under] for under in unders if under.prefix.adapter is not None)]
+        found: dict[int, Generation] = {}
+        for batch in filter(None, batches):
+            tasks = [_Task(under, query) for under in batch for query in queries]
+            numbers = uniform.repeat(len(batch), 1, 1)
+            groups = self._drawn(tasks, numbers, loop, keep_products=False).groups
+            for place, under in enumerate(batch):
+                first = place * len(queries)
+                found[id(under)] = Generation(groups[first : first + len(queries)])
+        return [found[id(under)] for under in unders]
 
     def generate_one(
         self, query: Query, sampling: SamplingSettings, seed: int, heard: Callable[[int], None]
@@ -135,24 +188,28 @@ class NativeEngine(Engine):
         Raises:
             InputError: see `generate`.
         """
-        prefix = self._checked_prefix(sampling)
+        task = _Task(self._checked(sampling), query)
         uniform = _uniform(0, 1, 1, sampling.max_tokens, seed)
-        with self._without_graph(), self.policy.forward.adapted(prefix.adapter):
+        with self._without_graph():
             loop = self._loop(sampling, None, heard)
-            (group,) = self._drawn([query], uniform, loop, keep_products=False).groups
+            (group,) = self._drawn([task], uniform, loop, keep_products=False).groups
         return group.completions[0]
 
-    def _checked_prefix(self, sampling: SamplingSettings) -> PrefixKV:
-        """The synced prompt's prefix, where these settings can be drawn with."""
-        if self._prompt is None or self._prefix is None:
+    def _checked(self, sampling: SamplingSettings) -> _Under:
+        """The synced prompt, where these settings can be drawn with."""
+        if self._synced is None:
             raise InputError("the engine has no prompt; call engine.sync(prompt) before generate")
+        self._check_stop_ids(sampling)
+        return self._synced
+
+    def _check_stop_ids(self, sampling: SamplingSettings) -> None:
+        """Refuse stop tokens that do not exist."""
         unknown = [i for i in sampling.stop_token_ids if not 0 <= i < self.policy.base.vocab_size]
         if unknown:
             raise InputError(
                 f"sampling.stop_token_ids names tokens that {self.policy.base.id} does not have: "
                 f"{unknown}; take ids of its tokenizer"
             )
-        return self._prefix
 
     def _loop(
         self,
@@ -165,39 +222,73 @@ class NativeEngine(Engine):
         return _TokenLoop(drawer, stop, progress, heard)
 
     def _drawn(
-        self, queries: Sequence[Query], uniform: Tensor, loop: _TokenLoop, keep_products: bool
+        self, tasks: Sequence[_Task], uniform: Tensor, loop: _TokenLoop, keep_products: bool
     ) -> Generation:
-        """Completions by uniform numbers [queries, completions, max_tokens], turn by turn."""
-        assert self._prefix is not None
-        completions: list[list[Completion]] = [[] for _ in queries]
+        """Completions by uniform numbers [tasks, completions, max_tokens], turn by turn.
+
+        Args:
+            tasks: queries under one prompt, or under several without an adapter.
+            uniform: the numbers that tokens are drawn by.
+            loop: what draws them.
+            keep_products: whether products are kept; the tasks then have one prompt.
+        """
+        completions: list[list[Completion]] = [[] for _ in tasks]
         writer: ProductWriter | None = None
-        for place, (turn, numbers) in enumerate(_turns(uniform, self.settings.max_rows)):
-            cache, states = self._prefill(queries[turn], numbers.shape[1], loop.max_tokens)
-            decoder = self._decoder_under(self._prefix.adapter, cache)
-            if keep_products and place == 0 and decoder.store is not None:
-                most_tokens = uniform.shape[0] * uniform.shape[1] * (loop.max_tokens - 1)
-                writer = decoder.store.start(self._prefix, most_tokens)
-            rows = loop.run(decoder, cache, states, numbers.flatten(0, 1).t(), writer)
-            done = [self._completion(row, loop.stop) for row in rows]
-            if writer is not None:
-                writer.end_turn(done)
-            for i, own in enumerate(completions[turn]):
-                own += done[i * numbers.shape[1] : (i + 1) * numbers.shape[1]]
-        groups = (Group(q, tuple(own)) for q, own in zip(queries, completions, strict=True))
+        adapter = tasks[0].under.prefix.adapter if tasks else None
+        with self.policy.forward.adapted(adapter):
+            for place, (turn, numbers) in enumerate(_turns(uniform, self.settings.max_rows)):
+                cache, states = self._prefill(tasks[turn], numbers.shape[1], loop.max_tokens)
+                decoder = self._decoder_under(adapter, cache)
+                if keep_products and place == 0 and decoder.store is not None:
+                    most_tokens = uniform.shape[0] * uniform.shape[1] * (loop.max_tokens - 1)
+                    writer = decoder.store.start(tasks[0].under.prefix, most_tokens)
+                rows = loop.run(decoder, cache, states, numbers.flatten(0, 1).t(), writer)
+                done = [self._completion(row, loop.stop) for row in rows]
+                if writer is not None:
+                    writer.end_turn(done)
+                for i, own in enumerate(completions[turn]):
+                    own += done[i * numbers.shape[1] : (i + 1) * numbers.shape[1]]
+        groups = [Group(t.query, tuple(own)) for t, own in zip(tasks, completions, strict=True)]
         return Generation(tuple(groups), None if writer is None else writer.finish())
 
     def _prefill(
-        self, queries: Sequence[Query], copies: int, max_tokens: int
+        self, tasks: Sequence[_Task], copies: int, max_tokens: int
     ) -> tuple[DecodeCache, Tensor]:
-        """A cache of `copies` rows per query, and the states [B, d] that their first token has."""
-        prefix = self._prefix
-        assert prefix is not None
+        """A cache of `copies` rows per task, and the states [G, d] of their first tokens."""
         policy = self.policy
-        tree = policy.tree(queries, [[] for _ in queries], prefix, self._prompt, max_tokens)
+        unders = list({id(task.under): task.under for task in tasks}.values())
+        if len(unders) > 1:
+            return self._prefill_forest(unders, tasks, copies, max_tokens)
+        prompt, prefix = unders[0].prompt, unders[0].prefix
+        queries = [task.query for task in tasks]
+        tree = policy.tree(queries, [[] for _ in queries], prefix, prompt, max_tokens)
         context = TreeContext(tree, prefix, keep_queries=True)
         states = policy.forward.hidden(policy.embed_ids(tree.token_ids), tree.positions, context)
         last = torch.cumsum(tree.queries.mask.sum(1), 0) - 1
-        return DecodeCache(tree, context, prefix, copies, max_tokens), states[last]
+        return DecodeCache(context, prefix, copies, max_tokens), states[last]
+
+    def _prefill_forest(
+        self, unders: Sequence[_Under], tasks: Sequence[_Task], copies: int, max_tokens: int
+    ) -> tuple[DecodeCache, Tensor]:
+        """The same where each task's query stands behind the prefix of its own prompt."""
+        policy = self.policy
+        prefixes = [under.prefix for under in unders]
+        places = {id(under): place for place, under in enumerate(unders)}
+        ids = [
+            policy.fitting_query_ids(query, under.prefix, under.prompt, max_tokens)
+            for under, query in tasks
+        ]
+        forest = build_forest(
+            [len(each) for each in ids],
+            policy.device,
+            [prefix.num_tokens for prefix in prefixes],
+            [places[id(task.under)] for task in tasks],
+        )
+        context = ForestContext(forest, prefixes)
+        tokens = torch.tensor([token for each in ids for token in each], device=policy.device)
+        states = policy.forward.hidden(policy.embed_ids(tokens), forest.positions, context)
+        last = forest.spans[:, 0] + forest.spans[:, 1] - 1
+        return DecodeCache(context, prefixes[0].cut(0), copies, max_tokens), states[last]
 
     def _decoder_under(self, adapter: Adapter | None, cache: DecodeCache) -> Decoder:
         """The fastest decoder that gives the bits of the base's own modules."""
@@ -282,6 +373,21 @@ class _AdaptedDecoder:
 
     adapter: Adapter
     decoder: Decoder
+
+
+@dataclass(frozen=True)
+class _Under:
+    """A prompt, and the prefix that it gave."""
+
+    prompt: Prompt
+    prefix: PrefixKV
+
+
+class _Task(NamedTuple):
+    """One query under one prompt."""
+
+    under: _Under
+    query: Query
 
 
 class _Row(NamedTuple):

@@ -1,6 +1,7 @@
 """What a prompt is: something that makes a prefix, and the little that trains.
 
-Letters: m virtual tokens, d model width, L layers, H_kv key/value heads, D head dim.
+Letters: m virtual tokens, d model width, P prefix tokens, L layers, H_kv key/value heads, D head
+dim.
 """
 
 from __future__ import annotations
@@ -264,6 +265,21 @@ class Prompt(ABC):
         """
         del base
         return {"prompt.safetensors": save(self.artifact_tensors(), {"format": "pt"})}
+
+
+class EmbeddedPrompt(Prompt):
+    """A prompt that is input embeddings: the base reads them in one forward, and that is all."""
+
+    @abstractmethod
+    def input_embeddings(self, conditioner: Conditioner) -> Tensor:
+        """Head and slot, [P, d] in the base's dtype, differentiable in `parameters()`.
+
+        A policy prefills those of several prompts together; see `Policy.prefixes`.
+        """
+
+    def prefix(self, conditioner: Conditioner) -> PrefixKV:
+        """The embeddings, prefilled in one forward; gradients reach them."""
+        return conditioner.prefill(self.input_embeddings(conditioner))
 
 
 class SlotPrompt(Prompt):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rlprompt.errors import InputError
 from rlprompt.prompts.base import (
     Conditioner,
+    EmbeddedPrompt,
     Loader,
     SavedPrompt,
     SlotPrompt,
@@ -56,7 +57,7 @@ class SoftSettings(StartSettings):
         return values
 
 
-class SoftPrompt(SlotPrompt):
+class SoftPrompt(EmbeddedPrompt, SlotPrompt):
     """Embeddings [m, d] in float32 (float64 of a float64 base)."""
 
     kind: ClassVar[str] = "soft"
@@ -136,10 +137,10 @@ class SoftPrompt(SlotPrompt):
         """The prompt of an artifact."""
         return cls(saved.tensors["embeddings"], saved.init_text)
 
-    def prefix(self, conditioner: Conditioner) -> PrefixKV:
-        """Head and embeddings, prefilled in one forward; gradients reach the embeddings."""
+    def input_embeddings(self, conditioner: Conditioner) -> Tensor:
+        """Those of the head, and the prompt's own."""
         head = conditioner.embed(list(conditioner.head_ids))
-        return conditioner.prefill(torch.cat([head, self._slot(head)]))
+        return torch.cat([head, self._slot(head)])
 
     def extend(self, conditioner: Conditioner, before: PrefixKV) -> PrefixKV:
         """The embeddings after a prefix."""

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import field_validator
+from torch import Tensor
 
 from rlprompt.errors import InputError
 from rlprompt.prompts.base import (
     Conditioner,
+    EmbeddedPrompt,
     Loader,
-    Prompt,
     PromptSettings,
     SavedPrompt,
     SlotPrompt,
@@ -41,7 +42,7 @@ class TextSettings(PromptSettings):
         return False
 
 
-class TextPrompt(SlotPrompt):
+class TextPrompt(EmbeddedPrompt, SlotPrompt):
     """A hand-written system message: fixed tokens in the slot. The baseline to beat."""
 
     kind: ClassVar[str] = "text"
@@ -75,17 +76,16 @@ class TextPrompt(SlotPrompt):
         """The prompt of an artifact."""
         return cls(saved.init_text)
 
-    def prefix(self, conditioner: Conditioner) -> PrefixKV:
-        """Head and text, prefilled in one forward."""
-        ids = [*conditioner.head_ids, *conditioner.slot_ids(self.init_text)]
-        return conditioner.prefill(conditioner.embed(ids))
+    def input_embeddings(self, conditioner: Conditioner) -> Tensor:
+        """Those of head and text."""
+        return conditioner.embed([*conditioner.head_ids, *conditioner.slot_ids(self.init_text)])
 
     def extend(self, conditioner: Conditioner, before: PrefixKV) -> PrefixKV:
         """The text after a prefix."""
         return conditioner.prefill(conditioner.embed(conditioner.slot_ids(self.init_text)), before)
 
 
-class NonePrompt(Prompt):
+class NonePrompt(EmbeddedPrompt):
     """The conversation as the template renders it without a system message, its default included.
 
     "Base" in results means the frozen model under this prompt.
@@ -112,9 +112,9 @@ class NonePrompt(Prompt):
         del saved
         return cls()
 
-    def prefix(self, conditioner: Conditioner) -> PrefixKV:
-        """Everything before the first user turn's text, prefilled."""
-        return conditioner.prefill(conditioner.embed(conditioner.none_head_ids))
+    def input_embeddings(self, conditioner: Conditioner) -> Tensor:
+        """Those of everything before the first user turn's text."""
+        return conditioner.embed(conditioner.none_head_ids)
 
     def query_ids(self, conditioner: Conditioner, messages: Sequence[Message]) -> list[int]:
         """The rest of the conversation without a system turn."""

@@ -1,7 +1,7 @@
 """One step of a search on one page: candidates, completions, scores, and what is logged.
 
     searcher.ask              candidates
-      -> engine.generate      completions of each on the same queries, drawn with the same seed
+      -> engine.generate_each completions of each on the same queries, drawn with the same seed
       -> rewards.score        all of them in one call, each candidate's query a group of its own
       -> searcher.tell        one trial per candidate
 

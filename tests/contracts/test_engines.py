@@ -111,6 +111,25 @@ def test_it_draws_under_the_prompt_it_was_synced_with_last(name: str) -> None:
     assert engine.generate(queries(3), 4, SAMPLING, seed=6).groups == one
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_several_prompts_are_drawn_under_as_one_after_the_other(name: str) -> None:
+    policy = tiny_policy("llama", torch.float64)
+    engine, again = (engine_of(name, policy) for _ in range(2))
+    prompts = [TextPrompt("the rain and the sun"), policy.prompt, NonePrompt()]
+    drawn = engine.generate_each(prompts, queries(3), 4, SAMPLING, seed=6)
+    drawn.append(engine.generate(queries(3), 4, SAMPLING, seed=6))  # the last one stays synced
+    for prompt, generation in zip([*prompts, prompts[-1]], drawn, strict=True):
+        again.sync(prompt)
+        alone = again.generate(queries(3), 4, SAMPLING, seed=6).groups
+        assert [group.query for group in generation.groups] == queries(3)
+        for group, expected in zip(generation.groups, alone, strict=True):
+            for one, other in zip(group.completions, expected.completions, strict=True):
+                assert one.token_ids == other.token_ids
+                assert one.sampling_logprobs == pytest.approx(other.sampling_logprobs, abs=1e-9)
+    with pytest.raises(InputError, match="no prompt to draw under; give one"):
+        engine.generate_each([], queries(3), 4, SAMPLING, seed=6)
+
+
 @pytest.mark.parametrize("name", ENGINES)
 def test_settings_choose_it_and_survive_being_written(name: str) -> None:
     settings: Any = ENGINES[name].Settings(type=name)

@@ -36,7 +36,7 @@ def _cache(policy: Policy, copies: int, max_tokens: int) -> DecodeCache:
         tree = policy.tree(QUERIES, [[], [], []], prefix, TextPrompt(TEXT))
         context = TreeContext(tree, prefix, keep_queries=True)
         policy.forward.hidden(policy.embed_ids(tree.token_ids), tree.positions, context)
-        return DecodeCache(tree, context, prefix, copies, max_tokens)
+        return DecodeCache(context, prefix, copies, max_tokens)
 
 
 def test_dropped_rows_leave_the_others_whole() -> None:

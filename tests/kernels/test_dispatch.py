@@ -100,7 +100,7 @@ def test_decoding_over_a_cache_is_alike() -> None:
 
     context = TreeContext(tree, prefix, keep_queries=True, fused=False)
     context.attend(call(tree.num_tokens))
-    cache = DecodeCache(tree, context, prefix, copies=2, max_tokens=4)
+    cache = DecodeCache(context, prefix, copies=2, max_tokens=4)
     for step in range(3):
         new = call(cache.num_rows)
         plain = DecodeContext(cache, fused=False).attend(new)

@@ -35,6 +35,7 @@ from rlprompt.model.forward.comparison import (
     roughened,
     tolerance,
 )
+from rlprompt.model.forward.forest import ForestContext, build_forest
 from rlprompt.model.forward.tree import TreeContext, build_tree
 from rlprompt.model.sharded.shards import gathered
 from rlprompt.types import Adapter, PrefixKV
@@ -353,6 +354,20 @@ class PrefixForward:
             self.hidden(embeddings, positions, context)
         made = context.prefix()
         return PrefixKV(made.keys, made.values, adapter)
+
+    @torch.no_grad()
+    def prefill_each(self, embeddings: Sequence[Tensor]) -> list[PrefixKV]:
+        """Keys and values of several prompts in one forward, without gradients or an adapter.
+
+        Args:
+            embeddings: [n, d] of head and slot of each prompt, n at least 1, lengths may differ.
+        """
+        lengths = [len(each) for each in embeddings]
+        forest = build_forest(lengths, self.device)
+        context = ForestContext(forest)
+        with self.adapted(None):
+            self.hidden(torch.cat(list(embeddings)), forest.positions, context)
+        return context.row_prefixes()
 
 
 class _Adapted(AbstractContextManager[None]):

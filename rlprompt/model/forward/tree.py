@@ -57,6 +57,11 @@ class PaddedRows:
         flat = padded.transpose(1, 2).reshape(-1, padded.shape[1], padded.shape[3])
         return fold(flat, self.place)
 
+    def to(self, device: torch.device) -> PaddedRows:
+        """The same on a device."""
+        tensors = (self.index, self.place, self.mask, self.positions)
+        return PaddedRows(*(tensor.to(device) for tensor in tensors))
+
 
 @dataclass(frozen=True)
 class TokenTree:
@@ -97,7 +102,7 @@ class TokenTree:
         return out.masked_scatter(self.target_mask, flat)
 
 
-def _padded_rows(lengths: Sequence[int], starts: Sequence[int]) -> PaddedRows:
+def padded_rows(lengths: Sequence[int], starts: Sequence[int]) -> PaddedRows:
     """Rows of `lengths` tokens, packed behind each other, at positions from `starts` on."""
     place = torch.arange(max(lengths))
     length = torch.tensor(lengths)
@@ -136,9 +141,9 @@ def build_tree(
     row_starts = [prefix_length + query_lengths[g] for g in row_groups]
     spans = zip(query_starts + row_starts, query_lengths + input_lengths, strict=True)
     positions = [start + i for start, length in spans for i in range(length)]
-    query_rows = _padded_rows(query_lengths, query_starts)
+    query_rows = padded_rows(query_lengths, query_starts)
     has_inputs = bool(rows) and max(input_lengths) > 0
-    row_rows = _padded_rows(input_lengths, row_starts) if has_inputs else None
+    row_rows = padded_rows(input_lengths, row_starts) if has_inputs else None
     tree = TokenTree(
         token_ids=torch.tensor(tokens),
         positions=torch.tensor(positions),
@@ -183,20 +188,12 @@ def _target_mask(lengths: list[int]) -> Tensor:
 
 
 def _to_device(tree: TokenTree, device: torch.device) -> TokenTree:
-    def move(rows: PaddedRows) -> PaddedRows:
-        return PaddedRows(
-            rows.index.to(device),
-            rows.place.to(device),
-            rows.mask.to(device),
-            rows.positions.to(device),
-        )
-
     return TokenTree(
         token_ids=tree.token_ids.to(device),
         positions=tree.positions.to(device),
         prefix_length=tree.prefix_length,
-        queries=move(tree.queries),
-        completions=move(tree.completions) if tree.completions is not None else None,
+        queries=tree.queries.to(device),
+        completions=tree.completions.to(device) if tree.completions is not None else None,
         group_of_row=tree.group_of_row.to(device),
         predictors=tree.predictors.to(device),
         targets=tree.targets.to(device),
@@ -251,6 +248,11 @@ class TreeContext:
         self.cpp_layers: set[int] = set()
         """Layers whose attention runs in the C++ kernels."""
 
+    @property
+    def mask(self) -> Tensor:
+        """The tokens of each query, bool [G, Q]."""
+        return self._tree.queries.mask
+
     def attend(self, call: LayerCall) -> Tensor:
         """Both levels of the tree, packed again: [1, H, N, D]."""
         if call.cpp:
@@ -297,7 +299,7 @@ class TreeContext:
     def _attend_cpp(self, call: LayerCall) -> Tensor:
         """The same by one kernel, which reads keys and values where they stand."""
         # Not t[0]: its backward fills a tensor with zeros and copies the gradient into it.
-        tensors = [_dense(t.squeeze(0).transpose(0, 1)) for t in (call.query, call.key, call.value)]
+        tensors = [dense(t.squeeze(0).transpose(0, 1)) for t in (call.query, call.key, call.value)]
         if self._keep_queries:
             rows = self._tree.queries
             self.cpp_layers.add(call.layer)
@@ -336,7 +338,8 @@ def tree_rows(tree: TokenTree) -> AttentionRows:
     )
 
 
-def _dense(packed: Tensor) -> Tensor:
+def dense(packed: Tensor) -> Tensor:
+    """The tensor, copied where its last dimension is strided."""
     return packed if packed.stride(-1) == 1 else packed.contiguous()
 
 
