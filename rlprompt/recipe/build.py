@@ -424,7 +424,9 @@ def _search_step(
 ) -> SearchStep:
     data = shared.data
     augment = Augmenter(recipe.augment, data.train) if recipe.augment else None
-    start = SearchStart(shared.policy.prompt, recipe.seed, shared.engine, data.train)
+    prompt = shared.policy.prompt
+    scale = prompt.scale(shared.policy)
+    start = SearchStart(prompt, recipe.seed, shared.engine, data.train, scale)
     return SearchStep(
         SearchParts(
             searcher=make_searcher(settings, start),

@@ -55,6 +55,9 @@ class SearchStart:
     policy, look inside of the base. None = outputs and scores are all there is."""
     queries: Sequence[Query] = ()
     """The training queries, for searchers that must not copy from them."""
+    scale: float = 1.0
+    """Size of an entry of the prompt's parameters that means something to the base; see
+    `Prompt.scale`."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,11 @@ class Searcher(ABC):
         Where `max_calls` leaves no completion for each of them, nothing is asked for any more.
         """
         return 1
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Numbers on where it stands, such as a step size; logged as `search/NAME`."""
+        return {}
 
     @abstractmethod
     def state(self) -> LearnerState:

@@ -256,7 +256,8 @@ class SearchStep:
 
     def _standing(self, candidates: int) -> dict[str, float]:
         """Where the search stands after a step of C candidates."""
-        return {
+        own = {f"search/{name}": value for name, value in self.parts.searcher.metrics.items()}
+        return own | {
             "search/candidates": float(candidates),
             "search/incumbent": float(self.parts.searcher.incumbent.id),
             "search/calls": float(self._lineage.completions),
