@@ -34,12 +34,18 @@ from pydantic import Field
 from torch import Tensor
 
 from rlprompt.errors import InputError
+from rlprompt.prompts.soft import SoftPrompt
 from rlprompt.runs.learner import LearnerState, named_under
 from rlprompt.search.base import Candidate, Searcher, SearchSettings, SearchStart, Trial
 from rlprompt.search.evidence import Duel, EvidenceSettings
 from rlprompt.search.fitness import candidate_scores, places, reliability
 from rlprompt.search.strategy import Strategy
-from rlprompt.search.subspace import Subspace, flat_parameters, random_directions
+from rlprompt.search.subspace import (
+    Subspace,
+    embedding_directions,
+    flat_parameters,
+    random_directions,
+)
 from rlprompt.settings import Settings
 
 
@@ -62,6 +68,10 @@ class ContinuousSettings(SearchSettings):
     sigma: float = Field(default=0.5, gt=0.0)
     """Standard deviation of the first generation: root mean square by which its prompts' entries
     differ from the start's, in units of what a learning rate is relative to."""
+    components: int | None = Field(default=None, ge=1, le=16384)
+    """Of a soft prompt: draw the directions among this many principal directions of the
+    vocabulary's embeddings, in proportion to how much tokens differ along them; null = all
+    directions alike."""
     population: int | None = Field(default=None, ge=4, le=4096)
     """Candidates of a generation, beside its mean; null = 4 + 3 ln(dim), rounded down."""
     noise: NoiseSettings | None = None
@@ -142,9 +152,8 @@ class Continuous(Searcher):
                 f"search.dim is {settings.dim}, but the prompt has only {size} numbers; choose "
                 f"{size} or less"
             )
-        directions = random_directions(settings.dim, size, given.seed)
         return cls(
-            Subspace(given.prompt, directions, given.scale),
+            Subspace(given.prompt, _directions(settings, given, size), given.scale),
             cls.make_strategy(settings, given.seed),
             settings.noise,
             settings.evidence,
@@ -276,3 +285,34 @@ class Continuous(Searcher):
             self._duel.restore(plain["duel"])
         self._steps, self._seen = int(plain["steps"]), tensors["seen"].clone()
         self._sampled, self._reliability = [], math.nan
+
+
+def _directions(settings: ContinuousSettings, given: SearchStart, size: int) -> Tensor:
+    """The directions [d, D] that settings ask for, where the start has D numbers.
+
+    Raises:
+        InputError: the start has no embeddings, or there are fewer directions than are asked for.
+    """
+    if settings.components is None:
+        return random_directions(settings.dim, size, given.seed)
+    if not isinstance(given.prompt, SoftPrompt):
+        raise InputError(
+            f"search.components is about embeddings, which a {given.prompt.kind} prompt does not "
+            "have; remove it, or set prompt.type: soft"
+        )
+    if given.engine is None:
+        raise InputError(
+            "search.components needs the embeddings of the base, and this search has no base; "
+            "remove it"
+        )
+    conditioner = given.engine.policy
+    tokens, width = given.prompt.num_virtual_tokens, conditioner.hidden_size
+    if settings.components > width or settings.dim > tokens * settings.components:
+        raise InputError(
+            f"search.components is {settings.components}; choose {width} or less, the width of an "
+            f"embedding, and so many that {tokens} tokens times components are at least "
+            f"search.dim, {settings.dim}"
+        )
+    with torch.no_grad():
+        table = conditioner.embed(list(range(conditioner.vocab_size))).cpu()
+    return embedding_directions(settings.dim, tokens, table, settings.components, given.seed)

@@ -18,7 +18,6 @@ V vocabulary, K principal directions.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -83,28 +82,6 @@ def embedding_directions(
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(dim, num_tokens, components, generator=generator, dtype=torch.float64)
     return orthonormal((drawn @ spread.T).flatten(1))
-
-
-def directions_through(others: Sequence[Tensor], start: Tensor, dim: int, seed: int) -> Tensor:
-    """Orthonormal directions from a start to other points, and random ones for the rest.
-
-    Args:
-        others: parameters of other prompts, each [D].
-        start: parameters that are searched from, [D].
-        dim: number of directions, at least as many as others.
-        seed: seed of the random ones.
-
-    Returns:
-        float64 [d, D].
-
-    Raises:
-        ValueError: the others do not lie in directions of their own.
-    """
-    ways = torch.stack([other.double() - start.double() for other in others])
-    generator = torch.Generator().manual_seed(seed)
-    size = (dim - len(ways), len(start))
-    filled = torch.randn(size, generator=generator, dtype=torch.float64)
-    return orthonormal(torch.cat([ways, filled]))
 
 
 def flat_parameters(prompt: Prompt) -> Tensor:

@@ -10,7 +10,6 @@ from rlprompt.prompts.prefix import PrefixPrompt
 from rlprompt.prompts.soft import SoftPrompt
 from rlprompt.search.subspace import (
     Subspace,
-    directions_through,
     embedding_directions,
     flat_parameters,
     orthonormal,
@@ -57,19 +56,6 @@ def test_embedding_directions_go_where_embeddings_differ() -> None:
     assert torch.allclose(tokens, inside, atol=1e-10)
     shares = (tokens @ two).square().sum((0, 1))
     assert shares[0] > 3.0 * shares[1]
-
-
-def test_directions_through_other_prompts_reach_them() -> None:
-    draw = torch.Generator().manual_seed(1)
-    start = torch.randn(30, generator=draw)
-    others = [torch.randn(30, generator=draw) for _ in range(2)]
-    found = directions_through(others, start, 4, 0)
-    assert torch.allclose(found @ found.T, torch.eye(4, dtype=torch.float64), atol=1e-10)
-    for other in others:
-        way = other.double() - start.double()
-        assert torch.allclose(found[:2].T @ (found[:2] @ way), way, atol=1e-10)
-    with pytest.raises(ValueError, match="not independent"):
-        directions_through([others[0], others[0]], start, 4, 0)
 
 
 @pytest.mark.parametrize("kind", ["soft", "prefix"])
