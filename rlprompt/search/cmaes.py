@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from types import ModuleType
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -189,7 +188,7 @@ def _part(strategy: Any, name: str) -> Any:
     return getattr(strategy, name) if name else strategy
 
 
-def _package() -> ModuleType:
+def _package() -> Any:
     """The `cma` package.
 
     Raises:

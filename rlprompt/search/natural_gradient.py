@@ -114,4 +114,5 @@ def _symmetric_root(matrix: Tensor) -> Tensor:
     """The symmetric, positive root of a symmetric, positive matrix, scaled to determinant 1."""
     values, axes = torch.linalg.eigh((matrix + matrix.T) / 2)
     logs = values.clamp_min(1e-300).log() / 2
-    return (axes * (logs - logs.mean()).exp()) @ axes.T
+    root: Tensor = (axes * (logs - logs.mean()).exp()) @ axes.T
+    return root

@@ -39,7 +39,8 @@ def orthonormal(rows: Tensor) -> Tensor:
     largest = rows.double().norm(dim=1)
     if len(rows) > rows.shape[1] or bool((along.abs() <= 1e-9 * largest).any()):
         raise ValueError("the directions are not independent")
-    return (basis * along.sign()).T.contiguous()
+    signed: Tensor = (basis * along.sign()).T.contiguous()
+    return signed
 
 
 def random_directions(dim: int, num_parameters: int, seed: int) -> Tensor:

@@ -255,9 +255,9 @@ def test_directions_may_come_from_the_vocabulary(kind: str) -> None:
     table = policy.embed(list(range(policy.vocab_size))).detach().double()
     leading = torch.linalg.svd(table - table.mean(0)).Vh[:3]
     assert torch.allclose(changes @ leading.T @ leading, changes, atol=1e-6)
-    for wrong in ({"dim": 4, "components": 1000}, {"dim": 30, "components": 1}):
+    for dim, components in ((4, 1000), (30, 1)):
         with pytest.raises(InputError, match=r"search\.components is \d+; choose 64 or less"):
-            make_searcher(ESSettings(**wrong), start)
+            make_searcher(ESSettings(dim=dim, components=components), start)
     with pytest.raises(InputError, match="this search has no base"):
         make_searcher(settings, SearchStart(prompt, 3))
 
@@ -289,7 +289,7 @@ def test_a_run_searches_from_a_recipe(tmp_path: Path, searcher: str, kind: str) 
 
 def tiny_search(folder: Path, search: dict[str, Any], prompt: dict[str, Any]) -> Any:
     """A run that searches from another kind of prompt than a text."""
-    tree = search_run(folder, folder / "texts").parts.recipe | {"name": "tiny"}
+    tree: dict[str, Any] = dict(search_run(folder, folder / "texts").parts.recipe)
     tree["search"] = {k: v for k, v in search.items() if v is not None}
     tree["prompt"] = {k: v for k, v in prompt.items() if v is not None}
     tree["training"] = {"steps": 4, "queries_per_step": 2}
