@@ -235,7 +235,7 @@ def test_a_spread_that_does_not_hold_is_an_error() -> None:
 
 
 def test_more_dimensions_than_numbers_are_refused() -> None:
-    with pytest.raises(InputError, match=r"search\.dim is 1000, but the prompt has only 384"):
+    with pytest.raises(InputError, match=r"search\.dim is 1000, but the prompt has only 448"):
         made(dim=1000)
 
 
