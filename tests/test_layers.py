@@ -63,6 +63,7 @@ OWNERS = {
     "uvicorn": ("serving.http_server",),
     "h11": ("serving.http_server",),
     "starlette": ("serving",),
+    "cma": ("search.cmaes",),
 }
 
 ImportMap = dict[str, set[tuple[str, bool]]]

@@ -424,7 +424,9 @@ def _search_step(
 ) -> SearchStep:
     data = shared.data
     augment = Augmenter(recipe.augment, data.train) if recipe.augment else None
-    start = SearchStart(shared.policy.prompt, recipe.seed, shared.engine, data.train)
+    prompt = shared.policy.prompt
+    scale = prompt.scale(shared.policy)
+    start = SearchStart(prompt, recipe.seed, shared.engine, data.train, scale)
     return SearchStep(
         SearchParts(
             searcher=make_searcher(settings, start),
@@ -434,6 +436,7 @@ def _search_step(
             sampling=recipe.sampling,
             completions_per_query=settings.completions_per_query,
             base=shared.policy.base.id,
+            max_calls=settings.max_calls,
         )
     )
 

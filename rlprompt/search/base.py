@@ -36,6 +36,10 @@ class SearchSettings(ChosenSettings):
 
     completions_per_query: int = Field(default=1, ge=1, le=4096)
     """Completions of each of the step's queries under each candidate."""
+    max_calls: int | None = Field(default=None, ge=1)
+    """The most completions that the search draws and scores; null = as many as its steps take. The
+    last step meets fewer queries where all do not fit, and is not begun where none does. A
+    population shares it evenly."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,9 @@ class SearchStart:
     policy, look inside of the base. None = outputs and scores are all there is."""
     queries: Sequence[Query] = ()
     """The training queries, for searchers that must not copy from them."""
+    scale: float = 1.0
+    """Size of an entry of the prompt's parameters that means something to the base; see
+    `Prompt.scale`."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +161,19 @@ class Searcher(ABC):
     def is_over(self) -> bool:
         """Whether there is nothing more to ask for; the run then ends before its last step."""
         return False
+
+    @property
+    def num_next(self) -> int:
+        """How many candidates the next `ask` gives at the fewest, at least 1.
+
+        Where `max_calls` leaves no completion for each of them, nothing is asked for any more.
+        """
+        return 1
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Numbers on where it stands, such as a step size; logged as `search/NAME`."""
+        return {}
 
     @abstractmethod
     def state(self) -> LearnerState:

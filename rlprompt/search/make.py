@@ -6,11 +6,15 @@ from collections.abc import Mapping
 from typing import Annotated
 
 from rlprompt.search.base import Searcher, SearchSettings, SearchStart
+from rlprompt.search.cmaes import CMAES
+from rlprompt.search.es import ES
 from rlprompt.search.texts import Texts
 from rlprompt.settings import OneOf
 
 SEARCHERS: Mapping[str, type[Searcher]] = {
     "texts": Texts,
+    "cmaes": CMAES,
+    "es": ES,
 }
 """The built-in searchers: what `search.type` says -> the class."""
 

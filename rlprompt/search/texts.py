@@ -31,34 +31,10 @@ from rlprompt.errors import InputError
 from rlprompt.prompts.text import TextPrompt
 from rlprompt.runs.learner import LearnerState
 from rlprompt.search.base import Candidate, Searcher, SearchSettings, SearchStart, Trial
-from rlprompt.settings import Settings
+from rlprompt.search.evidence import EvidenceSettings
 
 KEEP = 0.5
 COMPLETIONS = 24
-
-
-class EvidenceSettings(Settings):
-    """When a text is shown to be better than another; see `rlprompt.certify.acceptance`."""
-
-    alpha: float = Field(default=0.05, gt=0.0, lt=1.0)
-    """Probability that the search ever takes a text for better than another that it is not."""
-    spread: float | None = Field(default=None, gt=0.0)
-    """Largest difference of two rewards of one query, such as 1 for rewards in [0, 1]; the mean
-    reward is then compared. Null = the number of queries on which a text is better."""
-    min_effect: float = Field(default=0.1, gt=0.0)
-    """Smallest difference worth finding: of the mean reward, or without a spread of the shares of
-    queries won and lost. Smaller takes more queries."""
-    miss_rate: float = Field(default=0.1, gt=0.0, lt=1.0)
-    """Probability of dropping a text that is better than the incumbent by `min_effect`."""
-
-    @model_validator(mode="after")
-    def _effect_is_possible(self) -> Self:
-        if self.min_effect >= (self.spread or 1.0):
-            raise ValueError(
-                f"min_effect is {self.min_effect:g}, which no text can reach; choose it below "
-                f"{'1' if self.spread is None else f'the spread, {self.spread:g}'}"
-            )
-        return self
 
 
 class TextsSettings(SearchSettings):
@@ -196,6 +172,11 @@ class Texts(Searcher):
     def is_over(self) -> bool:
         """Whether one text is left, or evidence asks for queries where all have been met."""
         return self._race.is_over if self._race is not None else len(self._left) == 1
+
+    @property
+    def num_next(self) -> int:
+        """How many texts are left."""
+        return len(self._left)
 
     def state(self) -> LearnerState:
         """What was tried, and which texts are left."""

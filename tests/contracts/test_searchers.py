@@ -16,6 +16,7 @@ import torch
 from pydantic import TypeAdapter
 from safetensors.torch import load, save
 
+from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.text import TextPrompt
 from rlprompt.runs.learner import LearnerState
 from rlprompt.search.base import Searcher, SearchStart
@@ -30,10 +31,13 @@ def settings_of(name: str) -> Any:
     return adapter.validate_python({"type": name, **CASES[name]})
 
 
-def searcher_of(name: str) -> Searcher:
+def start_of(name: str) -> Prompt:
     kind = SEARCHERS[name].starts_from[0]
-    prompt = TextPrompt("Be nice.") if kind == "text" else make(kind, tiny_policy())
-    return make_searcher(settings_of(name), SearchStart(prompt, 0))
+    return TextPrompt("Be nice.") if kind == "text" else make(kind, tiny_policy())
+
+
+def searcher_of(name: str) -> Searcher:
+    return make_searcher(settings_of(name), SearchStart(start_of(name), 0))
 
 
 def steps(searcher: Searcher, seed: int, count: int) -> Iterator[list[int]]:
@@ -62,7 +66,11 @@ def test_settings_survive_being_written_and_read(name: str) -> None:
 def test_it_begins_at_the_start_and_asks_for_one_at_least(name: str) -> None:
     searcher = searcher_of(name)
     assert set(searcher.starts_from) <= {kind["type"] for kind in KINDS.values()}
-    assert searcher.incumbent.prompt.init_text == "Be nice."
+    prompt, start = searcher.incumbent.prompt, start_of(name)
+    assert prompt.init_text == start.init_text != ""
+    assert prompt.state_dict().keys() == start.state_dict().keys()
+    for key, tensor in start.state_dict().items():
+        assert torch.equal(prompt.state_dict()[key], tensor)
     assert not searcher.is_over
     tried = list(steps(searcher, 1, 4))
     assert all(ids and len(set(ids)) == len(ids) for ids in tried)
