@@ -424,8 +424,14 @@ def _search_step(
 ) -> SearchStep:
     data = shared.data
     augment = Augmenter(recipe.augment, data.train) if recipe.augment else None
-    per_step = recipe.training.queries_per_step
-    start = SearchStart(shared.policy.prompt, recipe.seed, shared.engine, data.train, per_step)
+    start = SearchStart(
+        shared.policy.prompt,
+        recipe.seed,
+        engine=shared.engine,
+        queries=data.train,
+        queries_per_step=recipe.training.queries_per_step,
+        temperature=recipe.sampling.temperature,
+    )
     return SearchStep(
         SearchParts(
             searcher=make_searcher(settings, start),
