@@ -40,14 +40,15 @@ _MOST_SOURCE_WORDS = 20_000
 
 _UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0e7f]")
 _WORD = re.compile(r"[^\W_]+")
-_COMMON = frozenset(
-    """a about all also am an and any are as at be been being but by can could did do does don for
-    from get give had has have he her here him his how i if in into is it its just let like make me
-    more most much my no not of on one or other our out say she should so some tell than that the
-    their them then there these they this to too up us use want was way we well were what when where
-    which who whom whose why will with without would write you your answer answers question
-    questions reply sentence sentences short word words user assistant please help need""".split()
+_COMMON_WORDS = (
+    "a about all also am an and any are as at be been being but by can could did do does don for "
+    "from get give had has have he her here him his how i if in into is it its just let like make "
+    "me more most much my no not of on one or other our out say she should so some tell than that "
+    "the their them then there these they this to too up us use want was way we well were what "
+    "when where which who whom whose why will with without would write you your answer answers "
+    "question questions reply sentence sentences short word words user assistant please help need "
 )
+_COMMON = frozenset(_COMMON_WORDS.split())
 """Words that say little of what a text is about, in English; in other languages every word counts
 as meaningful, which refuses somewhat less in any order, and the same in a row."""
 
@@ -116,7 +117,8 @@ class Copies:
             for run in self._runs.get(word, ()):
                 if tuple(candidate[place : place + len(run)]) == run:
                     return True
-        shared = Counter(number for word in set(candidate) for number in self._holders.get(word, ()))
+        telling = self._holders.keys() & set(candidate)
+        shared = Counter(number for word in telling for number in self._holders[word])
         return any(
             _exceeds(count, len(self._telling[number][0]))
             and _has_stretch(candidate, *self._telling[number])

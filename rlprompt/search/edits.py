@@ -11,8 +11,12 @@ import random
 import re
 from collections.abc import Sequence
 
-_PHRASE = re.compile(r".+?(?:[.!?;]+[\"')\]]*(?=\s|\Z)\s*|[。！？；]+\s*|\n\s*|\Z)", re.DOTALL)
+_PHRASE = re.compile(
+    r".+?(?:[.!?;]+[\"')\]]*(?=\s|\Z)\s*|[\u3002\uff01\uff1f\uff1b]+\s*|\n\s*|\Z)", re.DOTALL
+)
 _WORD = re.compile(r"\S+")
+_UNSPACED_ENDS = "\u3002\uff01\uff1f\uff1b"
+"""Ends of sentences in scripts that put no space behind them."""
 
 
 def phrases(text: str) -> list[str]:
@@ -24,7 +28,7 @@ def joined(parts: Sequence[str]) -> str:
     """Phrases as a text: with a space where they would run into each other, and none around."""
     text = ""
     for part in parts:
-        if text and part.strip() and not text[-1].isspace() and text[-1] not in "。！？；":
+        if text and part.strip() and not text[-1].isspace() and text[-1] not in _UNSPACED_ENDS:
             text += " "
         text += part
     return tidy(text)
