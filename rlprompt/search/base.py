@@ -38,6 +38,11 @@ class SearchSettings(ChosenSettings):
     completions_per_query: int = Field(default=1, ge=1, le=4096)
     """Completions of each of the step's queries under each candidate."""
 
+    @property
+    def reward_names(self) -> Sequence[str]:
+        """Rewards of the recipe that these settings name."""
+        return ()
+
 
 @dataclass(frozen=True)
 class SearchStart:

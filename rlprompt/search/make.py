@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import Annotated
 
 from rlprompt.search.base import Searcher, SearchSettings, SearchStart
+from rlprompt.search.evolution import Evolution
 from rlprompt.search.texts import Texts
 from rlprompt.settings import OneOf
 
 SEARCHERS: Mapping[str, type[Searcher]] = {
     "texts": Texts,
+    "evolution": Evolution,
 }
 """The built-in searchers: what `search.type` says -> the class."""
 

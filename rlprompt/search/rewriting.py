@@ -20,6 +20,16 @@ SYSTEM = "You improve the instructions that another assistant is given."
 _MOST_SHOWN = 300
 """Characters of an answer, or of a note, that a request shows."""
 _ONLY = "Write only the new instruction."
+OWN_WORDS = (
+    "Say the same in other words, as clearly as you can. Write only the new instruction.",
+    "Join the best of both into one instruction. Write only the new instruction.",
+    "Write an instruction under which it would answer better, whatever it is asked. Do not quote "
+    "the answers. Write only the new instruction.",
+    "These two instructions were given to an assistant.",
+    "This instruction is given to an assistant:",
+    "These of its answers scored worst:",
+)
+"""Sentences of the requests, which do not belong into what is proposed."""
 
 _FENCE = re.compile(r"```[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _OPENING = re.compile(
