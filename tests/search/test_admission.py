@@ -30,7 +30,6 @@ def admission(own: tuple[str, ...] = (), limit: int = 60, **more: Any) -> Admiss
         "why, does: the - ice; on... a (frozen) lake float?! on cold water",
         "Mind why does the ice on a frozen. Also: lake float on cold water.",
         "**Why** _does_ the `ice` on a 'frozen' lake",
-        "Wh\u200by do\u00ades the i\u200bce on a frozen lake",
         "\uff37\uff48\uff59 does the \u00efce on a fr\u00f6zen lake float",
         "A frozen lake: cold water, and ice that will float on it.",
         "Water is cold. Lakes are not the point, a frozen lake is; ice can float.",
@@ -56,6 +55,13 @@ def test_a_copy_is_refused_in_every_disguise(text: str) -> None:
 )
 def test_what_copies_nothing_is_let_through(text: str) -> None:
     assert admission().refusal(text) is None
+
+
+def test_invisible_characters_hide_nothing() -> None:
+    hidden = "Wh\u200dy do\u00ades the i\u200dce on a frozen lake"
+    assert Copies(SOURCES).found_in(hidden)
+    assert admission().refusal(hidden) == "control"
+    assert admission().refusal(hidden.replace("\u00ad", "")) == "leak"
 
 
 def test_what_the_user_wrote_is_no_reason_to_refuse() -> None:

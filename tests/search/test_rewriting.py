@@ -37,7 +37,7 @@ def test_the_instruction_is_taken_out_of_an_answer(answer: str) -> None:
         ("   ", ""),
         ("no end", "no end"),
         ("Sure,", "Sure,"),
-        ("Here lies a rule: be kind.", "be kind."),
+        ("Here lies a rule: be kind.", "Here lies a rule: be kind."),
         ("Use 3.5 or more words. Then stop!", "Use 3.5 or more words. Then stop!"),
         ('"', '"'),
         ("Instructions matter. Follow them.", "Instructions matter. Follow them."),
