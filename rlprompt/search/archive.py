@@ -1,6 +1,6 @@
 """All candidates of a search over texts and all that they scored, so that nothing is forgotten.
 
-Scores of fitness queries and of test queries are kept apart: `effects` and `fitness_answers` read
+Scores of fitness queries and of test queries are kept apart: `worth` and `fitness_answers` read
 the first, `test_answers` the second, and nothing reads both. See `rlprompt.search.promotion`.
 
 Letters: M scores, C candidates, K columns: the total reward, then the objectives.
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,22 +20,45 @@ from rlprompt.errors import InputError
 from rlprompt.prompts.text import TextPrompt
 from rlprompt.runs.learner import LearnerState
 from rlprompt.search.base import Candidate, Trial
-from rlprompt.search.fitness import Effects, effects
+from rlprompt.search.fitness import Array, Effects, effects
 from rlprompt.search.promotion import Answer
 
 Answers = Mapping[int, Sequence[Answer]]
 """What candidates scored, by candidate and in the order in which it came."""
 
 
+class Worth:
+    """What some of C candidates are worth; only differences mean something."""
+
+    def __init__(self, found: Effects, place: Mapping[int, int], size: int) -> None:
+        """Keep effects.
+
+        Args:
+            found: effects of those that were looked at.
+            place: where each of them stands there.
+            size: number of all candidates.
+        """
+        self._found, self._place = found, place
+        self.mean: Array = np.full(size, -np.inf)
+        """[C]; minus infinity for those that were not looked at."""
+        self.mean[list(place)] = found.mean
+
+    def deviation(self, one: int, other: int) -> float:
+        """Standard deviation of what one candidate is believed to be better than another."""
+        return self._found.deviation(self._place[one], self._place[other])
+
+
 class Archive:
     """Candidates 0 to C - 1, and their scores query by query."""
 
-    def __init__(self, objectives: Sequence[str] = ()) -> None:
+    def __init__(self, objectives: Sequence[str] = (), window: int = 500) -> None:
         """Nothing is known.
 
         Args:
             objectives: names of the rewards that are kept beside the total.
+            window: number of the last candidates that every estimate looks at.
         """
+        self._window = window
         self._objectives = tuple(objectives)
         self.candidates: list[Candidate] = []
         self._known: set[str] = set()
@@ -44,6 +68,9 @@ class Archive:
         """[M][K]"""
         self._num_blocks = 0
         self._seen: defaultdict[int, int] = defaultdict(int)
+        self._answers: dict[bool, defaultdict[int, list[Answer]]] = {}
+        """By whether they are a test's, and by candidate."""
+        self._forget()
         self.calls = {"fitness": 0, "test": 0}
         """Completions that were scored on each kind of query."""
 
@@ -82,15 +109,23 @@ class Archive:
             number = trial.candidate.id
             for place, (group, row) in enumerate(zip(trial.groups, rows, strict=True)):
                 block = self._num_blocks + place
-                self._numbers.append((number, block, group.query.index, is_test))
-                self._scores.append(tuple(row))
-                self._count(number, row[0], is_test)
+                self._keep((number, block, group.query.index, is_test), tuple(row))
             self.calls["test" if is_test else "fitness"] += trial.rewards.numel()
         self._num_blocks += len(trials[0].groups)
 
-    def _count(self, candidate: int, reward: float, is_test: bool) -> None:
-        if not is_test and not math.isnan(reward):
+    def _keep(self, numbers: tuple[int, int, int, bool], scores: tuple[float, ...]) -> None:
+        candidate, block, query, is_test = numbers
+        self._numbers.append(numbers)
+        self._scores.append(scores)
+        self._answers[is_test][candidate].append(Answer(block, query, scores[0]))
+        if not is_test and not math.isnan(scores[0]):
             self._seen[candidate] += 1
+
+    def _forget(self) -> None:
+        self._numbers.clear()
+        self._scores.clear()
+        self._seen.clear()
+        self._answers = {kind: defaultdict(list) for kind in (False, True)}
 
     def _column(self, trial: Trial, name: str) -> Tensor:
         """[Q] means of a reward by query."""
@@ -101,34 +136,38 @@ class Archive:
             )
         return trial.values[name].double().nanmean(dim=1)
 
-    def effects(self, column: int = 0) -> Effects:
-        """What each candidate is worth on fitness queries; see `search.fitness.effects`.
+    def worth(self, needed: Collection[int], column: int = 0) -> Worth:
+        """What candidates are worth on fitness queries; see `search.fitness.effects`.
 
         Args:
+            needed: candidates that are to be known, beside the last `window` ones: an archive of
+                thousands would take minutes.
             column: 0 = the total reward, k = the k-th objective.
         """
-        rows = [place for place, numbers in enumerate(self._numbers) if not numbers[3]]
-        return effects(
-            [self._numbers[place][0] for place in rows],
-            [self._numbers[place][1] for place in rows],
-            [self._scores[place][column] for place in rows],
-            [candidate.parents for candidate in self.candidates],
-        )
+        size = len(self.candidates)
+        kept = sorted({*needed, *range(max(0, size - self._window), size)})
+        place = {candidate: number for number, candidate in enumerate(kept)}
+        rows = [
+            (place[candidate], block, scores[column])
+            for (candidate, block, _, is_test), scores in zip(
+                self._numbers, self._scores, strict=True
+            )
+            if not is_test and candidate in place
+        ]
+        parents = [
+            [place[parent] for parent in self.candidates[each].parents if parent in place]
+            for each in kept
+        ]
+        columns = [list(column) for column in zip(*rows, strict=True)] or [[], [], []]
+        return Worth(effects(columns[0], columns[1], columns[2], parents), place, size)
 
     def fitness_answers(self) -> Answers:
         """Rewards on fitness queries."""
-        return self._answers(is_test=False)
+        return self._answers[False]
 
     def test_answers(self) -> Answers:
         """Rewards on test queries."""
-        return self._answers(is_test=True)
-
-    def _answers(self, *, is_test: bool) -> Answers:
-        found: defaultdict[int, list[Answer]] = defaultdict(list)
-        for (candidate, block, query, kind), row in zip(self._numbers, self._scores, strict=True):
-            if kind == is_test:
-                found[candidate].append(Answer(block, query, row[0]))
-        return found
+        return self._answers[True]
 
     def state(self) -> LearnerState:
         """All of it; later calls do not touch it."""
@@ -156,13 +195,11 @@ class Archive:
         self.candidates, self._known = [], set()
         for text, parents, origin in state.plain["candidates"]:
             self.add(text, tuple(int(parent) for parent in parents), origin)
-        self._numbers = [(int(c), int(b), int(q), bool(t)) for c, b, q, t in numbers]
-        self._scores = [tuple(row) for row in scores.tolist()]
         self._num_blocks = int(state.plain["num_blocks"])
         self.calls = {kind: int(state.plain["calls"][kind]) for kind in ("fitness", "test")}
-        self._seen.clear()
-        for (candidate, _, _, is_test), row in zip(self._numbers, self._scores, strict=True):
-            self._count(candidate, row[0], is_test)
+        self._forget()
+        for (c, block, query, is_test), row in zip(numbers, scores.tolist(), strict=True):
+            self._keep((c, block, query, bool(is_test)), tuple(row))
 
 
 def _key(text: str) -> str:

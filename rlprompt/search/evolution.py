@@ -33,11 +33,11 @@ from rlprompt.errors import InputError
 from rlprompt.runs.learner import LearnerState, named_under
 from rlprompt.search import breeding, components, rewriting
 from rlprompt.search.admission import Admission, Copies, sources_of
-from rlprompt.search.archive import Answers, Archive
+from rlprompt.search.archive import Answers, Archive, Worth
 from rlprompt.search.base import Candidate, Searcher, SearchSettings, SearchStart, Trial
 from rlprompt.search.breeding import Breeder, Hand, Operator, Parent
 from rlprompt.search.division import Division
-from rlprompt.search.fitness import Array, Effects, crowding, front_ranks
+from rlprompt.search.fitness import Array, crowding, front_ranks
 from rlprompt.search.make_writer import AnyWriterSettings, make_writer
 from rlprompt.search.operators import OperatorChoice
 from rlprompt.search.promotion import Promotions, Terms, paired_test
@@ -306,8 +306,8 @@ class Evolution(Searcher):
         """Drop, keep and promote, by fitness alone."""
         for trial in trials:
             self._note_failures(trial)
-        effects = self._archive.effects()
-        fitness = self._fitness(effects)
+        worth = self._archive.worth(self._needed)
+        fitness = self._fitness(worth)
         for each in list(self._tries):
             self._tries[each] += 1
             if self._archive.seen(each):
@@ -325,12 +325,12 @@ class Evolution(Searcher):
             self._believe(fitness)
             return
         if self._archive.seen(best) >= SEEN:
-            self._promote(best, effects, fitness)
+            self._promote(best, worth, fitness)
 
-    def _promote(self, best: int, effects: Effects, fitness: Array) -> None:
+    def _promote(self, best: int, worth: Worth, fitness: Array) -> None:
         """Let the fittest be tested if it is believed to be better than the last one that was."""
         last = self._promotions.promoted[-1]
-        if fitness[best] - fitness[last] > AHEAD * effects.deviation(best, last):
+        if fitness[best] - fitness[last] > AHEAD * worth.deviation(best, last):
             self._promotions.promote(best)
 
     def _believe(self, fitness: Array) -> None:
@@ -377,7 +377,7 @@ class Evolution(Searcher):
                 columns.append(-np.array([self._length(each) for each in range(len(fitness))]))
             else:
                 reward += 1
-                columns.append(self._archive.effects(reward).mean)
+                columns.append(self._archive.worth(pool, reward).mean)
         points = np.stack(columns, axis=1)[list(pool)]
         ranks = front_ranks(points)
         lonely = np.zeros(len(pool))
@@ -407,9 +407,9 @@ class Evolution(Searcher):
             for each in waiting
             if each not in self._stale and self._division.tests(self._met(each, answers)) != ()
         ]
-        if not waiting:
-            return None
-        fitness = self._fitness(self._archive.effects())
+        if len(waiting) < 2:
+            return waiting[0] if waiting else None
+        fitness = self._fitness(self._archive.worth(self._needed))
         return max(waiting, key=lambda each: (fitness[each], -each))
 
     def _met(self, challenger: int, answers: Answers) -> set[int]:
@@ -417,10 +417,16 @@ class Evolution(Searcher):
         blocks = {each.block for each in answers.get(self._promotions.incumbent, ())}
         return {each.query for each in answers.get(challenger, ()) if each.block in blocks}
 
-    def _fitness(self, effects: Effects) -> Array:
-        """[C] effects less the penalty for length."""
-        worth = [self._worth(each) for each in range(len(self._archive.candidates))]
-        return effects.mean + np.array(worth)
+    def _fitness(self, worth: Worth) -> Array:
+        """[C] what candidates are worth, less the penalty for length."""
+        lengths = [self._worth(each) for each in range(len(worth.mean))]
+        return worth.mean + np.array(lengths)
+
+    @property
+    def _needed(self) -> set[int]:
+        """Candidates whose fitness decides something."""
+        promoted = self._promotions.promoted
+        return {*self._members, *self._tries, *promoted, self._promotions.incumbent}
 
     def _worth(self, candidate: int) -> float:
         penalty = self.settings.length_penalty

@@ -80,7 +80,8 @@ def effects(
     np.add.at(incidence, (block, number), 1.0)
     centred = values - (np.bincount(block, weights=values) / counts)[block]
     matrix = np.diag(incidence.sum(0)) - incidence.T @ (incidence / counts[:, None])  # [C, C]
-    right = np.bincount(number, weights=centred, minlength=size)
+    right: Array = np.zeros(size)
+    np.add.at(right, number, centred)
     prior = np.eye(size)
     for child, above in enumerate(parents):
         for parent in above:
@@ -99,7 +100,7 @@ def _solved(
 ) -> tuple[float, Effects]:
     """Log-likelihood, up to a constant, and effects, where the prior is worth `pull` blocks."""
     lower = np.linalg.cholesky(matrix)
-    mean = np.linalg.solve(matrix, right)
+    mean: Array = np.linalg.solve(matrix, right).astype(np.float64)
     left = max(total - float(right @ mean), 1e-12 * max(total, 1e-12))
     # The prior's own matrix is triangular with ones on its diagonal, so its determinant is 1.
     volume = 0.5 * len(right) * np.log(pull) - float(np.log(np.diag(lower)).sum())
@@ -120,9 +121,9 @@ def front_ranks(points: Array) -> NDArray[np.int64]:
         int [C].
     """
     values = np.where(np.isnan(points), -np.inf, points)
-    no_worse = (values[:, None, :] >= values[None, :, :]).all(2)
-    better = (values[:, None, :] > values[None, :, :]).any(2)
-    dominates = no_worse & better  # [C, C] row over column
+    no_worse = np.all(values[:, None, :] >= values[None, :, :], axis=2)
+    better = np.any(values[:, None, :] > values[None, :, :], axis=2)
+    dominates: NDArray[np.bool_] = np.logical_and(no_worse, better)  # [C, C] row over column
     ranks = np.full(len(values), -1, dtype=np.int64)
     rank = 0
     while (ranks < 0).any():

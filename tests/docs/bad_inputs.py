@@ -315,6 +315,18 @@ SEARCHES = [
         "several greedy completions in a search",
         lambda p: _race(p, search__completions_per_query=2, sampling__temperature=0),
     ),
+    (
+        "an operator that needs a writer",
+        lambda p: _race(p, search__type="evolution", search__operators={"rephrase": 1.0}),
+    ),
+    (
+        "an objective that is no reward",
+        lambda p: _race(p, search__type="evolution", search__objectives=["safe"]),
+    ),
+    (
+        "components that are no lists",
+        lambda p: _race(p, search__type="evolution", search__components={"tone": {"a": 1}}),
+    ),
     ("a plan of a search", lambda p: _race(p) and ("plan", "recipe.yaml")),
 ]
 MODELS = [

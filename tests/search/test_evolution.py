@@ -35,6 +35,7 @@ def text_of(search: Evolution) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_best_of_all_texts_is_shown_to_be_best_in_nine_of_ten_seeds() -> None:
     """4^5 texts of one component per slot, noise of a slot's worth, at most 3,500 calls."""
     found = 0
