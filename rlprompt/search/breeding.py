@@ -156,7 +156,7 @@ class Breeder:
             return None if text is None else Proposal(text, (), operator)
         parent = _chosen(parents, draw)
         others = [each.text for each in parents if each.id != parent.id]
-        used = (parent.id,)
+        used: tuple[int, ...] = (parent.id,)
         if operator == "cross":
             if not others:
                 return None

@@ -106,6 +106,11 @@ class EvolutionSettings(SearchSettings):
         """Rewards that the objectives name."""
         return tuple(each for each in self.objectives if each != PROMPT_LENGTH)
 
+    @property
+    def shares(self) -> Mapping[str, float] | None:
+        """How often each operator is taken; None = as often as it helps."""
+        return None if self.operators is None else {**self.operators}
+
     @field_validator("texts", "objectives")
     @classmethod
     def _differ(cls, given: tuple[str, ...]) -> tuple[str, ...]:
@@ -240,7 +245,7 @@ class Evolution(Searcher):
         hand = None
         if settings.writer is not None:
             hand = Hand(make_writer(settings.writer, given), settings.writer.sampling)
-        choice = OperatorChoice(settings.operator_names, settings.operators)
+        choice = OperatorChoice(settings.operator_names, settings.shares)
         breeder = Breeder(choice, library, admission, hand)
         share = (settings.test_share or 0.5) if settings.evidence is not None else 0.0
         division = Division.of(given, share)
@@ -420,7 +425,8 @@ class Evolution(Searcher):
     def _fitness(self, worth: Worth) -> Array:
         """[C] what candidates are worth, less the penalty for length."""
         lengths = [self._worth(each) for each in range(len(worth.mean))]
-        return worth.mean + np.array(lengths)
+        fitness: Array = worth.mean + np.array(lengths)
+        return fitness
 
     @property
     def _needed(self) -> set[int]:

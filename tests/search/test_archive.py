@@ -41,7 +41,8 @@ def test_estimates_look_at_what_is_needed_and_at_the_last() -> None:
     everything = whole.worth(())
     rows = [(c, a.block, a.score) for c, each in whole.fitness_answers().items() for a in each]
     parents = [each.parents for each in whole.candidates]
-    assert np.allclose(everything.mean, effects(*map(list, zip(*rows, strict=True)), parents).mean)
+    who, where, what = ([row[column] for row in rows] for column in range(3))
+    assert np.allclose(everything.mean, effects(who, where, what, parents).mean)
     some = part.worth({0, 2})
     assert np.isfinite(some.mean).tolist() == [c in (0, 2, 9, 10, 11) for c in range(12)]
     assert some.deviation(0, 2) > 0

@@ -171,7 +171,7 @@ def written(writer: Writer, **settings: Any) -> Evolution:
     ruler = Ruler(SearchStart(TextPrompt("Be brief."), 0))
     admission = Admission(Copies(sources_of(made_up()), ["Be brief."]), ruler.tokens, 64)
     library = components.read_library(chosen.components, built_in=False)
-    choice = OperatorChoice(chosen.operator_names, chosen.operators)
+    choice = OperatorChoice(chosen.operator_names, chosen.shares)
     breeder = Breeder(choice, library, admission, Hand(writer, SamplingSettings()))
     given = SearchStart(TextPrompt("Be brief."), 0, queries=made_up(), queries_per_step=4)
     return Evolution(chosen, ["Be brief."], breeder, Division.of(given, 0.0), ruler, 0)
