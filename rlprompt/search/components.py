@@ -105,16 +105,15 @@ def exchange(text: str, library: Library, draw: random.Random) -> str | None:
 
 
 def add(text: str, library: Library, draw: random.Random) -> str | None:
-    """The text with a component more, of a category that it has none of where there is one."""
-    missing = {
-        category: components
+    """The text with a component more, of a category that it has none of; None if there is none."""
+    missing = [
+        category
         for category, components in library.items()
         if not any(component in text for component in components)
-    }
-    pool = missing or library
-    if not pool:
+    ]
+    if not missing:
         return None
-    return edits.insert(text, draw.choice(pool[draw.choice(list(pool))]), draw)
+    return edits.insert(text, draw.choice(library[draw.choice(missing)]), draw)
 
 
 def compose(library: Library, draw: random.Random) -> str | None:

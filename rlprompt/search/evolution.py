@@ -109,7 +109,9 @@ class EvolutionSettings(SearchSettings):
     @property
     def shares(self) -> Mapping[str, float] | None:
         """How often each operator is taken; None = as often as it helps."""
-        return None if self.operators is None else {**self.operators}
+        if self.operators is None:
+            return None
+        return {str(name): share for name, share in self.operators.items()}
 
     @field_validator("texts", "objectives")
     @classmethod

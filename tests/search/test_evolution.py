@@ -37,13 +37,13 @@ def text_of(search: Evolution) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_best_of_all_texts_is_shown_to_be_best_in_nine_of_ten_seeds() -> None:
-    """4^5 texts of one component per slot, noise of a slot's worth, at most 3,500 calls."""
+    """4^5 texts of one component per slot, noise of a slot's worth, at most 5,000 calls."""
     found = 0
     for seed in range(10):
-        search = evolution(seed=seed)
-        world = World(hits, seed=seed)
-        world.drive(search, 3500)
-        assert world.calls <= 3500
+        search = evolution(seed=seed, length_penalty=0.003)
+        world = World(hits, noise=0.2, seed=seed)
+        world.drive(search, 5000)
+        assert world.calls <= 5000
         found += hits(text_of(search)) == 1.0
     assert found >= 9
 
