@@ -50,7 +50,7 @@ PROMPT_LENGTH = "prompt_length"
 """The objective that is no reward: a shorter prompt is better."""
 SEEN = 8
 """Fitness queries that a text was tried on before it is promoted, or believed in."""
-AHEAD = 1.5
+AHEAD = 2.0
 """Standard deviations by which it is believed to be better than the one promoted before it. Each
 promotion takes from the probability of error of all later ones."""
 PATIENCE = 10
