@@ -216,6 +216,7 @@ class OneOf:
         *,
         default: str = "",
         names: Iterable[str] = (),
+        is_extensible: bool = True,
     ) -> None:
         """Keep the choices.
 
@@ -224,7 +225,9 @@ class OneOf:
             default: choice where a mapping has no `type`; "" = `type` must be there.
             names: choices that are given as a plain name; with them, a choice that leaves all its
                 settings at their defaults may be given as its plain name too.
+            is_extensible: whether `type` may be the path of a class of the user's own.
         """
+        self._is_extensible = is_extensible
         self._choices = dict(choices)
         self._default = default
         self._names = list(names)
@@ -245,7 +248,8 @@ class OneOf:
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        return {**handler(schema), EXTENSIBLE: self._default}
+        described = handler(schema)
+        return {**described, EXTENSIBLE: self._default} if self._is_extensible else described
 
     def _as_mapping(self, value: object) -> object:
         """What stands for a mapping with `type`, as that mapping."""

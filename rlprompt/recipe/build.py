@@ -424,9 +424,15 @@ def _search_step(
 ) -> SearchStep:
     data = shared.data
     augment = Augmenter(recipe.augment, data.train) if recipe.augment else None
-    prompt = shared.policy.prompt
-    scale = prompt.scale(shared.policy)
-    start = SearchStart(prompt, recipe.seed, shared.engine, data.train, scale)
+    start = SearchStart(
+        shared.policy.prompt,
+        recipe.seed,
+        engine=shared.engine,
+        queries=data.train,
+        scale=shared.policy.prompt.scale(shared.policy),
+        queries_per_step=recipe.training.queries_per_step,
+        temperature=recipe.sampling.temperature,
+    )
     return SearchStep(
         SearchParts(
             searcher=make_searcher(settings, start),

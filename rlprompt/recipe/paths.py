@@ -22,6 +22,7 @@ _FILES = (
     "data.test.path",
     "prompt.from_artifact",
     "prompt.parts.*.from_artifact",
+    "search.components",
 )
 """Files and folders relative to the recipe's folder."""
 _REWARDS = "rewards.*.path"

@@ -26,7 +26,7 @@ from rlprompt.distributed.ranks import DistributedSettings
 from rlprompt.engines.make import AnyEngineSettings
 from rlprompt.engines.native import NativeSettings
 from rlprompt.engines.sampling import SamplingSettings
-from rlprompt.errors import InputError
+from rlprompt.errors import InputError, choices
 from rlprompt.evaluation.heldout import EvaluationSettings
 from rlprompt.model.base import ModelSettings
 from rlprompt.model.chat.template import read_template
@@ -148,6 +148,13 @@ class Recipe(Settings):
                 raise ValueError(
                     f"reward '{reward.name}' has normalise: {reward.normalise}, but a search "
                     "compares candidates by rewards as they are; remove it and set weight"
+                )
+        known = [reward.name for reward in self.rewards]
+        for wanted in self.search.reward_names:
+            if wanted not in known:
+                raise ValueError(
+                    f"search names the reward '{wanted}', which is not among rewards; "
+                    f"{choices(wanted, known)}"
                 )
         if self.sampling.temperature == 0.0 and self.search.completions_per_query > 1:
             raise ValueError(

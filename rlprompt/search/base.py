@@ -6,7 +6,8 @@
     searcher.tell(trials)     one trial per candidate
     searcher.incumbent        the candidate that is believed best now
 
-A searcher sees outputs and scores only: no model, no gradient, no held-out query. All candidates of
+A searcher sees outputs and scores only: no model, no gradient, no held-out query; but for one that
+asks for them at its start (`SearchStart.engine`), as white-box searchers do. All candidates of
 a step meet common random numbers, so that they can be compared query by query. Nobody but the
 searcher decides what is tried next, how often, and when enough was tried.
 
@@ -41,6 +42,11 @@ class SearchSettings(ChosenSettings):
     last step meets fewer queries where all do not fit, and is not begun where none does. A
     population shares it evenly."""
 
+    @property
+    def reward_names(self) -> Sequence[str]:
+        """Rewards of the recipe that these settings name."""
+        return ()
+
 
 @dataclass(frozen=True)
 class SearchStart:
@@ -54,7 +60,13 @@ class SearchStart:
     """What completions are drawn with, for searchers that have the base write candidates or, by its
     policy, look inside of the base. None = outputs and scores are all there is."""
     queries: Sequence[Query] = ()
-    """The training queries, for searchers that must not copy from them."""
+    """The training queries, for searchers that must not copy from them, or that choose themselves
+    which of them their candidates meet."""
+    queries_per_step: int = 1
+    """Training queries that a step is meant to meet, for searchers that choose them themselves."""
+    temperature: float = 1.0
+    """Sampling temperature, 0 for greedy draws: `Completion.sampling_logprobs` are tempered by it
+    (by 1 where it is 0), and so must be what they are compared with."""
     scale: float = 1.0
     """Size of an entry of the prompt's parameters that means something to the base; see
     `Prompt.scale`."""
@@ -158,6 +170,16 @@ class Searcher(ABC):
         """
 
     @property
+    def wanted_queries(self) -> Sequence[Query] | None:
+        """The training queries that the candidates of the last `ask` are to meet.
+
+        None = the next ones of the run's order, as many as `training.queries_per_step` says; that
+        is what all searchers want that do not compare scores across steps. A step may meet fewer
+        of them than are asked for, the first ones, where `max_calls` ends the search.
+        """
+        return None
+
+    @property
     def is_over(self) -> bool:
         """Whether there is nothing more to ask for; the run then ends before its last step."""
         return False
@@ -172,7 +194,10 @@ class Searcher(ABC):
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """Numbers on where it stands, such as a step size; logged as `search/NAME`."""
+        """Numbers of its own worth watching, such as forward passes that are no calls.
+
+        A step logs them as `search/NAME` after its `tell`. Nothing by default.
+        """
         return {}
 
     @abstractmethod

@@ -16,7 +16,7 @@ that it was not made from.
 
 **Noise.** With `noise`, a generation whose rewards are mostly noise is tried again, on new queries,
 before the strategy learns from it: the share of noise is taken from the rewards themselves, query
-by query (`rlprompt.search.fitness.reliability`). Candidates that are asked for again keep their id.
+by query (`rlprompt.search.ranking.reliability`). Candidates that are asked for again keep their id.
 
 Letters: C candidates, Q queries, d dimensions.
 """
@@ -38,7 +38,7 @@ from rlprompt.prompts.soft import SoftPrompt
 from rlprompt.runs.learner import LearnerState, named_under
 from rlprompt.search.base import Candidate, Searcher, SearchSettings, SearchStart, Trial
 from rlprompt.search.evidence import Duel, EvidenceSettings
-from rlprompt.search.fitness import candidate_scores, places, reliability
+from rlprompt.search.ranking import candidate_scores, places, reliability
 from rlprompt.search.strategy import Strategy
 from rlprompt.search.subspace import (
     Subspace,

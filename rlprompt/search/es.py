@@ -12,7 +12,7 @@ from torch import Tensor
 from rlprompt.runs.learner import LearnerState
 from rlprompt.search.base import SearchSettings
 from rlprompt.search.continuous import Continuous, ContinuousSettings
-from rlprompt.search.fitness import utilities
+from rlprompt.search.ranking import utilities
 from rlprompt.search.natural_gradient import (
     Normal,
     Rates,

@@ -1,112 +1,154 @@
-"""What the rewards of a generation say of its candidates: scores, places, what is noise.
+"""How good candidates are by all that was seen of them, and which of them none surpasses.
 
-Rewards are used by their order only, so a strategy takes the same path under any increasing
-transform of the candidates' scores.
+Candidates are tried on different queries, and a query's difficulty moves its scores more than a
+candidate does. So what a candidate is worth is estimated beside what its queries are worth:
 
-Letters: C candidates, Q queries.
+    score of candidate c in block b  =  level of b + effect of c + noise
+
+A block is one query in one step, where all candidates meet the same draws. An effect is pulled
+towards the mean of its parents' effects as strongly as `pull` blocks would pull it (a Gaussian
+prior along the lineage, best linear unbiased prediction: Henderson, Biometrics 1975): a newcomer
+is thought to be like its parents until its own scores say more, and so the best of many newcomers
+is not the luckiest one.
+
+Letters: M scores, C candidates, B blocks, K objectives. Pure functions of arrays.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
+Array = NDArray[np.float64]
 
-def candidate_scores(rewards: Tensor) -> Tensor:
-    """The mean reward of each candidate, as fair as missing rewards allow.
-
-    Where a reward is missing, each query's mean over candidates is taken off first: a candidate is
-    then not better for having missed the hard queries.
-
-    Args:
-        rewards: [C, Q], mean reward of each candidate on each query; NaN = unknown.
-
-    Returns:
-        float64 [C], NaN for a candidate without any known reward.
-    """
-    values = rewards.double()
-    if not bool(values.isnan().any()):
-        return values.mean(dim=1)
-    finite = values.masked_fill(~values.isfinite(), math.nan)
-    return (values - finite.nanmean(dim=0).nan_to_num(0.0)).nanmean(dim=1)
+PULLS = (1.0, 4.0, 16.0, 64.0)
+"""Blocks that a prior may be worth: how much noisier a score is than children differ from their
+parents, as a ratio of variances."""
 
 
-def places(scores: Tensor) -> Tensor:
-    """The place of each score, 0 the best; equal scores share the mean of their places.
+class Effects(NamedTuple):
+    """Effects of C candidates; only differences mean something."""
 
-    A score of NaN says nothing, and stands in the middle.
+    mean: Array
+    """[C]"""
+    precision: Array
+    """[C, C] inverse of their covariance, in units of the noise's variance."""
+    noise: float
+    """Variance of a score about its level and effect."""
 
-    Args:
-        scores: [C], higher is better.
-
-    Returns:
-        float64 [C], of sum C * (C - 1) / 2.
-    """
-    known = ~scores.isnan()
-    middle = (int(known.sum()) - 1) / 2
-    filled = torch.full(scores.shape, middle, dtype=torch.float64)
-    filled[known] = _mean_places(scores[known].double())
-    return _mean_places(-filled)
-
-
-def _mean_places(scores: Tensor) -> Tensor:
-    """[n] without NaN -> [n] places, 0 the highest, equal ones by their mean."""
-    better = (scores[None, :] > scores[:, None]).sum(dim=1)
-    equal = (scores[None, :] == scores[:, None]).sum(dim=1)
-    return better.double() + (equal.double() - 1) / 2
+    def deviation(self, one: int, other: int) -> float:
+        """Standard deviation of what one candidate is believed to be better than another."""
+        contrast = np.zeros(len(self.mean))
+        contrast[one] += 1.0
+        contrast[other] -= 1.0
+        variance = self.noise * float(contrast @ np.linalg.solve(self.precision, contrast))
+        return math.sqrt(max(variance, 0.0))
 
 
-def utilities(place: Tensor) -> Tensor:
-    """What each candidate counts in a natural gradient, by its place.
-
-    Wierstra et al., "Natural evolution strategies", 2014 (JMLR 15), section 3.1: max(0,
-    ln(C / 2 + 1) - ln(k)) of the k-th best, k from 1, divided by their sum, minus 1 / C. Those that
-    share a place share the mean of their utilities.
+def effects(
+    candidates: ArrayLike,
+    blocks: ArrayLike,
+    scores: ArrayLike,
+    parents: Sequence[Sequence[int]],
+    pull: float | None = None,
+) -> Effects:
+    """What each candidate is worth, in units of the scores; see the module.
 
     Args:
-        place: [C], as `places` gives it.
-
-    Returns:
-        float64 [C], of sum 0; all 0 where all share one place.
+        candidates: int [M], the candidate of each score, below C.
+        blocks: int [M], the block of each score, any numbers.
+        scores: float [M]; NaN = not known, which is left out.
+        parents: the parents of each of the C candidates, all of them before it; without any, it is
+            pulled towards zero.
+        pull: number of blocks that the prior is worth, above 0; None = the most likely of `PULLS`,
+            by restricted maximum likelihood (Patterson and Thompson, Biometrika 1971).
     """
-    count = len(place)
-    order = torch.arange(1, count + 1, dtype=torch.float64)
-    raw = (math.log(count / 2 + 1) - order.log()).clamp_min(0.0)
-    whole = raw / raw.sum() - 1.0 / count  # [C] of places 0, 1, ...
-    given = torch.zeros(count, dtype=torch.float64)
-    ranked = place.argsort(stable=True)
-    for value in place.unique().tolist():
-        shared = place[ranked] == value
-        given[ranked[shared]] = whole[shared].mean()
-    return given if len(place.unique()) > 1 else torch.zeros_like(given)
+    values = np.asarray(scores, dtype=np.float64).reshape(-1)
+    known = ~np.isnan(values)
+    values = values[known]
+    number = np.asarray(candidates, dtype=np.int64).reshape(-1)[known]  # [M]
+    size = len(parents)
+    if not len(values):
+        return Effects(np.zeros(size), np.eye(size), 0.0)
+    block = np.unique(np.asarray(blocks).reshape(-1)[known], return_inverse=True)[1]
+    counts = np.bincount(block).astype(np.float64)  # [B]
+    incidence = np.zeros((len(counts), size))
+    np.add.at(incidence, (block, number), 1.0)
+    centred = values - (np.bincount(block, weights=values) / counts)[block]
+    matrix = np.diag(incidence.sum(0)) - incidence.T @ (incidence / counts[:, None])  # [C, C]
+    right: Array = np.zeros(size)
+    np.add.at(right, number, centred)
+    prior = np.eye(size)
+    for child, above in enumerate(parents):
+        for parent in above:
+            prior[child, parent] -= 1.0 / len(above)
+    precision = prior.T @ prior
+    freedom = len(values) - len(counts)
+    found = [
+        _solved(matrix + each * precision, right, float(centred @ centred), freedom, each)
+        for each in (PULLS if pull is None else (pull,))
+    ]
+    return max(found, key=lambda pair: pair[0])[1]
 
 
-def reliability(rewards: Tensor) -> float:
-    """The share of the variance of candidates' mean rewards that is not noise.
+def _solved(
+    matrix: Array, right: Array, total: float, freedom: int, pull: float
+) -> tuple[float, Effects]:
+    """Log-likelihood, up to a constant, and effects, where the prior is worth `pull` blocks."""
+    lower = np.linalg.cholesky(matrix)
+    mean: Array = np.linalg.solve(matrix, right).astype(np.float64)
+    left = max(total - float(right @ mean), 1e-12 * max(total, 1e-12))
+    # The prior's own matrix is triangular with ones on its diagonal, so its determinant is 1.
+    volume = 0.5 * len(right) * np.log(pull) - float(np.log(np.diag(lower)).sum())
+    likelihood = volume - 0.5 * freedom * float(np.log(left))
+    return likelihood, Effects(mean, matrix, left / max(freedom, 1))
 
-    Of a two-way table without repetition: 1 - 1 / F, where F is the mean square between candidates
-    over that of the residual (candidate times query, with the draw in it). With common random
-    numbers what all candidates share on a query is no noise and is left out. It is the correlation
-    that is expected between these means and those on as many other queries (Cronbach's alpha;
-    Hoyt, "Test reliability estimated by analysis of variance", Psychometrika 1941).
+
+def front_ranks(points: Array) -> NDArray[np.int64]:
+    """In which front each point stands: 0 where no other point is as good in all and better in one.
+
+    Front 1 is front 0 of what remains without it, and so on (non-dominated sorting: Deb et al.,
+    NSGA-II, IEEE TEC 2002).
 
     Args:
-        rewards: [C, Q], mean reward of each candidate on each query; NaN = unknown. Candidates
-            without any, and then queries that are not known of all, are left out.
+        points: [C, K], more is better; NaN counts as worst.
 
     Returns:
-        From 0 to 1, NaN where two candidates on two queries are not left.
+        int [C].
     """
-    values = rewards.double()
-    values = values[(~values.isnan()).any(dim=1)]
-    values = values[:, values.isfinite().all(dim=0)]
-    candidates, queries = values.shape
-    if candidates < 2 or queries < 2:
-        return math.nan
-    means = values.mean(dim=1)
-    between = queries * float(means.var())
-    rest = values - means[:, None] - values.mean(dim=0) + values.mean()
-    noise = float(rest.square().sum()) / ((candidates - 1) * (queries - 1))
-    return max(0.0, 1.0 - noise / between) if between > 0.0 else 0.0
+    values = np.where(np.isnan(points), -np.inf, points)
+    no_worse = np.all(values[:, None, :] >= values[None, :, :], axis=2)
+    better = np.any(values[:, None, :] > values[None, :, :], axis=2)
+    dominates: NDArray[np.bool_] = np.logical_and(no_worse, better)  # [C, C] row over column
+    ranks = np.full(len(values), -1, dtype=np.int64)
+    rank = 0
+    while (ranks < 0).any():
+        left = ranks < 0
+        ranks[left & ~dominates[left].any(0)] = rank
+        rank += 1
+    return ranks
+
+
+def crowding(points: Array) -> Array:
+    """How far apart a front's points lie from their neighbours; the ends of an objective inf.
+
+    Args:
+        points: [C, K] of one front.
+
+    Returns:
+        [C], more = lonelier (Deb et al., NSGA-II).
+    """
+    count, objectives = points.shape
+    distance = np.zeros(count)
+    for column in range(objectives):
+        order = np.argsort(points[:, column], kind="stable")
+        ordered = points[order, column]
+        width = ordered[-1] - ordered[0]
+        distance[order[[0, -1]]] = np.inf
+        if count > 2 and width > 0.0:
+            distance[order[1:-1]] += (ordered[2:] - ordered[:-2]) / width
+    return distance

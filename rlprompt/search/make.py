@@ -8,6 +8,7 @@ from typing import Annotated
 from rlprompt.search.base import Searcher, SearchSettings, SearchStart
 from rlprompt.search.cmaes import CMAES
 from rlprompt.search.es import ES
+from rlprompt.search.evolution import Evolution
 from rlprompt.search.texts import Texts
 from rlprompt.settings import OneOf
 
@@ -15,6 +16,7 @@ SEARCHERS: Mapping[str, type[Searcher]] = {
     "texts": Texts,
     "cmaes": CMAES,
     "es": ES,
+    "evolution": Evolution,
 }
 """The built-in searchers: what `search.type` says -> the class."""
 

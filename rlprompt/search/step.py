@@ -148,7 +148,7 @@ class SearchStep:
         limit = self._num_queries(len(asked))
         if limit == 0 and before is not None:
             return self._give_up(len(asked), before)
-        batch = self._try(asked, self.parts.queries.next(seed)[:limit], step, seed)
+        batch = self._try(asked, self._met(seed)[:limit], step, seed)
         trials = _trials(asked, batch)
         for trial in trials:
             self._lineage.add(trial, step + 1)
@@ -227,6 +227,11 @@ class SearchStep:
     def close(self) -> None:
         """End threads and processes of the rewards."""
         self.parts.rewards.close()
+
+    def _met(self, seed: int) -> list[Query]:
+        """The queries of this step: those the searcher names, or else the next ones."""
+        source, named = self.parts.queries, self.parts.searcher.wanted_queries
+        return source.next(seed) if named is None else source.as_asked(named, seed)
 
     def _try(
         self, asked: Sequence[Candidate], queries: Sequence[Query], step: int, seed: int

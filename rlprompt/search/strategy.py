@@ -58,7 +58,7 @@ class Strategy(ABC):
         """Learn from the places of the points that were sampled last.
 
         Args:
-            places: [C], 0 the best; see `rlprompt.search.fitness.places`.
+            places: [C], 0 the best; see `rlprompt.search.ranking.places`.
         """
 
     @abstractmethod

@@ -346,6 +346,18 @@ SEARCHES = [
             ),
         )[1],
     ),
+    (
+        "an operator that needs a writer",
+        lambda p: _race(p, search__type="evolution", search__operators={"rephrase": 1.0}),
+    ),
+    (
+        "an objective that is no reward",
+        lambda p: _race(p, search__type="evolution", search__objectives=["safe"]),
+    ),
+    (
+        "components that are no lists",
+        lambda p: _race(p, search__type="evolution", search__components={"tone": {"a": 1}}),
+    ),
     ("a plan of a search", lambda p: _race(p) and ("plan", "recipe.yaml")),
 ]
 MODELS = [

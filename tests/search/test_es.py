@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from rlprompt.runs.learner import LearnerState
 from rlprompt.search.es import ESSettings, ExponentialNES
-from rlprompt.search.fitness import places
+from rlprompt.search.ranking import places
 from tests.fixtures.toys import evaluations_to_reach, toy
 
 

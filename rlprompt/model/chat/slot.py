@@ -136,6 +136,11 @@ class ChatSlot:
         variables = plain_variables(tokenizer) if template == PLAIN else {}
         return cls(tokenizer, ChatTemplate(tokenizer, source, variables), TextEncoder(tokenizer))
 
+    @property
+    def control_tokens(self) -> Sequence[str]:
+        """The control tokens of the tokenizer, as they are spelled; texts never give one."""
+        return self._encoder.control_tokens
+
     def tail_ids(self, messages: Sequence[Message]) -> list[int]:
         """Tokens after the slot, through the assistant header where the completion starts.
 

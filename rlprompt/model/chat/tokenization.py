@@ -102,6 +102,11 @@ class TextEncoder:
         }
         self._plain = plain
 
+    @property
+    def control_tokens(self) -> Sequence[str]:
+        """The control tokens of the tokenizer, as they are spelled."""
+        return tuple(self._controls)
+
     def split(self, literal: str) -> Pieces:
         """A text of the template as plain texts (never empty) and control tokens."""
         pieces: Pieces = []
