@@ -7,12 +7,14 @@ from typing import Annotated
 
 from rlprompt.search.base import Searcher, SearchSettings, SearchStart
 from rlprompt.search.evolution import Evolution
+from rlprompt.search.rl import RL
 from rlprompt.search.texts import Texts
 from rlprompt.settings import OneOf
 
 SEARCHERS: Mapping[str, type[Searcher]] = {
     "texts": Texts,
     "evolution": Evolution,
+    "rl": RL,
 }
 """The built-in searchers: what `search.type` says -> the class."""
 
