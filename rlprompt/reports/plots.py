@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -88,6 +89,16 @@ class Part(NamedTuple):
 
     color: Color
     values: Series
+
+
+class Node(NamedTuple):
+    """One point of a tree."""
+
+    x: float
+    y: float
+    color: Color
+    label: str = ""
+    """What stands beside it; empty = nothing, and the point is small."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +190,71 @@ def draw_stack(steps: Sequence[float], parts: Sequence[Part], name: str) -> str:
         axes.set_xlabel("step")
         axes.set_ylabel("seconds")
         return _to_svg(figure, name)
+
+
+def draw_tree(
+    nodes: Sequence[Node],
+    edges: Sequence[tuple[int, int]],
+    name: str,
+    *,
+    x_label: str,
+    y_label: str,
+) -> str:
+    """Draw points and the lines between them; a line between two labelled ones is a thick one.
+
+    Args:
+        nodes: The points; labelled ones are on top.
+        edges: Places of two nodes each, in the order from old to new.
+        name: See `draw_curves`.
+        x_label: What `Node.x` is.
+        y_label: What `Node.y` is, with its unit.
+
+    Returns:
+        An `<svg>` element.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(width=10.0)
+        figure.set_figheight(3.6)
+        for is_main in (False, True):
+            chosen = [each for each in edges if _is_main(nodes, each) == is_main]
+            ends = [[(nodes[i].x, nodes[i].y) for i in each] for each in chosen]
+            color = nodes[chosen[0][1]].color if is_main and chosen else "grid"
+            width = 1.8 if is_main else 0.6
+            axes.add_collection(
+                LineCollection(ends, colors=_VARIABLES[color], linewidths=width, zorder=1 + is_main)
+            )
+        for color in dict.fromkeys(node.color for node in nodes):
+            for is_labelled in (False, True):
+                own = [n for n in nodes if n.color == color and bool(n.label) == is_labelled]
+                x, y = [n.x for n in own], [n.y for n in own]
+                axes.plot(
+                    x,
+                    y,
+                    linestyle="",
+                    marker="o",
+                    markersize=5.0 if is_labelled else 2.6,
+                    color=_VARIABLES[color],
+                    zorder=3 + is_labelled,
+                )
+        for node in nodes:
+            if node.label:
+                axes.annotate(
+                    node.label,
+                    (node.x, node.y),
+                    xytext=(0, 5),
+                    textcoords="offset points",
+                    ha="center",
+                    color=_VARIABLES["ink"],
+                    zorder=6,
+                )
+        axes.margins(y=0.1)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        return _to_svg(figure, name)
+
+
+def _is_main(nodes: Sequence[Node], edge: tuple[int, int]) -> bool:
+    return all(nodes[place].label for place in edge)
 
 
 def thin(steps: Sequence[float], values: Series) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -25,6 +25,7 @@ from rlprompt.reports.candidates import candidate_rows, made_by
 from rlprompt.reports.charts import WHO, report_sections
 from rlprompt.reports.formats import MAX_TEXT, clean, shown_number, shown_value, signed
 from rlprompt.reports.guards import alarm_sentences
+from rlprompt.reports.lineage import lineage_charts
 from rlprompt.reports.plots import Bar, draw_differences
 from rlprompt.runs.read_folder import Row, RunFiles, load_run
 
@@ -86,6 +87,7 @@ def _context(run: RunFiles) -> dict[str, Any]:
         "table": _table(run, shown, split),
         "members": _members(run),
         "candidates": _candidates(run),
+        "lineage": lineage_charts(run),
         "sections": report_sections(run),
         "last_step": last.get("step"),
         "last_metrics": [

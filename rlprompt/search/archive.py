@@ -19,7 +19,7 @@ from rlprompt.errors import InputError
 from rlprompt.prompts.text import TextPrompt
 from rlprompt.runs.learner import LearnerState
 from rlprompt.search.base import Candidate, Trial
-from rlprompt.search.fitness import Array, effects
+from rlprompt.search.fitness import Effects, effects
 from rlprompt.search.promotion import Answer
 
 Answers = Mapping[int, Sequence[Answer]]
@@ -101,8 +101,8 @@ class Archive:
             )
         return trial.values[name].double().nanmean(dim=1)
 
-    def effects(self, column: int = 0) -> Array:
-        """What each candidate is worth on fitness queries, [C]; see `search.fitness.effects`.
+    def effects(self, column: int = 0) -> Effects:
+        """What each candidate is worth on fitness queries; see `search.fitness.effects`.
 
         Args:
             column: 0 = the total reward, k = the k-th objective.

@@ -33,11 +33,11 @@ from rlprompt.errors import InputError
 from rlprompt.runs.learner import LearnerState, named_under
 from rlprompt.search import breeding, components, rewriting
 from rlprompt.search.admission import Admission, Copies, sources_of
-from rlprompt.search.archive import Archive
+from rlprompt.search.archive import Answers, Archive
 from rlprompt.search.base import Candidate, Searcher, SearchSettings, SearchStart, Trial
 from rlprompt.search.breeding import Breeder, Hand, Operator, Parent
 from rlprompt.search.division import Division
-from rlprompt.search.fitness import Array, crowding, front_ranks
+from rlprompt.search.fitness import Array, Effects, crowding, front_ranks
 from rlprompt.search.make_writer import AnyWriterSettings, make_writer
 from rlprompt.search.operators import OperatorChoice
 from rlprompt.search.promotion import Promotions, Terms, paired_test
@@ -49,7 +49,10 @@ from rlprompt.types import Query
 PROMPT_LENGTH = "prompt_length"
 """The objective that is no reward: a shorter prompt is better."""
 SEEN = 8
-"""Fitness queries that a text was tried on before it is promoted."""
+"""Fitness queries that a text was tried on before it is promoted, or believed in."""
+AHEAD = 1.5
+"""Standard deviations by which it is believed to be better than the one promoted before it. Each
+promotion takes from the probability of error of all later ones."""
 PATIENCE = 10
 """Fitness steps in a row without a new text after which there is nothing more to find."""
 _TRIES = 2
@@ -250,7 +253,9 @@ class Evolution(Searcher):
         if self._challenger is not None:
             pair = (self._promotions.incumbent, self._challenger)
             self._asked = [self._archive.candidates[each] for each in pair]
-            self._wanted = self._division.tests(self._met(self._challenger))
+            self._wanted = self._division.tests(
+                self._met(self._challenger, self._archive.test_answers())
+            )
             return self._asked
         self._wanted = self._division.fitness(self._step)
         waiting = list(self._tries)
@@ -292,16 +297,17 @@ class Evolution(Searcher):
             raise InputError(f"search.evidence.spread does not hold: {error}") from error
 
     def _take_answers(self, challenger: int, trials: Sequence[Trial]) -> None:
-        before = self._met(challenger)
+        before = self._met(challenger, self._archive.test_answers())
         self._archive.record(trials, is_test=True)
-        if self._met(challenger) == before:
+        if self._met(challenger, self._archive.test_answers()) == before:
             self._stale.add(challenger)
 
     def _evolve(self, trials: Sequence[Trial]) -> None:
         """Drop, keep and promote, by fitness alone."""
         for trial in trials:
             self._note_failures(trial)
-        fitness = self._fitness()
+        effects = self._archive.effects()
+        fitness = self._fitness(effects)
         for each in list(self._tries):
             self._tries[each] += 1
             if self._archive.seen(each):
@@ -317,7 +323,14 @@ class Evolution(Searcher):
         best = self._members[0]
         if self.settings.evidence is None:
             self._believe(fitness)
-        elif self._archive.seen(best) >= SEEN:
+            return
+        if self._archive.seen(best) >= SEEN:
+            self._promote(best, effects, fitness)
+
+    def _promote(self, best: int, effects: Effects, fitness: Array) -> None:
+        """Let the fittest be tested if it is believed to be better than the last one that was."""
+        last = self._promotions.promoted[-1]
+        if fitness[best] - fitness[last] > AHEAD * effects.deviation(best, last):
             self._promotions.promote(best)
 
     def _believe(self, fitness: Array) -> None:
@@ -364,7 +377,7 @@ class Evolution(Searcher):
                 columns.append(-np.array([self._length(each) for each in range(len(fitness))]))
             else:
                 reward += 1
-                columns.append(self._archive.effects(reward))
+                columns.append(self._archive.effects(reward).mean)
         points = np.stack(columns, axis=1)[list(pool)]
         ranks = front_ranks(points)
         lonely = np.zeros(len(pool))
@@ -380,30 +393,34 @@ class Evolution(Searcher):
         """The fittest promoted candidate whose test can go on, when it is time for a test."""
         if self.settings.evidence is None:
             return None
+        answers = self._archive.test_answers()
         worth = {each: self._worth(each) for each in self._promotions.promoted}
         before = self._promotions.incumbent
-        waiting = self._promotions.update(self._archive.test_answers(), worth)
+        waiting = self._promotions.update(answers, worth)
         if self._promotions.incumbent != before:
             self._stale.clear()
-        waiting = [each for each in waiting if each not in self._stale]
-        waiting = [each for each in waiting if self._division.tests(self._met(each)) != ()]
         calls = self._archive.calls
-        is_due = calls["test"] < calls["fitness"] or self._barren >= PATIENCE
-        if not waiting or not is_due:
+        if calls["test"] >= calls["fitness"] and self._barren < PATIENCE:
             return None
-        fitness = self._fitness()
+        waiting = [
+            each
+            for each in waiting
+            if each not in self._stale and self._division.tests(self._met(each, answers)) != ()
+        ]
+        if not waiting:
+            return None
+        fitness = self._fitness(self._archive.effects())
         return max(waiting, key=lambda each: (fitness[each], -each))
 
-    def _met(self, challenger: int) -> set[int]:
+    def _met(self, challenger: int, answers: Answers) -> set[int]:
         """Test queries that a challenger and the incumbent have met together."""
-        answers = self._archive.test_answers()
         blocks = {each.block for each in answers.get(self._promotions.incumbent, ())}
         return {each.query for each in answers.get(challenger, ()) if each.block in blocks}
 
-    def _fitness(self) -> Array:
+    def _fitness(self, effects: Effects) -> Array:
         """[C] effects less the penalty for length."""
         worth = [self._worth(each) for each in range(len(self._archive.candidates))]
-        return self._archive.effects() + np.array(worth)
+        return effects.mean + np.array(worth)
 
     def _worth(self, candidate: int) -> float:
         penalty = self.settings.length_penalty
