@@ -12,7 +12,6 @@ from torch import Tensor
 from rlprompt.runs.learner import LearnerState
 from rlprompt.search.base import SearchSettings
 from rlprompt.search.continuous import Continuous, ContinuousSettings
-from rlprompt.search.ranking import utilities
 from rlprompt.search.natural_gradient import (
     Normal,
     Rates,
@@ -21,6 +20,7 @@ from rlprompt.search.natural_gradient import (
     size_rate,
     xnes_update,
 )
+from rlprompt.search.ranking import utilities
 from rlprompt.search.strategy import Strategy, default_population
 
 

@@ -9,6 +9,7 @@ from rlprompt.search.base import Searcher, SearchSettings, SearchStart
 from rlprompt.search.cmaes import CMAES
 from rlprompt.search.es import ES
 from rlprompt.search.evolution import Evolution
+from rlprompt.search.rl import RL
 from rlprompt.search.texts import Texts
 from rlprompt.settings import OneOf
 
@@ -17,6 +18,7 @@ SEARCHERS: Mapping[str, type[Searcher]] = {
     "cmaes": CMAES,
     "es": ES,
     "evolution": Evolution,
+    "rl": RL,
 }
 """The built-in searchers: what `search.type` says -> the class."""
 

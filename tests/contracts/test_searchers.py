@@ -16,13 +16,14 @@ import torch
 from pydantic import TypeAdapter
 from safetensors.torch import load, save
 
+from rlprompt.engines.native import NativeEngine
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.text import TextPrompt
 from rlprompt.runs.learner import LearnerState
 from rlprompt.search.base import Searcher, SearchStart
 from rlprompt.search.make import SEARCHERS, AnySearchSettings, make_searcher
 from tests.fixtures.prompts import KINDS, make
-from tests.fixtures.runs import tiny_policy
+from tests.fixtures.runs import queries, tiny_policy
 from tests.fixtures.searches import CASES, trial
 
 
@@ -37,7 +38,8 @@ def start_of(name: str) -> Prompt:
 
 
 def searcher_of(name: str) -> Searcher:
-    return make_searcher(settings_of(name), SearchStart(start_of(name), 0))
+    given = SearchStart(start_of(name), 0, NativeEngine(tiny_policy()), queries(4))
+    return make_searcher(settings_of(name), given)
 
 
 def steps(searcher: Searcher, seed: int, count: int) -> Iterator[list[int]]:

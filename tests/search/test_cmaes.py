@@ -18,8 +18,8 @@ from rlprompt.errors import InputError
 from rlprompt.runs.learner import LearnerState
 from rlprompt.search.base import SearchStart
 from rlprompt.search.cmaes import CMAESSettings, CovarianceMatrixAdaptation
-from rlprompt.search.ranking import places
 from rlprompt.search.make import make_searcher
+from rlprompt.search.ranking import places
 from tests.fixtures.prompts import make
 from tests.fixtures.runs import tiny_policy
 from tests.fixtures.toys import evaluations_to_reach, toy
