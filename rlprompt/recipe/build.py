@@ -424,7 +424,9 @@ def _search_step(
 ) -> SearchStep:
     data = shared.data
     augment = Augmenter(recipe.augment, data.train) if recipe.augment else None
-    start = SearchStart(shared.policy.prompt, recipe.seed, shared.engine, data.train)
+    start = SearchStart(
+        shared.policy.prompt, recipe.seed, shared.engine, data.train, recipe.sampling.temperature
+    )
     return SearchStep(
         SearchParts(
             searcher=make_searcher(settings, start),

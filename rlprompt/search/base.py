@@ -6,7 +6,8 @@
     searcher.tell(trials)     one trial per candidate
     searcher.incumbent        the candidate that is believed best now
 
-A searcher sees outputs and scores only: no model, no gradient, no held-out query. All candidates of
+A searcher sees outputs and scores only: no model, no gradient, no held-out query; but for one that
+asks for them at its start (`SearchStart.engine`), as white-box searchers do. All candidates of
 a step meet common random numbers, so that they can be compared query by query. Nobody but the
 searcher decides what is tried next, how often, and when enough was tried.
 
@@ -51,6 +52,9 @@ class SearchStart:
     policy, look inside of the base. None = outputs and scores are all there is."""
     queries: Sequence[Query] = ()
     """The training queries, for searchers that must not copy from them."""
+    temperature: float = 1.0
+    """Sampling temperature, 0 for greedy draws: `Completion.sampling_logprobs` are tempered by it
+    (by 1 where it is 0), and so must be what they are compared with."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,14 @@ class Searcher(ABC):
     def is_over(self) -> bool:
         """Whether there is nothing more to ask for; the run then ends before its last step."""
         return False
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Numbers of its own worth watching, such as forward passes that are no calls.
+
+        A step logs them as `search/NAME` after its `tell`. Nothing by default.
+        """
+        return {}
 
     @abstractmethod
     def state(self) -> LearnerState:

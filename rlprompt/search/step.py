@@ -183,6 +183,8 @@ class SearchStep:
         known = [trial.reward for trial in trials if not trial.rewards.isnan().all()]
         if known:
             metrics["search/best_reward"] = max(known)
+        own = self.parts.searcher.metrics
+        metrics |= {f"search/{name}": value for name, value in own.items()}
         return metrics | {
             "search/candidates": float(len(trials)),
             "search/incumbent": float(self.parts.searcher.incumbent.id),
