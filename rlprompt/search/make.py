@@ -7,10 +7,12 @@ from typing import Annotated
 
 from rlprompt.search.base import Searcher, SearchSettings, SearchStart
 from rlprompt.search.texts import Texts
+from rlprompt.search.tokens import Tokens
 from rlprompt.settings import OneOf
 
 SEARCHERS: Mapping[str, type[Searcher]] = {
     "texts": Texts,
+    "tokens": Tokens,
 }
 """The built-in searchers: what `search.type` says -> the class."""
 
