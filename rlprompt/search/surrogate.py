@@ -4,8 +4,8 @@ Nothing is drawn and nothing is scored by a reward here: completions are teacher
 is that of training with the prompt's embeddings as what trains: micro-batches add up at the
 prefix's keys and values, one backward over the prompt's tokens carries them to its embeddings
 (`rlprompt.policy`). Texts that differ from a known one at place i share its keys and values before
-i; all texts that part there are computed in one forward. Completions of a query share the query,
-computed once per text, since what stands after a prompt depends on it.
+i, and texts that part there share a forward. Completions of a query share the query, computed once
+per text, since what stands after a prompt depends on it.
 
 Letters: G queries, B completions, N texts, m slot tokens, h head tokens, V vocabulary, d model
 width, P prefix tokens.
@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlprompt.errors import InputError
 from rlprompt.kernels.lm_head import head_logits
 from rlprompt.model.forward.tree import TokenTree, TreeContext, build_tree
 from rlprompt.policy import Policy, SharedPrefix, TokenScores
@@ -31,8 +32,12 @@ from rlprompt.types import Group, PrefixKV
 
 _ANY_TEXT = TextPrompt("x")
 """What stands after a text in the slot is the same for every text."""
+_SHORT = 64
+"""Tokens of a text that are computed anew before each query, so that many texts share a forward."""
 TOKEN_BUDGET = 1024
-"""Most packed tokens of a micro-batch, as of `training.token_budget`."""
+"""Most packed tokens of a micro-batch with a gradient, as of `training.token_budget`."""
+FORWARD_BUDGET = 4096
+"""Most packed tokens of a forward without one."""
 
 
 @dataclass(frozen=True)
@@ -146,16 +151,34 @@ class Forwards:
             [N, B] float64.
         """
         out = torch.zeros(len(texts), len(evidence.weights), dtype=torch.float64)
-        trees: dict[int, list[_MicroBatch]] = {}
-        for row, prefix in enumerate(self._prefixes(texts, like)):
-            length = prefix.num_tokens
-            if length not in trees:
-                trees[length] = list(self._micro_batches(evidence, prefix))
-            for chosen, tree in trees[length]:
-                scores = self._policy.logprobs(tree, prefix, self._temperature)
-                out[row, chosen] = _token_means(scores).double().cpu()
+        asked = [self._policy.query_ids(group.query, _ANY_TEXT) for group in evidence.groups]
+        self._require_room(max(len(text) for text in texts), asked, evidence)
+        for shared in self._shared(texts, like):
+            for part in _parts(shared, asked, evidence):
+                tree = build_tree(
+                    part.queries, part.completions, shared.prefix.num_tokens, self._policy.device
+                )
+                scores = self._policy.logprobs(tree, shared.prefix, self._temperature)
+                out[part.texts, part.places] = _token_means(scores).double().cpu()
         self.forwards += out.numel()
         return out
+
+    def _require_room(
+        self, tokens: int, asked: Sequence[Sequence[int]], evidence: Evidence
+    ) -> None:
+        """Refuse a text with which a query and its completion are longer than the base takes."""
+        most = self._policy.forward.max_positions
+        longest = max(
+            len(ids) + max(len(c.token_ids) for c in group.completions)
+            for ids, group in zip(asked, evidence.groups, strict=True)
+        )
+        needed = len(self._policy.head_ids) + tokens + longest
+        if needed > most:
+            raise InputError(
+                f"a text of {tokens} tokens with a query and its completion needs {needed} "
+                f"positions, {self._policy.base.id} has {most}; lower search.max_tokens or "
+                "sampling.max_tokens"
+            )
 
     @torch.no_grad()
     def fluency(self, texts: Sequence[Sequence[int]]) -> Tensor:
@@ -225,21 +248,22 @@ class Forwards:
             tree = policy.tree(queries, rows, prefix, _ANY_TEXT)
             yield _MicroBatch(torch.tensor(chosen), tree)
 
-    def _prefixes(self, texts: Sequence[Sequence[int]], like: Sequence[int]) -> Iterator[PrefixKV]:
-        """The prefix of each text, head included, in order."""
+    def _shared(self, texts: Sequence[Sequence[int]], like: Sequence[int]) -> Iterator[_Shared]:
+        """Texts with what they have in common computed."""
         policy = self._policy
-        ids = [*policy.head_ids, *like]
-        known = policy.prefill(policy.embed(ids))
+        known = policy.prefill(policy.embed([*policy.head_ids, *like]))
         head = len(policy.head_ids)
         parting: dict[int, list[int]] = {}
         for row, text in enumerate(texts):
-            parting.setdefault(head + shared_start(text, like), []).append(row)
-        made: dict[int, PrefixKV] = {}
+            parting.setdefault(shared_start(text, like), []).append(row)
         for place, rows in parting.items():
-            rest = {row: list(texts[row][place - head :]) for row in rows}
-            made |= self._continued(known.cut(place), rest)
-        for row in range(len(texts)):
-            yield made.pop(row)
+            before = known.cut(head + place)
+            rest = {row: list(texts[row][place:]) for row in rows}
+            if max(len(tokens) for tokens in rest.values()) <= _SHORT:
+                yield _Shared(before, rest)
+                continue
+            for row, prefix in self._continued(before, rest).items():
+                yield _Shared(prefix, {row: []})
 
     def _continued(
         self, before: PrefixKV, rest: Mapping[int, Sequence[int]]
@@ -261,6 +285,43 @@ class Forwards:
             values = [own[place, :, :length] for own in context.query_values]
             made[row] = PrefixKV(_after(before.keys, keys), _after(before.values, values))
         return made
+
+
+class _Shared(NamedTuple):
+    """Texts that share a prefix."""
+
+    prefix: PrefixKV
+    rest: Mapping[int, Sequence[int]]
+    """By the number of each text, its tokens behind the prefix."""
+
+
+class _Part(NamedTuple):
+    """Completions under some texts that share a prefix, as one forward takes them."""
+
+    queries: list[list[int]]
+    """The rest of a text and a query, of each group."""
+    completions: list[list[Sequence[int]]]
+    texts: Tensor
+    """int64 [b] text of each completion."""
+    places: Tensor
+    """int64 [b] its place among the B."""
+
+
+def _parts(shared: _Shared, asked: Sequence[Sequence[int]], evidence: Evidence) -> Iterator[_Part]:
+    """Every completion under every text, in packed parts."""
+    rows = [[c.token_ids for c in group.completions] for group in evidence.groups]
+    firsts = [sum(len(own) for own in rows[:g]) for g in range(len(rows))]
+    pairs = [(text, g) for text in shared.rest for g in range(len(rows))]
+    before = [[*shared.rest[text], *asked[g]] for text, g in pairs]
+    lengths = [[len(row) for row in rows[g]] for _, g in pairs]
+    for part in pack([len(ids) for ids in before], lengths, FORWARD_BUDGET):
+        chosen = [(*pairs[pair], place) for pair, places in part.rows for place in places]
+        yield _Part(
+            [before[pair] for pair, _ in part.rows],
+            [[rows[pairs[pair][1]][place] for place in places] for pair, places in part.rows],
+            torch.tensor([text for text, _, _ in chosen]),
+            torch.tensor([firsts[g] + place for _, g, place in chosen]),
+        )
 
 
 class _MicroBatch(NamedTuple):
