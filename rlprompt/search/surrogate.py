@@ -253,16 +253,15 @@ class Forwards:
         policy = self._policy
         known = policy.prefill(policy.embed([*policy.head_ids, *like]))
         head = len(policy.head_ids)
-        parting: dict[int, list[int]] = {}
-        for row, text in enumerate(texts):
-            parting.setdefault(shared_start(text, like), []).append(row)
-        for place, rows in parting.items():
-            before = known.cut(head + place)
-            rest = {row: list(texts[row][place:]) for row in rows}
-            if max(len(tokens) for tokens in rest.values()) <= _SHORT:
-                yield _Shared(before, rest)
-                continue
-            for row, prefix in self._continued(before, rest).items():
+        parting = [shared_start(text, like) for text in texts]
+        near = [row for row, text in enumerate(texts) if len(text) - parting[row] <= _SHORT]
+        if near:
+            place = min(parting[row] for row in near)
+            yield _Shared(known.cut(head + place), {row: texts[row][place:] for row in near})
+        others = [row for row in range(len(texts)) if row not in near]
+        for place in sorted({parting[row] for row in others}):
+            rest = {row: texts[row][place:] for row in others if parting[row] == place}
+            for row, prefix in self._continued(known.cut(head + place), rest).items():
                 yield _Shared(prefix, {row: []})
 
     def _continued(
