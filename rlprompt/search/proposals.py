@@ -3,8 +3,8 @@
 A round takes the gradient at the present text, draws edits whose tokens are among the best at their
 place to first order, drops what is no text (`search.vocabulary`), and computes for the rest what
 they would make of the completions (`search.surrogate`). The next round starts at the best of them,
-so that a proposal may be several tokens away; the clipped ratio keeps it from trusting old
-completions too far. The fluency of a text is its mean log-probability per token under the base:
+so that a proposal may be several tokens away. With the mean log-probability per token of a text
+under the base as its fluency, texts are ordered by
 
     J(text) = S(text) + fluency_weight * fluency(text)
 
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlprompt.search.substitution import best_tokens, importance, surrogate, surrogate_slope
+from rlprompt.search.substitution import best_tokens, surrogate, surrogate_slope, tapered
 from rlprompt.search.surrogate import Evidence, Forwards, Gradient
 from rlprompt.search.vocabulary import Vocabulary
 
@@ -37,7 +37,7 @@ class ProposalRules:
     substitutions: int
     rounds: int
     screen_completions: int
-    clip: float | None
+    clip: float
     fluency_weight: float
     min_tokens: int
     max_tokens: int
@@ -70,10 +70,10 @@ class _Judge:
     """What texts are compared by."""
 
     evidence: Evidence
-    """With weights that hold the importance of each completion."""
+    """With weights that hold the taper of each completion."""
     reference: Tensor
     """[B] mean log-probability per token under the text that the search stands at."""
-    clip: float | None
+    clip: float
 
     def slope(self, places: Tensor, logprobs: Tensor) -> Tensor:
         """What completions [b] count for in the gradient at a text; see `surrogate_slope`."""
@@ -126,8 +126,8 @@ class Proposer:
             return None, None
 
         def weigh(places: Tensor, logprobs: Tensor) -> Tensor:
-            share = importance(logprobs, evidence.sampling_logprobs[places])
-            return share * evidence.weights[places]
+            known = evidence.sampling_logprobs[places]
+            return tapered(evidence.weights[places], logprobs, known)
 
         gradient = self._forwards.gradient(stand.token_ids, evidence, weigh)
         count = min(self._rules.screen_completions, len(gradient.weights))
@@ -204,8 +204,7 @@ class Proposer:
         if judge is not None:
             logprobs = self._forwards.logprobs(rows, judge.evidence, origin)
             weights = judge.evidence.weights
-            zero = surrogate(judge.reference, judge.reference, weights, judge.clip)
-            values += surrogate(logprobs, judge.reference, weights, judge.clip) - zero
+            values += surrogate(logprobs, judge.reference, weights, judge.clip)
         if self._rules.fluency_weight:
             fluency = self._forwards.fluency([origin, *rows])
             values += self._rules.fluency_weight * (fluency[1:] - fluency[0])

@@ -3,13 +3,15 @@
 A prompt is judged between rollouts by what it would make of completions that were drawn and scored
 before. Completion i has the length-normalised log-probability l_i under a prompt (mean over its
 tokens), l_i' under the prompt that the search stands at, and a weight w_i, its advantage. The value
-of a prompt is
+of a prompt is the mean over i of
 
-    S = mean_i min(r_i w_i, clip(r_i, 1 - c, 1 + c) w_i),    r_i = exp(l_i - l_i'),
+    w_i (l_i - l_i')                           where w_i > 0
+    w_i max(exp(l_i - l_i') - 1, -c)           where w_i < 0:
 
-PPO's clipped surrogate (Schulman et al., 2017, arXiv 1707.06347, equation 7) with the sequence
-ratio of GSPO (Zheng et al., 2025, arXiv 2507.18071, equation 7). At the prompt itself its gradient
-is the policy gradient, mean_i w_i grad l_i. Without c, for given answers, S = mean_i w_i l_i.
+what was good is imitated, whoever drew it, and what was bad is made less likely, but nothing is
+gained by pushing it below a share 1 - c (tapered off-policy REINFORCE: Le Roux et al., 2025, arXiv
+2503.14286; the bound is PPO's, the sequence ratio that of GSPO, arXiv 2507.18071). At the prompt
+itself its gradient is the policy gradient, mean_i w_i grad l_i. Given answers have weights of 1.
 
 The token of place j is a one-hot row times the table of embeddings. The derivative of S by that row
 is g_j . E^T, where g_j is the gradient of the embedding; what a substitution is worth to first
@@ -48,58 +50,52 @@ def pooled_advantages(rewards: Tensor) -> Tensor:
     return gaps / scale if float(scale) > 1e-9 else torch.zeros_like(gaps)
 
 
-def importance(logprobs: Tensor, sampling_logprobs: Tensor) -> Tensor:
-    """Weights of completions that another prompt drew: its share where that is less than 1.
+def tapered(weights: Tensor, logprobs: Tensor, sampling_logprobs: Tensor) -> Tensor:
+    """Weights of completions that another prompt may have drawn.
 
-    What the present prompt would hardly write has a steep gradient and says little of it, so it
-    counts by the ratio of sequence probabilities, length-normalised and cut at 1 (truncated
-    importance sampling: Ionides, 2008).
+    A bad one that the present prompt would hardly write says little of it, and its gradient is
+    steep: it counts by the ratio of sequence probabilities, length-normalised and cut at 1.
 
     Args:
+        weights: [B] advantages.
         logprobs: [B] mean log-probability per token under the present prompt, in nats.
-        sampling_logprobs: [B] the same under the prompt that drew it; NaN = unknown: 1.
+        sampling_logprobs: [B] the same under the prompt that drew it; NaN = unknown, a ratio of 1.
 
     Returns:
-        [B] in (0, 1].
+        [B].
     """
-    ratio = (logprobs - sampling_logprobs).exp().clamp_max(1.0)
-    return torch.where(sampling_logprobs.isnan(), 1.0, ratio)
+    ratio = (logprobs - sampling_logprobs).exp().clamp_max(1.0).nan_to_num(1.0)
+    return torch.where(weights < 0.0, ratio * weights, weights)
 
 
-def surrogate(logprobs: Tensor, reference: Tensor, weights: Tensor, clip: float | None) -> Tensor:
-    """S of N prompts; see the module.
+def surrogate(logprobs: Tensor, reference: Tensor, weights: Tensor, clip: float) -> Tensor:
+    """The value of N prompts; see the module.
 
     Args:
         logprobs: [N, B] mean log-probability per token of each completion under each prompt.
         reference: [B] the same under the prompt that the search stands at.
         weights: [B] advantages; 1 for given answers.
-        clip: largest change of the ratio that is rewarded; None = no ratio.
+        clip: the share c by which a bad completion may become less likely.
 
     Returns:
-        [N].
+        [N]; 0 at the prompt itself.
     """
-    if clip is None:
-        return (weights * (logprobs - reference)).mean(dim=-1)
-    ratio = (logprobs - reference).exp()
-    bounded = ratio.clamp(1.0 - clip, 1.0 + clip)
-    return torch.minimum(ratio * weights, bounded * weights).mean(dim=-1)
+    gap = logprobs - reference
+    bad = gap.exp().sub(1.0).clamp_min(-clip)
+    return (weights * torch.where(weights > 0.0, gap, bad)).mean(dim=-1)
 
 
-def surrogate_slope(
-    logprobs: Tensor, reference: Tensor, weights: Tensor, clip: float | None
-) -> Tensor:
-    """Derivative of B times S by the log-probability of each completion.
+def surrogate_slope(logprobs: Tensor, reference: Tensor, weights: Tensor, clip: float) -> Tensor:
+    """Derivative of B times the value by the log-probability of each completion.
 
     Arguments as of `surrogate`, with `logprobs` [B].
 
     Returns:
-        [B]; 0 where a ratio is cut.
+        [B]; 0 for a bad completion that is unlikely enough.
     """
-    if clip is None:
-        return weights
     ratio = (logprobs - reference).exp()
-    is_free = torch.where(weights > 0.0, ratio < 1.0 + clip, ratio > 1.0 - clip)
-    return torch.where(is_free, ratio * weights, 0.0)
+    bad = torch.where(ratio > 1.0 - clip, ratio, 0.0)
+    return weights * torch.where(weights > 0.0, 1.0, bad)
 
 
 def one_hot_gradient(embedding_gradient: Tensor, embeddings: Tensor) -> Tensor:

@@ -58,17 +58,17 @@ class TokensSettings(SearchSettings):
     """New texts that each step tries beside the incumbent."""
     top_k: int = Field(default=64, ge=1)
     """Tokens of each place that substitutions are drawn from: those of highest gradient."""
-    substitutions: int = Field(default=64, ge=1, le=65536)
+    substitutions: int = Field(default=32, ge=1, le=65536)
     """Texts per round that are compared by forwards of the base; the best `candidates` of all
     rounds are tried. Costs no calls of the reward."""
     rounds: int = Field(default=2, ge=1, le=64)
     """Gradients per step, each at the best text of the one before: how many tokens a candidate may
     be away from the incumbent."""
-    screen_completions: int = Field(default=32, ge=1, le=65536)
+    screen_completions: int = Field(default=16, ge=1, le=65536)
     """Completions, at most, that texts are compared by: those whose advantage says most."""
     clip: float | None = Field(default=None, gt=0.0, lt=1.0)
-    """Change of a completion's probability per token, as a share, beyond which a text gains
-    nothing more; 0.5 where null."""
+    """Share by which a completion that was worse than others may become less likely, per token,
+    before a text gains nothing more by it; 0.5 where null."""
     fluency_weight: float = Field(default=0.1, ge=0.0)
     """What a nat per token of the text's own log-probability under the base counts for, where one
     standard deviation of the reward counts 1; 0 = fluency does not count."""
@@ -193,7 +193,7 @@ class Tokens(Searcher):
             substitutions=max(settings.substitutions, settings.candidates),
             rounds=settings.rounds,
             screen_completions=settings.screen_completions,
-            clip=None if settings.target_column else settings.clip or CLIP,
+            clip=settings.clip or CLIP,
             fluency_weight=settings.fluency_weight,
             min_tokens=lengths.fewest,
             max_tokens=lengths.most,

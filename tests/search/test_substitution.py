@@ -9,11 +9,11 @@ import torch
 
 from rlprompt.search.substitution import (
     best_tokens,
-    importance,
     one_hot_gradient,
     pooled_advantages,
     surrogate,
     surrogate_slope,
+    tapered,
 )
 
 
@@ -37,14 +37,16 @@ def test_rewards_that_do_not_differ_say_nothing(value: float) -> None:
     assert not pooled_advantages(torch.full((3, 2, 2), value)).any()
 
 
-def test_a_completion_counts_by_its_ratio_up_to_one() -> None:
-    now, drawn = torch.tensor([-1.0, -1.0, -3.0]), torch.tensor([-1.0, -2.0, -1.0])
-    assert torch.allclose(importance(now, drawn), torch.tensor([1.0, 1.0, math.exp(-2.0)]))
-    assert importance(torch.tensor([-4.0]), torch.tensor([math.nan])).item() == 1.0
+def test_what_was_bad_under_another_prompt_counts_by_its_ratio_up_to_one() -> None:
+    weights = torch.tensor([-1.0, -1.0, -2.0, 1.0, -1.0])
+    now = torch.tensor([-1.0, -1.0, -3.0, -3.0, -4.0])
+    drawn = torch.tensor([-1.0, -2.0, -1.0, -1.0, math.nan])
+    wanted = torch.tensor([-1.0, -1.0, -2.0 * math.exp(-2.0), 1.0, -1.0])
+    assert torch.allclose(tapered(weights, now, drawn), wanted)
 
 
-@pytest.mark.parametrize("clip", [None, 0.2, 0.5])
-def test_the_surrogate_is_ppos_of_sequence_ratios(clip: float | None) -> None:
+@pytest.mark.parametrize("clip", [0.2, 0.5])
+def test_the_surrogate_imitates_the_good_and_unlearns_the_bad_within_bounds(clip: float) -> None:
     draw = torch.Generator().manual_seed(1)
     reference = -torch.rand(7, generator=draw, dtype=torch.float64)
     logprobs = reference + torch.randn(5, 7, generator=draw, dtype=torch.float64)
@@ -53,25 +55,26 @@ def test_the_surrogate_is_ppos_of_sequence_ratios(clip: float | None) -> None:
     for row, value in zip(logprobs.tolist(), found.tolist(), strict=True):
         terms = []
         for now, before, weight in zip(row, reference.tolist(), weights.tolist(), strict=True):
-            if clip is None:
+            if weight > 0.0:
                 terms.append(weight * (now - before))
-                continue
-            ratio = math.exp(now - before)
-            terms.append(min(ratio * weight, min(max(ratio, 1 - clip), 1 + clip) * weight))
+            else:
+                terms.append(weight * max(math.exp(now - before) - 1.0, -clip))
         assert value == pytest.approx(sum(terms) / len(terms), abs=1e-12)
+    assert not surrogate(reference, reference, weights, clip).any()
 
 
-@pytest.mark.parametrize("clip", [None, 0.3])
-def test_the_slope_is_the_derivative_of_the_surrogate(clip: float | None) -> None:
+def test_the_slope_is_the_derivative_of_the_surrogate() -> None:
     draw = torch.Generator().manual_seed(2)
     reference = -torch.rand(9, generator=draw, dtype=torch.float64)
     moved = reference + 0.5 * torch.randn(9, generator=draw, dtype=torch.float64)
     weights = torch.randn(9, generator=draw, dtype=torch.float64)
     leaf = moved.clone().requires_grad_()
-    surrogate(leaf, reference, weights, clip).backward()
-    slope = surrogate_slope(moved, reference, weights, clip)
+    surrogate(leaf, reference, weights, 0.1).backward()
+    slope = surrogate_slope(moved, reference, weights, 0.1)
     assert leaf.grad is not None and torch.allclose(slope / 9, leaf.grad)
-    assert clip is None or bool((slope == 0.0).any())
+    assert bool((slope == 0.0).any()) and bool((slope != 0.0).any())
+    # At the prompt itself it is the policy gradient.
+    assert torch.equal(surrogate_slope(reference, reference, weights, 0.1), weights)
 
 
 def test_the_best_tokens_are_allowed_ones_that_do_not_stand_there() -> None:
