@@ -176,7 +176,7 @@ class Forwards:
         if needed > most:
             raise InputError(
                 f"a text of {tokens} tokens with a query and its completion needs {needed} "
-                f"positions, {self._policy.base.id} has {most}; lower search.max_tokens or "
+                f"positions, {self._policy.base.id} has {most}; lower search.grow or "
                 "sampling.max_tokens"
             )
 

@@ -74,12 +74,10 @@ class TokensSettings(SearchSettings):
     standard deviation of the reward counts 1; 0 = fluency does not count."""
     ascii_only: bool = True
     """Whether tokens that are put in have ASCII characters only. Those of the start may stay."""
-    min_tokens: int | None = Field(default=None, ge=1)
-    """Fewest tokens of the text: with fewer than it has now, tokens are deleted too; null = as many
-    as the start has."""
-    max_tokens: int | None = Field(default=None, ge=1)
-    """Most tokens of the text: with more than it has now, tokens are inserted too; null = as many
-    as the start has."""
+    grow: int = Field(default=0, ge=0, le=4096)
+    """Tokens by which the text may become longer than the start, by insertions; 0 = never."""
+    shrink: int = Field(default=0, ge=0, le=4096)
+    """Tokens by which the text may become shorter than the start, by deletions; 0 = never."""
     target_column: str | None = Field(default=None, min_length=1)
     """Column of the dataset with answers whose likelihood is differentiated in the place of the
     rewards of drawn completions; rewards decide all the same."""
@@ -109,11 +107,6 @@ class TokensSettings(SearchSettings):
                 "clip is for drawn completions and has no effect on the answers of target_column; "
                 "remove one of them"
             )
-        if self.min_tokens and self.max_tokens and self.min_tokens > self.max_tokens:
-            raise ValueError(
-                f"min_tokens is {self.min_tokens}, max_tokens is {self.max_tokens}; lower "
-                "min_tokens"
-            )
         return self
 
 
@@ -122,13 +115,6 @@ class _Start(NamedTuple):
 
     text: str
     token_ids: tuple[int, ...]
-
-
-class _Lengths(NamedTuple):
-    """How many tokens a text may have."""
-
-    fewest: int
-    most: int
 
 
 class Tokens(Searcher):
@@ -185,7 +171,12 @@ class Tokens(Searcher):
         policy = _policy(given)
         vocabulary = Vocabulary(policy, ascii_only=settings.ascii_only)
         start = _start(given.prompt, policy, vocabulary, settings.projection)
-        lengths = _lengths(settings, len(start.token_ids))
+        length = len(start.token_ids)
+        if settings.shrink >= length:
+            raise InputError(
+                f"search.shrink is {settings.shrink}, and the text to start from has {length} "
+                f"tokens, so nothing would be left of it; set it to {length - 1} at most"
+            )
         forwards = Forwards(policy, given.temperature or 1.0)
         rules = ProposalRules(
             candidates=settings.candidates,
@@ -195,8 +186,8 @@ class Tokens(Searcher):
             screen_completions=settings.screen_completions,
             clip=settings.clip or CLIP,
             fluency_weight=settings.fluency_weight,
-            min_tokens=lengths.fewest,
-            max_tokens=lengths.most,
+            min_tokens=length - settings.shrink,
+            max_tokens=length + settings.grow,
         )
         proposer = Proposer(forwards, vocabulary, rules)
         targets = _targets(settings.target_column, given.queries, policy)
@@ -426,27 +417,6 @@ def _start(prompt: Prompt, policy: Policy, vocabulary: Vocabulary, metric: Metri
             f"{prompt.kind}; remove it"
         )
     return _Start(prompt.init_text, tuple(vocabulary.ids_of(prompt.init_text)))
-
-
-def _lengths(settings: TokensSettings, start: int) -> _Lengths:
-    """How many tokens a text may have.
-
-    Raises:
-        InputError: the start has more or fewer.
-    """
-    fewest = start if settings.min_tokens is None else settings.min_tokens
-    most = start if settings.max_tokens is None else settings.max_tokens
-    if fewest > start:
-        raise InputError(
-            f"search.min_tokens is {fewest}, and the text to start from has {start} tokens; lower "
-            "it, or write a longer text"
-        )
-    if most < start:
-        raise InputError(
-            f"search.max_tokens is {most}, and the text to start from has {start} tokens; raise "
-            "it, or write a shorter text"
-        )
-    return _Lengths(fewest, most)
 
 
 def _targets(column: str | None, queries: Sequence[Query], policy: Policy) -> dict[int, Group]:

@@ -170,7 +170,7 @@ def test_what_the_base_would_write_next_is_a_distribution_that_knows_what_stands
 def test_a_text_for_which_there_is_no_room_is_refused_in_words() -> None:
     policy = tiny_policy()
     known, ids = evidence(policy), policy.slot_ids(TEXT)
-    with pytest.raises(InputError, match=r"a text of 600 tokens .* lower search\.max_tokens"):
+    with pytest.raises(InputError, match=r"a text of 600 tokens .* lower search\.grow"):
         Forwards(policy, 1.0).logprobs([[40] * 600], known, ids)
 
 
