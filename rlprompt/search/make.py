@@ -11,6 +11,7 @@ from rlprompt.search.es import ES
 from rlprompt.search.evolution import Evolution
 from rlprompt.search.rl import RL
 from rlprompt.search.texts import Texts
+from rlprompt.search.tokens import Tokens
 from rlprompt.settings import OneOf
 
 SEARCHERS: Mapping[str, type[Searcher]] = {
@@ -19,6 +20,7 @@ SEARCHERS: Mapping[str, type[Searcher]] = {
     "es": ES,
     "evolution": Evolution,
     "rl": RL,
+    "tokens": Tokens,
 }
 """The built-in searchers: what `search.type` says -> the class."""
 
