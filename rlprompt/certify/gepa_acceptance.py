@@ -86,6 +86,19 @@ class FreshAcceptance:
         """
         return self._decision(proposal, state)[1]
 
+    def scores(
+        self, candidates: Sequence[Mapping[str, str]], examples: Sequence[Any]
+    ) -> Sequence[Sequence[float]]:
+        """Scores of both sides on the same examples, one after the other.
+
+        Override it where both can be drawn together, with the same random numbers.
+
+        Args:
+            candidates: parent and proposal.
+            examples: examples between two looks.
+        """
+        return [self._evaluate(who, list(examples)) for who in candidates]
+
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON values for `load_state_dict`: a GEPA run that is resumed begins anew here."""
         return {
@@ -155,7 +168,7 @@ class FreshAcceptance:
         places: Sequence[int],
     ) -> None:
         examples = [self._examples[place] for place in places]
-        scores = [list(self._evaluate(who, list(examples))) for who in (parent, candidate)]
+        scores = [list(given) for given in self.scores((parent, candidate), examples)]
         for given in scores:
             if len(given) != len(examples):
                 raise ValueError(

@@ -424,7 +424,8 @@ def _search_step(
 ) -> SearchStep:
     data = shared.data
     augment = Augmenter(recipe.augment, data.train) if recipe.augment else None
-    start = SearchStart(shared.policy.prompt, recipe.seed, shared.engine, data.train)
+    per_step = recipe.training.queries_per_step
+    start = SearchStart(shared.policy.prompt, recipe.seed, shared.engine, data.train, per_step)
     return SearchStep(
         SearchParts(
             searcher=make_searcher(settings, start),

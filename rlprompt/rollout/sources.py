@@ -136,9 +136,17 @@ class QuerySource:
         Args:
             seed: seed of what is drawn for augmentation.
         """
-        queries = [self._queries[i] for i in self._sampler.next()]
+        return self.as_asked([self._queries[i] for i in self._sampler.next()], seed)
+
+    def as_asked(self, queries: Sequence[Query], seed: int) -> list[Query]:
+        """Chosen training queries as they are asked; the position stays where it is.
+
+        Args:
+            queries: training queries, in order.
+            seed: seed of what is drawn for augmentation.
+        """
         if self._augment is None:
-            return queries
+            return list(queries)
         return [self._augment(query, seed + i) for i, query in enumerate(queries)]
 
 

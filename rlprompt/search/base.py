@@ -50,7 +50,10 @@ class SearchStart:
     """What completions are drawn with, for searchers that have the base write candidates or, by its
     policy, look inside of the base. None = outputs and scores are all there is."""
     queries: Sequence[Query] = ()
-    """The training queries, for searchers that must not copy from them."""
+    """The training queries, for searchers that must not copy from them, or that choose themselves
+    which of them their candidates meet."""
+    queries_per_step: int = 1
+    """Training queries that a step is meant to meet, for searchers that choose them themselves."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,16 @@ class Searcher(ABC):
 
         It is what the run evaluates on held-out queries, and what its artifact can hold.
         """
+
+    @property
+    def wanted_queries(self) -> Sequence[Query] | None:
+        """The training queries that the candidates of the last `ask` are to meet.
+
+        None = the next ones of the run's order, as many as `training.queries_per_step` says; that
+        is what all searchers want that do not compare scores across steps. A step may meet fewer
+        of them than are asked for, the first ones, where `max_calls` ends the search.
+        """
+        return None
 
     @property
     def is_over(self) -> bool:

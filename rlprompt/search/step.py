@@ -103,7 +103,7 @@ class SearchStep:
         searcher = self.parts.searcher
         asked = _checked(searcher, searcher.ask())
         asking = time.perf_counter() - start
-        batch = self._try(asked, self.parts.queries.next(seed), step, seed)
+        batch = self._try(asked, self._met(seed), step, seed)
         trials = _trials(asked, batch)
         for trial in trials:
             self._lineage.add(trial, step + 1)
@@ -158,6 +158,11 @@ class SearchStep:
     def close(self) -> None:
         """End threads and processes of the rewards."""
         self.parts.rewards.close()
+
+    def _met(self, seed: int) -> list[Query]:
+        """The queries of this step: those the searcher names, or else the next ones."""
+        source, named = self.parts.queries, self.parts.searcher.wanted_queries
+        return source.next(seed) if named is None else source.as_asked(named, seed)
 
     def _try(
         self, asked: Sequence[Candidate], queries: Sequence[Query], step: int, seed: int
