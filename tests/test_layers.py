@@ -63,6 +63,7 @@ OWNERS = {
     "uvicorn": ("serving.http_server",),
     "h11": ("serving.http_server",),
     "starlette": ("serving",),
+    "gepa": ("search.gepa_loop", "search.gepa_reflection"),
 }
 
 ImportMap = dict[str, set[tuple[str, bool]]]

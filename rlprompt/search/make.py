@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Annotated
 
 from rlprompt.search.base import Searcher, SearchSettings, SearchStart
+from rlprompt.search.gepa import GEPA
 from rlprompt.search.texts import Texts
 from rlprompt.settings import OneOf
 
 SEARCHERS: Mapping[str, type[Searcher]] = {
+    "gepa": GEPA,
     "texts": Texts,
 }
 """The built-in searchers: what `search.type` says -> the class."""

@@ -16,12 +16,13 @@ import torch
 from pydantic import TypeAdapter
 from safetensors.torch import load, save
 
+from rlprompt.engines.native import NativeEngine
 from rlprompt.prompts.text import TextPrompt
 from rlprompt.runs.learner import LearnerState
 from rlprompt.search.base import Searcher, SearchStart
 from rlprompt.search.make import SEARCHERS, AnySearchSettings, make_searcher
 from tests.fixtures.prompts import KINDS, make
-from tests.fixtures.runs import tiny_policy
+from tests.fixtures.runs import queries, tiny_policy
 from tests.fixtures.searches import CASES, trial
 
 
@@ -33,7 +34,9 @@ def settings_of(name: str) -> Any:
 def searcher_of(name: str) -> Searcher:
     kind = SEARCHERS[name].starts_from[0]
     prompt = TextPrompt("Be nice.") if kind == "text" else make(kind, tiny_policy())
-    return make_searcher(settings_of(name), SearchStart(prompt, 0))
+    policy = tiny_policy()
+    given = SearchStart(prompt, 0, NativeEngine(policy), queries(8), queries_per_step=2)
+    return make_searcher(settings_of(name), given)
 
 
 def steps(searcher: Searcher, seed: int, count: int) -> Iterator[list[int]]:
@@ -43,7 +46,8 @@ def steps(searcher: Searcher, seed: int, count: int) -> Iterator[list[int]]:
         if searcher.is_over:
             return
         asked = searcher.ask()
-        searcher.tell([trial(c, [[draw.random()], [draw.random()]]) for c in asked])
+        met = searcher.wanted_queries or queries(2)
+        searcher.tell([trial(c, [[draw.random()] for _ in met], met) for c in asked])
         yield [candidate.id for candidate in asked]
 
 
