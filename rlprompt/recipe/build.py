@@ -435,6 +435,7 @@ def _search_step(
             sampling=recipe.sampling,
             completions_per_query=settings.completions_per_query,
             base=shared.policy.base.id,
+            max_calls=settings.max_calls,
         )
     )
 

@@ -119,8 +119,9 @@ class Recipe(Settings):
     """Of everything drawn at random."""
     population: tuple[MemberSettings, ...] = Field(default=(), max_length=64)
     """Prompts that are trained one after the other on one loaded base, for a sweep over starts,
-    learning rates or seeds. They share `training.steps` and `training.max_seconds` evenly and meet
-    the same held-out draws; the best one's artifact is the run's."""
+    learning rates or seeds. They share `training.steps`, `training.max_seconds` and
+    `search.max_calls` evenly and meet the same held-out draws; the best one's artifact is the
+    run's."""
 
     @model_validator(mode="after")
     def _can_be_searched(self) -> Recipe:
@@ -272,6 +273,12 @@ class Recipe(Settings):
                 f"training.steps is {self.training.steps}, which {count} members of population "
                 "cannot share evenly; set a multiple"
             )
+        calls = None if self.search is None else self.search.max_calls
+        if count and calls is not None and calls % count:
+            raise ValueError(
+                f"search.max_calls is {calls}, which {count} members of population cannot share "
+                "evenly; set a multiple"
+            )
         names = [member.name for member in self.population]
         if len(set(names)) < count:
             raise ValueError("two members of population have the same name; rename one")
@@ -282,6 +289,8 @@ class Recipe(Settings):
         tree["training"]["steps"] //= len(self.population)
         if self.training.max_seconds is not None:
             tree["training"]["max_seconds"] /= len(self.population)
+        if self.search is not None and self.search.max_calls is not None:
+            tree["search"]["max_calls"] //= len(self.population)
         for key, value in member.changes.items():
             set_value(tree, key, value, f"population member {member.name}")
         kind = type(self)  # with the classes of the user's own that the recipe names

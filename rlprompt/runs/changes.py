@@ -19,6 +19,7 @@ from rlprompt.runs.settings import RunSettings
 CHANGEABLE: Mapping[str, str] = {
     "training.steps": "a run may be made longer, or end sooner",
     "training.max_seconds": "a run may be given more time",
+    "search.max_calls": "a search may be given more calls, or end sooner",
     "training.early_stopping": "a run that it ended may go on",
     "training.save_every": "a checkpoint changes no result",
     "training.keep_checkpoints": "a checkpoint changes no result",

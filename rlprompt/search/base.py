@@ -36,6 +36,10 @@ class SearchSettings(ChosenSettings):
 
     completions_per_query: int = Field(default=1, ge=1, le=4096)
     """Completions of each of the step's queries under each candidate."""
+    max_calls: int | None = Field(default=None, ge=1)
+    """The most completions that the search draws and scores; null = as many as its steps take. The
+    last step meets fewer queries where all do not fit, and is not begun where none does. A
+    population shares it evenly."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,14 @@ class Searcher(ABC):
     def is_over(self) -> bool:
         """Whether there is nothing more to ask for; the run then ends before its last step."""
         return False
+
+    @property
+    def num_next(self) -> int:
+        """How many candidates the next `ask` gives at the fewest, at least 1.
+
+        Where `max_calls` leaves no completion for each of them, nothing is asked for any more.
+        """
+        return 1
 
     @abstractmethod
     def state(self) -> LearnerState:

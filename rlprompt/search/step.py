@@ -5,6 +5,10 @@
       -> rewards.score        all of them in one call, each candidate's query a group of its own
       -> searcher.tell        one trial per candidate
 
+With `max_calls` the last step meets fewer queries than the others, as many as are paid for, and
+every candidate meets them all. A step that cannot give each candidate one query is not made, and
+the search is over.
+
 Nothing here asks which searcher it is. A run (`rlprompt.runs`) sees this through the protocol
 `Learner` and knows no candidate.
 
@@ -13,6 +17,7 @@ Letters: C candidates, Q queries, n completions per query, B = C * Q * n complet
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +45,8 @@ from rlprompt.search.base import Candidate, Searcher, Trial
 from rlprompt.search.lineage import Lineage
 from rlprompt.types import Query
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class SearchParts:
@@ -59,6 +66,8 @@ class SearchParts:
     """n."""
     base: str
     """Id of the base, for prompts whose saved form names it."""
+    max_calls: int | None = None
+    """The most completions that are drawn in all; None = no limit."""
 
 
 class SearchStep:
@@ -68,11 +77,15 @@ class SearchStep:
         """Join the parts; nothing is tried yet.
 
         Raises:
-            InputError: the engine cannot apply the prompt that the search starts from.
+            InputError: the engine cannot apply the prompt that the search starts from, or
+                `max_calls` does not suffice for one query.
         """
         self.parts = parts
         self._lineage = Lineage()
         self._start = type(self.prompt)
+        self._exhausted: int | None = None
+        """The `max_calls` that left too little for what the searcher asked for last."""
+        self._require_calls(parts.searcher.num_next)
         if not parts.engine.supports(self.prompt):
             raise InputError(
                 f"the engine cannot apply a {self.prompt.kind} prompt, which the search starts "
@@ -86,8 +99,36 @@ class SearchStep:
 
     @property
     def is_over(self) -> bool:
-        """Whether the searcher has nothing more to ask for."""
-        return self.parts.searcher.is_over
+        """Whether the searcher has nothing more to ask for, or no completion to ask for it with."""
+        searcher = self.parts.searcher
+        return searcher.is_over or self._is_spent
+
+    @property
+    def _is_spent(self) -> bool:
+        limit = self.parts.max_calls
+        if limit is None:
+            return False
+        return limit == self._exhausted or self._num_queries(self.parts.searcher.num_next) == 0
+
+    def _num_queries(self, candidates: int) -> int | None:
+        """The most queries that C candidates can still meet; None = no limit."""
+        if self.parts.max_calls is None:
+            return None
+        left = self.parts.max_calls - self._lineage.completions
+        return max(0, left // (candidates * self.parts.completions_per_query))
+
+    def _require_calls(self, candidates: int) -> None:
+        """Refuse a limit under which C candidates could not be tried once.
+
+        Raises:
+            InputError: it is too low.
+        """
+        limit, fewest = self.parts.max_calls, candidates * self.parts.completions_per_query
+        if limit is not None and limit < fewest:
+            raise InputError(
+                f"search.max_calls is {limit}, but one query takes {fewest} completions "
+                f"({candidates} candidates, {self.parts.completions_per_query} of each); raise it"
+            )
 
     @property
     def tried(self) -> Sequence[Mapping[str, Any]]:
@@ -101,14 +142,20 @@ class SearchStep:
         del next_seed, time_share  # a searcher asks for nothing before it was told
         start = time.perf_counter()
         searcher = self.parts.searcher
+        before = searcher.state() if self.parts.max_calls is not None else None
         asked = _checked(searcher, searcher.ask())
         asking = time.perf_counter() - start
-        batch = self._try(asked, self._met(seed), step, seed)
+        limit = self._num_queries(len(asked))
+        if limit == 0 and before is not None:
+            return self._give_up(len(asked), before)
+        batch = self._try(asked, self._met(seed)[:limit], step, seed)
         trials = _trials(asked, batch)
         for trial in trials:
             self._lineage.add(trial, step + 1)
         start = time.perf_counter()
         searcher.tell(trials)
+        if self._is_spent:
+            logger.info("search.max_calls (%d) is spent: the search ends", self.parts.max_calls)
         return StepResult(
             metrics=self._metrics(batch, trials),
             rows=_rows(batch, asked, searcher.incumbent.id),
@@ -122,6 +169,26 @@ class SearchStep:
             },
             no_signal=missing_signal(batch.rewards.total),
         )
+
+    def _give_up(self, candidates: int, before: LearnerState) -> StepResult:
+        """A step in which nothing is tried, for what was asked for is not paid for.
+
+        The searcher goes back to where it was before it asked, so that a run that is given more
+        calls goes on from there.
+
+        Raises:
+            InputError: nothing was ever tried.
+        """
+        if not self._lineage.completions:
+            self._require_calls(candidates)
+        self.parts.searcher.restore(before)
+        self._exhausted = self.parts.max_calls
+        logger.info(
+            "search.max_calls (%d) leaves too little for %d candidates: the search ends",
+            self.parts.max_calls,
+            candidates,
+        )
+        return StepResult(self._standing(0), [], 0, 0.0, no_signal="unscored")
 
     def prompt_state(self) -> LearnerState:
         """The incumbent's prompt as its artifact would hold it."""
@@ -141,6 +208,7 @@ class SearchStep:
             {
                 "searcher": dict(searcher.plain),
                 "tried": self._lineage.state(),
+                "exhausted": self._exhausted,
                 "source": self.parts.queries.state_dict(),
             },
         )
@@ -153,6 +221,7 @@ class SearchStep:
         own = LearnerState(named_under(state.tensors, "search"), plain["searcher"])
         self.parts.searcher.restore(own)
         self._lineage = Lineage(plain["tried"])
+        self._exhausted = plain.get("exhausted")  # runs of earlier versions have none
         self.parts.queries.load_state_dict(plain["source"])
 
     def close(self) -> None:
@@ -184,12 +253,16 @@ class SearchStep:
 
     def _metrics(self, batch: RolloutBatch, trials: Sequence[Trial]) -> dict[str, float]:
         """Means over all candidates of the step, and where the search stands."""
-        metrics = completion_metrics(batch)
+        metrics = completion_metrics(batch) | self._standing(len(trials))
         known = [trial.reward for trial in trials if not trial.rewards.isnan().all()]
         if known:
             metrics["search/best_reward"] = max(known)
-        return metrics | {
-            "search/candidates": float(len(trials)),
+        return metrics
+
+    def _standing(self, candidates: int) -> dict[str, float]:
+        """Where the search stands after a step of C candidates."""
+        return {
+            "search/candidates": float(candidates),
             "search/incumbent": float(self.parts.searcher.incumbent.id),
             "search/calls": float(self._lineage.completions),
             "epoch": self.parts.queries.epoch,

@@ -197,6 +197,11 @@ class Texts(Searcher):
         """Whether one text is left, or evidence asks for queries where all have been met."""
         return self._race.is_over if self._race is not None else len(self._left) == 1
 
+    @property
+    def num_next(self) -> int:
+        """How many texts are left."""
+        return len(self._left)
+
     def state(self) -> LearnerState:
         """What was tried, and which texts are left."""
         texts = [candidate.prompt.init_text for candidate in self._candidates]

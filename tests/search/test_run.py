@@ -243,6 +243,33 @@ def test_early_stopping_and_time_limits_end_a_search(tmp_path: Path) -> None:
     assert (late["stopped_because"], late["steps"]) == ("max_seconds", 1)
 
 
+def test_the_calls_that_a_search_may_make_end_it_exactly(tmp_path: Path) -> None:
+    """5 texts, 1 query a step: 3 steps of 15 calls; given more, a run that ended goes on."""
+    output = tmp_path / "run"
+    changes: dict[str, Any] = {"search": {"completions": 50, "max_calls": 19}}
+    summary = search_run(tmp_path, output, **SIX, **changes).run()
+    assert (summary["stopped_because"], summary["steps"]) == ("finished", 3)
+    assert sum(row["completions"] for row in summary["candidates"]) == 15
+    calls = [row["search/calls"] for row in read_jsonl(output / "metrics.jsonl")]
+    assert calls == [5, 10, 15]
+    assert read_jsonl(output / "evaluation.jsonl")[-1]["step"] == 3
+    changes["search"]["max_calls"] = 24
+    summary = search_run(tmp_path, output, **SIX, **changes).run(resume=True)
+    assert summary["steps"] == 4
+    straight = search_run(tmp_path, tmp_path / "straight", **SIX, **changes).run()
+    assert straight["candidates"] == summary["candidates"]
+
+
+def test_a_population_shares_the_calls(tmp_path: Path) -> None:
+    members = [{"name": name, "changes": {"seed": seed}} for seed, name in enumerate("abc")]
+    changes: dict[str, Any] = {"population": members, "training": {"steps": 18}}
+    recipe = search_recipe(tmp_path, search={"max_calls": 30}, **changes)
+    searches = [member.search for member in recipe.members().values()]
+    assert [each.max_calls for each in searches if each is not None] == [10, 10, 10]
+    with pytest.raises(ValidationError, match="max_calls is 31, which 3 members of population"):
+        search_recipe(tmp_path, search={"max_calls": 31}, **changes)
+
+
 def test_a_guard_ends_a_search(tmp_path: Path) -> None:
     guard = {"type": "limit", "name": "long", "metric": "completions/mean_length", "above": 0.0}
     changes: dict[str, Any] = {

@@ -177,3 +177,83 @@ def test_prompts_of_several_kinds_are_kept_as_they_are(tmp_path: Path) -> None:
     again = step.restored_prompt(kept_soft)
     assert isinstance(soft, SoftPrompt) and isinstance(again, SoftPrompt)
     assert again is not soft and torch.equal(again.embeddings, soft.embeddings)
+
+
+def limited_step(tmp_path: Path, calls: int, **changes: Any) -> tuple[SearchStep, Listening]:
+    """Three texts on four queries a step, two completions of each: 24 calls a step."""
+    changes = {
+        "training": {"queries_per_step": 4},
+        "search": {"completions_per_query": 2},
+        **changes,
+    }
+    parts = search_step(search_run(tmp_path, tmp_path / "run", **changes)).parts
+    searcher = Listening()
+    return SearchStep(replace(parts, searcher=searcher, max_calls=calls)), searcher
+
+
+@pytest.mark.parametrize(
+    ("calls", "queries"),
+    [(6, [1]), (11, [1]), (23, [3]), (24, [4]), (30, [4, 1]), (47, [4, 3]), (48, [4, 4])],
+)
+def test_a_search_never_makes_more_calls_than_it_may(
+    tmp_path: Path, calls: int, queries: list[int]
+) -> None:
+    """It uses them up, too: what is left would not give every candidate one query."""
+    step, searcher = limited_step(tmp_path, calls)
+    made = 0
+    while not step.is_over:
+        made = int(step.step(len(searcher.told), len(searcher.told)).metrics["search/calls"])
+    assert [len(told[0].groups) for told in searcher.told] == queries
+    assert calls - 6 < made == 6 * sum(queries) <= calls
+    for told in searcher.told:
+        assert len({tuple(group.query.index for group in each.groups) for each in told}) == 1
+        assert {each.rewards.shape[1] for each in told} == {2}
+
+
+def test_fewer_calls_than_one_query_takes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="max_calls is 5, but one query takes 6 completions"):
+        limited_step(tmp_path, 5)
+
+
+class Growing(Listening):
+    """Asks for one text, and for three from then on, without saying so."""
+
+    @property
+    def num_next(self) -> int:
+        return 1
+
+    def ask(self) -> Sequence[Candidate]:
+        asked = super().ask()
+        return asked[:1] if not self.told else asked
+
+
+def test_what_is_not_paid_for_is_not_tried(tmp_path: Path) -> None:
+    """Whoever does not say how many are next is asked; the search is then where it was."""
+    step, _ = limited_step(tmp_path, 12)
+    searcher = Growing()
+    step = SearchStep(replace(step.parts, searcher=searcher))
+    step.step(0, 0)
+    before = searcher.state()
+    assert not step.is_over
+    result = step.step(1, 1)
+    assert step.is_over and len(searcher.told) == 1
+    assert (result.rows, result.num_tokens, result.metrics["search/calls"]) == ([], 0, 8.0)
+    assert result.metrics["search/candidates"] == 0
+    assert searcher.state().plain == before.plain
+    state = step.state()
+    for calls, is_over in ((12, True), (40, False)):  # given more, it goes on
+        again = SearchStep(replace(step.parts, searcher=Growing(), max_calls=calls))
+        again.restore(state)
+        assert again.is_over == is_over
+
+
+class Hungry(Growing):
+    def ask(self) -> Sequence[Candidate]:
+        return Listening.ask(self)
+
+
+def test_a_first_step_that_is_not_paid_for_is_an_error(tmp_path: Path) -> None:
+    step, _ = limited_step(tmp_path, 12)
+    step = SearchStep(replace(step.parts, searcher=Hungry(), max_calls=4))
+    with pytest.raises(InputError, match=r"max_calls is 4, but one query takes 6 .*raise it"):
+        step.step(0, 0)
