@@ -355,8 +355,9 @@ SEARCH = {
 def gepa_run(folder: Path, output: Path, **changes: Any) -> Run:
     """A run on a tiny model that writes its own proposals."""
     training = {"steps": 12, "queries_per_step": 2, "save_every": 2}
+    search = changes.pop("search", SEARCH)
     tree = search_recipe(folder, training=training, **changes).plain()
-    tree["search"] = SEARCH
+    tree["search"] = search
     return build_single_run(Recipe(**tree), folder, output, Console(file=StringIO()))
 
 
@@ -379,3 +380,18 @@ def test_a_run_reflects_with_its_base_and_is_resumed_exactly(tmp_path: Path) -> 
     for kind in ("metrics", "evaluation", "completions"):
         assert comparable_rows(stopped, kind) == comparable_rows(whole, kind)
     assert search_step(resumed).state().plain == search_step(run).state().plain
+
+
+def test_max_calls_ends_it_exactly_and_more_of_them_go_on(tmp_path: Path) -> None:
+    """The last question is answered in part, and its rest is asked for first."""
+    output = tmp_path / "run"
+    search = {**SEARCH, "ranking_queries": 3, "max_calls": 10}
+    summary = gepa_run(tmp_path, output, search=search).run()
+    assert summary["stopped_because"] == "finished"
+    assert sum(row["completions"] for row in summary["candidates"]) == 10
+    more = gepa_run(tmp_path, output, search={**search, "max_calls": 17})
+    assert sum(row["completions"] for row in more.run(resume=True)["candidates"]) == 17
+    whole = gepa_run(tmp_path, tmp_path / "whole", search={**search, "max_calls": 17})
+    whole.run()
+    before, after = (search_step(each).parts.searcher.state().plain for each in (more, whole))
+    assert before["sizes"] == after["sizes"]
