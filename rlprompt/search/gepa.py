@@ -137,7 +137,7 @@ class GEPA(Searcher):
     def make(cls, settings: GEPASettings, given: SearchStart) -> Self:
         """The searcher of a recipe; see `Searcher.make`."""
         load_gepa()
-        plan = _plan(settings, given)
+        plan = plan_of(settings, given)
         if settings.proposals is not None:
             return cls(plan, given.queries, Given(settings.proposals))
         chosen: WriterSettings = settings.writer or BaseWriterSettings()
@@ -236,7 +236,7 @@ class GEPA(Searcher):
         self._examples = list(plain["examples"])
 
 
-def _plan(settings: GEPASettings, given: SearchStart) -> Plan:
+def plan_of(settings: GEPASettings, given: SearchStart) -> Plan:
     """Which training queries serve for what.
 
     Raises:

@@ -26,7 +26,7 @@ from rlprompt.recipe.schema import Recipe
 from rlprompt.runs.learner import LearnerState
 from rlprompt.runs.run import Run
 from rlprompt.search.base import SearchStart
-from rlprompt.search.gepa import GEPA, GEPASettings, _plan
+from rlprompt.search.gepa import GEPA, GEPASettings, plan_of
 from rlprompt.search.gepa_reflection import Reflecting, examples_of
 from rlprompt.search.writer import BaseWriterSettings, Writer
 from rlprompt.types import Query
@@ -82,7 +82,7 @@ def theirs(score: Score, settings: GEPASettings, given: SearchStart) -> tuple[li
     """The same search by `gepa.optimize` alone: what it evaluated, and its result."""
     evaluated: list[list[str]] = []
     texts = iter(settings.proposals or ())
-    plan = _plan(settings, given)
+    plan = plan_of(settings, given)
 
     class Plain:
         propose_new_texts = None
@@ -239,7 +239,7 @@ class Written(Writer):
 def reflecting(writer: Writer, template: str | None = None) -> GEPA:
     settings = BaseWriterSettings()
     engine = NativeEngine(tiny_policy())
-    plan = _plan(GEPASettings(), start())
+    plan = plan_of(GEPASettings(), start())
     return GEPA(plan, many(40), Reflecting(writer, settings, template, 0, engine))
 
 
