@@ -48,10 +48,12 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from rlprompt.errors import InputError  # noqa: E402
+from rlprompt.evaluation.heldout import HeldoutEvaluator  # noqa: E402
 from rlprompt.files import read_jsonl  # noqa: E402
 from rlprompt.prompts.text import TextPrompt  # noqa: E402
 from rlprompt.recipe.build import build_shared  # noqa: E402
 from rlprompt.recipe.schema import Recipe, load_recipe  # noqa: E402
+from rlprompt.rewards import build_rewards  # noqa: E402
 from rlprompt.runs.checkpoint import load_checkpoint  # noqa: E402
 from rlprompt.runs.stop_reason import StopReason  # noqa: E402
 
@@ -260,11 +262,23 @@ def _known_texts(places: Places) -> dict[str, Any]:
 def _measured(recipe: Recipe, folder: Path, texts: Sequence[str]) -> list[dict[str, Any]]:
     """The texts with their mean reward on the validation queries, best first."""
     shared = build_shared(recipe, folder)
+    rewards = build_rewards(recipe.rewards, folder, needs_score=True)
+    rewards.bind_policy(shared.policy)
+    evaluator = HeldoutEvaluator(
+        shared.engine,
+        rewards,
+        shared.data.heldout[: recipe.evaluation.max_queries],
+        recipe.sampling,
+        completions_per_query=recipe.evaluation.completions_per_query,
+        seed=recipe.seed,
+        measures={},
+    )
     rows = []
     for text in texts:
-        metrics = shared.evaluator.evaluate(TextPrompt(text), 0).metrics
+        metrics = evaluator.evaluate(TextPrompt(text), 0).metrics
         rows.append({"text": text, **{key: metrics[key] for key in ("reward", "reward_sem")}})
         print(f"  {metrics['reward']:.3f}  {text[:70]!r}", flush=True)
+    rewards.close()
     return sorted(rows, key=lambda row: -float(row["reward"]))
 
 
