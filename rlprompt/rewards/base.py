@@ -40,7 +40,7 @@ RewardFunction = Callable[..., Any]
 """A TRL reward function, or a coroutine function of the same signature."""
 
 Role = Literal["score", "gate", "constraint", "metric"]
-Adapter = Literal["trl", "verl", "openrlhf", "verifiers"]
+Adapter = Literal["trl", "verl", "openrlhf", "verifiers", "dspy"]
 Bound = Literal["at_most", "at_least"]
 Normalise = Literal["none", "group", "batch", "running"]
 
@@ -89,8 +89,9 @@ class RewardSettings(Settings):
     that TRL ships."""
     adapter: Adapter = "trl"
     """Whose signature the function has: TRL's, verl's `compute_score(data_source, solution_str,
-    ground_truth, extra_info)`, OpenRLHF's `reward_func(queries, prompts, labels)`, or a `verifiers`
-    rubric or one of its functions. See `rlprompt.rewards.foreign.signatures`."""
+    ground_truth, extra_info)`, OpenRLHF's `reward_func(queries, prompts, labels)`, a `verifiers`
+    rubric or one of its functions, or DSPy's `metric(example, pred, trace=None)`, GEPA's with
+    feedback too. See `rlprompt.rewards.foreign.signatures`."""
     name: str = ""
     """Name in logs and metrics; by default the built-in's name, the object's name, or the file's
     name when the object is called `reward`."""

@@ -35,6 +35,7 @@ _USUAL_NAME: Mapping[Adapter, str] = {
     "verl": "compute_score",
     "openrlhf": "reward_func",
     "verifiers": "rubric",
+    "dspy": "metric",
 }
 """What the reward in a file is called where the path does not say."""
 _MARKS: Mapping[Adapter, frozenset[str]] = {
@@ -42,6 +43,7 @@ _MARKS: Mapping[Adapter, frozenset[str]] = {
     "verl": frozenset({"solution_str"}),
     "openrlhf": frozenset({"queries"}),
     "verifiers": frozenset({"completion", "completions", "state", "states", "answer"}),
+    "dspy": frozenset({"pred", "prediction"}),
 }
 """Parameters by which a reward is known."""
 
@@ -176,6 +178,11 @@ def _configure(target: Any, settings: RewardSettings, base_dir: Path) -> RewardF
         raise InputError(
             f"{settings.path} is of type {type(target).__name__}, which cannot be called; name a "
             f"function or a class with __call__"
+        )
+    if _is_factory(target) and _MARKS["dspy"] & _parameters(target).keys():
+        raise InputError(
+            f"{settings.path} has the parameters of a DSPy metric, not of a TRL reward; set "
+            "adapter: dspy"
         )
     if inspect.isclass(target) or _is_factory(target):
         reward = _construct(target, options)

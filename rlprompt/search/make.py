@@ -9,12 +9,14 @@ from rlprompt.search.base import Searcher, SearchSettings, SearchStart
 from rlprompt.search.cmaes import CMAES
 from rlprompt.search.es import ES
 from rlprompt.search.evolution import Evolution
+from rlprompt.search.gepa import GEPA
 from rlprompt.search.rl import RL
 from rlprompt.search.texts import Texts
 from rlprompt.search.tokens import Tokens
 from rlprompt.settings import OneOf
 
 SEARCHERS: Mapping[str, type[Searcher]] = {
+    "gepa": GEPA,
     "texts": Texts,
     "cmaes": CMAES,
     "es": ES,

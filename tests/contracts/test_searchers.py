@@ -38,7 +38,9 @@ def start_of(name: str) -> Prompt:
 
 
 def searcher_of(name: str) -> Searcher:
-    given = SearchStart(start_of(name), 0, NativeEngine(tiny_policy()), queries(4))
+    given = SearchStart(
+        start_of(name), 0, NativeEngine(tiny_policy()), queries(8), queries_per_step=2
+    )
     return make_searcher(settings_of(name), given)
 
 

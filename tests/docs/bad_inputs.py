@@ -307,7 +307,19 @@ def _race(project: Project, **changes: Any) -> Sequence[str]:
     return project.recipe(**{"algorithm": None, "prompt": prompt, "search": search, **changes})
 
 
+def _gepa(project: Project, **settings: Any) -> Sequence[str]:
+    """A recipe that searches with GEPA, with these settings."""
+    return _race(project, search={"type": "gepa", **settings})
+
+
 SEARCHES = [
+    (
+        "GEPA with texts of your own and a writer",
+        lambda p: _gepa(p, proposals=["Be brief."], writer={"type": "base"}),
+    ),
+    ("GEPA with evidence and no fresh queries", lambda p: _gepa(p, evidence={})),
+    ("GEPA's request without its examples", lambda p: _gepa(p, template="<curr_param>")),
+    ("GEPA with too few training queries", lambda p: _gepa(p, ranking_queries=500)),
     ("a searcher with a typo", lambda p: _race(p, search__type="text")),
     ("texts that start from embeddings", lambda p: _race(p, prompt=SOFT_PART)),
     ("one text to choose from", lambda p: _race(p, search__texts=["Be brief."])),
@@ -431,6 +443,13 @@ REWARDS = [
     ("a constraint without a limit", lambda p: p.recipe(rewards__1__role="constraint")),
     ("a limit of a reward that is no constraint", lambda p: p.recipe(rewards__0__limit=0.1)),
     ("a reward that TRL does not ship", lambda p: p.recipe(rewards=[{"path": "trl:think_format"}])),
+    (
+        "a DSPy metric without its adapter",
+        lambda p: p.reward(
+            "def metric(example, pred, trace=None):\n    return 1.0\n",
+            rewards=[{"path": "reward.py:metric"}],
+        ),
+    ),
     (
         "verl's function without the column it needs",
         lambda p: p.reward(

@@ -4,10 +4,11 @@
       - {path: gsm8k.py:compute_score, adapter: verl}
       - {path: length_rm.py:reward_func, adapter: openrlhf}
       - {path: my_environment.rubric, adapter: verifiers}
+      - {path: metrics.py:metric, adapter: dspy}
 
-Interfaces as read in verl 0.9.1, OpenRLHF 0.11.2 and verifiers 0.1.14 to 0.3.1. What OpenRLHF and
-verifiers do with an exception (log it and go on, or count it as 0.0) is not copied: it follows
-`on_error`.
+Interfaces as read in verl 0.9.1, OpenRLHF 0.11.2, verifiers 0.1.14 to 0.3.1 and DSPy 3.4.1. What
+OpenRLHF and verifiers do with an exception (log it and go on, or count it as 0.0) is not copied: it
+follows `on_error`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 from rlprompt.errors import InputError
 from rlprompt.rewards.base import Adapter, RewardFunction
+from rlprompt.rewards.foreign.dspy import make_dspy
 from rlprompt.rewards.foreign.verifiers import make_verifiers
 from rlprompt.rewards.rules.text import message_text
 
@@ -153,6 +155,7 @@ ADAPTERS: dict[Adapter, Callable[[Any, Mapping[str, Any]], RewardFunction]] = {
     "verl": make_verl,
     "openrlhf": OpenRLHFReward,
     "verifiers": make_verifiers,
+    "dspy": make_dspy,
 }
 """Adapters by the name of the framework; "trl" needs none."""
 
