@@ -66,6 +66,7 @@ class _AgainError(Exception):
         *,
         wait: float | None = None,
         is_free: bool = False,
+        is_final: bool = False,
         paid: Usage | None = None,
     ) -> None:
         super().__init__(why)
@@ -73,6 +74,8 @@ class _AgainError(Exception):
         """Seconds that the server asks to wait."""
         self.is_free = is_free
         """Whether nobody bills it."""
+        self.is_final = is_final
+        """Whether it will not pass after all, though it may be billed."""
         self.usage = paid
         """What the server says that it used."""
 
@@ -288,7 +291,7 @@ class EndpointClient:
         settings, clock = self.settings, self._clock
         times = f", {failed} times" if failed > 1 else ""
         told = f"{self._where}: no answer from {self.shown}: {problem}{times}"
-        if failed > settings.retries:
+        if failed > settings.retries or problem.is_final:
             raise InputError(
                 f"{told}; see what ails the server and go on with --resume, which pays for nothing "
                 "twice"
@@ -411,7 +414,9 @@ class EndpointClient:
             size += len(part)
             if size > limit:
                 raise _AgainError(
-                    f"more than {self._where}.max_response_mb, {self.settings.max_response_mb:g} MB"
+                    f"more than {self.settings.max_response_mb:g} MB ({self._where}."
+                    "max_response_mb)",
+                    is_final=True,
                 )
             parts.append(part)
         return b"".join(parts)

@@ -24,6 +24,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from rlprompt.endpoints.ledger import Ledger
 from rlprompt.engines.base import Engine
 from rlprompt.prompts.base import Prompt
 from rlprompt.runs.learner import LearnerState
@@ -51,6 +52,8 @@ class SearchStart:
     policy, look inside of the base. None = outputs and scores are all there is."""
     queries: Sequence[Query] = ()
     """The training queries, for searchers that must not copy from them."""
+    ledger: Ledger | None = None
+    """What is asked of endpoints and may be spent; None = no budget and no journal."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class Trial:
     @property
     def lengths(self) -> Tensor:
         """int64 [Q, n]: tokens of each completion."""
-        return torch.tensor([[len(c.token_ids) for c in g.completions] for g in self.groups])
+        return torch.tensor([[c.num_tokens for c in g.completions] for g in self.groups])
 
     @property
     def terminated(self) -> Tensor:

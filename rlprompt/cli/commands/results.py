@@ -81,7 +81,10 @@ def _verdict(summary: Summary) -> Text:
 
 def _show_ranks(ranks: Sequence[Mapping[str, float]], console: Console) -> None:
     """Print what each rank held, where there are several or the base is in shards."""
-    if not any(len(ranks) > 1 or each["base_bytes"] < each["base_bytes_whole"] for each in ranks):
+    if not any(
+        len(ranks) > 1 or each.get("base_bytes", 0) < each.get("base_bytes_whole", 0)
+        for each in ranks
+    ):
         return
     console.print()
     for number, each in enumerate(ranks):
