@@ -273,6 +273,10 @@ def question_of(
 def check_sampling(settings: EndpointSettings, sampling: SamplingSettings) -> None:
     """Refuse sampling settings that the server does not take.
 
+    Args:
+        settings: what the server takes.
+        sampling: how tokens are to be drawn.
+
     Raises:
         InputError: there is one.
     """
@@ -285,7 +289,12 @@ def check_sampling(settings: EndpointSettings, sampling: SamplingSettings) -> No
 
 
 def unsent(settings: EndpointSettings, sampling: SamplingSettings) -> str | None:
-    """The first sampling setting that would have no effect on the server; None = all have."""
+    """The first sampling setting that would have no effect on the server; None = all have.
+
+    Args:
+        settings: what the server takes.
+        sampling: how tokens are to be drawn.
+    """
     if settings.sampling_extensions:
         return None
     defaults = SamplingSettings.model_fields

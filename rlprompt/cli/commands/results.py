@@ -81,10 +81,8 @@ def _verdict(summary: Summary) -> Text:
 
 def _show_ranks(ranks: Sequence[Mapping[str, float]], console: Console) -> None:
     """Print what each rank held, where there are several or the base is in shards."""
-    if not any(
-        len(ranks) > 1 or each.get("base_bytes", 0) < each.get("base_bytes_whole", 0)
-        for each in ranks
-    ):
+    held = [each for each in ranks if "base_bytes" in each]  # none of a model behind an endpoint
+    if not any(len(ranks) > 1 or each["base_bytes"] < each["base_bytes_whole"] for each in held):
         return
     console.print()
     for number, each in enumerate(ranks):

@@ -241,10 +241,7 @@ def _show_ending(summary: Summary, recipe: Recipe, folder: Path, console: Consol
 def _larger_budget(recipe: Recipe) -> str:
     """Overrides that double what a run may spend."""
     budget = recipe.budget
-    limits = (
-        {} if budget is None else {"max_tokens": budget.max_tokens, "max_cost": budget.max_cost}
-    )
-    given = {name: limit for name, limit in limits.items() if limit is not None}
+    given = {} if budget is None else budget.model_dump(exclude_none=True)
     return " ".join(f"budget.{name}={2 * limit:.12g}" for name, limit in given.items())
 
 
