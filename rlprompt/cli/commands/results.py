@@ -81,8 +81,8 @@ def _verdict(summary: Summary) -> Text:
 
 def _show_ranks(ranks: Sequence[Mapping[str, float]], console: Console) -> None:
     """Print what each rank held, where there are several or the base is in shards."""
-    held = [each for each in ranks if "base_bytes" in each]  # none of a model behind an endpoint
-    if not any(len(ranks) > 1 or each["base_bytes"] < each["base_bytes_whole"] for each in held):
+    ranks = [each for each in ranks if "base_bytes" in each]  # none of a model that is elsewhere
+    if not any(len(ranks) > 1 or each["base_bytes"] < each["base_bytes_whole"] for each in ranks):
         return
     console.print()
     for number, each in enumerate(ranks):
