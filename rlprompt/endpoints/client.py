@@ -139,7 +139,7 @@ class EndpointClient:
         self._key = self._read_key(parts.scheme == "http" and not local)
         named = [os.environ[name].strip() for name in VARIABLE.findall(settings.base_url)]
         self._secrets = [self._key, *(value for value in named if len(value) > 3)]
-        trusted(settings.ca_file)
+        self._trust = trusted(settings.ca_file)
 
     def _read_key(self, is_open: bool) -> str:
         """The key that requests carry; empty without one."""
@@ -212,7 +212,7 @@ class EndpointClient:
         import httpx
 
         client = httpx.AsyncClient(
-            verify=trusted(self.settings.ca_file),
+            verify=self._trust,
             trust_env=not self._direct,
             timeout=None,
             follow_redirects=False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -105,7 +106,7 @@ def test_a_journal_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> Non
 def test_settings_that_say_nothing_or_hold_a_secret_are_refused() -> None:
     with pytest.raises(ValidationError, match="limits nothing"):
         BudgetSettings()
-    known = {"base_url": "http://127.0.0.1/v1", "model": "m"}
+    known: dict[str, Any] = {"base_url": "http://127.0.0.1/v1", "model": "m"}
     with pytest.raises(ValidationError, match=r"price_out is missing"):
         EndpointSettings(**known, price_in=1.0)
     for key in ("sk-secret", "OPENAI_API_KEY", "$OPENAI_API_KEY", "a${B}", "${B}${C}", ""):
