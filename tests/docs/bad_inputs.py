@@ -320,15 +320,18 @@ SEARCHES = [
 REMOTE = {"type": "endpoint", "base_url": "http://127.0.0.1:9/v1", "model": "m", "retries": 0}
 
 
+NO_MODEL = {"model__path": None, "model__dtype": None, "model__device": None}
+
+
 def _remote(project: Project, **changes: Any) -> Sequence[str]:
     """The same for a model behind an endpoint."""
-    return _race(project, **{"model": None, "engine": REMOTE, **changes})
+    return _race(project, **{**NO_MODEL, "engine": REMOTE, **changes})
 
 
 ENDPOINTS = [
-    ("gradients for a model behind an endpoint", lambda p: p.recipe(engine=REMOTE, model=None)),
+    ("gradients for a model behind an endpoint", lambda p: p.recipe(engine=REMOTE, **NO_MODEL)),
     ("embeddings for an endpoint", lambda p: _remote(p, prompt=SOFT_PART)),
-    ("a base beside an endpoint", lambda p: _remote(p, model={"path": "model"})),
+    ("a base beside an endpoint", lambda p: _remote(p, model__path="model")),
     ("no address", lambda p: _remote(p, engine={"type": "endpoint", "model": "m"})),
     ("a key in the recipe", lambda p: _remote(p, engine__api_key="my key")),
     ("a key that is not set", lambda p: _remote(p, engine__api_key="${RLPROMPT_NO_KEY}")),

@@ -75,12 +75,9 @@ def test_a_server_that_takes_more_may_be_asked_for_more(tmp_path: Path) -> None:
 
 
 def test_ranks_and_rewards_that_need_a_base_are_refused(tmp_path: Path) -> None:
-    class Two(Ranks):
-        size = 2
-
     recipe = endpoint_recipe(tmp_path, URL)
     with pytest.raises(InputError, match="needs no ranks"):
-        build_single_run(recipe, tmp_path, tmp_path / "out", ranks=Two())
+        build_single_run(recipe, tmp_path, tmp_path / "out", ranks=Ranks(size=2))
     rewards = [{"path": "builtin:judge", "name": "j", "options": {"rubric": "Is it good?"}}]
     recipe = endpoint_recipe(tmp_path, URL, rewards=rewards)
     with pytest.raises(InputError, match=r"reward 'j' judges with the run's own base"):
