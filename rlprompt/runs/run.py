@@ -16,6 +16,7 @@ from rlprompt.artifacts.format import save_artifact
 from rlprompt.endpoints.ledger import BudgetSpentError
 from rlprompt.errors import InputError
 from rlprompt.files import replace_folder, to_json, write_atomic
+from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.random_state import seed_global_random
 from rlprompt.runs.budget import Budget
@@ -414,8 +415,13 @@ class Run(Outcome):
         parts = self.parts
         if not self._begun and self._resume() < 0:  # a member of a population that had ended before
             raise InputError(f"'{self.folder}' has no prompt yet; run it")
+        if not isinstance(parts.target, Policy):
+            raise InputError(
+                f"the prompt was found for {parts.target.id}, and no base is here to answer under "
+                f"it; take its text, init_text in '{self.folder / 'artifact' / 'prompt.json'}'"
+            )
         return LoadedPrompt(
-            parts.policy.sibling(),
+            parts.target.sibling(),
             self.state.best_prompt(),
             parts.sampling,
             name=parts.name,

@@ -325,11 +325,14 @@ NO_MODEL = {"model__path": None, "model__dtype": None, "model__device": None}
 
 def _remote(project: Project, **changes: Any) -> Sequence[str]:
     """The same for a model behind an endpoint."""
-    return _race(project, **{**NO_MODEL, "engine": REMOTE, **changes})
+    return _race(project, **{**NO_MODEL, "engine": dict(REMOTE), **changes})
 
 
 ENDPOINTS = [
-    ("gradients for a model behind an endpoint", lambda p: p.recipe(engine=REMOTE, **NO_MODEL)),
+    (
+        "gradients for a model behind an endpoint",
+        lambda p: p.recipe(engine=dict(REMOTE), **NO_MODEL),
+    ),
     ("embeddings for an endpoint", lambda p: _remote(p, prompt=SOFT_PART)),
     ("a base beside an endpoint", lambda p: _remote(p, model__path="model")),
     ("no address", lambda p: _remote(p, engine={"type": "endpoint", "model": "m"})),

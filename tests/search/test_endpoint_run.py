@@ -95,7 +95,7 @@ def test_a_run_says_what_it_can_and_leaves_out_what_needs_a_base(tmp_path: Path)
     assert (info.schema_version, info.num_virtual_tokens, info.base_fingerprint) == (3, None, None)
     card = (tmp_path / "out/artifact/README.md").read_text()
     assert info.init_text in card and "tiny at http://" in card
-    with pytest.raises(InputError, match="is behind an endpoint, so no base is here"):
+    with pytest.raises(InputError, match=r"was found for tiny at .* take its text"):
         _ = run.prompt
     policy = tiny_policy()
     with pytest.raises(InputError, match=r"was made on tiny at http.* or --force"):
