@@ -225,8 +225,11 @@ def test_a_population_has_one_journal_and_one_budget(tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()
     with serving() as provider:
+        limited = endpoint_recipe(tmp_path, provider.url, budget={"max_tokens": 500}, **changes)
+        ended = build_run(limited, tmp_path, output).run()
+        assert ended["stopped_because"] == "budget" and provider.tokens <= 500
         recipe = endpoint_recipe(tmp_path, provider.url, **changes)
-        summary = build_run(recipe, tmp_path, output).run()
+        summary = build_run(recipe, tmp_path, output).run(resume=True)
     assert summary["stopped_because"] == "finished"
     assert twice(provider) == 0
     assert summary["endpoint"]["tokens"] == provider.tokens
