@@ -13,13 +13,14 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlprompt.errors import InputError
 from rlprompt.kernels.lm_head import head_scores
-from rlprompt.model.base import FrozenBase, ModelSettings, load_base
+from rlprompt.model.base import FrozenBase, ModelSettings, load_base, verify_unchanged
 from rlprompt.model.chat.slot import ChatSlot
 from rlprompt.model.cpu.rollout_products import ProductRows
 from rlprompt.model.forward.adapter_hooks import linear_shapes
@@ -27,6 +28,7 @@ from rlprompt.model.forward.prefix_forward import PrefixForward
 from rlprompt.model.forward.tree import TokenTree, TreeContext, build_tree
 from rlprompt.model.sharded.shards import ShardSettings
 from rlprompt.prompts.base import EmbeddedPrompt, Prompt
+from rlprompt.prompts.target import Target
 from rlprompt.types import (
     Adapter,
     Completion,
@@ -153,6 +155,62 @@ class Policy:
         made = copy.copy(self)
         made._prompt = None
         return made
+
+    # What a run asks of what its prompts are for (prompts.target.Target).
+
+    @property
+    def id(self) -> str:
+        """The base's id."""
+        return self.base.id
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """Fingerprint of the base, and hash of the chat template."""
+        return {"base": self.base.fingerprint, "chat template": self.slot.template_hash}
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Hash over the base's weights when it was loaded."""
+        return self.base.fingerprint
+
+    @property
+    def template_hash(self) -> str | None:
+        """Hash over the chat template."""
+        return self.slot.template_hash
+
+    @property
+    def endpoint(self) -> Mapping[str, str] | None:
+        """None: the base is here."""
+        return None
+
+    def verify(self) -> str | None:
+        """Prove that the base's weights are those that were loaded; see `verify_unchanged`."""
+        return verify_unchanged(self.base)
+
+    def positions(self, prompt: Prompt) -> int | None:
+        """Positions that a prompt takes in the slot."""
+        return self.prefix_length(prompt) - len(self.head_ids)
+
+    def machine(self) -> dict[str, Any]:
+        """Device and dtype of the base."""
+        return {
+            "device": str(self.device),
+            "dtype": str(self.base.dtype).removeprefix("torch."),
+        }
+
+    def memory(self) -> dict[str, float | int]:
+        """Bytes of the base's weights on this rank and of all there are, and a GPU's peak."""
+        base = self.base
+        weights = sum(p.numel() * p.element_size() for p in base.model.parameters())
+        held: dict[str, float | int] = {"base_bytes": weights, "base_bytes_whole": weights}
+        if base.shards is not None:
+            held = {
+                "base_bytes": base.shards.bytes_on_rank,
+                "base_bytes_whole": base.shards.bytes_whole,
+            }
+        if base.device.type == "cuda":
+            held["peak_gpu_mb"] = torch.cuda.max_memory_allocated(base.device) / 2**20
+        return held
 
     @property
     def device(self) -> torch.device:
@@ -430,6 +488,20 @@ class Policy:
     def parameters(self) -> list[nn.Parameter]:
         """Everything that trains: the prompt's parameters, never the base's."""
         return self.prompt.parameters()
+
+
+def require_policy(target: Target) -> Policy:
+    """What prompts are learned for, where it is a base that is here.
+
+    Raises:
+        InputError: it is elsewhere.
+    """
+    if not isinstance(target, Policy):
+        raise InputError(
+            f"{target.id} is behind an endpoint, so no base is here to look into or to answer; use "
+            "what works from outputs alone, or a base of your own"
+        )
+    return target
 
 
 def open_policy(settings: ModelSettings, sharding: ShardSettings | None = None) -> Policy:

@@ -44,13 +44,22 @@ class Completion:
     """What the model wrote for one query, with the engine's own log-probabilities."""
 
     token_ids: tuple[int, ...]
-    """Generated tokens, the stop token included when there was one. At least one."""
+    """Generated tokens, the stop token included when there was one. At least one, unless the model
+    is elsewhere and its tokens are not known."""
     sampling_logprobs: tuple[float, ...]
-    """Natural-log probability of each token under the tempered, untruncated distribution."""
+    """Natural-log probability of each token under the tempered, untruncated distribution; none
+    without tokens."""
     text: str
     """Decoded tokens without control tokens."""
     terminated: bool
     """True when a stop token ended it, False when it ran into the token limit."""
+    counted: int | None = None
+    """Number of tokens as a server counts them, where they are not known themselves."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Its length in tokens of the model that wrote it."""
+        return len(self.token_ids) if self.counted is None else self.counted
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ PACKAGE = "rlprompt"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("ground",),
-    ("certify", "kernels", "data", "tracking"),
+    ("certify", "kernels", "data", "endpoints", "tracking"),
     ("model",),
     ("prompts",),
     ("policy",),
@@ -60,7 +60,7 @@ OWNERS = {
     "matplotlib": ("reports.report", "reports.plots", "reward_training.plot"),
     "peft": ("prompts.adapter",),
     "trl": ("rewards", "reward_training.learning"),
-    "httpx": ("rewards.models.http_client",),
+    "httpx": ("rewards.models.http_client", "endpoints"),
     "uvicorn": ("serving.http_server",),
     "h11": ("serving.http_server",),
     "starlette": ("serving",),

@@ -24,14 +24,12 @@ def card(info: Mapping[str, Any]) -> str:
     lines = [
         f"# {cell(info['name'])}: a learned system prompt",
         "",
-        f"A {info['representation']} prompt of {info['num_virtual_tokens']} positions for the "
-        f"system slot of {cell(info['base'])}, learned by rlprompt with the model frozen.",
+        _about(info),
         "",
         "| | |",
         "|---|---|",
         f"| base | {cell(info['base'])} |",
-        f"| base fingerprint | `{info['base_fingerprint']}` |",
-        f"| chat template hash | `{info['template_hash']}` |",
+        *_hashes(info),
         f"| started from | {cell(started_from(info))} |",
         f"| created | {info['created']} |",
         "",
@@ -47,6 +45,8 @@ def card(info: Mapping[str, Any]) -> str:
     if info.get("certificate"):
         claim = cell(info["certificate"]["statement"])
         lines += ["## Certificate", "", claim, "", "Check it: `rlprompt certify . --verify`", ""]
+    if info.get("endpoint"):
+        return "\n".join([*lines, *_text_section(info)])
     lines += [
         "## Use",
         "",
@@ -58,6 +58,44 @@ def card(info: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _about(info: Mapping[str, Any]) -> str:
+    """What the prompt is, in a sentence."""
+    if info.get("endpoint"):
+        return f"A system message for {cell(info['base'])}, found by rlprompt from outputs alone."
+    return (
+        f"A {info['representation']} prompt of {info['num_virtual_tokens']} positions for the "
+        f"system slot of {cell(info['base'])}, learned by rlprompt with the model frozen."
+    )
+
+
+def _hashes(info: Mapping[str, Any]) -> list[str]:
+    """Rows about what proves that a base is the same; there is nothing of one that is elsewhere."""
+    if info.get("endpoint"):
+        return []
+    return [
+        f"| base fingerprint | `{info['base_fingerprint']}` |",
+        f"| chat template hash | `{info['template_hash']}` |",
+    ]
+
+
+def _text_section(info: Mapping[str, Any]) -> list[str]:
+    """The text itself, as what is sent."""
+    fence = "`" * (3 + max(map(len, re.findall(r"`{3,}", info["init_text"])), default=0))
+    return [
+        "## Use",
+        "",
+        "Send this as the system message (`init_text` in prompt.json has it to the letter):",
+        "",
+        f"{fence}text",
+        info["init_text"],
+        fence,
+        "",
+        "What a server answers under this model's name may change; evaluate it again from time to "
+        "time: `rlprompt eval . --recipe RECIPE`.",
+        "",
+    ]
 
 
 def started_from(info: Mapping[str, Any]) -> str:

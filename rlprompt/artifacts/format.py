@@ -15,7 +15,8 @@ A representation of the user's own is read only where the caller names its class
 come from a stranger, and what its recipe names is never imported.
 
 An artifact belongs to one base (by fingerprint) and one chat template (by hash): under another one
-the same tensors mean something else, so loading there is refused unless forced.
+the same tensors mean something else, so loading there is refused unless forced. A text that was
+found for a model behind an endpoint (version 3) belongs to the name of that model.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from rlprompt.prompts.make import PROMPTS
 from rlprompt.prompts.prefix import PrefixPrompt
 from rlprompt.prompts.sequence import SequencePrompt
 from rlprompt.prompts.soft import SoftPrompt
+from rlprompt.prompts.target import Target
 from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.reading import json_text
 from rlprompt.reading.files import DATA_BYTES, read_bytes, reason
@@ -55,7 +57,9 @@ from rlprompt.settings import Settings
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 2
-_READABLE = (1, 2)
+ENDPOINT_VERSION = 3
+"""Of artifacts for a model behind an endpoint, which earlier readers would take for damaged."""
+_READABLE = (1, 2, 3)
 
 
 class ArtifactInfo(Settings):
@@ -67,18 +71,20 @@ class ArtifactInfo(Settings):
     """Name of the recipe."""
     representation: str
     """A key of `rlprompt.prompts.make.PROMPTS`, or the `kind` of a class of the user's own."""
-    num_virtual_tokens: int
-    """Positions in the slot."""
+    num_virtual_tokens: int | None
+    """Positions in the slot; None for a model behind an endpoint, whose tokens are not known."""
     init_text: str
     """What the prompt started from, or is; of an adapter, the text that it stands on."""
     details: dict[str, Any] = Field(default_factory=dict)
     """What the representation needs beside its tensors."""
     base: str
     """Id of the base."""
-    base_fingerprint: str
-    """Hash over the base's weights."""
-    template_hash: str
-    """Hash over the chat template."""
+    base_fingerprint: str | None
+    """Hash over the base's weights; None for a model behind an endpoint."""
+    template_hash: str | None
+    """Hash over the chat template; None for a model behind an endpoint."""
+    endpoint: dict[str, str] | None = None
+    """`base_url` and `model` of a model behind an endpoint; None for a base that was loaded."""
     created: str
     """UTC time, ISO 8601."""
     recipe: dict[str, Any] = Field(default_factory=dict)
@@ -91,7 +97,7 @@ class ArtifactInfo(Settings):
 
 def save_artifact(
     folder: Path,
-    policy: Policy,
+    target: Target,
     prompt: Prompt,
     *,
     name: str,
@@ -102,7 +108,7 @@ def save_artifact(
 
     Args:
         folder: the folder, which is made if absent.
-        policy: the policy, whose base and template the prompt belongs to.
+        target: the model that the prompt belongs to.
         prompt: any prompt but `NonePrompt`.
         name: the name of the recipe.
         recipe: the resolved recipe, as plain values.
@@ -114,20 +120,22 @@ def save_artifact(
     if isinstance(prompt, NonePrompt):
         raise InputError(f"a {prompt.kind} prompt cannot be saved as an artifact")
     info = ArtifactInfo(
+        schema_version=SCHEMA_VERSION if target.endpoint is None else ENDPOINT_VERSION,
         name=name,
         representation=prompt.kind,
-        num_virtual_tokens=policy.prefix_length(prompt) - len(policy.head_ids),
+        num_virtual_tokens=target.positions(prompt),
         init_text=prompt.init_text,
         details=prompt.artifact_details(),
-        base=policy.base.id,
-        base_fingerprint=policy.base.fingerprint,
-        template_hash=policy.slot.template_hash,
+        base=target.id,
+        base_fingerprint=target.fingerprint,
+        template_hash=target.template_hash,
+        endpoint=None if target.endpoint is None else dict(target.endpoint),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         recipe=dict(recipe),
         metrics=dict(metrics),
     )
     drop_certificate(folder)  # it was another prompt's
-    for name, content in prompt.artifact_files(policy.base.id).items():
+    for name, content in prompt.artifact_files(target.id).items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, content)
@@ -180,7 +188,7 @@ def read_artifact_info(folder: Path) -> ArtifactInfo:
     if version not in _READABLE:
         raise InputError(
             f"'{path}' has schema version {version}, this rlprompt reads "
-            f"{' and '.join(map(str, _READABLE))}; install the version that wrote it"
+            f"{', '.join(map(str, _READABLE))}; install the version that wrote it"
         )
     try:
         return ArtifactInfo(**content)
@@ -225,6 +233,33 @@ def load_artifact(
     return prompt
 
 
+def load_text_artifact(folder: Path, target: Target, *, force: bool = False) -> TextPrompt:
+    """The text of an artifact, for a model behind an endpoint.
+
+    Args:
+        folder: the artifact.
+        target: the model that the text is to be used on.
+        force: whether to take a text of another model; a warning is logged then.
+
+    Raises:
+        InputError: the artifact is damaged, holds no text, or belongs to another model.
+    """
+    info = read_artifact_info(folder)
+    read_certificate(folder)  # refuses one that was issued for another prompt
+    if info.representation != TextPrompt.kind:
+        raise InputError(
+            f"'{folder}' holds a prompt of the kind {info.representation}, and {target.id} takes "
+            "texts only; evaluate it on its own base"
+        )
+    named, wanted = info.endpoint or {}, target.endpoint or {}
+    if named.get("model") != wanted.get("model") or not named:
+        message = f"artifact '{folder}' was made for {info.base}, not for {target.id}"
+        if not force:
+            raise InputError(f"{message}; use what it was made for, or --force to take its text")
+        logger.warning("%s; its text is taken because that was forced", message)
+    return TextPrompt(info.init_text)
+
+
 def _require_known(info: ArtifactInfo, folder: Path, kinds: Mapping[str, object]) -> None:
     """Refuse a prompt, or a part of a sequence, that is of no known class."""
     parts = info.details.get("parts") if info.representation == "sequence" else None
@@ -252,14 +287,16 @@ def _refuse_unused(prompt: Prompt, tensors: Mapping[str, Tensor]) -> None:
 
 def _check_belongs(info: ArtifactInfo, folder: Path, policy: Policy, force: bool) -> None:
     differs = []
-    if info.base_fingerprint != policy.base.fingerprint:
+    if info.endpoint is not None:
+        differs.append(f"{info.base}, not {policy.base.id}")
+    elif info.base_fingerprint != policy.base.fingerprint:
         differs.append(
-            f"base {info.base} ({info.base_fingerprint[:12]}), not {policy.base.id} "
+            f"base {info.base} ({str(info.base_fingerprint)[:12]}), not {policy.base.id} "
             f"({policy.base.fingerprint[:12]})"
         )
-    if info.template_hash != policy.slot.template_hash:
+    if info.endpoint is None and info.template_hash != policy.slot.template_hash:
         differs.append(
-            f"chat template {info.template_hash[:12]}, not {policy.slot.template_hash[:12]}"
+            f"chat template {str(info.template_hash)[:12]}, not {policy.slot.template_hash[:12]}"
         )
     if not differs:
         return
@@ -294,7 +331,7 @@ def _check_prompt(prompt: Prompt, info: ArtifactInfo, path: Path, policy: Policy
             f"'{path}' holds values that the base turns into infinities; copy the artifact again"
         )
     length = prefix.num_tokens - len(policy.head_ids)
-    if length != info.num_virtual_tokens:
+    if length != info.num_virtual_tokens and info.endpoint is None:
         raise InputError(
             f"'{path}' holds {length} positions, prompt.json says {info.num_virtual_tokens}; copy "
             "the artifact again"

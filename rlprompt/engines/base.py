@@ -41,15 +41,30 @@ class Engine(ABC):
     settings: EngineSettings
     """Of the class `Settings`."""
 
-    def __init__(self, policy: Policy, settings: EngineSettings) -> None:
+    def __init__(self, policy: Policy | None, settings: EngineSettings) -> None:
         """Keep the parts.
 
         Args:
-            policy: the policy over the base that completions are drawn from.
+            policy: the policy over the base that completions are drawn from; None where they are
+                drawn elsewhere.
             settings: the settings of the engine.
         """
-        self.policy = policy
+        self._policy = policy
         self.settings = settings
+
+    @property
+    def policy(self) -> Policy:
+        """The policy over the base that completions are drawn from.
+
+        Raises:
+            InputError: they are drawn elsewhere, and no base is here to be looked into.
+        """
+        if self._policy is None:
+            raise InputError(
+                f"engine.type is {self.settings.type}, so no base is here, and something in the "
+                "recipe needs one; choose engine.type: native, or what works from outputs alone"
+            )
+        return self._policy
 
     @classmethod
     def make(cls, settings: Any, policy: Policy) -> Self:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated
 
 from rlprompt.engines.base import Engine, EngineSettings
+from rlprompt.engines.endpoint import EndpointEngine
 from rlprompt.engines.native import NativeEngine
 from rlprompt.errors import InputError
 from rlprompt.policy import Policy
@@ -14,6 +15,7 @@ from rlprompt.settings import OneOf
 
 ENGINES: Mapping[str, type[Engine]] = {
     "native": NativeEngine,
+    "endpoint": EndpointEngine,
 }
 """The built-in engines: what `engine.type` says -> the class."""
 

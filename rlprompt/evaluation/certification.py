@@ -366,8 +366,8 @@ def certificate(
         sampling=dict(drawn.sampling),
         prompt_hash=prompt_hash,
         base=info.base,
-        base_fingerprint=info.base_fingerprint,
-        template_hash=info.template_hash,
+        base_fingerprint=info.base_fingerprint or "",  # loading refuses what has none
+        template_hash=info.template_hash or "",
         code_version=rlprompt.__version__,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,27 +18,23 @@ from rlprompt.artifacts.format import load_artifact
 from rlprompt.data import QuerySampler, load_queries
 from rlprompt.data.augment import Augmenter
 from rlprompt.data.base import QuerySplit, TestSettings
-from rlprompt.distributed.ranks import DistributedSettings, Ranks
+from rlprompt.distributed.ranks import Ranks
 from rlprompt.distributed.shared_engine import SharedEngine
+from rlprompt.endpoints.client import EndpointClient
+from rlprompt.endpoints.ledger import Ledger
 from rlprompt.engines.base import Engine
+from rlprompt.engines.endpoint import EndpointEngine, EndpointEngineSettings, RemoteModel
 from rlprompt.engines.make import make_engine, require_support
 from rlprompt.errors import InputError
-from rlprompt.evaluation.heldout import Criterion, HeldoutEvaluator
-from rlprompt.evaluation.measures import (
-    BaseKL,
-    BaseLogprob,
-    Measure,
-    QueryInformation,
-    TargetLogprob,
-    TeacherKL,
-)
-from rlprompt.model.outline import Outline, read_outline
-from rlprompt.model.sharded.shards import ShardSettings
-from rlprompt.policy import Policy, open_policy
+from rlprompt.evaluation.heldout import HeldoutEvaluator
+from rlprompt.policy import Policy, require_policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.make import make_prompt
 from rlprompt.prompts.settings import StartSettings
-from rlprompt.prompts.text import NonePrompt, TextPrompt
+from rlprompt.prompts.text import NonePrompt, TextPrompt, TextSettings
+from rlprompt.recipe.bases import check_renders, outline_of, policy_of
+from rlprompt.recipe.endpoints import endpoints_of
+from rlprompt.recipe.evaluators import evaluator_of, heldout_of
 from rlprompt.recipe.lengths import fitting
 from rlprompt.recipe.objects import Objects, in_memory
 from rlprompt.recipe.paths import with_absolute_paths
@@ -57,7 +54,6 @@ from rlprompt.rollout.sources import (
     QuerySource,
     RolloutSource,
     Source,
-    given_completion,
 )
 from rlprompt.runs.guards import GuardWatch
 from rlprompt.runs.learner import Learner
@@ -71,10 +67,8 @@ from rlprompt.serving.loaded import artifact_folder
 from rlprompt.tracking.make import build_trackers
 from rlprompt.tracking.tracker import TrackerGroup
 from rlprompt.training.step import GradientStep, StepParts
-from rlprompt.types import Group, Query
 
-_HELDOUT_SEED = 1_000_003
-"""Keeps held-out draws apart from those of every training step."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,8 +76,9 @@ class Shared:
     """What several runs on one base can share: nothing in it learns."""
 
     data: QuerySplit
-    policy: Policy
-    """Over the base; each run sets the prompt of its own."""
+    target: Policy | RemoteModel
+    """The policy over the base, of which each run sets the prompt of its own; or a model behind an
+    endpoint."""
     engine: Engine
     teacher: Prompt | None
     evaluator: HeldoutEvaluator
@@ -91,6 +86,26 @@ class Shared:
     """On the queries that choose nothing; None = there are none."""
     ranks: Ranks
     objects: Objects
+    ledger: Ledger | None = None
+    """What is asked of endpoints and may be spent; None = nothing is asked."""
+
+    @property
+    def policy(self) -> Policy:
+        """The policy over the base.
+
+        Raises:
+            InputError: the model is behind an endpoint.
+        """
+        return require_policy(self.target)
+
+    def scale(self, prompt: Prompt) -> float:
+        """The scale of a prompt's parameters on the base; 1 where there is no base."""
+        return prompt.scale(self.target) if isinstance(self.target, Policy) else 1.0
+
+    def sibling(self) -> Shared:
+        """The same for a further run, with a policy of its own."""
+        target = self.target
+        return replace(self, target=target.sibling() if isinstance(target, Policy) else target)
 
 
 def build_run(
@@ -121,7 +136,7 @@ def build_run(
     rewards = _rewards(recipe, base_dir, ranks, objects)
     data = _queries(recipe, base_dir, objects)
     members = {name: started_from_data(member, data) for name, member in members.items()}
-    shared = _shared(recipe, data, rewards, ranks, objects)
+    shared = _shared(recipe, data, rewards, ranks, objects, output)
     if not shared.data.heldout:
         raise InputError(
             "population needs held-out queries to choose the best prompt by (data.heldout is 0); "
@@ -129,7 +144,7 @@ def build_run(
         )
     runs = {}
     for name, member in members.items():
-        own = replace(shared, policy=shared.policy.sibling())
+        own = shared.sibling()
         trackers = _trackers(member, console, ranks)
         parts = _parts(member, base_dir, own, _rewards(member, base_dir, ranks, objects), trackers)
         # Its folder lies elsewhere, and can be evaluated by its own stored recipe.
@@ -169,7 +184,7 @@ def build_single_run(
     recipe = started_from_data(recipe, data)
     rewards = _rewards(recipe, base_dir, ranks, objects)
     trackers = _trackers(recipe, console, ranks)
-    shared = _shared(recipe, data, rewards, ranks, objects)
+    shared = _shared(recipe, data, rewards, ranks, objects, output)
     return Run(_parts(recipe, base_dir, shared, rewards, trackers), output)
 
 
@@ -281,17 +296,35 @@ def _trackers(recipe: Recipe, console: Console | None, ranks: Ranks) -> TrackerG
 
 
 def _shared(
-    recipe: Recipe, data: QuerySplit, rewards: RewardRunner, ranks: Ranks, objects: Objects
+    recipe: Recipe,
+    data: QuerySplit,
+    rewards: RewardRunner,
+    ranks: Ranks,
+    objects: Objects,
+    output: Path | None = None,
 ) -> Shared:
-    data = fitting(data, recipe, _outline(recipe, objects))
-    policy = _policy(recipe, objects)
+    """Everything that does not learn.
+
+    Args:
+        recipe: the recipe.
+        data: its queries.
+        rewards: its rewards.
+        ranks: the ranks of the run.
+        objects: what is in memory.
+        output: the run folder, where what was paid for is kept; None = in memory.
+    """
+    ledger = _ledger(recipe, output)
+    if isinstance(recipe.engine, EndpointEngineSettings):
+        return _shared_remote(recipe, recipe.engine, data, rewards, ranks, objects, ledger)
+    data = fitting(data, recipe, outline_of(recipe, objects))
+    policy = policy_of(recipe, objects)
     rewards.plan = _plan(recipe, data)
     judged = rewards.bind_policy(policy)
     if policy.base.shards is not None and judged:
         # A judge runs the base, which all ranks can only do together.
         rewards.once = partial(_together, ranks)
     policy.gradient_checkpointing = recipe.training.gradient_checkpointing
-    _check_renders(policy, data)
+    check_renders(policy, data)
     teacher = _teacher(recipe)
     engine = make_engine(policy, recipe.engine)
     shards = policy.base.shards
@@ -303,60 +336,56 @@ def _shared(
         engine = SharedEngine(engine, ranks)
     require_support(engine, _fixed_prompts(recipe, teacher))
     evaluator, test = (
-        _evaluator(recipe, queries, policy, engine, rewards, teacher)
+        evaluator_of(recipe, queries, policy, engine, rewards, teacher)
         for queries in (data.heldout, data.test)
     )
-    return Shared(
-        data, policy, engine, teacher, evaluator, test if data.test else None, ranks, objects
-    )
+    tested = test if data.test else None
+    return Shared(data, policy, engine, teacher, evaluator, tested, ranks, objects, ledger)
 
 
-def _check_renders(policy: Policy, data: QuerySplit) -> None:
-    """Refuse a query that the chat template cannot take, before any is asked.
+def _ledger(recipe: Recipe, output: Path | None) -> Ledger | None:
+    """Journal and budget of a run that asks endpoints; a population has one."""
+    asks = any(endpoints_of(each) for each in (recipe, *recipe.members().values()))
+    return Ledger(recipe.budget, output) if asks else None
+
+
+def _shared_remote(
+    recipe: Recipe,
+    settings: EndpointEngineSettings,
+    data: QuerySplit,
+    rewards: RewardRunner,
+    ranks: Ranks,
+    objects: Objects,
+    ledger: Ledger | None,
+) -> Shared:
+    """The same where the model is behind an endpoint: no base is loaded, and none measured under.
 
     Raises:
-        InputError: it names the query and says why.
+        InputError: there are several ranks, a reward judges with the base, or the endpoint's
+            settings cannot be used here.
     """
-    for query in (*data.train, *data.heldout, *data.test):
-        try:
-            policy.slot.check(query.messages)
-        except InputError as error:
-            raise InputError(f"query {query.index} of the dataset: {error}") from error
-
-
-def _outline(recipe: Recipe, objects: Objects) -> Outline:
-    """What is known of the base before it is loaded."""
-    if in_memory(recipe.model.path) and objects.policy is not None:
-        policy = objects.policy
-        return Outline(policy.base.id, policy.slot, policy.forward.max_positions)
-    if in_memory(recipe.model.path):
+    if ranks.size > 1:
         raise InputError(
-            f"model.path is '{recipe.model.path}', a model in memory of the program that began "
-            "this run; name a folder or a hub id, or call rlprompt.train with the model"
+            f"engine.type is endpoint, which needs no ranks to divide work among, and this run has "
+            f"{ranks.size}; start one process"
         )
-    return read_outline(recipe.model)
-
-
-def _policy(recipe: Recipe, objects: Objects) -> Policy:
-    """The base of a recipe: loaded, or in memory already."""
-    if not in_memory(recipe.model.path):
-        return open_policy(recipe.model, _sharding(recipe.distributed))
-    assert objects.policy is not None  # `_outline` refuses
-    if recipe.distributed.base != "replicated":
+    for name in rewards.judging_with_base:
         raise InputError(
-            "distributed.base is sharded, which cuts a model up while it is loaded; give model "
-            "as a path, or remove distributed.base"
+            f"reward '{name}' judges with the run's own base, and with engine.type: endpoint none "
+            "is here; set its option model, such as {path: smollm2-135m}"
         )
-    return objects.policy.sibling()
-
-
-def _sharding(settings: DistributedSettings) -> ShardSettings | None:
-    """How the base is cut up; None when every rank holds it whole."""
-    if settings.base == "replicated":
-        return None
-    return ShardSettings(
-        settings.offload, settings.nvme_path, settings.secondary_shards, settings.gather
+    rewards.plan = _plan(recipe, data)
+    engine = EndpointEngine(settings, EndpointClient(settings, ledger))
+    logger.info(
+        "prompts are for %s: no base is loaded, and base_logprob and base_kl are not measured",
+        engine.model.id,
     )
+    evaluator, test = (
+        heldout_of(recipe, queries, engine, rewards, {}, None)
+        for queries in (data.heldout, data.test)
+    )
+    tested = test if data.test else None
+    return Shared(data, engine.model, engine, None, evaluator, tested, ranks, objects, ledger)
 
 
 def _parts(
@@ -367,19 +396,21 @@ def _parts(
     trackers: TrackerGroup,
 ) -> RunParts:
     """What one run has of its own, on what it may share."""
-    policy, data = shared.policy, shared.data
-    rewards.bind_policy(policy)
+    target, data = shared.target, shared.data
     rewards.plan = _plan(recipe, data)
-    policy.prompt = build_prompt(recipe, policy, base_dir, shared.objects)
-    require_support(shared.engine, (policy.prompt,))
+    prompt = build_prompt(recipe, target, base_dir, shared.objects)
+    if isinstance(target, Policy):
+        rewards.bind_policy(target)
+        target.prompt = prompt
+    require_support(shared.engine, (prompt,))
     learner: Learner
     if recipe.search is None:
         learner = _gradient_step(recipe, shared, rewards)
     else:
-        learner = _search_step(recipe, recipe.search, shared, rewards)
+        learner = _search_step(recipe, recipe.search, shared, rewards, prompt)
     return RunParts(
         name=recipe.name,
-        policy=policy,
+        target=target,
         learner=learner,
         evaluator=shared.evaluator,
         test=shared.test,
@@ -393,6 +424,7 @@ def _parts(
         write_report=write_report,
         ranks=shared.ranks,
         guards=GuardWatch(recipe.guards),
+        ledger=shared.ledger,
     )
 
 
@@ -420,18 +452,23 @@ def _gradient_step(recipe: Recipe, shared: Shared, rewards: RewardRunner) -> Gra
 
 
 def _search_step(
-    recipe: Recipe, settings: SearchSettings, shared: Shared, rewards: RewardRunner
+    recipe: Recipe,
+    settings: SearchSettings,
+    shared: Shared,
+    rewards: RewardRunner,
+    prompt: Prompt,
 ) -> SearchStep:
     data = shared.data
     augment = Augmenter(recipe.augment, data.train) if recipe.augment else None
     start = SearchStart(
-        shared.policy.prompt,
+        prompt,
         recipe.seed,
         engine=shared.engine,
         queries=data.train,
-        scale=shared.policy.prompt.scale(shared.policy),
         queries_per_step=recipe.training.queries_per_step,
         temperature=recipe.sampling.temperature,
+        scale=shared.scale(prompt),
+        ledger=shared.ledger,
     )
     return SearchStep(
         SearchParts(
@@ -441,20 +478,32 @@ def _search_step(
             queries=QuerySource(data.train, _sampler(recipe, data), augment),
             sampling=recipe.sampling,
             completions_per_query=settings.completions_per_query,
-            base=shared.policy.base.id,
+            base=shared.target.id,
             max_calls=settings.max_calls,
         )
     )
 
 
 def build_prompt(
-    recipe: Recipe, policy: Policy, base_dir: Path, objects: Objects | None = None
+    recipe: Recipe,
+    target: Policy | RemoteModel,
+    base_dir: Path,
+    objects: Objects | None = None,
 ) -> Prompt:
     """The prompt of a recipe before training.
+
+    Args:
+        recipe: the recipe.
+        target: the model that the prompt is for.
+        base_dir: folder that paths in the recipe are relative to.
+        objects: what is in memory.
 
     Raises:
         InputError: see `make_prompt`, and `load_artifact` for the artifact that it starts from.
     """
+    if isinstance(recipe.prompt, TextSettings):
+        return TextPrompt(recipe.prompt.text)
+    policy = require_policy(target)
     known = {} if objects is None else objects.prompts
 
     def load(path: str) -> Prompt:
@@ -527,51 +576,6 @@ def _query_weights(recipe: Recipe, data: QuerySplit) -> QueryWeights | None:
         return None
     uses_rewards = recipe.algorithm.needs_rewards
     return QueryWeights(recipe.robust, data.train, uses_rewards=uses_rewards)
-
-
-def _evaluator(
-    recipe: Recipe,
-    split: Sequence[Query],
-    policy: Policy,
-    engine: Engine,
-    rewards: RewardRunner,
-    teacher: Prompt | None,
-) -> HeldoutEvaluator:
-    """Evaluation on a split; without a score, closeness to teacher or answers is what counts."""
-    settings, budget = recipe.evaluation, recipe.training.token_budget
-    queries = split[: settings.max_queries]
-    seed = recipe.seed + _HELDOUT_SEED
-    measures: dict[str, Measure] = {
-        "base_logprob": BaseLogprob(policy, budget),
-        "base_kl": BaseKL(policy, budget),
-    }
-    if settings.query_information:
-        measures["query_information"] = QueryInformation(policy, budget)
-    criterion: Criterion | None = None
-    columns = recipe.algorithm.answer_columns[:1]
-    if columns and queries:
-        answers = [Group(q, (given_completion(policy, q, columns[0]),)) for q in queries]
-        measures["target_logprob"] = TargetLogprob(policy, answers, budget)
-        criterion = Criterion("target_logprob")
-    if teacher is not None and queries:
-
-        def write(prompt: Prompt) -> Sequence[Group]:
-            engine.sync(prompt)
-            return engine.generate(queries, 1, recipe.sampling, seed + 1).groups
-
-        measures["teacher_kl"] = TeacherKL(policy, teacher, write, budget)
-        criterion = Criterion("teacher_kl", -1.0)
-    scored = any(reward.role == "score" for reward in recipe.rewards)
-    return HeldoutEvaluator(
-        engine,
-        rewards,
-        queries,
-        recipe.sampling,
-        completions_per_query=settings.completions_per_query,
-        seed=seed,
-        measures=measures,
-        criterion=None if scored else criterion,
-    )
 
 
 def _reference(reference: Reference, prompt: Prompt) -> Prompt:

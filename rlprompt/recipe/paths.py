@@ -41,8 +41,8 @@ _FOLDERS = ("model.path", "distributed.nvme_path")
 """Folders relative to the working directory."""
 _MODELS = ("", "model.", "members.*.")
 """Where the options of a built-in reward name a model."""
-_CA_FILE = "rewards.*.options.ca_file"
-"""A file relative to the working directory."""
+_CA_FILES = ("rewards.*.options.ca_file", "engine.ca_file", "search.writer.ca_file")
+"""Files relative to the working directory."""
 
 
 def with_absolute_paths(
@@ -68,7 +68,8 @@ def with_absolute_paths(
         _replace(made, pattern.split("."), lambda text: _code(text, base_dir))
     for pattern in _FOLDERS:
         _replace(made, pattern.split("."), lambda text: _folder(text, Path.cwd()))
-    _replace(made, _CA_FILE.split("."), lambda text: _found(text, Path.cwd()))
+    for pattern in _CA_FILES:
+        _replace(made, pattern.split("."), lambda text: _found(text, Path.cwd()))
     for place in _MODELS:
         options = f"rewards.*.options.{place}".split(".")[:-1]
         _replace(made, [*options, "path"], lambda text: _folder(text, base_dir))

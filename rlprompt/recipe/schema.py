@@ -23,6 +23,7 @@ from rlprompt.certify.succession import member_alpha
 from rlprompt.data.augment import AugmentSettings
 from rlprompt.data.base import DataSettings
 from rlprompt.distributed.ranks import DistributedSettings
+from rlprompt.endpoints.settings import BudgetSettings
 from rlprompt.engines.make import AnyEngineSettings
 from rlprompt.engines.native import NativeSettings
 from rlprompt.engines.sampling import SamplingSettings
@@ -35,6 +36,7 @@ from rlprompt.prompts.make import AnyPromptSettings, own_classes, prompt_class
 from rlprompt.prompts.settings import StartSettings
 from rlprompt.prompts.soft import SoftSettings
 from rlprompt.reading import yaml_text
+from rlprompt.recipe.endpoints import check_endpoints
 from rlprompt.recipe.extensions import extended, load_named
 from rlprompt.recipe.paths import with_absolute_paths
 from rlprompt.recipe.secrets import secret_in
@@ -92,6 +94,9 @@ class Recipe(Settings):
     """The policy that the KL is measured to."""
     engine: AnyEngineSettings = NativeSettings()
     """What draws completions."""
+    budget: BudgetSettings | None = None
+    """What may be spent on models behind endpoints (`engine`, `search.writer`), members of a
+    population together; the run ends before a request that may not fit. Null = no limit."""
     sampling: SamplingSettings = SamplingSettings()
     """How completions are drawn, in training and in held-out evaluation."""
     data: DataSettings
@@ -123,6 +128,11 @@ class Recipe(Settings):
     learning rates or seeds. They share `training.steps`, `training.max_seconds` and
     `search.max_calls` evenly and meet the same held-out draws; the best one's artifact is the
     run's."""
+
+    @model_validator(mode="after")
+    def _can_ask_endpoints(self) -> Recipe:
+        check_endpoints(self)
+        return self
 
     @model_validator(mode="after")
     def _can_be_searched(self) -> Recipe:

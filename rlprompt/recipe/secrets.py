@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from rlprompt.rewards.models.http_client import VARIABLE
+from rlprompt.endpoints.addresses import VARIABLE
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+\Z")
 _PUBLIC_PARAMETERS = frozenset(

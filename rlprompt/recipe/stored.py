@@ -101,6 +101,12 @@ def foreign_parts(tree: Mapping[str, Any]) -> dict[str, Any]:
         if not (kind == "trl" or (kind == "builtin" and name in BUILTIN)):
             found[f"rewards.{place}.path"] = path
     found |= named_places(tree)
+    search = tree.get("search")
+    asked = {"engine": tree.get("engine")}
+    asked["search.writer"] = search.get("writer") if isinstance(search, dict) else None
+    for section, settings in asked.items():
+        if isinstance(settings, dict) and settings.get("base_url") is not None:
+            found[f"{section}.base_url"] = settings["base_url"]
     model = tree.get("model")
     if isinstance(model, dict) and model.get("trust_remote_code"):
         found["model.trust_remote_code"] = True

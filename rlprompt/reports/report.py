@@ -123,7 +123,10 @@ def describe(run: RunFiles) -> str:
     if prompt.get("type"):
         size = prompt.get("num_virtual_tokens")
         parts.append(f"{prompt['type']} prompt" + (f" of {size} tokens" if size else ""))
-    if model.get("path"):
+    engine = run.recipe.get("engine")
+    if isinstance(engine, Mapping) and engine.get("type") == "endpoint":
+        parts.append(f"for {engine.get('model')} behind an endpoint")
+    elif model.get("path"):
         parts.append(f"on {PurePath(str(model['path'])).name}")
     if data.get("path"):
         parts.append(f"data {PurePath(str(data['path'])).name}")

@@ -5,7 +5,8 @@ with keywords only and returns one float or None per completion.
 
     prompts         the queries: lists of messages, or strings when the dataset rows were strings
     completions     the same shape: `[{"role": "assistant", "content": text}]`, or strings
-    completion_ids  lists of token ids, the stop token included
+    completion_ids  lists of token ids, the stop token included; `UnknownTokens` for a model that is
+                    elsewhere
     **columns       every extra dataset column, one value per completion
     trainer_state   a `TrainerState`
     log_extra       `log_extra(column, values)`: one value per completion, for completions.jsonl
@@ -24,7 +25,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -57,6 +58,34 @@ RESERVED_KEYWORDS = (
 
 GATE_THRESHOLD = 0.5
 """A gate vetoes a completion whose value lies below this."""
+
+
+class UnknownTokens(Sequence[int]):
+    """What stands in `completion_ids` for a completion whose tokens are not known.
+
+    A model behind an endpoint gives text. A reward that takes the keyword without using it works;
+    one that looks at the tokens is told that there are none to be had.
+    """
+
+    def __len__(self) -> int:
+        raise self._refusal()
+
+    def __iter__(self) -> Iterator[int]:
+        raise self._refusal()
+
+    def __getitem__(self, index: Any) -> Any:
+        raise self._refusal()
+
+    def __repr__(self) -> str:
+        return "UnknownTokens()"
+
+    @staticmethod
+    def _refusal() -> InputError:
+        return InputError(
+            "the tokens of completions are not known, since their model is behind an endpoint; "
+            "let the reward use their text, such as words in place of tokens"
+        )
+
 
 _OWN_ROLE: dict[str, Role] = {
     "gate_floor": "gate",

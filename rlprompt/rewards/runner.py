@@ -27,6 +27,7 @@ from rlprompt.rewards.base import (
     RewardSettings,
     RunPlan,
     TrainerState,
+    UnknownTokens,
 )
 from rlprompt.rewards.combine import combine, costs, statistics
 from rlprompt.rewards.normalise import Normaliser
@@ -40,7 +41,7 @@ from rlprompt.rewards.validation import (
     parse_values,
     select_keywords,
 )
-from rlprompt.types import Group
+from rlprompt.types import Completion, Group
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +181,12 @@ class RewardRunner:
         return any(map(callable, binds))
 
     @property
+    def judging_with_base(self) -> list[str]:
+        """Names of rewards that judge with the base of a run, since they have no model."""
+        functions = {each.settings.name: each.function for each in self._rewards}
+        return [name for name, each in functions.items() if getattr(each, "needs_base", False)]
+
+    @property
     def needs_all_ranks(self) -> bool:
         """Whether a reward can only score when all ranks of the run do: its model is in shards."""
         return any(getattr(each.function, "needs_all_ranks", False) for each in self._rewards)
@@ -209,7 +216,7 @@ class RewardRunner:
                 else completion.text
                 for query, completion in rows
             ],
-            "completion_ids": [list(completion.token_ids) for _, completion in rows],
+            "completion_ids": [_token_ids(completion) for _, completion in rows],
             **{
                 key: list(column) if isinstance(column, list) else copy.deepcopy(column)
                 for key, column in columns.items()
@@ -343,6 +350,11 @@ def _logged_metrics(sinks: Mapping[str, Sink]) -> dict[str, float]:
         for name, numbers in sink.numbers().items():
             collected.setdefault(name, []).extend(numbers)
     return {name: mean(numbers) for name, numbers in collected.items()}
+
+
+def _token_ids(completion: Completion) -> Sequence[int]:
+    """The tokens of a completion; where they are not known, what refuses to be taken for some."""
+    return list(completion.token_ids) if completion.counted is None else UnknownTokens()
 
 
 def _merge_extras(sinks: Mapping[str, Sink]) -> dict[str, list[Any]]:

@@ -42,7 +42,7 @@ class RolloutBatch:
     @property
     def lengths(self) -> Tensor:
         """int64 [B], tokens of each completion."""
-        return torch.tensor([len(c.token_ids) for c in self.completions])
+        return torch.tensor([c.num_tokens for c in self.completions])
 
     @property
     def terminated(self) -> Tensor:
@@ -128,7 +128,7 @@ def completion_rows(
             "reward": float(batch.rewards.total[position]),
             "rewards": {k: float(v[position]) for k, v in batch.rewards.values.items()},
             "terminated": completion.terminated,
-            "num_tokens": len(completion.token_ids),
+            "num_tokens": completion.num_tokens,
             "advantage": None if advantages is None else float(advantages[position]),
         }
         rows.append(row)

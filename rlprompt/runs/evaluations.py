@@ -10,6 +10,7 @@ import logging
 import math
 
 from rlprompt.certify.succession import Challenge
+from rlprompt.endpoints.ledger import BudgetSpentError
 from rlprompt.evaluation.heldout import HeldoutEvaluator, HeldoutResult
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.text import NonePrompt, TextPrompt
@@ -27,7 +28,7 @@ class Evaluations:
     """Evaluates prompts for one run.
 
     A stop signal ends an evaluation at once where this process is alone: it can be done again
-    without loss. What was cut off is not recorded.
+    without loss. So does a budget that is spent. What was cut off is not recorded.
     """
 
     def __init__(self, parts: RunParts, state: RunState) -> None:
@@ -36,6 +37,8 @@ class Evaluations:
         self._state = state
         self.stop = StopRequest()
         """What notes stop signals."""
+        self.is_over_budget = False
+        """Whether an evaluation was cut off by the budget for endpoints."""
 
     def baselines(self) -> None:
         """Base, hand-written texts and the initial prompt, as far as they are not known yet."""
@@ -82,7 +85,7 @@ class Evaluations:
         )
 
     def test(self, evaluator: HeldoutEvaluator, prompt: Prompt) -> Tested | None:
-        """Everything that is compared, on queries that chose nothing; None where it was stopped.
+        """Everything that is compared, on queries that chose nothing; None where it was cut off.
 
         Args:
             evaluator: the test queries.
@@ -128,7 +131,7 @@ class Evaluations:
     def _evaluated(
         self, evaluator: HeldoutEvaluator, prompt: Prompt, *, is_last: bool = False
     ) -> HeldoutResult | None:
-        """How a prompt does; None where a stop signal came before the end."""
+        """How a prompt does; None where a stop signal or the budget's end came before that."""
         step, ranks = self._state.progress.step, self._parts.ranks
         if ranks.agree(self.stop.reason) is not None and not is_last:
             return None
@@ -138,6 +141,10 @@ class Evaluations:
             with self.stop.at_once():
                 return evaluator.evaluate(prompt, step)
         except Stopped:
+            return None
+        except BudgetSpentError as error:
+            logger.warning("%s", error)
+            self.is_over_budget = True
             return None
 
     def _keep(self, who: str, result: HeldoutResult) -> None:

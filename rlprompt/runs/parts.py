@@ -9,9 +9,11 @@ from typing import Any
 
 from rlprompt.data.base import QuerySplit
 from rlprompt.distributed.ranks import Ranks
+from rlprompt.endpoints.ledger import Ledger
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.evaluation.heldout import EvaluationSettings, HeldoutEvaluator
-from rlprompt.policy import Policy
+from rlprompt.policy import Policy, require_policy
+from rlprompt.prompts.target import Target
 from rlprompt.runs.guards import GuardWatch
 from rlprompt.runs.learner import Learner
 from rlprompt.runs.settings import RunSettings
@@ -24,8 +26,8 @@ class RunParts:
 
     name: str
     """What the run is called in reports and artifacts."""
-    policy: Policy
-    """The frozen base under the learner's prompt."""
+    target: Target
+    """What the prompt is learned for: a policy over a base that is here, or a model elsewhere."""
     learner: Learner
     """What makes the prompt better."""
     evaluator: HeldoutEvaluator
@@ -52,3 +54,14 @@ class RunParts:
     """Scores the chosen prompt on queries that chose nothing, once; None = there are none."""
     guards: GuardWatch = field(default_factory=lambda: GuardWatch([]))
     """Watch the metrics for reward hacking."""
+    ledger: Ledger | None = None
+    """What is asked of models behind endpoints, and what may be spent; None = nothing is."""
+
+    @property
+    def policy(self) -> Policy:
+        """The frozen base under the learner's prompt.
+
+        Raises:
+            InputError: the prompt is learned for a model that is elsewhere.
+        """
+        return require_policy(self.target)

@@ -179,10 +179,10 @@ class Population(Outcome):
         return chosen_member(known, self._accepted, len(self.members))
 
     def _reason(self, summaries: Mapping[str, Summary]) -> StopReason:
-        """Why the whole ended: a signal, or each member has ended for reasons of its own."""
+        """Why the whole ended: a signal, the budget of all, or each for reasons of its own."""
         reasons = [StopReason.parse(s["stopped_because"]) for s in summaries.values()]
-        signals = [reason for reason in reasons if reason is not None and reason.kind == "signal"]
-        return signals[0] if signals else FINISHED
+        shared = [r for r in reasons if r is not None and r.kind in ("signal", "budget")]
+        return next((r for r in shared if r.kind == "signal"), shared[0] if shared else FINISHED)
 
     def _chosen_by(self, summary: Summary) -> float:
         """What the best member is chosen by: that by which each chose its own best prompt."""

@@ -13,9 +13,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from rlprompt.artifacts.format import save_artifact
+from rlprompt.endpoints.ledger import BudgetSpentError
 from rlprompt.errors import InputError
 from rlprompt.files import replace_folder, to_json, write_atomic
-from rlprompt.model.base import verify_unchanged
+from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.random_state import seed_global_random
 from rlprompt.runs.budget import Budget
@@ -35,7 +36,7 @@ from rlprompt.runs.parts import RunParts
 from rlprompt.runs.signal import observe as observe_signal
 from rlprompt.runs.standing import test_verdict, validation_verdict
 from rlprompt.runs.state import RunState
-from rlprompt.runs.stop_reason import EARLY_STOPPING, FINISHED, MAX_SECONDS, StopReason
+from rlprompt.runs.stop_reason import BUDGET, EARLY_STOPPING, FINISHED, MAX_SECONDS, StopReason
 from rlprompt.runs.summary import Summary, artifact_metrics, build_summary, rank_memory
 from rlprompt.serving.loaded import LoadedPrompt
 from rlprompt.tracking.names import with_logged
@@ -64,6 +65,7 @@ class Run(Outcome):
         """Called when artifact and report are there while the run goes on."""
         self._budget = Budget(parts.settings)
         self._begun = False
+        self._is_over_budget = False
         self._evaluations = Evaluations(parts, self.state)
         self._report_due = -math.inf
 
@@ -102,6 +104,8 @@ class Run(Outcome):
         finally:
             parts.trackers.finish(summary or {})
             parts.learner.close()
+            if parts.ledger is not None:
+                parts.ledger.close()
         return summary
 
     def _info(self, resume_step: int | None) -> RunInfo:
@@ -111,7 +115,7 @@ class Run(Outcome):
             name=parts.name,
             output_dir=self.folder,
             steps=parts.settings.steps,
-            base=parts.policy.base.id,
+            base=parts.target.id,
             recipe=parts.recipe,
             identity=self._identity,
             resume_step=resume_step,
@@ -150,7 +154,8 @@ class Run(Outcome):
             self._publish()
         while signal is None and self._reason_to_end() is None:
             start = time.perf_counter()
-            self._step()
+            if not self._step():
+                break  # the state is that before the step again
             shown = self._evaluation_is_due()
             if shown:
                 self._evaluations.learned(is_last=self._is_done)
@@ -172,6 +177,8 @@ class Run(Outcome):
     def _reason_to_end(self) -> StopReason | None:
         """Why no further step is made, or None: there are more."""
         progress = self.state.progress
+        if self._is_over_budget or self._evaluations.is_over_budget:
+            return BUDGET
         if self._is_done:
             return FINISHED
         guard = stopped_by(progress.guards)
@@ -193,8 +200,8 @@ class Run(Outcome):
         steps = self.parts.settings.steps
         return self.state.progress.step >= steps or self.parts.learner.is_over
 
-    def _step(self) -> None:
-        """One step of the learner, counted and logged."""
+    def _step(self) -> bool:
+        """One step of the learner, counted and logged; False where the budget cut it off."""
         parts, progress = self.parts, self.state.progress
         start, budget_start = time.perf_counter(), self._budget.now()
         before = self.state.checkpoint(self._identity)
@@ -211,6 +218,11 @@ class Run(Outcome):
             self.state.restore(before, self._identity)
             self._save_failure(error)
             raise
+        except BudgetSpentError as error:
+            logger.warning("step %d is not made: %s", following, error)
+            self.state.restore(before, self._identity)
+            self._is_over_budget = True
+            return False
         seconds = time.perf_counter() - start
         progress.step = following
         progress.num_tokens += result.num_tokens
@@ -221,6 +233,7 @@ class Run(Outcome):
             # All ranks stop together, and their learning rates agree.
             progress.budget_seconds = parts.ranks.first(lambda: progress.budget_seconds)
         self._log_step(result, seconds)
+        return True
 
     def _log_step(self, result: StepResult, seconds: float) -> None:
         """Let the guards look at a step, and tell the trackers."""
@@ -276,12 +289,7 @@ class Run(Outcome):
     @property
     def _identity(self) -> dict[str, str]:
         """What a checkpoint must find again to go on."""
-        policy = self.parts.policy
-        return {
-            "dataset": self.parts.data.fingerprint,
-            "base": policy.base.fingerprint,
-            "chat template": policy.slot.template_hash,
-        }
+        return {"dataset": self.parts.data.fingerprint, **self.parts.target.identity}
 
     def _save_failure(self, error: NotFiniteError) -> None:
         """Keep what led to a loss that is not finite; the state is that before the step again."""
@@ -341,30 +349,34 @@ class Run(Outcome):
         Args:
             reason: why the run ended.
             tests: whether the test queries are met; never by a run that a signal stopped, which
-                goes on later.
+                goes on later, or whose budget is spent.
         """
         parts, prompt = self.parts, self.state.best_prompt()
         progress, metric = self.state.progress, self.parts.evaluation.select_by
         verdict, tested = validation_verdict(progress, metric), None
-        if tests and parts.test is not None and reason.kind != "signal":
+        if tests and parts.test is not None and reason.kind not in ("signal", "budget"):
             tested = self._evaluations.test(parts.test, prompt)
             self._save()  # with the fact that the test queries were met
-            if tested is None:
+            if tested is None and self._evaluations.is_over_budget:
+                reason = BUDGET
+            elif tested is None:
                 reason = StopReason("signal", str(self._evaluations.stop.reason))
         if tested is not None:
             verdict = test_verdict(progress, tested.scores, len(tested.steps), metric)
         summary = build_summary(
             progress,
-            parts.policy,
+            parts.target,
             artifact=self.folder / "artifact",
-            fingerprint_after=verify_unchanged(parts.policy.base),
+            fingerprint_after=parts.target.verify(),
             reason=reason,
             verdict=verdict,
             tested=tested,
         )
         if tried := parts.learner.tried:
             summary["candidates"] = [dict(row) for row in tried]
-        summary["ranks"] = parts.ranks.each(lambda: rank_memory(parts.policy.base), "the summary")
+        if parts.ledger is not None:
+            summary["endpoint"] = parts.ledger.report()
+        summary["ranks"] = parts.ranks.each(lambda: rank_memory(parts.target), "the summary")
         said = {"verdict": verdict.sentence, "learned": verdict.learned}
         self._write_artifact(prompt, artifact_metrics(progress) | said)
         if parts.ranks.is_first:
@@ -403,7 +415,7 @@ class Run(Outcome):
             shutil.rmtree(fresh, ignore_errors=True)  # what a crash left
             # Every rank: describing a prompt runs the base, and a sharded one needs them all.
             save_artifact(
-                fresh, parts.policy, prompt, name=parts.name, recipe=parts.recipe, metrics=metrics
+                fresh, parts.target, prompt, name=parts.name, recipe=parts.recipe, metrics=metrics
             )
             if parts.ranks.is_first:
                 replace_folder(fresh, self.folder / "artifact")
@@ -413,8 +425,13 @@ class Run(Outcome):
         """The learned prompt, ready to answer: the best by held-out reward, or else the last."""
         parts = self.parts
         self.require_state()
+        if not isinstance(parts.target, Policy):
+            raise InputError(
+                f"the prompt was found for {parts.target.id}, and no base is here to answer under "
+                f"it; take its text, init_text in '{self.folder / 'artifact' / 'prompt.json'}'"
+            )
         return LoadedPrompt(
-            parts.policy.sibling(),
+            parts.target.sibling(),
             self.state.best_prompt(),
             parts.sampling,
             name=parts.name,

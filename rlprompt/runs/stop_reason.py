@@ -1,8 +1,8 @@
 """Why a run ended: one type for runs, populations, Slurm and the command line.
 
 `summary.json` holds it as text: `finished` (all steps are made, or a search has nothing more to
-try), `early_stopping`, `max_seconds`, `guard:NAME`, the name of a signal such as `SIGTERM`, or
-`failed`.
+try), `early_stopping`, `max_seconds`, `budget`, `guard:NAME`, the name of a signal such as
+`SIGTERM`, or `failed`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Kind = Literal["finished", "early_stopping", "max_seconds", "guard", "signal", "failed"]
+Kind = Literal["finished", "early_stopping", "max_seconds", "budget", "guard", "signal", "failed"]
 
 _WORDS: dict[str, Kind] = {
     "finished": "finished",
     "early_stopping": "early_stopping",
     "max_seconds": "max_seconds",
+    "budget": "budget",
     "failed": "failed",
 }
 _FAILED_EXIT_CODE = 1
@@ -74,4 +75,5 @@ class StopReason:
 FINISHED = StopReason("finished")
 EARLY_STOPPING = StopReason("early_stopping")
 MAX_SECONDS = StopReason("max_seconds")
+BUDGET = StopReason("budget")
 FAILED = StopReason("failed")

@@ -15,8 +15,7 @@ import torch
 
 import rlprompt
 from rlprompt.certify.verdict import Verdict
-from rlprompt.model.base import FrozenBase
-from rlprompt.policy import Policy
+from rlprompt.prompts.target import Target
 from rlprompt.runs.guards import alarms_of
 from rlprompt.runs.signal import steps_without_signal
 from rlprompt.runs.standing import Tested
@@ -64,9 +63,9 @@ class Summary(TypedDict):
     """Median time of a step in seconds."""
     peak_rss_mb: float
     """Peak resident memory of the process in MiB, model loading included."""
-    base_fingerprint_before: str
-    """Hash of the base's weights when it was loaded."""
-    base_fingerprint_after: str
+    base_fingerprint_before: str | None
+    """Hash of the base's weights when it was loaded; None of a model behind an endpoint."""
+    base_fingerprint_after: str | None
     """The same when the run ended."""
     artifact: str
     """Folder of the learned prompt."""
@@ -84,6 +83,8 @@ class Summary(TypedDict):
     """What a search has tried, one row per candidate; see `rlprompt.search.lineage`."""
     member_selection: NotRequired[list[dict[str, Any]]]
     """Tests between the members of a population, where a later one had to be shown to be better."""
+    endpoint: NotRequired[dict[str, Any]]
+    """What was spent on models behind endpoints; see `rlprompt.endpoints.ledger.Ledger.report`."""
     best_member: NotRequired[str]
     """Member of a population whose artifact is the run's."""
     members: NotRequired[dict[str, dict[str, Any]]]
@@ -92,10 +93,10 @@ class Summary(TypedDict):
 
 def build_summary(
     progress: Progress,
-    policy: Policy,
+    target: Target,
     *,
     artifact: Path,
-    fingerprint_after: str,
+    fingerprint_after: str | None,
     reason: StopReason,
     verdict: Verdict,
     tested: Tested | None = None,
@@ -104,7 +105,7 @@ def build_summary(
 
     Args:
         progress: the run's counters.
-        policy: the policy, for its base.
+        target: the model that the prompt was learned for.
         artifact: folder of the learned prompt.
         fingerprint_after: hash of the base's weights now.
         reason: why the run ended.
@@ -133,11 +134,11 @@ def build_summary(
             statistics.median(progress.step_seconds) if progress.step_seconds else None
         ),
         "peak_rss_mb": peak_rss_mb(),
-        "base_fingerprint_before": policy.base.fingerprint,
+        "base_fingerprint_before": target.fingerprint,
         "base_fingerprint_after": fingerprint_after,
         "artifact": str(artifact),
         "versions": _versions(),
-        "machine": _machine(policy),
+        "machine": _machine(target),
     }
     if progress.succession:
         summary["selection"] = progress.succession
@@ -162,16 +163,9 @@ def artifact_metrics(progress: Progress) -> dict[str, Any]:
     }
 
 
-def rank_memory(base: FrozenBase) -> dict[str, float | int]:
+def rank_memory(target: Target) -> dict[str, float | int]:
     """What this rank held: bytes of the base's weights of all there are, and its peak memory."""
-    weights = sum(p.numel() * p.element_size() for p in base.model.parameters())
-    held, whole = weights, weights
-    if base.shards is not None:
-        held, whole = base.shards.bytes_on_rank, base.shards.bytes_whole
-    memory = {"base_bytes": held, "base_bytes_whole": whole, "peak_rss_mb": peak_rss_mb()}
-    if base.device.type == "cuda":
-        memory["peak_gpu_mb"] = torch.cuda.max_memory_allocated(base.device) / 2**20
-    return memory
+    return {**target.memory(), "peak_rss_mb": peak_rss_mb()}
 
 
 def peak_rss_mb() -> float:
@@ -185,11 +179,10 @@ def _versions() -> dict[str, str]:
     return known | {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
-def _machine(policy: Policy) -> dict[str, Any]:
+def _machine(target: Target) -> dict[str, Any]:
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "device": str(policy.device),
-        "dtype": str(policy.base.dtype).removeprefix("torch."),
+        **target.machine(),
     }

@@ -25,6 +25,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from rlprompt.endpoints.ledger import Ledger
 from rlprompt.engines.base import Engine
 from rlprompt.prompts.base import Prompt
 from rlprompt.runs.learner import LearnerState
@@ -70,6 +71,8 @@ class SearchStart:
     scale: float = 1.0
     """Size of an entry of the prompt's parameters that means something to the base; see
     `Prompt.scale`."""
+    ledger: Ledger | None = None
+    """What is asked of endpoints and may be spent; None = no budget and no journal."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Trial:
     @property
     def lengths(self) -> Tensor:
         """int64 [Q, n]: tokens of each completion."""
-        return torch.tensor([[len(c.token_ids) for c in g.completions] for g in self.groups])
+        return torch.tensor([[c.num_tokens for c in g.completions] for g in self.groups])
 
     @property
     def terminated(self) -> Tensor:

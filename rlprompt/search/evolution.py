@@ -37,13 +37,13 @@ from rlprompt.search.archive import Answers, Archive, Worth
 from rlprompt.search.base import Candidate, Searcher, SearchSettings, SearchStart, Trial
 from rlprompt.search.breeding import Breeder, Hand, Operator, Parent
 from rlprompt.search.division import Division
+from rlprompt.search.evidence import EvidenceSettings
 from rlprompt.search.fitness import Array, crowding, front_ranks
 from rlprompt.search.make_writer import AnyWriterSettings, make_writer
 from rlprompt.search.operators import OperatorChoice
 from rlprompt.search.promotion import Promotions, Terms, paired_test
 from rlprompt.search.rewriting import Failure
 from rlprompt.search.ruler import Ruler
-from rlprompt.search.texts import EvidenceSettings
 from rlprompt.types import Query
 
 PROMPT_LENGTH = "prompt_length"

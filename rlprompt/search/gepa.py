@@ -33,10 +33,10 @@ from rlprompt.errors import InputError
 from rlprompt.prompts.text import TextPrompt
 from rlprompt.runs.learner import LearnerState
 from rlprompt.search.base import Candidate, Searcher, SearchSettings, SearchStart, Trial
+from rlprompt.search.evidence import EvidenceSettings
 from rlprompt.search.gepa_loop import Example, Memory, Plan, load_gepa, stand
 from rlprompt.search.gepa_reflection import Given, Reflecting, examples_of
 from rlprompt.search.make_writer import AnyWriterSettings, make_writer
-from rlprompt.search.texts import EvidenceSettings
 from rlprompt.search.writer import BaseWriterSettings, WriterSettings
 from rlprompt.types import Query
 

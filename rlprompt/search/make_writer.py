@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import Annotated
 
 from rlprompt.search.base import SearchStart
+from rlprompt.search.endpoint_writer import EndpointWriter
 from rlprompt.search.writer import BaseWriter, Writer, WriterSettings
 from rlprompt.settings import OneOf
 
 WRITERS: Mapping[str, type[Writer]] = {
     "base": BaseWriter,
+    "endpoint": EndpointWriter,
 }
 """The writers: what `search.writer.type` says -> the class."""
 

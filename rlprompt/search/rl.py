@@ -29,11 +29,11 @@ from rlprompt.search.admission import Admission, Copies, sources_of
 from rlprompt.search.base import SearchSettings, SearchStart, Trial
 from rlprompt.search.breeding import Breeder, Parent, Proposal
 from rlprompt.search.division import Division
+from rlprompt.search.evidence import EvidenceSettings
 from rlprompt.search.evolution import Evolution, EvolutionSettings
 from rlprompt.search.operators import OperatorChoice
 from rlprompt.search.rewriting import Failure
 from rlprompt.search.ruler import Ruler
-from rlprompt.search.texts import EvidenceSettings
 from rlprompt.search.trained_writer import TrainedWriter, WriterTraining
 from rlprompt.types import Group, Query
 

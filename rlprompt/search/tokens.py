@@ -33,12 +33,12 @@ from rlprompt.prompts.text import TextPrompt
 from rlprompt.rollout.sources import given_completion
 from rlprompt.runs.learner import LearnerState
 from rlprompt.search.base import Candidate, Searcher, SearchSettings, SearchStart, Trial
+from rlprompt.search.evidence import EvidenceSettings
 from rlprompt.search.projection import Metric, project
 from rlprompt.search.proposals import ProposalRules, Proposer
 from rlprompt.search.standings import Contender, best_by_margin, ranked
 from rlprompt.search.substitution import pooled_advantages
 from rlprompt.search.surrogate import Evidence, Forwards
-from rlprompt.search.texts import EvidenceSettings
 from rlprompt.search.vocabulary import Vocabulary
 from rlprompt.types import Completion, Group, Query
 

@@ -305,8 +305,16 @@ def base_of_artifact(
             which may come from a stranger.
 
     Raises:
-        InputError: the base was a model in memory, or comes with Python code.
+        InputError: the base was a model in memory, is behind an endpoint, or comes with Python
+            code.
     """
+    if info.endpoint is not None and model is None:
+        # Never asked for an artifact alone, which may name any server and any variable as its key.
+        raise InputError(
+            f"'{artifact}' holds a text for {info.base}, whose weights are not here: send its text "
+            "(init_text in prompt.json) as the system message there, evaluate it with `rlprompt "
+            "eval --recipe`, or try it on a base of your own with --model and --force"
+        )
     settings = parsed_section(ModelSettings, recipe_section(info, "model"), "model", artifact)
     changes: dict[str, Any] = {"device": "auto", "trust_remote_code": trust_remote_code}
     if model is not None:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlprompt.artifacts.format import (
-    SCHEMA_VERSION,
+    ENDPOINT_VERSION,
     load_artifact,
     read_artifact_info,
     save_artifact,
@@ -158,7 +158,7 @@ def damage_info(path: Path, what: str) -> None:
         "cut_info": path.read_text()[:30],
         "list_info": "[]",
         "no_version": json.dumps({k: v for k, v in content.items() if k != "schema_version"}),
-        "newer": json.dumps({**content, "schema_version": SCHEMA_VERSION + 1, "new": 1}),
+        "newer": json.dumps({**content, "schema_version": ENDPOINT_VERSION + 1, "new": 1}),
         "unknown_field": json.dumps({**content, "surprise": 1}),
         "missing_field": json.dumps({k: v for k, v in content.items() if k != "base"}),
         "other_kind": json.dumps({**content, "representation": "hologram"}),
@@ -182,7 +182,7 @@ def damage_info(path: Path, what: str) -> None:
         ("cut_info", r"prompt.json' is damaged"),
         ("list_info", r"prompt.json' is damaged"),
         ("no_version", r"is damaged \('schema_version'\)"),
-        ("newer", "schema version 3, this rlprompt reads 1 and 2; install"),
+        ("newer", "schema version 4, this rlprompt reads 1, 2, 3; install"),
         ("unknown_field", "is damaged .surprise"),
         ("missing_field", "is damaged .base: Field required"),
         ("other_kind", "holds a prompt of the kind 'hologram', and known are soft, prefix, text"),

@@ -18,7 +18,12 @@ from rlprompt.prompts.text import NonePrompt, TextPrompt
 from tests.fixtures.runs import queries, tiny_policy
 from tests.invariants.oracle import scores
 
-KINDS: dict[str, type[Engine]] = {**ENGINES, "of one's own": TimedEngine}
+REMOTE = {"endpoint": {"base_url": "http://127.0.0.1:9/v1", "model": "m"}}
+"""Settings of engines that draw elsewhere; tests/engines/test_endpoint.py is about those."""
+KINDS: dict[str, type[Engine]] = {
+    **{name: each for name, each in ENGINES.items() if name not in REMOTE},
+    "of one's own": TimedEngine,
+}
 SAMPLING = SamplingSettings(max_tokens=9, temperature=0.8, stop_token_ids=tuple(range(10, 40)))
 
 
@@ -132,7 +137,7 @@ def test_several_prompts_are_drawn_under_as_one_after_the_other(name: str) -> No
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_settings_choose_it_and_survive_being_written(name: str) -> None:
-    settings: Any = ENGINES[name].Settings(type=name)
+    settings: Any = ENGINES[name].Settings(type=name, **REMOTE.get(name, {}))
     assert type(settings).model_validate(settings.model_dump(mode="json")) == settings
     assert type(make_engine(tiny_policy(), settings)) is ENGINES[name]
 

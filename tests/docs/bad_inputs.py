@@ -372,6 +372,35 @@ SEARCHES = [
     ),
     ("a plan of a search", lambda p: _race(p) and ("plan", "recipe.yaml")),
 ]
+REMOTE = {"type": "endpoint", "base_url": "http://127.0.0.1:9/v1", "model": "m", "retries": 0}
+
+
+NO_MODEL = {"model__path": None, "model__dtype": None, "model__device": None}
+
+
+def _remote(project: Project, **changes: Any) -> Sequence[str]:
+    """The same for a model behind an endpoint."""
+    return _race(project, **{**NO_MODEL, "engine": dict(REMOTE), **changes})
+
+
+ENDPOINTS = [
+    (
+        "gradients for a model behind an endpoint",
+        lambda p: p.recipe(engine=dict(REMOTE), **NO_MODEL),
+    ),
+    ("embeddings for an endpoint", lambda p: _remote(p, prompt=SOFT_PART)),
+    ("a base beside an endpoint", lambda p: _remote(p, model__path="model")),
+    ("no address", lambda p: _remote(p, engine={"type": "endpoint", "model": "m"})),
+    ("a key in the recipe", lambda p: _remote(p, engine__api_key="my key")),
+    ("a key that is not set", lambda p: _remote(p, engine__api_key="${RLPROMPT_NO_KEY}")),
+    ("an address without http", lambda p: _remote(p, engine__base_url="127.0.0.1:9/v1")),
+    ("nobody at the address", lambda p: _remote(p)),
+    ("sampling that the protocol does not have", lambda p: _remote(p, sampling__top_k=4)),
+    ("money without prices", lambda p: _remote(p, budget={"max_cost": 1.0})),
+    ("a budget without an endpoint", lambda p: _race(p, budget={"max_tokens": 1000})),
+    ("a budget without a limit", lambda p: _remote(p, budget={})),
+    ("a base in shards for an endpoint", lambda p: _remote(p, distributed__base="sharded")),
+]
 MODELS = [
     ("a path with a typo", lambda p: p.recipe(model__path="modle")),
     ("a folder that is not there", lambda p: p.recipe(model__path="models/tiny")),
@@ -884,6 +913,7 @@ SECTIONS: dict[str, list[tuple[str, Callable[[Project], Sequence[str]]]]] = {
     "Prompts": PROMPTS,
     "Classes of your own": OWN,
     "Search": SEARCHES,
+    "Models behind endpoints": ENDPOINTS,
     "Models": MODELS,
     "Rewards": REWARDS,
     "Rewards that ask a model": ASKING,

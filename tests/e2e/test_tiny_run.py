@@ -22,7 +22,8 @@ from rlprompt.engines.native import NativeEngine
 from rlprompt.evaluation.heldout import HeldoutEvaluator
 from rlprompt.files import read_jsonl
 from rlprompt.policy import open_policy
-from rlprompt.recipe.build import _HELDOUT_SEED, build_single_run
+from rlprompt.recipe.build import build_single_run
+from rlprompt.recipe.evaluators import _HELDOUT_SEED
 from rlprompt.recipe.schema import load_recipe
 from tests.fixtures.runs import comparable_rows, gradient_step, merged, tiny_recipe
 

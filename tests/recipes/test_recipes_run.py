@@ -22,6 +22,7 @@ from rlprompt.recipe.build import build_run
 from rlprompt.recipe.schema import Recipe, load_recipe
 from rlprompt.runs.run import Run
 from rlprompt.search.make import SEARCHERS
+from tests.fixtures.endpoint import serving
 from tests.fixtures.tiny import tiny_model, tiny_tokenizer
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -103,8 +104,26 @@ def test_every_algorithm_representation_and_searcher_has_a_recipe() -> None:
     assert methods == {name.lower() for name in METHODS}
 
 
+REMOTE = [path for path in RECIPES if load_recipe(path).engine.type == "endpoint"]
+"""Recipes for a model that is elsewhere."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+@pytest.mark.parametrize("path", REMOTE, ids=name_of)
+def test_a_recipe_for_an_endpoint_is_built_and_stepped_twice(path: Path, tmp_path: Path) -> None:
+    changes = [change for change in SHORT if not change.startswith("model.")]
+    with serving() as provider:
+        changes += [f"engine.base_url={provider.url}", "engine.api_key=null", "training.steps=2"]
+        recipe = load_recipe(path, changes)
+        tmp_path.joinpath("out").mkdir()
+        summary = build_run(recipe, path.parent, tmp_path / "out").run()
+    assert summary["steps"] == 2 and summary["stopped_because"] == "finished"
+    assert summary["endpoint"]["tokens"] == provider.tokens
+    assert summary["endpoint"]["cost"] > 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [p for p in RECIPES if p not in REMOTE], ids=name_of)
 def test_a_recipe_is_built_and_stepped_twice(
     path: Path, tmp_path: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

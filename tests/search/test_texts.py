@@ -17,7 +17,8 @@ from rlprompt.errors import InputError
 from rlprompt.prompts.text import TextPrompt
 from rlprompt.runs.learner import LearnerState
 from rlprompt.search.base import Candidate, SearchStart, Trial
-from rlprompt.search.texts import EvidenceSettings, Texts, TextsSettings
+from rlprompt.search.evidence import EvidenceSettings
+from rlprompt.search.texts import Texts, TextsSettings
 from tests.fixtures.searches import trial
 
 Score = Callable[[int], float]

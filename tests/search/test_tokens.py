@@ -32,7 +32,7 @@ FEW: dict[str, Any] = {"candidates": 2, "substitutions": 4, "rounds": 1, "top_k"
 
 
 def search(prompt: Prompt | None = None, **settings: Any) -> Tokens:
-    given = SearchStart(prompt or TextPrompt(TEXT), 0, NativeEngine(POLICY), queries(4), 1.0)
+    given = SearchStart(prompt or TextPrompt(TEXT), 0, NativeEngine(POLICY), queries(4))
     return Tokens.make(TokensSettings(**(FEW | settings)), given)
 
 

@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlprompt.artifacts.format import load_artifact, save_artifact
+from rlprompt.artifacts.format import load_artifact, load_text_artifact, save_artifact
 from rlprompt.cli.commands.terminal import setup_logging
+from rlprompt.endpoints.ledger import BudgetSpentError
 from rlprompt.engines.make import require_support
 from rlprompt.errors import InputError
 from rlprompt.evaluation.heldout import HeldoutEvaluator
 from rlprompt.files import to_json, write_atomic
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
+from rlprompt.prompts.target import Target
 from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.recipe.build import build_prompt, build_shared, started_from_data
 from rlprompt.recipe.schema import Recipe, load_recipe
@@ -65,28 +67,36 @@ def run(
                 "the recipe holds no queries out (data.heldout is 0), so there is nothing to "
                 "evaluate on; set data.heldout as it was in training"
             )
-        policy, evaluator = shared.policy, shared.evaluator
+        target, evaluator = shared.target, shared.evaluator
+        prompt: Prompt
         if artifact is None:
             fresh = started_from_data(recipe, shared.data)
-            prompt = build_prompt(fresh, policy, base_dir)
-        else:
+            prompt = build_prompt(fresh, target, base_dir)
+        elif isinstance(target, Policy):
             own = recipe.own_prompts.values()
-            prompt = load_artifact(artifact, policy, force=force, own=own)
+            prompt = load_artifact(artifact, target, force=force, own=own)
+        else:
+            prompt = load_text_artifact(artifact, target, force=force)
         require_support(shared.engine, (prompt,))
     with notes.status("evaluating"):
-        results = _evaluate(evaluator, recipe, prompt)
+        try:
+            results = _evaluate(evaluator, recipe, prompt)
+        except BudgetSpentError as error:
+            raise InputError(f"{error}; raise budget, or lower evaluation.max_queries") from error
     report = {
         "recipe": recipe.name,
         "artifact": None if artifact is None else str(artifact),
         "representation": prompt.kind,
-        "base": policy.base.id,
-        "base_fingerprint": policy.base.fingerprint,
+        "base": target.id,
+        "base_fingerprint": target.fingerprint,
         "heldout": results,
     }
+    if shared.ledger is not None:
+        report["endpoint"] = shared.ledger.report()
     text = to_json(report, indent=2) + "\n"
     sys.stdout.write(text)
     if output is not None:
-        _write(output, text, policy, recipe, prompt if artifact is None else None, results)
+        _write(output, text, target, recipe, prompt if artifact is None else None, results)
 
 
 def _recipe_of(
@@ -119,7 +129,7 @@ def _evaluate(
 def _write(
     output: Path,
     text: str,
-    policy: Policy,
+    target: Target,
     recipe: Recipe,
     prompt: Prompt | None,
     results: dict[str, Any],
@@ -131,7 +141,7 @@ def _write(
             rewards = {f"heldout_reward_{who}": row["reward"] for who, row in results.items()}
             save_artifact(
                 output / "artifact",
-                policy,
+                target,
                 prompt,
                 name=recipe.name,
                 recipe=recipe.plain(),

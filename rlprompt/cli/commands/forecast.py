@@ -16,10 +16,12 @@ from torch import Tensor
 
 from rlprompt.certify.forecast import Forecast, Rewards, forecast, prompt_signal, signal
 from rlprompt.cli.commands.terminal import setup_logging
+from rlprompt.endpoints.ledger import BudgetSpentError
 from rlprompt.engines.base import Generation
 from rlprompt.engines.make import require_support
 from rlprompt.errors import InputError
 from rlprompt.files import to_json
+from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.reading import json_text
@@ -74,14 +76,17 @@ def run(
     further = [] if texts is None else _read_texts(texts)
     with notes.status("loading data, rewards and model"):
         shared = build_shared(recipe, recipe_path.parent)
-        prompts = _prompts(recipe, build_prompt(recipe, shared.policy, recipe_path.parent), further)
+        prompts = _prompts(recipe, build_prompt(recipe, shared.target, recipe_path.parent), further)
         require_support(shared.engine, tuple(prompts.values()))
         rewards = build_rewards(recipe.rewards, recipe_path.parent)
-        rewards.bind_policy(shared.policy)
+        if isinstance(shared.target, Policy):
+            rewards.bind_policy(shared.target)
     queries = shared.data.train[:num_queries]
     try:
         with notes.status("drawing and scoring completions"):
             table, again = _table(recipe, shared, rewards, prompts, queries, completions)
+    except BudgetSpentError as error:
+        raise InputError(f"{error}; raise budget, or lower --queries") from error
     finally:
         rewards.close()
     try:

@@ -81,6 +81,7 @@ def _verdict(summary: Summary) -> Text:
 
 def _show_ranks(ranks: Sequence[Mapping[str, float]], console: Console) -> None:
     """Print what each rank held, where there are several or the base is in shards."""
+    ranks = [each for each in ranks if "base_bytes" in each]  # none of a model that is elsewhere
     if not any(len(ranks) > 1 or each["base_bytes"] < each["base_bytes_whole"] for each in ranks):
         return
     console.print()

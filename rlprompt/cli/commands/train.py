@@ -228,9 +228,21 @@ def _show_ending(summary: Summary, recipe: Recipe, folder: Path, console: Consol
             f"stopped after {done} of {steps} steps, as its time was over\n"
             f"to go on: {go_on} training.max_seconds={limit:g}"
         )
+    elif reason.kind == "budget":
+        text = (
+            f"stopped after {done} of {steps} steps, as the budget for endpoints is spent; what "
+            f"was paid for is kept\nto go on: {go_on} {_larger_budget(recipe)}"
+        )
     else:
         return
     console.print(Text(text), soft_wrap=True)
+
+
+def _larger_budget(recipe: Recipe) -> str:
+    """Overrides that double what a run may spend."""
+    budget = recipe.budget
+    given = {} if budget is None else budget.model_dump(exclude_none=True)
+    return " ".join(f"budget.{name}={2 * limit:.12g}" for name, limit in given.items())
 
 
 def _stopped_at(error: NotFiniteError, run: Run | Population) -> NotFiniteError:

@@ -12,21 +12,28 @@ a Slurm job has started beside its training (`{server}`).
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 import logging
 import os
 import random
 import re
-import ssl
 from collections.abc import Coroutine, Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import SplitResult, parse_qsl, quote, urlsplit
+from urllib.parse import parse_qsl
 from weakref import WeakKeyDictionary
 
 from pydantic import Field
 
+from rlprompt.endpoints.addresses import (
+    VARIABLE,
+    address_parts,
+    is_certificate_error,
+    is_loopback,
+    is_own_server,
+    trusted,
+    with_variables,
+    without_secrets,
+)
 from rlprompt.errors import InputError, describe_error, first_error, shorten
 from rlprompt.rewards.base import ReportedError
 from rlprompt.settings import Settings
@@ -41,13 +48,8 @@ _LONGEST_WAIT = 30.0
 _MEGABYTE = 1_000_000
 _QUOTED = 4096
 """Of an answer, the characters of which a sentence may quote some."""
-_PIECE = 8
-"""Characters of a secret that are left out wherever they follow each other."""
-_HIDDEN = "[secret]"
 
 T = TypeVar("T")
-VARIABLE = re.compile(r"\$\{(\w+)\}")
-"""How a `url` names an environment variable."""
 
 
 class HttpSettings(Settings):
@@ -89,11 +91,11 @@ class JsonClient:
 
     def __init__(self, settings: HttpSettings) -> None:
         self._settings = settings
-        self._url = _with_variables(settings.url)
-        parts = _parts(self._url)
+        self._url = with_variables(settings.url, "url")
+        parts = address_parts(self._url, "url", "token_env")
         assert parts.hostname is not None
-        self._local = _is_loopback(parts.hostname)
-        self._direct = self._local or _is_own_server(parts.hostname)
+        self._local = is_loopback(parts.hostname)
+        self._direct = self._local or is_own_server(parts.hostname)
         # As written: what an environment variable stands for may be secret in the path too.
         self.shown = re.split(r"[?#]", settings.url)[0]
         """The address without what follows the path, which may be secret."""
@@ -103,7 +105,7 @@ class JsonClient:
         values = [value for _, value in parse_qsl(parts.query)] + [parts.query, parts.fragment]
         values += [os.environ[name] for name in VARIABLE.findall(settings.url)]
         self._secrets = [self._token(), *(value for value in values if len(value) > 3)]
-        self._trust()
+        trusted(settings.ca_file)
 
     def quoted(self, answer: Any) -> str:
         """What a server has said, for a sentence: shortened, and without secrets."""
@@ -164,7 +166,7 @@ class JsonClient:
             raise _Retryable(f"nothing within {self._settings.request_timeout:g} s") from None
         except httpx.TransportError as error:
             reason = self.quoted(str(error)).rstrip(".") or type(error).__name__
-            if isinstance(error.__cause__, ssl.SSLError) or "CERTIFICATE_VERIFY" in str(error):
+            if is_certificate_error(error):
                 raise ReportedError(
                     f"cannot verify the certificate of {self.shown} ({reason})",
                     "give ca_file for a certificate of your own",
@@ -219,33 +221,12 @@ class JsonClient:
         key = (self._settings.ca_file, self._direct)
         if key not in pools:
             pools[key] = httpx.AsyncClient(
-                verify=self._trust(),
+                verify=trusted(self._settings.ca_file),
                 trust_env=not self._direct,
                 timeout=None,
                 follow_redirects=False,
             )
         return pools[key]
-
-    def _trust(self) -> ssl.SSLContext:
-        """The authorities that may have signed the server's certificate.
-
-        Raises:
-            InputError: the file of the recipe's own cannot be read or holds none.
-        """
-        name = self._settings.ca_file
-        if name is None:
-            return ssl.create_default_context()
-        if not Path(name).exists():
-            raise InputError(f"ca_file {name!r} does not exist; correct the path")
-        if not Path(name).is_file():
-            raise InputError(f"ca_file {name!r} is no file; name the PEM file")
-        try:
-            return ssl.create_default_context(cafile=name)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"ca_file {name!r} cannot be read as certificates ({describe_error(error)}); give "
-                f"a PEM file of the authority that signed the server's certificate"
-            ) from error
 
     def _token(self) -> str:
         variable = self._settings.token_env
@@ -286,65 +267,6 @@ async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     return [task.result() for task in tasks]
 
 
-def without_secrets(text: str, secrets: Iterable[str]) -> str:
-    """A text in which no secret stands, nor a longer piece of one.
-
-    Args:
-        text: text of a server, which may repeat what it was sent.
-        secrets: texts that nobody may read; an empty one is none.
-    """
-    for secret in filter(None, secrets):
-        written = {secret, quote(secret, safe=""), json.dumps(secret)[1:-1]}
-        for form in sorted(written, key=len, reverse=True):
-            text = text.replace(form, _HIDDEN)
-        text = _without_pieces(text, secret)
-    return text
-
-
-def _without_pieces(text: str, secret: str) -> str:
-    """The text without the runs of characters that stand in a secret in the same order."""
-    hidden = bytearray(len(text))
-    for start in range(len(secret) - _PIECE + 1):
-        piece = secret[start : start + _PIECE]
-        at = text.find(piece)
-        while at >= 0:
-            hidden[at : at + _PIECE] = b"\1" * _PIECE
-            at = text.find(piece, at + 1)
-    shown = []
-    for at, character in enumerate(text):
-        if not hidden[at]:
-            shown.append(character)
-        elif at == 0 or not hidden[at - 1]:
-            shown.append(_HIDDEN)
-    return "".join(shown)
-
-
-def _parts(url: str) -> SplitResult:
-    """The parts of an address that can be asked.
-
-    Raises:
-        InputError: it is none, or holds a user name or a password.
-    """
-    import httpx
-
-    known = re.sub(r"//[^/?#]*@", "//", re.split(r"[?#]", url)[0])  # what may be shown of it
-    advice = "write http(s)://host[:port]/path"
-    if not url.isprintable() or " " in url:
-        raise InputError(f"url {known!r} holds blanks or line breaks; {advice}")
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-        httpx.URL(url)
-        (parts.hostname or "").encode("idna")
-    except (ValueError, httpx.InvalidURL) as error:
-        raise InputError(f"url {known!r} is no address ({shorten(str(error))}); {advice}") from None
-    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
-        raise InputError(f"url {known!r} is no address; {advice}")
-    if parts.username or parts.password:
-        raise InputError("the url holds a user name or password; use token_env instead")
-    return parts
-
-
 class _Retryable(Exception):
     """An attempt failed in a way that may pass."""
 
@@ -367,30 +289,3 @@ def _seconds(retry_after: str | None) -> float | None:
     if retry_after is None or not retry_after.strip().isdigit():
         return None
     return min(_LONGEST_WAIT, float(retry_after))
-
-
-def _is_loopback(host: str) -> bool:
-    if host.rstrip(".") == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _is_own_server(host: str) -> bool:
-    """Whether a Slurm job has started a server there, beside this run (see `slurm/server.sh`)."""
-    return "SLURM_JOB_ID" in os.environ and host == os.environ.get("SERVER", "").lower()
-
-
-def _with_variables(url: str) -> str:
-    """A `url` with the environment's values in it."""
-
-    def value(found: re.Match[str]) -> str:
-        name = found[1]
-        given = os.environ.get(name, "").strip()
-        if not given:
-            raise InputError(f"the environment variable {name} (url) is not set; set it")
-        return given
-
-    return VARIABLE.sub(value, url)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from rlprompt.errors import InputError
-from rlprompt.rewards.base import ReportedError
+from rlprompt.rewards.base import ReportedError, UnknownTokens
 from rlprompt.rewards.models.http_client import HttpSettings, JsonClient, together
 from rlprompt.rewards.models.options import SignatureOf
 from rlprompt.rewards.rules.text import message_texts
@@ -61,7 +61,9 @@ class ServerReward:
         Raises:
             ReportedError: it gave no usable answer.
         """
-        rows = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+        rows = {"prompts": prompts, "completions": completions}
+        if not any(isinstance(ids, UnknownTokens) for ids in completion_ids):
+            rows["completion_ids"] = completion_ids
         size = self.settings.batch_size or max(1, len(completions))
         starts = range(0, len(completions), size)
         gate = asyncio.Semaphore(self.settings.concurrency)

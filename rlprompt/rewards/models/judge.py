@@ -96,6 +96,11 @@ class JudgeReward:
     def __reduce__(self) -> Any:
         return _remake, (self._options,)
 
+    @property
+    def needs_base(self) -> bool:
+        """Whether it can only judge with the base of a run."""
+        return self.settings.model is None
+
     def bind_policy(self, policy: Policy) -> None:
         """Judge with this policy's base, under the rubric; ignored by one with its own model."""
         if self.settings.model is None:

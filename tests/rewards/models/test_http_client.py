@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
+from rlprompt.endpoints.addresses import without_secrets
 from rlprompt.errors import InputError
 from rlprompt.rewards import RewardBatch, RewardSettings, build_rewards
 from rlprompt.rewards.models.http_client import (
     HttpSettings,
     JsonClient,
     together,
-    without_secrets,
 )
 from rlprompt.types import Completion, Group, Query
 from tests.fixtures.http_server import Answer, Seen, answering
