@@ -64,10 +64,10 @@ def test_known_optima_are_reached_in_all_seeds(name: str, dim: int, limit: int) 
 
 
 def test_under_noise_the_optimum_is_approached_in_all_seeds() -> None:
-    """From about 4 to 0.4, where the noise of a value is 1: single values say little there."""
+    """To 0.1, where the noise of a value is 1: single values say nothing there."""
     for seed in range(10):
         strategy = CovarianceMatrixAdaptation(4, 1.0, 20, seed)
-        assert evaluations_to_reach(strategy, toy("sphere", 4, seed), 0.4, 1600, noise=1.0), seed
+        assert evaluations_to_reach(strategy, toy("sphere", 4, seed), 0.1, 1200, noise=1.0), seed
 
 
 def test_points_of_a_generation_are_the_same_again_after_files() -> None:
