@@ -35,7 +35,7 @@ def begin_succession(
 
     Args:
         progress: counters of the run, which take the tests up.
-        evaluation: how prompts are evaluated and kept.
+        evaluation: settings of how prompts are evaluated and kept.
         steps: number of steps of the run.
         num_queries: number of validation queries.
 
@@ -121,7 +121,7 @@ def chosen_member(
 
     Args:
         kept: counters of every member that has come to an end by name, in the recipe's order.
-        accepted: what is spent over the whole population.
+        accepted: settings of the whole population.
         num_members: number of members, those that failed included.
 
     Raises:
@@ -151,7 +151,7 @@ def member_sentence(
     Args:
         name: name of the member.
         challenges: tests between the members.
-        accepted: what is spent over the whole population.
+        accepted: settings of the whole population.
     """
     at = f"at {100 * accepted.alpha:.3g}% over the population"
     if not challenges:

@@ -838,14 +838,6 @@ CERTIFICATES = [
         "a judge of several completions",
         lambda p: (*_labelled({"judge": 1.0, "human": 1})(p), "--completions", "2"),
     ),
-    (
-        "a reward outside of 0 and 1 without a rule",
-        lambda p: (
-            p.reward_returning("[2.0] * len(completions)"),
-            p.write("fresh.jsonl", "".join(json.dumps({"query": q}) + "\n" for q in FRESH)),
-            ("certify", "run", "--data", "fresh.jsonl", "--reward", "reward.py", "--alpha", "0.6"),
-        )[2],
-    ),
     ("nothing to verify", lambda p: ("certify", "run", "--verify")),
     ("a claim beside --verify", lambda p: ("certify", "run", "--verify", "--alpha", "0.5")),
     ("a damaged certificate", _verify_damaged),
@@ -865,10 +857,6 @@ FORECASTS = [
     (
         "texts that are no list",
         lambda p: (p.write("texts.json", '{"a": 1}'), (*FORECAST, "--texts", "texts.json"))[1],
-    ),
-    (
-        "a reward that scores nothing",
-        lambda p: (p.reward_returning("[None] * len(completions)"), FORECAST)[1],
     ),
 ]
 SUBMIT = ("submit", "recipe.yaml", "--dry-run")
