@@ -1,8 +1,8 @@
 """Several prompts in one batch of the native engine: what one prompt after the other draws.
 
-By the C++ kernels tokens and log-probabilities are the same bits, where these multiply too. Written out in matrix products,
-which sum in another order, log-probabilities of the tiny models are within 1e-9 in float64 and
-within 5e-5 in float32.
+By the C++ kernels tokens and log-probabilities are the same bits, where these multiply too. Written
+out in matrix products, which sum in another order, log-probabilities of the tiny models are within
+1e-9 in float64 and within 5e-5 in float32.
 """
 
 from __future__ import annotations
@@ -289,9 +289,9 @@ def test_batches_are_whole_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_kernels
 @pytest.mark.model
 def test_the_real_model(smollm2: FrozenBase) -> None:
-    """The same bits, where the kernels multiply; with AMX, oneDNN's depend on how many rows there are.
+    """The same bits, where the kernels multiply; with AMX, oneDNN's depend on the number of rows.
 
-    There, completions are at least drawn from what the training forward gives under each prompt.
+    Everywhere, completions are drawn from what the training forward gives under each prompt.
     """
     policy = Policy(smollm2, ChatSlot.from_tokenizer(smollm2.tokenizer))
     prompts: list[Prompt] = [
