@@ -205,7 +205,7 @@ def draw_tree(
     Args:
         nodes: The points; labelled ones are on top.
         edges: Places of two nodes each, in the order from old to new.
-        name: See `draw_curves`.
+        name: A name that is unique on the page; see `draw_curves`.
         x_label: What `Node.x` is.
         y_label: What `Node.y` is, with its unit.
 

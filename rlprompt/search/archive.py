@@ -108,17 +108,18 @@ class Archive:
             rows = torch.stack(columns, dim=1).tolist()  # [Q, K]
             number = trial.candidate.id
             for place, (group, row) in enumerate(zip(trial.groups, rows, strict=True)):
-                block = self._num_blocks + place
-                self._keep((number, block, group.query.index, is_test), tuple(row))
+                answer = Answer(self._num_blocks + place, group.query.index, row[0])
+                self._keep(number, answer, row, is_test=is_test)
             self.calls["test" if is_test else "fitness"] += trial.rewards.numel()
         self._num_blocks += len(trials[0].groups)
 
-    def _keep(self, numbers: tuple[int, int, int, bool], scores: tuple[float, ...]) -> None:
-        candidate, block, query, is_test = numbers
-        self._numbers.append(numbers)
-        self._scores.append(scores)
-        self._answers[is_test][candidate].append(Answer(block, query, scores[0]))
-        if not is_test and not math.isnan(scores[0]):
+    def _keep(
+        self, candidate: int, answer: Answer, scores: Sequence[float], *, is_test: bool
+    ) -> None:
+        self._numbers.append((candidate, answer.block, answer.query, is_test))
+        self._scores.append(tuple(scores))
+        self._answers[is_test][candidate].append(answer)
+        if not is_test and not math.isnan(answer.score):
             self._seen[candidate] += 1
 
     def _forget(self) -> None:
@@ -142,7 +143,7 @@ class Archive:
         Args:
             needed: candidates that are to be known, beside the last `window` ones: an archive of
                 thousands would take minutes.
-            column: 0 = the total reward, k = the k-th objective.
+            column: place of the score, 0 for the total reward, k for the k-th objective.
         """
         size = len(self.candidates)
         kept = sorted({*needed, *range(max(0, size - self._window), size)})
@@ -199,7 +200,7 @@ class Archive:
         self.calls = {kind: int(state.plain["calls"][kind]) for kind in ("fitness", "test")}
         self._forget()
         for (c, block, query, is_test), row in zip(numbers, scores.tolist(), strict=True):
-            self._keep((c, block, query, bool(is_test)), tuple(row))
+            self._keep(c, Answer(block, query, row[0]), row, is_test=bool(is_test))
 
 
 def _key(text: str) -> str:

@@ -192,7 +192,7 @@ class Evolution(Searcher):
             settings: settings of the search.
             texts: texts to begin with, each once; the first is the incumbent.
             breeder: what makes new texts.
-            division: which training queries are for fitness, and which for tests.
+            division: division of the training queries into those for fitness and for tests.
             ruler: what measures texts.
             seed: seed of all that is drawn here.
         """

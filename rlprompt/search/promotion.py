@@ -71,7 +71,7 @@ def paired_test(
     Args:
         one: answers of the one.
         other: answers of the other; blocks that only one has are left out.
-        terms: when it counts as better.
+        terms: terms under which it counts as better.
         level: probability of error of this test; None = that of `terms`.
         shift: what the one is better by whatever their scores are, such as by a shorter text.
 
