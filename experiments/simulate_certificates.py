@@ -312,15 +312,10 @@ def from_answers(labelled: int, peers: Path | None) -> Cell:
         for true, flagged in zip(truth, verdicts, strict=True):
             for name, high in peer_limits(methods, true, flagged, labelled).items():
                 others[mixed].setdefault(name, []).append(high <= ALPHA)
-    naive = {
-        name: float(np.mean(others[False][name])) if name in methods else None for name in PEERS
-    }
+    shares = {k: {n: float(np.mean(v)) for n, v in each.items()} for k, each in others.items()}
+    naive = {name: shares[False].get(name) for name in PEERS}
     cell = cell_of(passed[False], passed[True], 1, oracle, naive)
-    return cell | {
-        "peer_power": {
-            name: float(np.mean(others[True][name])) if name in methods else None for name in PEERS
-        }
-    }
+    return cell | {"peer_power": {name: shares[True].get(name) for name in PEERS}}
 
 
 PEERS = ("truescore_rogan_gladen", "truescore_ppi", "ppi_python")
