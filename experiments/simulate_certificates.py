@@ -312,13 +312,10 @@ def from_answers(labelled: int, peers: Path | None) -> Cell:
         for true, flagged in zip(truth, verdicts, strict=True):
             for name, high in peer_limits(methods, true, flagged, labelled).items():
                 others[mixed].setdefault(name, []).append(high <= ALPHA)
-    naive = {name: _share(others[False].get(name)) for name in PEERS}
+    shares = {k: {n: float(np.mean(v)) for n, v in each.items()} for k, each in others.items()}
+    naive = {name: shares[False].get(name) for name in PEERS}
     cell = cell_of(passed[False], passed[True], 1, oracle, naive)
-    return cell | {"peer_power": {name: _share(others[True].get(name)) for name in PEERS}}
-
-
-def _share(values: list[bool] | None) -> float | None:
-    return None if not values else float(np.mean(values))
+    return cell | {"peer_power": {name: shares[True].get(name) for name in PEERS}}
 
 
 PEERS = ("truescore_rogan_gladen", "truescore_ppi", "ppi_python")
@@ -336,7 +333,8 @@ def peers_in(folder: Path | None) -> dict[str, Peer]:
     with suppress(ImportError):
         correct = importlib.import_module("truescore.correct")
         for name in ("rogan_gladen", "ppi"):
-            found[f"truescore_{name}"] = partial(_truescore, getattr(correct, f"{name}_estimate"))
+            own = getattr(correct, f"{name}_estimate")
+            found[f"truescore_{name}"] = partial(_truescore, own)
     with suppress(ImportError):
         found["ppi_python"] = partial(_ppi_python, importlib.import_module("ppi_py").ppi_mean_ci)
     return found

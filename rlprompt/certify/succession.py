@@ -95,7 +95,7 @@ def fewest_queries(level: float, spread: float | None) -> int:
 
     Args:
         level: level of the test.
-        spread: as of `decide`.
+        spread: largest absolute difference of a query's values; None = none is known.
     """
     return queries_to_accept(level) if spread is not None else math.ceil(-math.log2(level))
 
@@ -143,7 +143,7 @@ class Succession:
             num_candidates: number of evaluations that are planned; more may come, at the levels
                 that `RESERVE` leaves.
             alpha: probability of ever keeping a prompt that is not better.
-            spread: as of `decide`.
+            spread: largest absolute difference of a query's values; None = none is known.
             against: prompt that candidates are tested against.
         """
         pairs = against == "kept"
@@ -262,7 +262,7 @@ def compete(
     Args:
         members: members that have come to an end, in the recipe's order.
         alpha: probability for the whole population, of which half is spent here.
-        spread: as of `Succession.announced`.
+        spread: largest absolute difference of a query's values; None = none is known.
         num_members: number of members of the population, those that failed included.
 
     Raises:
