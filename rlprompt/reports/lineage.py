@@ -13,7 +13,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from rlprompt.reports.plots import Color, LegendEntry, Node, draw_tree
+from rlprompt.reports.plots import Color, Edge, LegendEntry, Node, draw_tree
 from rlprompt.runs.read_folder import Row, RunFiles
 
 MOST = 2_000
@@ -50,7 +50,7 @@ def lineage_charts(run: RunFiles) -> list[dict[str, Any]]:
         for row in shown
     ]
     edges = [
-        (places[parent], places[row["id"]])
+        Edge(places[parent], places[row["id"]])
         for row in shown
         for parent in _parents(row)
         if parent in places

@@ -101,6 +101,13 @@ class Node(NamedTuple):
     """What stands beside it; empty = nothing, and the point is small."""
 
 
+class Edge(NamedTuple):
+    """A line between two nodes, by their places."""
+
+    old: int
+    new: int
+
+
 @dataclass(frozen=True)
 class Curve:
     """One curve: values over steps, or one level across the whole figure.
@@ -194,7 +201,7 @@ def draw_stack(steps: Sequence[float], parts: Sequence[Part], name: str) -> str:
 
 def draw_tree(
     nodes: Sequence[Node],
-    edges: Sequence[tuple[int, int]],
+    edges: Sequence[Edge],
     name: str,
     *,
     x_label: str,
@@ -204,7 +211,7 @@ def draw_tree(
 
     Args:
         nodes: The points; labelled ones are on top.
-        edges: Places of two nodes each, in the order from old to new.
+        edges: Lines between nodes.
         name: A name that is unique on the page; see `draw_curves`.
         x_label: What `Node.x` is.
         y_label: What `Node.y` is, with its unit.
@@ -218,7 +225,7 @@ def draw_tree(
         for is_main in (False, True):
             chosen = [each for each in edges if _is_main(nodes, each) == is_main]
             ends = [[(nodes[i].x, nodes[i].y) for i in each] for each in chosen]
-            color = nodes[chosen[0][1]].color if is_main and chosen else "grid"
+            color = nodes[chosen[0].new].color if is_main and chosen else "grid"
             width = 1.8 if is_main else 0.6
             axes.add_collection(
                 LineCollection(ends, colors=_VARIABLES[color], linewidths=width, zorder=1 + is_main)
@@ -253,7 +260,7 @@ def draw_tree(
         return _to_svg(figure, name)
 
 
-def _is_main(nodes: Sequence[Node], edge: tuple[int, int]) -> bool:
+def _is_main(nodes: Sequence[Node], edge: Edge) -> bool:
     return all(nodes[place].label for place in edge)
 
 
