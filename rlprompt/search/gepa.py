@@ -35,7 +35,7 @@ from rlprompt.runs.learner import LearnerState
 from rlprompt.search.base import Candidate, Searcher, SearchSettings, SearchStart, Trial
 from rlprompt.search.evidence import EvidenceSettings
 from rlprompt.search.gepa_loop import Example, Memory, Plan, load_gepa, stand
-from rlprompt.search.gepa_reflection import Given, Reflecting, examples_of
+from rlprompt.search.gepa_reflection import Given, Proposer, Reflecting, examples_of
 from rlprompt.search.make_writer import AnyWriterSettings, make_writer
 from rlprompt.search.writer import BaseWriterSettings, WriterSettings
 from rlprompt.types import Query
@@ -112,7 +112,7 @@ class GEPA(Searcher):
     Settings: ClassVar[type[SearchSettings]] = GEPASettings
     starts_from: ClassVar[tuple[str, ...]] = ("text",)
 
-    def __init__(self, plan: Plan, queries: Sequence[Query], proposer: Given | Reflecting) -> None:
+    def __init__(self, plan: Plan, queries: Sequence[Query], proposer: Proposer) -> None:
         """Nothing is tried yet.
 
         Args:

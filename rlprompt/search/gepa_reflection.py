@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 from rlprompt.engines.base import Engine
 from rlprompt.errors import InputError, shorten
@@ -15,6 +16,19 @@ from rlprompt.search.writer import Writer, WriterSettings
 from rlprompt.types import Completion, Query
 
 logger = logging.getLogger(__name__)
+
+
+class Proposer(Protocol):
+    """What gives new texts."""
+
+    @property
+    def origin(self) -> str:
+        """A word on how they are made, for `Candidate.origin`."""
+        ...
+
+    def __call__(self, parent: str, examples: Sequence[Example], number: int) -> str | None:
+        """See `gepa_loop.Propose`."""
+        ...
 
 
 class Given:
