@@ -57,7 +57,7 @@ def pull(registry: Registry, source: str, name: str, *, reference: str = "") -> 
         registry: the registry that gets it.
         source: the place; see the module. The hub's may end in `@REVISION`, W&B's in `/NAME:ALIAS`.
         name: the prompt's name in the registry.
-        reference: of a folder's registry, the version: `NAME@ALIAS` or `NAME:NUMBER`.
+        reference: the version of a folder's registry, as `NAME@ALIAS` or `NAME:NUMBER`.
 
     Raises:
         InputError: it is not there, or is no artifact.

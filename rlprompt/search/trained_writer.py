@@ -108,7 +108,7 @@ class TrainedWriter:
 
         Args:
             request: what the writer is asked.
-            count: n.
+            count: the number of answers, n.
             seed: seed of the draw.
         """
         self._engine.sync(self._policy.prompt)

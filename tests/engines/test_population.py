@@ -309,4 +309,6 @@ def test_the_real_model(smollm2: FrozenBase) -> None:
         got = scores(policy, prompt, asked, [g.completions for g in generation.groups])
         drawn = [c for g in generation.groups for c in g.completions]
         sampled = torch.tensor([x for c in drawn for x in c.sampling_logprobs])
-        assert (flat(got) - sampled).abs().mean() < 0.05
+        # Where oneDNN multiplies with AMX, it rounds a token by the rows that it is given with.
+        bound = 0.001 if decoder is not None and decoder.store is not None else 0.1
+        assert (flat(got) - sampled).abs().mean() < bound
