@@ -139,9 +139,10 @@ def why_impossible(terms: Terms, queries: Sequence[Query]) -> str | None:
     if terms.judge is not None:
         judged = JudgedRate(terms.judge.labels(), smallest)
         if judged.most_flagged(limit, level) < 0:
+            why = _of_judge(judged, 0, limit, level)
             return (
                 f"with this judge (it flagged {_counts(terms.judge)}) {of} cannot certify alpha = "
-                f"{terms.alpha:g} even if it flags none of them: {_of_judge(judged, 0, level)}"
+                f"{terms.alpha:g} even if it flags none of them: {why}"
             )
     return None
 
@@ -285,7 +286,7 @@ def why_not(finding: Finding, names: Sequence[str], terms: Terms) -> str:
         judged = JudgedRate(sample.judge, n)
         rest = judged.limit_of_labels(failures, terms.level)
         if rest > terms.limit:
-            return f"{text}; {_of_judge(judged, failures, terms.level)}"
+            return f"{text}; {_of_judge(judged, failures, terms.limit, terms.level)}"
         return f"{text}; more queries, more labels, or a better prompt may help"
     abstain = least_abstention(failures, n, terms.limit, terms.delta)
     if abstain > 0.0:
@@ -556,8 +557,13 @@ def _counts(judge: JudgeCounts) -> str:
     )
 
 
-def _of_judge(judged: JudgedRate, flagged: int, level: float) -> str:
+def _of_judge(judged: JudgedRate, flagged: int, limit: float, level: float) -> str:
     rest = judged.limit_of_labels(flagged, level)
+    if rest < limit:
+        return (
+            "more queries may help, more labels, or a judge that errs less (with the same share "
+            f"flagged of endless queries, {rest:.2g} would be left possible)"
+        )
     return (
         f"what is known of the judge leaves {rest:.4g} possible however many queries there are; "
         "label more answers, or use a judge that errs less"

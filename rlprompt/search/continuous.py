@@ -113,8 +113,8 @@ class Continuous(Searcher):
             subspace: prompts that the strategy's points stand for.
             strategy: strategy whose mean is 0.
             noise: the rule by which a generation is tried again; None = never.
-            evidence: the rule by which another prompt is believed in; None = always the mean that was tried
-                last.
+            evidence: the rule by which another prompt is believed in; None = always the mean that
+                was tried last.
         """
         self._subspace = subspace
         self._strategy = strategy
