@@ -6,7 +6,7 @@
 
 A call is one scored completion in training. Every cell is `rlprompt train` of a recipe of the
 repository, `recipes/TARGET/MODEL_METHOD.yaml`, with overrides; command and numbers become one row
-of `docs/results/equal_calls.jsonl` when it has ended. A searcher ends with `search.max_calls`; a
+of `equal_calls.jsonl` in docs/results when it has ended. A searcher ends with `search.max_calls`; a
 gradient method makes as many steps of as many queries and completions as multiply to the calls.
 
 What is the same for all: the start and the end are evaluated on the validation queries, which
@@ -15,7 +15,7 @@ the prompt that was kept meets the test queries once. `gain_over_best_text` is i
 query by query, to the best of the texts in `recipes/data/handwritten*.json` on the same test
 queries, with a 95% interval over queries (`rlprompt.certify.comparison`). That text was picked
 before, for each target and model, by the reward on the validation queries; the picks stand in
-`docs/results/equal_calls_texts.json`. `cpu_seconds` are those of the run's steps by the CPU's
+`equal_calls_texts.json` beside it. `cpu_seconds` are those of the run's steps by the CPU's
 clock: loading and evaluation do not count, writing proposals does.
 
 `gepa-hand` is given the texts of `recipes/data/proposals.json`, which were written before any of

@@ -6,7 +6,7 @@ nesting that no model has, keys and tensors that stand twice, and tensors that o
 of the file or are cut short. Tensors are read in pieces, from a file that is never mapped: one that
 shrinks meanwhile is an error, not a signal.
 
-Source: docs/gguf.md of the ggml project, and the sizes of its blocks.
+Source: the description of the format in the ggml project, and the sizes of its blocks.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ key rows are interleaved, that Gemma's norms are stored with one added, which la
 Here that is undone, per family. A value that would change what the model computes and that this
 module does not know how to keep is an error.
 
-Source: llama.cpp's converter (`convert_hf_to_gguf.py`) and its loading of these families.
+Source: llama.cpp's converter and its loading of these families.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ SentencePiece's BPE); how a text is cut up before that it only names. What the n
 written down here as the published tokenizers of these models have it. A name that is not known is
 an error: a model that reads other tokens than it has learned from answers, only worse.
 
-Source: llama.cpp's `llama-vocab.cpp`; the tokenizer.json files of the models.
+Source: llama.cpp's vocabularies; the tokenizer.json files of the models.
 """
 
 from __future__ import annotations
