@@ -211,8 +211,8 @@ class Registry:
         folder = self.folder / "objects" / version.content
         if not folder.is_dir() or content_hash(folder) != version.content:
             raise InputError(
-                f"'{folder}' is not what was added as version {version.number}; restore it from a "
-                "copy of the registry"
+                f"the files of version {version.number} in '{self.folder}/objects' are not those "
+                "that were added; restore them from a copy of the registry"
             )
         return folder
 
