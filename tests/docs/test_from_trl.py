@@ -137,7 +137,8 @@ def test_examples_of_the_sentences() -> None:
 
 
 def test_a_key_of_another_place_is_named_with_its_place() -> None:
-    assert told({"kl_coef": 1}) == "unknown key 'kl_coef'; did you mean 'algorithm.kl_coef' or 'search.kl_coef'?"
+    places = "'algorithm.kl_coef' or 'search.kl_coef'"
+    assert told({"kl_coef": 1}) == f"unknown key 'kl_coef'; did you mean {places}?"
     assert told({"training": {"lr": 1}}).endswith("did you mean 'training.optimizer.lr'?")
     assert told({"max_tokens": 8}).endswith("did you mean 'sampling.max_tokens'?")
     assert told({"trainin": {}}).endswith("did you mean 'training'?")
