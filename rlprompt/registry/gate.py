@@ -43,6 +43,8 @@ def _checked(folder: Path, protection: Protection) -> list[tuple[bool, str]]:
             found.append((True, f"has the verdict: {metrics.get('verdict')}"))
         else:
             said = metrics.get("verdict") or "its run has given none"
+            if metrics.get("verdict") and "learned" not in metrics:
+                said = "its run is of an rlprompt that kept the verdict in words only; run it again"
             found.append((False, f"has no verdict of being better than its start ({said})"))
     if protection.certificate is not None:
         found.append(_certified(folder, protection.certificate, protection.reward))
@@ -56,7 +58,7 @@ def _certified(folder: Path, alpha: float, reward: str | None) -> tuple[bool, st
         return False, f"has no certificate{about}; `rlprompt certify` issues one"
     if reward is not None and reward not in {risk.name for risk in certificate.risks}:
         names = ", ".join(risk.name for risk in certificate.risks)
-        return False, f"is certified for {names}, not{about}"
+        return False, f"is certified for {names}, not for {reward}"
     if certificate.alpha > alpha:
         return False, f"is certified for {certificate.alpha:g}, above {alpha:g}"
-    return True, f"is certified{about} for {certificate.alpha:g}"
+    return True, f"is certified for {certificate.alpha:g}{'' if reward is None else f' ({reward})'}"
