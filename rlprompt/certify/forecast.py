@@ -33,6 +33,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from rlprompt.certify.bounds import clopper_pearson_upper
+
 Rewards = NDArray[np.float64]
 """[P, Q, n]; NaN = could not be scored. Prompt 0 is where training starts."""
 
@@ -75,6 +77,8 @@ class Forecast:
     difference_sd: float
     """Standard deviation over queries of the difference to prompt 0, of the prompt with the highest
     mean of the others."""
+    is_flat: bool
+    """Whether all rewards of each query are equal, whatever the prompt and the completion."""
     outlook: Outlook
     """Whether prompts can help."""
 
@@ -114,12 +118,14 @@ class Forecast:
     def sentence(self) -> str:
         """The outlook in words."""
         if self.outlook == "no":
-            if self.flat_groups == 1.0:
-                return (
-                    "nothing to learn from: all completions of each query got the same reward "
-                    "under every prompt"
-                )
             return "nothing to learn from: rewards differ by no more than the reward's own noise"
+        if self.is_flat:
+            unseen = clopper_pearson_upper(0, self.num_queries, _LEVEL)
+            return (
+                "unclear: nothing to learn from was drawn, for all completions of each query got "
+                "the same reward under every prompt; with 95% confidence rewards differ on at most "
+                f"{unseen:.0%} of queries: draw more, or give the reward a slope"
+            )
         if self.outlook == "yes":
             return (
                 f"prompts can help: they differ by more than chance (p = {self.p_value:.2g}), and "
@@ -172,6 +178,7 @@ def forecast(rewards: Rewards, again: Rewards | None = None) -> Forecast:
         best_of_n=float(table[0].max(axis=1).mean()),
         noise=noise,
         difference_sd=float(differences.std(ddof=1)),
+        is_flat=bool((table == table[:1, :, :1]).all()),
         outlook=_outlook(table, p_value, noise),
     )
 
@@ -247,7 +254,7 @@ def _outlook(table: Rewards, p_value: float, noise: float) -> Outlook:
     if p_value < _LEVEL:
         return "yes"
     if bool(_is_flat(table).all()):
-        return "no"
+        return "unclear"  # a sparse reward looks so before training, and may be learned yet
     chance = float(table.var(axis=2, ddof=1).mean())
     # Half as much again: both are estimates, and what is said must hold where they are close.
     if noise > 0.0 and chance <= 1.5 * noise**2:

@@ -249,6 +249,9 @@ def elsewhere(name: str, place: str, schema: Mapping[str, Any]) -> str:
     around = place.rpartition(".")[0]
     near = [path for path in found if around and path.startswith(f"{around}.")]
     shown = near or found
+    if len(shown) > _MAX_PLACES:  # the ones that do not lie deep are meant more often
+        least = min(path.count(".") for path in shown)
+        shown = [path for path in shown if path.count(".") == least]
     if not shown or len(shown) > _MAX_PLACES:
         return ""
     return f"did you mean {' or '.join(repr(path) for path in shown)}?"

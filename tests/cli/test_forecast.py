@@ -38,7 +38,8 @@ def test_a_reward_that_never_differs_is_told(recipe: Path) -> None:
     )
     shown = rlprompt("forecast", recipe, "rewards.0.path=flat.py:reward", "--json")
     assert shown.code == 0, shown.err
-    assert json.loads(shown.out)["outlook"] == "no"
+    assert json.loads(shown.out)["outlook"] == "unclear"
+    assert json.loads(shown.out)["queries_needed"] is None
     assert "nothing to learn from" in json.loads(shown.out)["sentence"]
 
 

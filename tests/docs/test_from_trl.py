@@ -140,7 +140,7 @@ def test_a_key_of_another_place_is_named_with_its_place() -> None:
     places = "'algorithm.kl_coef' or 'search.kl_coef'"
     assert told({"kl_coef": 1}) == f"unknown key 'kl_coef'; did you mean {places}?"
     assert told({"training": {"lr": 1}}).endswith("did you mean 'training.optimizer.lr'?")
-    assert told({"max_tokens": 8}).endswith("did you mean 'sampling.max_tokens'?")
+    assert "'sampling.max_tokens'" in told({"max_tokens": 8})
     assert told({"trainin": {}}).endswith("did you mean 'training'?")
     schema = Recipe.model_json_schema()
     assert elsewhere("type", "sampling.type", schema) == ""  # too many places to say anything

@@ -191,7 +191,7 @@ def _report(
         "best_of_n": found.best_of_n,
         "noise": None if math.isnan(found.noise) else found.noise,
         "difference": difference,
-        "queries_needed": found.queries_needed(difference),
+        "queries_needed": None if found.is_flat else found.queries_needed(difference),
         "signal": [
             {
                 "query": queries[i],
@@ -220,7 +220,7 @@ def _show(report: Mapping[str, Any], console: PlainConsole) -> None:
         f"{report['flat_groups']:.0%} of groups are flat and teach nothing",
         f"best of n of the start's own completions: {report['best_of_n']:.3f}",
         f"noise of the reward itself: {'not known' if noise is None else f'{noise:.3f}'}",
-        f"a difference of {report['difference']:g} needs {report['queries_needed']} queries",
+        f"a difference of {report['difference']:g} needs {_needed(report['queries_needed'])}",
     ]
     for line in lines:
         console.print(line, soft_wrap=True)
@@ -231,3 +231,7 @@ def _show(report: Mapping[str, Any], console: PlainConsole) -> None:
         shown = "-" if between is None else f"{between:.3f}"
         ends.add_row(row["query"][:70], f"{row['spread']:.3f}", shown)
     console.print(ends)
+
+
+def _needed(queries: int | None) -> str:
+    return f"{queries} queries" if queries is not None else "nobody knows how many: none was seen"
