@@ -272,7 +272,7 @@ def _table_note(run: RunFiles, split: str) -> str:
     count = len(run.evaluations_of("learned"))
     if split == "validation" and count > 1:
         note += (
-            f" It was kept as the best of its {count} evaluations on these queries, so its mean "
+            f" It was kept from {count} evaluations on these queries, so its mean "
             "here is somewhat too good; the verdict allows for that, test queries need not."
         )
     return note

@@ -26,7 +26,7 @@ from tests.docs.pages import DOCS, check_page, code
 NAMES_HEADING = "## Names\n"
 """The part of the page below it is written here; what stands above is written by hand."""
 TAIL = """
-A key that stands elsewhere in a recipe is named with its places (`kl_coef` at the top: "did you mean
+A key that stands elsewhere in a recipe is named with its place (`kl_coef` at the top: "did you mean
 'algorithm.kl_coef' or 'search.kl_coef'?"), and a misspelt one with the nearest.
 """
 FROM_CONFIGS = ("train_dataset", "eval_dataset", "prompt", "model", "reward_funcs", "peft_config")

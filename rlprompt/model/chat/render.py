@@ -108,6 +108,9 @@ class _Renderer:
         except (OSError, EOFError):
             self._stop()
             return {"limit": f"it takes more than {CPU_SECONDS} s or {MEMORY_BYTES >> 20} MiB"}
+        except BaseException:  # Ctrl-C: the reply to come would be taken for that of the next call
+            self._stop()
+            raise
 
     def _running(self) -> subprocess.Popen[bytes]:
         # After a fork the process belongs to the parent, which goes on asking it.

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlprompt.errors import InputError
+from rlprompt.model.chat import render as module
 from rlprompt.model.chat.render import LimitError, RenderError, render
 from rlprompt.model.chat.slot import ChatSlot
 from rlprompt.model.chat.template import PLAIN_TEMPLATE
@@ -110,3 +111,18 @@ def test_a_child_process_asks_a_renderer_of_its_own() -> None:
             os._exit(0 if same else 1)
     assert render("{{ 'parent' }}", MESSAGES, {}) == "parent"
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_an_interrupted_call_leaves_no_reply_to_the_next_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ctrl-C in a notebook: later templates must not get the text of the one that was stopped."""
+
+    def interrupted(process: object) -> dict[str, str]:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_receive", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            render("{{ 'stopped' }}", MESSAGES, {})
+    assert render("{{ 'next' }}", MESSAGES, {}) == "next"
