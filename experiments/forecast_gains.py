@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -155,8 +156,13 @@ def correlation(values: Sequence[float], gains: Sequence[float]) -> dict[str, fl
     Args:
         values: what was forecast, one per case, at least three.
         gains: what training reached, one per case.
+
+    Returns:
+        Value, ends and p-value; NaN where all cases are alike.
     """
     x, y = np.asarray(values), np.asarray(gains)
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return dict.fromkeys(("value", "low", "high", "p_value"), math.nan)
     draws = np.random.default_rng(0).integers(0, len(x), (_RESAMPLES, len(x)))
     # A sample of equal cases has no ranks.
     drawn = [row for row in draws if np.ptp(x[row]) > 0 and np.ptp(y[row]) > 0]
