@@ -53,6 +53,11 @@ class Engine(ABC):
         self.settings = settings
 
     @property
+    def has_base(self) -> bool:
+        """Whether completions are drawn from a base that is here, so that there is a `policy`."""
+        return self._policy is not None
+
+    @property
     def policy(self) -> Policy:
         """The policy over the base that completions are drawn from.
 

@@ -167,6 +167,11 @@ class Admission:
         return "leak" if self._copies.found_in(text) else None
 
 
+def text_key(text: str) -> str:
+    """What two texts share that are one text but for white space."""
+    return " ".join(text.split())
+
+
 def sources_of(queries: Iterable[Query]) -> Iterator[str]:
     """All that a training query says: its turns, and texts and turns in its columns."""
     for query in queries:

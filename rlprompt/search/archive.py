@@ -19,6 +19,7 @@ from torch import Tensor
 from rlprompt.errors import InputError
 from rlprompt.prompts.text import TextPrompt
 from rlprompt.runs.learner import LearnerState
+from rlprompt.search.admission import text_key
 from rlprompt.search.base import Candidate, Trial
 from rlprompt.search.fitness import Array, Effects, effects
 from rlprompt.search.promotion import Answer
@@ -78,12 +79,12 @@ class Archive:
         """Take up a new text as the next candidate."""
         candidate = Candidate(len(self.candidates), TextPrompt(text), parents, origin)
         self.candidates.append(candidate)
-        self._known.add(_key(text))
+        self._known.add(text_key(text))
         return candidate
 
     def knows(self, text: str) -> bool:
         """Whether a candidate has this text, but for white space."""
-        return _key(text) in self._known
+        return text_key(text) in self._known
 
     def text(self, candidate: int) -> str:
         """The text of a candidate."""
@@ -201,7 +202,3 @@ class Archive:
         self._forget()
         for (c, block, query, is_test), row in zip(numbers, scores.tolist(), strict=True):
             self._keep(c, Answer(block, query, row[0]), row, is_test=bool(is_test))
-
-
-def _key(text: str) -> str:
-    return " ".join(text.split())

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from rlprompt.endpoints.ledger import Ledger
 from rlprompt.engines.base import Engine
+from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.runs.learner import LearnerState
 from rlprompt.settings import ChosenSettings
@@ -73,6 +74,11 @@ class SearchStart:
     `Prompt.scale`."""
     ledger: Ledger | None = None
     """What is asked of endpoints and may be spent; None = no budget and no journal."""
+
+    @property
+    def policy(self) -> Policy | None:
+        """The policy over the base; None where there is no base, but outputs and scores alone."""
+        return self.engine.policy if self.engine is not None and self.engine.has_base else None
 
 
 @dataclass(frozen=True)

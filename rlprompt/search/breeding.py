@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.search import components, edits, rewriting
-from rlprompt.search.admission import Admission, Refusal
+from rlprompt.search.admission import Admission, Refusal, text_key
 from rlprompt.search.components import Library
 from rlprompt.search.operators import OperatorChoice
 from rlprompt.search.rewriting import Failure
@@ -138,7 +138,7 @@ class Breeder:
     def _take(
         self, proposal: Proposal, made: dict[str, Proposal], is_known: Callable[[str], bool]
     ) -> bool:
-        key = " ".join(proposal.text.split())
+        key = text_key(proposal.text)
         refusal: Refusal | None = "known" if is_known(proposal.text) or key in made else None
         refusal = refusal or self._admission.refusal(proposal.text)
         if refusal is not None:

@@ -228,30 +228,17 @@ class Evolution(Searcher):
     @classmethod
     def make(cls, settings: EvolutionSettings, given: SearchStart) -> Self:
         """The searcher of a recipe; see `Searcher.make`."""
-        texts = list(dict.fromkeys([given.prompt.init_text, *settings.texts]))
         library = components.read_library(settings.components, built_in=settings.library)
         ruler = Ruler(given)
-        for place, text in enumerate(texts):
-            tokens = ruler.tokens(text)
-            if tokens > settings.max_length:
-                where = f"search.texts.{place - 1}" if place else "prompt.text"
-                raise InputError(
-                    f"{where} has {tokens} tokens, and search.max_length is "
-                    f"{settings.max_length}, so nothing could be made of it; raise the latter"
-                )
+        texts = given_texts(settings, given, ruler)
         own = [*texts, *(each for every in library.values() for each in every)]
-        sources = [*sources_of(given.queries), rewriting.SYSTEM, *rewriting.OWN_WORDS]
-        admission = Admission(
-            Copies(sources, own), ruler.tokens, settings.max_length, ruler.control_tokens
-        )
+        admission = admission_of(settings, given, ruler, own)
         hand = None
         if settings.writer is not None:
             hand = Hand(make_writer(settings.writer, given), settings.writer.sampling)
         choice = OperatorChoice(settings.operator_names, settings.shares)
         breeder = Breeder(choice, library, admission, hand)
-        share = (settings.test_share or 0.5) if settings.evidence is not None else 0.0
-        division = Division.of(given, share)
-        return cls(settings, texts, breeder, division, ruler, given.seed)
+        return cls(settings, texts, breeder, division_of(settings, given), ruler, given.seed)
 
     def ask(self) -> Sequence[Candidate]:
         """The population and new texts, or the incumbent and what challenges it."""
@@ -534,3 +521,56 @@ class Evolution(Searcher):
         challenger = plain["challenger"]
         self._challenger = None if challenger is None else int(challenger)
         self._asked, self._wanted, self._lengths = [], None, {}
+
+
+def given_texts(settings: EvolutionSettings, given: SearchStart, ruler: Ruler) -> list[str]:
+    """The texts that a search begins with, each once, that of the prompt first.
+
+    Args:
+        settings: settings of the search.
+        given: where it starts.
+        ruler: what measures texts.
+
+    Raises:
+        InputError: one is longer than the search may try.
+    """
+    texts = list(dict.fromkeys([given.prompt.init_text, *settings.texts]))
+    for place, text in enumerate(texts):
+        tokens = ruler.tokens(text)
+        if tokens > settings.max_length:
+            where = f"search.texts.{place - 1}" if place else "prompt.text"
+            raise InputError(
+                f"{where} has {tokens} tokens, and search.max_length is "
+                f"{settings.max_length}, so nothing could be made of it; raise the latter"
+            )
+    return texts
+
+
+def admission_of(
+    settings: EvolutionSettings, given: SearchStart, ruler: Ruler, own: Sequence[str]
+) -> Admission:
+    """What says which texts a search may try.
+
+    Args:
+        settings: settings of the search.
+        given: where it starts, with the queries that must not be copied.
+        ruler: what measures texts.
+        own: texts of the user's, whose quotes are no reason to refuse.
+    """
+    sources = [*sources_of(given.queries), rewriting.SYSTEM, *rewriting.OWN_WORDS]
+    return Admission(Copies(sources, own), ruler.tokens, settings.max_length, ruler.control_tokens)
+
+
+def division_of(settings: EvolutionSettings, given: SearchStart) -> Division:
+    """The training queries by what they are for; without evidence none is set apart.
+
+    Args:
+        settings: settings of the search.
+        given: where it starts.
+
+    Raises:
+        InputError: there are too few queries.
+    """
+    return Division.of(
+        given, (settings.test_share or 0.5) if settings.evidence is not None else 0.0
+    )

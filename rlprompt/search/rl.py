@@ -25,12 +25,17 @@ from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.errors import InputError
 from rlprompt.runs.learner import LearnerState, named_under
 from rlprompt.search import rewriting
-from rlprompt.search.admission import Admission, Copies, sources_of
+from rlprompt.search.admission import Admission, text_key
 from rlprompt.search.base import SearchSettings, SearchStart, Trial
 from rlprompt.search.breeding import Breeder, Parent, Proposal
-from rlprompt.search.division import Division
 from rlprompt.search.evidence import EvidenceSettings
-from rlprompt.search.evolution import Evolution, EvolutionSettings
+from rlprompt.search.evolution import (
+    Evolution,
+    EvolutionSettings,
+    admission_of,
+    division_of,
+    given_texts,
+)
 from rlprompt.search.operators import OperatorChoice
 from rlprompt.search.rewriting import Failure
 from rlprompt.search.ruler import Ruler
@@ -165,8 +170,8 @@ class Policy(Breeder):
         if self._drawn is None:
             return
         group, self._drawn = self._drawn, None
-        self._earned |= {_key(text): reward for text, reward in rewards.items()}
-        texts = [_key(rewriting.proposed(answer.text)) for answer in group.completions]
+        self._earned |= {text_key(text): reward for text, reward in rewards.items()}
+        texts = [text_key(rewriting.proposed(answer.text)) for answer in group.completions]
         found = [self._earned.get(text, math.nan) for text in texts]
         known = [reward for reward in found if not math.isnan(reward)]
         least = min(known, default=math.nan)
@@ -202,7 +207,7 @@ class RL(Evolution):
         Raises:
             InputError: there is no base whose prompt could be trained.
         """
-        if given.engine is None or getattr(given.engine, "policy", None) is None:
+        if given.engine is None or given.policy is None:
             raise InputError(
                 "search.type: rl trains a prompt of the base that writes, and there is no base "
                 "here, only outputs; use search.type: evolution"
@@ -211,17 +216,12 @@ class RL(Evolution):
             settings.init_text, settings.num_virtual_tokens, settings.lr_relative, settings.kl_coef
         )
         writer = TrainedWriter(given.engine, training, settings.sampling, given.seed)
-        ruler = Ruler(given)
-        texts = list(dict.fromkeys([given.prompt.init_text, *settings.texts]))
-        own = [*texts, *([settings.task] if settings.task is not None else [])]
-        sources = [*sources_of(given.queries), rewriting.SYSTEM, *rewriting.OWN_WORDS]
-        admission = Admission(
-            Copies(sources, own), ruler.tokens, settings.max_length, ruler.control_tokens
-        )
+        ruler, rest = Ruler(given), settings.as_evolution
+        texts = given_texts(rest, given, ruler)
+        own = texts if settings.task is None else [*texts, settings.task]
+        admission = admission_of(rest, given, ruler, own)
         policy = Policy(writer, settings.task, admission, given.seed)
-        share = (settings.test_share or 0.5) if settings.evidence is not None else 0.0
-        division = Division.of(given, share)
-        return cls(settings.as_evolution, texts, policy, division, ruler, given.seed)
+        return cls(rest, texts, policy, division_of(rest, given), ruler, given.seed)
 
     def _evolve(self, trials: Sequence[Trial]) -> None:
         """Let the writer learn first; then as evolution does."""
@@ -254,7 +254,3 @@ class RL(Evolution):
         super().restore(state)
         own = LearnerState(named_under(state.tensors, "writer"), state.plain["writer"])
         self._breeder.writer.restore(own)
-
-
-def _key(text: str) -> str:
-    return " ".join(text.split())

@@ -13,7 +13,7 @@ class Ruler:
 
     def __init__(self, given: SearchStart) -> None:
         """Measure with the tokenizer of the base, where the search has one."""
-        self._policy = getattr(given.engine, "policy", None)
+        self._policy = given.policy
 
     def tokens(self, text: str) -> int:
         """Tokens of the text in the slot; without a tokenizer its words and marks.

@@ -380,7 +380,7 @@ def _policy(given: SearchStart) -> Policy:
     Raises:
         InputError: there is none, or this rank holds only a part of it.
     """
-    policy = None if given.engine is None else getattr(given.engine, "policy", None)
+    policy = given.policy
     if not isinstance(policy, Policy):
         raise InputError(
             "search.type: tokens needs the weights of the base, of which it takes the gradient, "

@@ -158,7 +158,7 @@ class TrainedWriter:
 
     def state(self) -> LearnerState:
         """Prompt and optimizer."""
-        tensors = {f"prompt/{k}": v.clone() for k, v in self._policy.prompt.state_dict().items()}
+        tensors = {f"prompt/{k}": v for k, v in self._policy.prompt.state_dict().items()}
         tensors |= optimizer_tensors(self._optimizer, "optimizer")
         plain = {"updates": self._updates}
         return LearnerState({name: each.clone() for name, each in tensors.items()}, plain)
