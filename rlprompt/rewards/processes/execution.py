@@ -32,6 +32,8 @@ from rlprompt.process_exit import forks_end, left_behind
 from rlprompt.rewards.base import RewardFunction
 from rlprompt.rewards.processes.main_thread import noticing
 
+_LAST_SECONDS = 2.0
+"""Seconds that an idle thread has to end in."""
 ASYNC_GRACE = 5.0
 """Seconds after its timeout in which a cancelled coroutine must give control back."""
 
@@ -141,9 +143,12 @@ class Executor:
 
     def close(self) -> None:
         """Stop the threads that are idle. A later call starts new ones."""
-        if self._worker is not None:
-            self._worker.jobs.put(None)
-            self._worker = None
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.jobs.put(None)
+            # It is idle: a thread that hangs was given up before, and is not waited for.
+            if worker is not threading.current_thread():
+                worker.join(_LAST_SECONDS)
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._loop = None
