@@ -50,7 +50,7 @@ if [[ "$MODE" != check ]]; then
   else
     "$BIN/rlprompt" model fetch smollm2-135m
   fi
-  check pytest -n "$WORKERS" --dist loadfile -m "$MARKS" -ra --durations=10 "$@"
+  check pytest -n "$WORKERS" --dist loadfile --max-worker-restart 3 -m "$MARKS" -ra --durations=10 "$@"
 fi
 
 if ((${#FAILED[@]})); then

@@ -26,10 +26,30 @@ if not torch.cuda.is_available():
 
 import numpy as np
 import pytest
+from _pytest.terminal import TerminalReporter
 
 from rlprompt.errors import InputError
 from rlprompt.model.base import FrozenBase, ModelSettings, load_base
 from rlprompt.model.files.fetch import fetch
+
+
+class _FailuresAsTheyCome:
+    """Names each failure when it happens: a run that is ended early has said what it knew."""
+
+    def __init__(self, reporter: TerminalReporter) -> None:
+        self.reporter = reporter
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """A line per failed test, set-up or tear-down."""
+        if report.failed:
+            self.reporter.write_line(f"\nfailed ({report.when}): {report.nodeid}", red=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Only the process that prints has a terminal; the workers of xdist have none."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_FailuresAsTheyCome(reporter))
 
 
 @pytest.fixture(autouse=True)
