@@ -28,6 +28,7 @@ import numpy as np
 import pytest
 from _pytest.terminal import TerminalReporter
 
+from rlprompt import process_exit
 from rlprompt.errors import InputError
 from rlprompt.model.base import FrozenBase, ModelSettings, load_base
 from rlprompt.model.files.fetch import fetch
@@ -57,6 +58,13 @@ def _threads(request: pytest.FixtureRequest) -> None:
     """Two threads for the real model; a second one slows tiny tensors down a hundredfold on a busy
     machine."""
     torch.set_num_threads(2 if request.node.get_closest_marker("model") else 1)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind() -> None:
+    """A test that calls `main` must not end the tests' own process because a reward of an earlier
+    test was left behind in its thread."""
+    process_exit._left.clear()
 
 
 @pytest.fixture(autouse=True)
