@@ -67,7 +67,7 @@ METHODS = {
     "cmaes": "cmaes",
     "es": "es",
     "gradient-guided": "tokens",
-    "rl-text": "rl_text",
+    "rl-text": "rl",
     "grpo-soft": "grpo",
     "grpo-prefix": "grpo_prefix",
 }
