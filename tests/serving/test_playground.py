@@ -1,6 +1,6 @@
-"""The playground in a real browser against a server of the same routes, and what its files may not hold.
+"""The playground in a real browser against a server of its routes, and what its files may not hold.
 
-RLPROMPT_UPDATE_DOCS=1 python -m pytest tests/serving/test_playground.py -n 0     draws its pictures anew
+RLPROMPT_UPDATE_DOCS=1 python -m pytest tests/serving/test_playground.py -n 0   draws its pictures
 """
 
 from __future__ import annotations
