@@ -61,8 +61,9 @@ function shortName(id) {
   return at < 0 ? id : id.slice(at + 1);
 }
 
+// What is known of a model's prompts: one, or several that share its requests, or none.
 function detailsOf(model) {
-  return state.details.get(model.name) || state.details.get(model.id) || null;
+  return model.isYours ? [] : state.details.get(model.name) || [];
 }
 
 async function load() {
@@ -77,8 +78,10 @@ async function load() {
   }
   try {
     const prompts = (await getJson("admin/prompts")).prompts || [];
-    state.details = new Map(prompts.map((each) => [each.name, each]));
-    for (const each of prompts) for (const alias of aliases(each)) if (!state.details.has(alias)) state.details.set(alias, each);
+    state.details = new Map();
+    for (const each of prompts) {
+      for (const name of new Set([each.name, ...aliases(each)])) state.details.set(name, [...(state.details.get(name) || []), each]);
+    }
   } catch (error) {
     state.details = new Map(); // the key may chat and not administer: the page does without
   }
@@ -103,7 +106,7 @@ function ordered(ids) {
   return [...bases, ...yours, ...prompts.filter(isText), ...prompts.filter((each) => !isText(each))];
 }
 
-const isText = (model) => detailsOf(model)?.kind === "text";
+const isText = (model) => detailsOf(model).some((each) => each.kind === "text");
 
 // What a visitor sees who has chosen nothing: base, written, learned.
 function firstShown(models) {
@@ -124,11 +127,11 @@ function column(model) {
   root.setAttribute("aria-label", model.name);
   const head = element("div", "column-head");
   head.append(element("h2", "", model.name));
-  const known = model.isYours ? null : detailsOf(model);
-  head.append(element("span", "tag", model.isYours ? "system message" : (known?.kind ?? (model.id.includes("@") ? "prompt" : "no prompt"))));
-  if (known?.certificate && claims(known.certificate).length) head.append(element("span", "tag good", "certified"));
+  const known = detailsOf(model);
+  head.append(element("span", "tag", model.isYours ? "system message" : known[0]?.kind ?? (model.id.includes("@") ? "prompt" : "no prompt")));
+  if (known.length && known.every((each) => claims(each.certificate).length)) head.append(element("span", "tag good", "certified"));
   const hash = element("span", "hash");
-  if (known?.hash) hash.textContent = String(known.hash).slice(0, 8);
+  if (known.length === 1 && known[0].hash) hash.textContent = String(known[0].hash).slice(0, 8);
   const about = element("button", "about", "i");
   about.type = "button";
   about.title = "Verdict, certificate, history";
@@ -413,12 +416,12 @@ function claims(certificate) {
 }
 
 function describe(model) {
-  const known = model.isYours ? null : detailsOf(model);
+  const known = detailsOf(model);
   $("sheet-title").textContent = model.name;
   const body = [];
   if (model.isYours) body.push(element("p", "", `The model ${model.send} under this system message:`), element("p", "claim", $("written").value || "(none)"));
-  else if (!known) body.push(element("p", "quiet", model.id.includes("@") ? "Nothing is known of this prompt here: that needs a key with the scope admin." : "The model as it is. Others are compared with it."));
-  else body.push(...report(known));
+  else if (!known.length) body.push(element("p", "quiet", model.id.includes("@") ? "Nothing is known of this prompt here: that needs a key with the scope admin." : "The model as it is. Others are compared with it."));
+  else body.push(...known.flatMap(report));
   $("sheet-body").replaceChildren(...body);
   $("sheet").showModal();
 }
@@ -431,7 +434,8 @@ function report(known) {
   if (stated.length) body.push(...stated.map((text) => element("p", "claim", text)));
   else body.push(element("p", "claim none", "None: nothing is promised of it."));
   const pairs = element("dl", "pairs");
-  const rows = { kind: known.kind, hash: known.hash, aliases: aliases(known).join(", ") };
+  const share = typeof known.share === "number" && known.share !== 1 ? `${Math.round(100 * known.share)}% of its requests` : null;
+  const rows = { kind: known.kind, hash: known.hash, aliases: aliases(known).join(", "), share, source: known.source };
   for (const [name, value] of Object.entries(rows)) if (value) pairs.append(element("dt", "", name), element("dd", name === "hash" ? "code" : "", value));
   body.push(element("h3", "", "Prompt"), pairs, element("h3", "", "History"));
   const history = Array.isArray(known.history) ? known.history : [];
@@ -447,10 +451,11 @@ function event(change) {
     item.textContent = change;
     return item;
   }
-  const before = targets(change.before ?? change.from);
+  const before = change.before ?? change.from;
   const to = targets(change.to);
   const did = [change.is_rollback ? "rolled back" : "", change.forced ? "forced" : ""].filter(Boolean);
-  const what = `${change.alias ?? "it"}: ${before} → ${to}${did.length ? ` (${did.join(", ")})` : ""}`;
+  const moved = before === undefined ? to : `${targets(before)} → ${to}`;
+  const what = `${change.alias ? `${change.alias}: ` : ""}${moved}${did.length ? ` (${did.join(", ")})` : ""}`;
   item.append(element("time", "", [moment(change.at ?? change.when), change.by ?? change.who].filter(Boolean).join(" · ")), document.createTextNode(what));
   if (change.why) item.append(element("div", "quiet", change.why));
   return item;
