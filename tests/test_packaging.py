@@ -90,7 +90,7 @@ def test_the_sdist_holds_what_the_tests_read_and_gives_the_same_wheel(
     (root,) = [each for each in tmp_path.iterdir() if each.is_dir()]
     for name in ("README.md", "LICENSE", "CITATION.cff", "docs/index.md", "tests/conftest.py"):
         assert (root / name).read_bytes() == (ROOT / name).read_bytes()
-    assert not [each for each in root.rglob("*") if each.name in ("__pycache__", ".venv", "runs")]
+    assert not [each for each in root.rglob("*") if each.name in ("__pycache__", ".venv", ".git")]
     builder = pytest.importorskip("hatchling.builders.wheel").WheelBuilder(str(root))
     (again,) = builder.build(directory=str(tmp_path / "dist"), versions=["standard"])
     with zipfile.ZipFile(again) as found:

@@ -454,7 +454,7 @@ function event(change) {
   const before = change.before ?? change.from;
   const to = targets(change.to);
   const did = [change.is_rollback ? "rolled back" : "", change.forced ? "forced" : ""].filter(Boolean);
-  const moved = before === undefined ? to : `${targets(before)} → ${to}`;
+  const moved = before === undefined ? `loaded ${to.slice(0, 12)}` : `${targets(before)} → ${to}`;
   const what = `${change.alias ? `${change.alias}: ` : ""}${moved}${did.length ? ` (${did.join(", ")})` : ""}`;
   item.append(element("time", "", [moment(change.at ?? change.when), change.by ?? change.who].filter(Boolean).join(" · ")), document.createTextNode(what));
   if (change.why) item.append(element("div", "quiet", change.why));
