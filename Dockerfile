@@ -4,6 +4,8 @@
 #   docker build -t rlprompt:cuda --build-arg DEVICE=cuda .      # NVIDIA GPUs
 #   docker run --rm -it -v "$PWD:/work" -v rlprompt-cache:/cache rlprompt init first
 #   docker run --rm -it -v "$PWD:/work" -v rlprompt-cache:/cache rlprompt train first/recipe.yaml
+#   docker run --rm -p 8000:8000 -v "$PWD:/work" -v rlprompt-cache:/cache rlprompt \
+#       serve concise=runs/concise/artifact --host 0.0.0.0 --keys keys.json
 #   docker run --rm -it --gpus all ... rlprompt:cuda doctor      # needs NVIDIA's container toolkit
 #
 # DEVICE   cpu or cuda: which build of torch. The CUDA build brings its own CUDA libraries.
@@ -49,5 +51,8 @@ RUN useradd --create-home --uid "$UID" rlprompt \
 USER rlprompt
 ENV RLPROMPT_CACHE=/cache
 WORKDIR /work
+# Where `rlprompt serve` listens, with --host 0.0.0.0. `docker stop` sends SIGTERM, on which it answers
+# what is in progress and ends; give it the time: docker stop --time 40.
+EXPOSE 8000
 ENTRYPOINT ["rlprompt"]
 CMD ["--help"]

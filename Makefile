@@ -1,7 +1,7 @@
 # The same commands as CI; scripts/test.sh is the one place that knows how to run them.
 .DEFAULT_GOAL := help
 PYTHON := $(or $(RLPROMPT_VENV),.venv)/bin/python
-.PHONY: help setup quickstart check test test-fast test-gpu size
+.PHONY: help setup quickstart check test test-fast test-gpu docs size
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,6 +23,9 @@ test-fast:  ## lint, types, the quick tests
 
 test-gpu: setup  ## only the tests that need a GPU
 	$(PYTHON) -m pytest -m "gpu or multi_gpu" -ra --durations=10
+
+docs:  ## build the site of docs/ into site/
+	bash scripts/docs.sh
 
 size:  ## lines per file, longest functions
 	$(PYTHON) scripts/size.py

@@ -287,7 +287,7 @@ def page_section() -> list[str]:
             "recipe's start with noise do not end as a sentence in "
             f"{chosen['rate_of_all']:.3f} of {chosen['pilot_draws']} answers to test queries, so "
             f"that a rate of {chosen['alpha']:g} is false of them on the whole. The best of them, "
-            "on other queries, fails on {chosen['fewest_failures']} of "
+            f"on other queries, fails on {chosen['fewest_failures']} of "
             f"{chosen['num_queries']}: its plain 95% bound is "
             f"{chosen['plain_bound_of_the_best']:.3f}, and {chosen['plain_would_certify']} of the "
             f"copies would pass by it. With the count the bound is "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from email import message_from_string
@@ -13,7 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from packaging.metadata import Metadata
+from packaging.version import Version
 
+from rlprompt import __version__
 from rlprompt.recipe.starter import STARTERS
 from tests.fixtures.tiny import save_tiny
 
@@ -51,15 +56,55 @@ def test_everything_that_the_package_reads_is_in_the_wheel(wheel: zipfile.ZipFil
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert sources <= names
-    assert {Path(name).suffix for name in sources} >= {".py", ".cpp", ".h", ".jinja", ".typed"}
+    suffixes = {".py", ".cpp", ".h", ".jinja", ".typed", ".html", ".js", ".css"}
+    assert {Path(name).suffix for name in sources} >= suffixes
     templates = {f"rlprompt/slurm/templates/{path.name}" for path in (ROOT / "slurm").iterdir()}
     assert templates <= names
     assert not [name for name in names if not name.startswith("rlprompt")]
 
 
-def metadata(wheel: zipfile.ZipFile) -> Message:
+def metadata_text(wheel: zipfile.ZipFile) -> bytes:
     (name,) = [each for each in wheel.namelist() if each.endswith(".dist-info/METADATA")]
-    return message_from_string(wheel.read(name).decode())
+    return wheel.read(name)
+
+
+def metadata(wheel: zipfile.ZipFile) -> Message:
+    return message_from_string(metadata_text(wheel).decode())
+
+
+def test_a_package_index_would_take_the_metadata(wheel: zipfile.ZipFile) -> None:
+    found = Metadata.from_email(metadata_text(wheel), validate=True)  # raises what is wrong
+    assert found.name == "rlprompt" and found.version == Version(__version__)
+    assert found.description_content_type == "text/markdown"
+    assert found.description == (ROOT / "README.md").read_text(encoding="utf-8")
+    assert found.summary and len(found.summary) <= 512 and "\n" not in found.summary
+
+
+def test_the_sdist_holds_what_the_tests_read_and_gives_the_same_wheel(
+    wheel: zipfile.ZipFile, tmp_path: Path
+) -> None:
+    sdist = pytest.importorskip("hatchling.builders.sdist").SdistBuilder(str(ROOT))
+    (path,) = sdist.build(directory=str(tmp_path), versions=["standard"])
+    with tarfile.open(path) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (root,) = [each for each in tmp_path.iterdir() if each.is_dir()]
+    for name in ("README.md", "LICENSE", "CITATION.cff", "docs/index.md", "tests/conftest.py"):
+        assert (root / name).read_bytes() == (ROOT / name).read_bytes()
+    assert not [each for each in root.rglob("*") if each.name in ("__pycache__", ".venv", ".git")]
+    builder = pytest.importorskip("hatchling.builders.wheel").WheelBuilder(str(root))
+    (again,) = builder.build(directory=str(tmp_path / "dist"), versions=["standard"])
+    with zipfile.ZipFile(again) as found:
+        assert sorted(found.namelist()) == sorted(wheel.namelist())
+
+
+def test_version_citation_and_changelog_agree() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors", "license"} <= citation.keys()
+    assert citation["version"] == __version__ and citation["license"] == "Apache-2.0"
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest = next(line for line in changes.splitlines() if line.startswith("## "))
+    assert newest.split()[1] == Version(__version__).base_version
+    assert newest.endswith("(unreleased)") is Version(__version__).is_prerelease
 
 
 def test_the_metadata_says_who_where_and_which_python(wheel: zipfile.ZipFile) -> None:
@@ -118,6 +163,7 @@ def test_the_container_has_a_device_to_choose_and_ends_as_a_user() -> None:
     user = next(i for i, line in enumerate(lines) if line.startswith("USER "))
     assert lines[user] != "USER root" and not any("RUN" in line for line in lines[user:])
     assert 'ENTRYPOINT ["rlprompt"]' in lines[user:]
+    assert "EXPOSE 8000" in lines[user:]  # the port of `rlprompt serve`
 
 
 def test_the_container_is_built_of_what_the_wheel_needs_and_nothing_else() -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rlprompt import __version__
 from rlprompt.errors import InputError
 from rlprompt.files import write_atomic
 from rlprompt.recipe.schema import Recipe
@@ -25,6 +26,7 @@ def recipe_schema() -> dict[str, Any]:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **_told_by_type(schema),
         "title": "rlprompt recipe",
+        "$comment": f"of rlprompt {__version__}; keys may differ in other versions",
     }
     return tree
 
