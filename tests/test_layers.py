@@ -65,6 +65,7 @@ OWNERS = {
     "h11": ("serving.http_server",),
     "starlette": ("serving",),
     "cma": ("search.cmaes",),
+    "cryptography": ("artifacts.signature",),
     "gepa": ("search.gepa_loop", "search.gepa_reflection"),
 }
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import typer
 
 from rlprompt import __version__
+from rlprompt.cli.artifact_app import artifact_app
 from rlprompt.cli.certify_command import certify
 from rlprompt.cli.registry_app import registry_app
 from rlprompt.cli.reward_app import CONTEXT, VERBOSE, reward_app
@@ -39,6 +40,7 @@ model_app = typer.Typer(
 app.add_typer(model_app, name="model")
 app.add_typer(reward_app, name="reward")
 app.add_typer(registry_app, name="registry")
+app.add_typer(artifact_app, name="artifact")
 app.command()(certify)
 
 _JSON = typer.Option(False, "--json", help="Print JSON.")
@@ -491,11 +493,14 @@ def schema(
     output: Path | None = typer.Option(
         None, "--output", "-o", metavar="FILE", help="Write there in place of stdout."
     ),
+    artifact: bool = typer.Option(
+        False, "--artifact", help="That of an artifact's prompt.json in place of a recipe's."
+    ),
 ) -> None:
     """Print the JSON schema of a recipe, with which editors complete and check recipes."""
     from rlprompt.cli.commands.schema import write_schema
 
-    write_schema(output)
+    write_schema(output, of_artifact=artifact)
 
 
 @app.command()

@@ -25,8 +25,9 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from rlprompt.artifacts.certificate import prompt_hash, read_certificate
+from rlprompt.artifacts.certificate import read_certificate
 from rlprompt.artifacts.format import read_artifact_info
+from rlprompt.artifacts.identity import artifact_files, content_hash, prompt_hash
 from rlprompt.errors import InputError
 from rlprompt.files import to_json, write_atomic
 from rlprompt.reading import json_text
@@ -37,9 +38,7 @@ from rlprompt.registry.records import (
     Protection,
     Target,
     Version,
-    artifact_files,
     check_name,
-    content_hash,
     now,
     whoever,
 )

@@ -56,5 +56,6 @@ def test_texts_neither_break_the_table_nor_act_as_markup() -> None:
     assert [line for line in text.splitlines() if line.startswith("#")] == [
         "# x # y: a learned system prompt",
         "## Held-out results",
+        "## Limits",
         "## Use",
     ]
