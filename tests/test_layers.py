@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("policy",),
     ("algorithms", "artifacts", "engines", "rewards"),
     ("distributed", "rollout"),
-    ("evaluation", "registry", "serving"),
+    ("evaluation", "exports", "registry", "serving"),
     ("runs",),
     ("training", "reports"),
     ("search",),

@@ -137,6 +137,11 @@ class ChatSlot:
         return cls(tokenizer, ChatTemplate(tokenizer, source, variables), TextEncoder(tokenizer))
 
     @property
+    def template(self) -> ChatTemplate:
+        """The chat template."""
+        return self._template
+
+    @property
     def folds_system(self) -> bool:
         """Whether the template has no system role, so that the slot opens the first user turn."""
         return self._template.folds_system
