@@ -1,9 +1,9 @@
 """Whole checkpoints that plain transformers loads: the prompt as vocabulary, or an adapter merged.
 
-A checkpoint of the first kind has one more vocabulary row per position of the prompt, and a template
-that writes these tokens into the system slot. Input rows are the prompt; the first V output rows are
-the base's, to the bit, and those of the new tokens are written so that they are unlikely, and
-suppressed in `generate` altogether. Input and output are untied for that.
+A checkpoint of the first kind has one more vocabulary row per position of the prompt, and a
+template that writes these tokens into the system slot. Input rows are the prompt; the first V
+output rows are the base's, to the bit, and those of the new tokens are written so that they are
+unlikely, and suppressed in `generate` altogether. Input and output are untied for that.
 
 Letters: V rows of the base's embedding, m virtual tokens, d model width.
 """
@@ -43,10 +43,10 @@ print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_to
 """
 
 _VOCABULARY_WORDS = """\
-The tokens {first} to {last} ({count} of them) are the prompt: their input rows were learned, and the
-chat template writes them into the system turn. Any engine that takes this checkpoint, or its token
-ids, answers as rlprompt does, with prefix caching and without a patch. One prompt per checkpoint:
-to change it, export again.
+The tokens {first} to {last} ({count} of them) are the prompt: their input rows were learned, and
+the chat template writes them into the system turn. Any engine that takes this checkpoint, or its
+token ids, answers as rlprompt does, with prefix caching and without a patch. One prompt per
+checkpoint: to change it, export again.
 
 - User text cannot spell these tokens through the chat template, which breaks such text up. An
   engine that is sent raw text parses it like that of any other control token of this tokenizer;
@@ -156,7 +156,7 @@ def _tokenizer_with(source: Source, count: int) -> tuple[PreTrainedTokenizerBase
         InputError: the tokenizer does not number new tokens one by one.
     """
     policy = source.policy
-    stem = f"<|prompt_{source.content[:16]}_"
+    stem = f"<|prompt_{source.prompt_hash[:16]}_"
     rows = policy.base.vocab_size
     first = max(policy.base.tokenizer.get_vocab().values()) + 1
     spare = [f"{stem}unused_{i}|>" for i in range(rows - first)]

@@ -1,4 +1,4 @@
-"""README.md of an export: what it is, where it is equal to rlprompt and where not, how to load it."""
+"""README.md of an export: what it is, where it equals rlprompt and where not, how to load it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def page(source: Source, title: str, words: str, example: str) -> str:
     base = source.policy.base
     return plain_page(
         f"{source.name}: {title}",
-        f"Made by `rlprompt export` from a {cell(source.prompt.kind)} prompt (content "
-        f"`{source.content[:16]}`) for {cell(base.id)}, fingerprint `{base.fingerprint[:16]}`. On "
+        f"Made by `rlprompt export` from a {cell(source.prompt.kind)} prompt (hash "
+        f"`{source.prompt_hash[:16]}`) for {cell(base.id)}, fingerprint `{base.fingerprint[:16]}`. On "
         "another base it means nothing.",
         words,
         example.format(base=given),

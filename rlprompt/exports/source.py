@@ -30,8 +30,8 @@ class Source:
     """The prompt."""
     name: str
     """What it is called."""
-    content: str
-    """Hash that names what it was read from, or its tensors."""
+    prompt_hash: str
+    """See `rlprompt.artifacts.identity.prompt_hash`."""
 
     @property
     def is_embedded(self) -> bool:
@@ -60,8 +60,7 @@ class Source:
     def base_path(self) -> tuple[str, str | None]:
         """What `from_pretrained` takes for the base, and its revision on the hub.
 
-        Raises:
-            InputError: the base was made in memory and is nowhere to be loaded from.
+        Of a model that was made in memory it is its id, which nothing loads.
         """
         base = self.policy.base
         name, _, revision = base.id.partition("@")
@@ -108,7 +107,7 @@ def require_one_shape(prefix: PrefixKV) -> None:
     Raises:
         InputError: they have.
     """
-    if len({(key.shape, value.shape) for key, value in zip(prefix.keys, prefix.values)}) > 1:  # noqa: B905
+    if len({tensor.shape for tensor in (*prefix.keys, *prefix.values)}) > 1:
         raise InputError(
             "the layers of this base have keys of different shapes, for which PEFT's prefix tuning "
             "has no file; use --to kv"

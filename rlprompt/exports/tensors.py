@@ -17,8 +17,8 @@ _EMBEDS = "prompt_embeds.safetensors"
 _CACHE = "keys_values.safetensors"
 
 _VLLM_WORDS = """\
-`prompt_embeds.safetensors` has one tensor, `prompt_embeds` [{count}, {width}]: input embeddings that
-stand where the system text would. vLLM 0.21 or newer takes them as a part of a message; its server
+`prompt_embeds.safetensors` has one tensor, `prompt_embeds` [{count}, {width}]: input embeddings
+that stand where the system text would. vLLM 0.21 or newer takes them as a part of a message; its server
 renders the chat template around them:
 
 ```bash
@@ -77,8 +77,8 @@ tokenizer = AutoTokenizer.from_pretrained(".")
 tensors = load_file("keys_values.safetensors")
 cache = DynamicCache(config=model.config)
 for layer in range(len(tensors) // 2):
-    key, value = (tensors[f"{{part}}.{{layer}}"].to(model.dtype)[None] for part in ("keys", "values"))
-    cache.update(key, value, layer)
+    pair = [tensors[f"{{part}}.{{layer}}"].to(model.dtype)[None] for part in ("keys", "values")]
+    cache.update(*pair, layer)
 turns = [{{"role": "user", "content": "How do I sharpen a knife?"}}]
 inputs = tokenizer.apply_chat_template(
     turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
