@@ -32,8 +32,8 @@ FUNCTIONS = {
         "**sampling)"
     ),
     "export": (
-        "(artifact, to, output, *, model=None, tokenizer=None, force=False, trust_remote_code=False, "
-        "prompt_classes=())"
+        "(artifact, to, output, *, model=None, tokenizer=None, force=False, "
+        "trust_remote_code=False, prompt_classes=())"
     ),
     "load_recipe": "(path, overrides=(), remembered=None)",
     "load_queries": "(settings, base_dir, given=None, answers=())",

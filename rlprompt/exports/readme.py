@@ -23,8 +23,8 @@ def page(source: Source, title: str, words: str, example: str) -> str:
     return plain_page(
         f"{source.name}: {title}",
         f"Made by `rlprompt export` from a {cell(source.prompt.kind)} prompt (hash "
-        f"`{source.prompt_hash[:16]}`) for {cell(base.id)}, fingerprint `{base.fingerprint[:16]}`. On "
-        "another base it means nothing.",
+        f"`{source.prompt_hash[:16]}`) for {cell(base.id)}, fingerprint "
+        f"`{base.fingerprint[:16]}`. On another base it means nothing.",
         words,
         example.format(base=given),
     )

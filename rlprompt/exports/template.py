@@ -108,13 +108,14 @@ def check_template(
             text = render(str(tokenizer.chat_template), messages, variables)
         except RenderError as error:
             raise InputError(
-                f"the chat template cannot be written for {form} ({error}); use another format, "
-                "such as kv"
+                f"the chat template cannot be written for {form} ({error}); use another format"
             ) from error
         if list(tokenizer(text, add_special_tokens=False)["input_ids"]) != [*before, *tail]:
             raise InputError(
-                f"the tokenizer reads the chat template of {form} in another way than rlprompt, "
-                "which keeps texts free of control tokens; use another format, such as kv"
+                f"the tokenizer of this base reads the chat template of {form} in another way than "
+                "rlprompt does (a control token in the text, or a word that begins differently "
+                "where nothing stands before it), so the format cannot carry the prompt; use "
+                "another format"
             )
 
 

@@ -18,8 +18,8 @@ _CACHE = "keys_values.safetensors"
 
 _VLLM_WORDS = """\
 `prompt_embeds.safetensors` has one tensor, `prompt_embeds` [{count}, {width}]: input embeddings
-that stand where the system text would. vLLM 0.21 or newer takes them as a part of a message; its server
-renders the chat template around them:
+that stand where the system text would. vLLM 0.21 or newer takes them as a part of a message; its
+server renders the chat template around them:
 
 ```bash
 vllm serve BASE --enable-prompt-embeds --host 127.0.0.1
