@@ -70,8 +70,8 @@ def _check(folder: Path, fresh: ArtifactInfo, written: dict[str, str]) -> None:
         for name in artifact_files(folder, follow_links=True):
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, copy / name)
-        for name, content in written.items():
-            (copy / name).write_text(content, encoding="utf-8")
+        for changed, content in written.items():
+            (copy / changed).write_text(content, encoding="utf-8")
         is_same = read_artifact_info(copy) == fresh and prompt_hash(copy) == prompt_hash(folder)
         is_same &= content_hash(copy, _REWRITTEN) == content_hash(folder, _REWRITTEN)
     if not is_same:

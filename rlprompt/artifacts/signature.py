@@ -183,7 +183,8 @@ def _private_key(path: Path) -> Ed25519PrivateKey:
         raise _no_key(path, "private", error) from error
     if not isinstance(found, parts.asymmetric.ed25519.Ed25519PrivateKey):
         raise _no_key(path, "private", f"it is of the kind {type(found).__name__}")
-    return found
+    key: Ed25519PrivateKey = found
+    return key
 
 
 def _public_key(path: Path) -> Ed25519PublicKey:
@@ -198,7 +199,8 @@ def _public_key(path: Path) -> Ed25519PublicKey:
         raise _no_key(path, "public", error) from error
     if not isinstance(found, parts.asymmetric.ed25519.Ed25519PublicKey):
         raise _no_key(path, "public", f"it is of the kind {type(found).__name__}")
-    return found
+    key: Ed25519PublicKey = found
+    return key
 
 
 def _key_bytes(path: Path, which: str) -> bytes:

@@ -166,7 +166,8 @@ def _tokenizer_with(source: Source, count: int) -> tuple[PreTrainedTokenizerBase
         [AddedToken(name, special=True, normalized=False) for name in [*spare, *names]],
         special_tokens=True,
     )
-    ids = list(tokenizer.convert_tokens_to_ids([*spare, *names]))
+    found: Any = tokenizer.convert_tokens_to_ids([*spare, *names])
+    ids = list(found)
     if ids != list(range(first, rows + count)):
         raise InputError(
             "the tokenizer of this base does not number new tokens one after the other, so they "

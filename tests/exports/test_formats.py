@@ -111,7 +111,7 @@ def check_body(policy: Policy, prompt: Prompt, body: dict[str, Any]) -> None:
     rows = torch.load(io.BytesIO(base64.b64decode(part["data"])), weights_only=True)
     tail = policy.tail_ids([{"role": "user", "content": body["messages"][1]["content"]}])
     whole = torch.cat([policy.embed(policy.head_ids), rows, policy.embed(tail)])[None]
-    model = AutoModelForCausalLM.from_pretrained(policy.base.id, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(policy.base.id, dtype=torch.float32)
     answer = model.generate(inputs_embeds=whole, do_sample=False, max_new_tokens=10)[0]
     assert answer.tolist() == greedy(policy, prompt)
 
@@ -144,7 +144,7 @@ def test_peft_gives_our_logits(models: Path, tmp_path: Path, kind: str) -> None:
     model = PeftModel.from_pretrained(base, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     query = Query(messages=({"role": "user", "content": QUESTION},))
-    inputs = tokenizer.apply_chat_template(
+    inputs: Any = tokenizer.apply_chat_template(
         list(query.messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     with torch.no_grad():
@@ -205,7 +205,7 @@ def vocabulary(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 def test_the_base_is_in_it_to_the_bit(vocabulary: tuple[Policy, Path]) -> None:
     policy, folder = vocabulary
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     own = dict(policy.base.model.state_dict())
     rows, count = policy.base.vocab_size, make("soft", policy).parameters()[0].shape[0]
     assert model.config.vocab_size == rows + count and not model.config.tie_word_embeddings
