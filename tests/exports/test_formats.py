@@ -287,6 +287,7 @@ def test_keys_and_values_are_those_of_the_policy(models: Path, tmp_path: Path) -
 
 @pytest.mark.model
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("kind", "to"), [("soft", "vocabulary"), ("soft", "peft")])
 def test_smollm2_answers_the_same(smollm2_dir: Path, tmp_path: Path, kind: str, to: str) -> None:
     settings = ModelSettings(path=str(smollm2_dir), dtype="float32", device="cpu")
@@ -295,4 +296,4 @@ def test_smollm2_answers_the_same(smollm2_dir: Path, tmp_path: Path, kind: str, 
     folder = export_prompt(source(policy, prompt), to, tmp_path / "out")
     readme = folder / "README.md"  # stored in bfloat16: "auto" would be another precision
     readme.write_text(readme.read_text().replace('dtype="auto"', 'dtype="float32"'))
-    assert answer_of(run_example(folder, 16)) == greedy(policy, prompt, count=16)
+    assert answer_of(run_example(folder, 8)) == greedy(policy, prompt, count=8)
