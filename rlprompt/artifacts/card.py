@@ -28,11 +28,10 @@ def card(info: Mapping[str, Any]) -> str:
     if verdict:
         lines += [f"**{cell(verdict)}**", ""]
     lines += [_about(info), "", *_purpose(info["recipe"])]
-    rows = [("base", cell(info["base"])), *_hashes(info)]
-    rows += [("started from", cell(started_from(info))), ("created", cell(info["created"]))]
-    lines += _table(rows)
+    start = {"started from": cell(started_from(info)), "created": cell(info["created"])}
+    lines += _table({"base": cell(info["base"]), **_hashes(info), **start})
     lines += _section("How it was made", _table(_making(info["recipe"])))
-    lines += _section("Held-out results", _table([(cell(k), cell(v)) for k, v in numbers.items()]))
+    lines += _section("Held-out results", _table({cell(k): cell(v) for k, v in numbers.items()}))
     if info.get("certificate"):
         claim = cell(_mapping(info["certificate"]).get("statement"))
         lines += ["## Certificate", "", claim, "", "Check it: `rlprompt certify . --verify`", ""]
@@ -47,11 +46,11 @@ def _section(title: str, lines: Sequence[str]) -> list[str]:
     return [f"## {title}", "", *lines] if lines else []
 
 
-def _table(rows: Sequence[tuple[str, str]]) -> list[str]:
+def _table(rows: Mapping[str, str]) -> list[str]:
     """A table without a header; nothing without rows."""
     if not rows:
         return []
-    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""]
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
 
 
 def _purpose(recipe: Mapping[str, Any]) -> list[str]:
@@ -73,23 +72,23 @@ def _purpose(recipe: Mapping[str, Any]) -> list[str]:
     return [f"It was learned so that answers {'; '.join(told)}.", ""] if told else []
 
 
-def _making(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _making(recipe: Mapping[str, Any]) -> dict[str, str]:
     """Rows about data, rewards, method and seed, as far as the recipe has them."""
     data, search = _mapping(recipe.get("data")), _mapping(recipe.get("search"))
     method = search.get("type") or _mapping(recipe.get("algorithm")).get("type")
     steps = _mapping(recipe.get("training")).get("steps")
-    rows = []
+    rows: dict[str, str] = {}
     if method:
-        rows.append(("method", f"{cell(method)}, {cell(steps)} steps" if steps else cell(method)))
+        rows["method"] = f"{cell(method)}, {cell(steps)} steps" if steps else cell(method)
     rows_given = _list(data.get("rows"))
     source = data.get("path") or (f"{len(rows_given)} rows" if rows_given else None)
     if source:
-        rows.append(("data", cell(source)))
+        rows["data"] = cell(source)
     for each in map(_mapping, _list(recipe.get("rewards"))):
         what = f"{cell(each.get('role', 'score'))}: {cell(each.get('path'))}"
-        rows.append((f"reward {cell(each.get('name'))}", what))
+        rows[f"reward {cell(each.get('name'))}"] = what
     if recipe.get("seed") is not None and rows:
-        rows.append(("seed", cell(recipe["seed"])))
+        rows["seed"] = cell(recipe["seed"])
     return rows
 
 
@@ -152,14 +151,14 @@ def _about(info: Mapping[str, Any]) -> str:
     )
 
 
-def _hashes(info: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _hashes(info: Mapping[str, Any]) -> dict[str, str]:
     """Rows about what proves that a base is the same; there is nothing of one that is elsewhere."""
     if info.get("endpoint"):
-        return []
-    return [
-        ("base fingerprint", f"`{_plain(info['base_fingerprint'])}`"),
-        ("chat template hash", f"`{_plain(info['template_hash'])}`"),
-    ]
+        return {}
+    return {
+        "base fingerprint": f"`{_plain(info['base_fingerprint'])}`",
+        "chat template hash": f"`{_plain(info['template_hash'])}`",
+    }
 
 
 def _plain(value: Any) -> str:
