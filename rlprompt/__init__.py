@@ -23,6 +23,7 @@ _PUBLIC: dict[str, str] = {
     "load_prompt": "rlprompt.api",
     "open_model": "rlprompt.api",
     "evaluate": "rlprompt.api",
+    "export": "rlprompt.api",
     "load_recipe": "rlprompt.recipe.schema",
     # what they give
     "Run": "rlprompt.runs.run",
@@ -62,6 +63,7 @@ __all__ = ["__version__", *_PUBLIC]  # names of a literal dict
 if TYPE_CHECKING:
     from rlprompt.algorithms.grpo import GRPOSettings as GRPOSettings
     from rlprompt.api import evaluate as evaluate
+    from rlprompt.api import export as export
     from rlprompt.api import load_prompt as load_prompt
     from rlprompt.api import open_model as open_model
     from rlprompt.api import train as train

@@ -11,6 +11,7 @@ What is public is listed in `rlprompt.__all__` and documented in docs/python.md.
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,8 @@ import torch
 from pydantic import ValidationError
 from rich.console import Console
 
-from rlprompt.artifacts.format import read_artifact_info
+from rlprompt.artifacts.format import check_files, read_artifact_info
+from rlprompt.artifacts.identity import prompt_hash
 from rlprompt.data import load_queries
 from rlprompt.data.base import DataSettings
 from rlprompt.engines.make import make_engine
@@ -28,11 +30,14 @@ from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.errors import InputError
 from rlprompt.evaluation.compare import Comparison, compare
 from rlprompt.evaluation.heldout import HeldoutEvaluator
+from rlprompt.exports.formats import TEXT, check_format, export_prompt, export_text
+from rlprompt.exports.source import Source
 from rlprompt.model.base import ModelSettings
 from rlprompt.model.chat.slot import ChatSlot
 from rlprompt.model.in_memory import base_in_memory
 from rlprompt.policy import Policy, open_policy
 from rlprompt.prompts.base import Prompt
+from rlprompt.prompts.text import TextPrompt
 from rlprompt.random_state import global_random_state, restore_global_random_state
 from rlprompt.recipe.build import build_run
 from rlprompt.recipe.keywords import (
@@ -189,6 +194,81 @@ def load_prompt(
     if policy is None:
         policy = open_policy(base_of_artifact(info, folder, named, trust_remote_code))
     return Model(policy).load(folder, force=force, prompt_classes=prompt_classes)
+
+
+def export(
+    artifact: str | Path | LoadedPrompt,
+    to: str,
+    output: str | Path,
+    *,
+    model: AnyModel | None = None,
+    tokenizer: Any = None,
+    force: bool = False,
+    trust_remote_code: bool = False,
+    prompt_classes: Sequence[type[Prompt] | str] = (),
+) -> Path:
+    """Write a prompt in the format of another program (docs/export.md).
+
+    Args:
+        artifact: the folder of an artifact or of a run, or a `LoadedPrompt`.
+        to: the format: `peft`, `merged`, `vocabulary`, `vllm-embeds`, `kv` or `text`.
+        output: the folder that is to be made.
+        model: another copy of the base, as for `load_prompt`.
+        tokenizer: tokenizer of a `transformers` model in memory.
+        force: whether to load on a base or chat template that differs.
+        trust_remote_code: whether Python code that comes with the base may run.
+        prompt_classes: classes of your own that the prompt is of, or their paths.
+
+    Returns:
+        The folder. Its README.md says how to load it.
+
+    Raises:
+        InputError: the format cannot hold the prompt, the folder is there and not empty, or see
+            `load_prompt`; or something is given that has no effect.
+    """
+    check_format(to)
+    place = Path(output)
+    asked = {"model": model, "tokenizer": tokenizer, "force": force}
+    asked |= {"trust_remote_code": trust_remote_code, "prompt_classes": prompt_classes}
+    if isinstance(artifact, LoadedPrompt):
+        _refuse_given(asked, "for an artifact; the prompt given is loaded already")
+        return export_prompt(_source(artifact), to, place)
+    folder = artifact_folder(artifact)
+    if place.resolve().is_relative_to(folder.resolve()):
+        raise InputError(
+            f"'{place}' lies in the artifact, whose files must stay as they are; name a folder "
+            "outside of it"
+        )
+    info = read_artifact_info(folder)
+    if to == TEXT and info.representation == TextPrompt.kind:
+        _refuse_given(asked, f"in the format {TEXT}, for which no base is loaded")
+        check_files(folder)
+        return export_text(info.init_text, info.base, info.name, place)
+    prompt = load_prompt(
+        folder,
+        model=model,
+        tokenizer=tokenizer,
+        force=force,
+        trust_remote_code=trust_remote_code,
+        prompt_classes=prompt_classes,
+    )
+    return export_prompt(
+        Source(prompt.policy, prompt.prompt, prompt.name, prompt_hash(folder)), to, place
+    )
+
+
+def _refuse_given(asked: Mapping[str, Any], why: str) -> None:
+    """Refuse settings that would have no effect."""
+    for name, value in asked.items():
+        if value is not None and value is not False and value != ():
+            raise InputError(f"{name} has no effect {why}; remove it")
+
+
+def _source(prompt: LoadedPrompt) -> Source:
+    """A loaded prompt as what is exported; it need not have been saved."""
+    with tempfile.TemporaryDirectory(prefix="rlprompt-export-") as temporary:
+        own = prompt_hash(prompt.save(Path(temporary) / "artifact"))
+    return Source(prompt.policy, prompt.prompt, prompt.name, own)
 
 
 def open_model(

@@ -15,6 +15,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from io import FileIO
 from numbers import Integral, Real
 from pathlib import Path
@@ -83,6 +84,41 @@ def replace_folder(fresh: Path, target: Path) -> None:
             os.replace(fresh, target)
         shutil.rmtree(aside, ignore_errors=True)
     _sync_folder(target.parent)
+
+
+@contextmanager
+def claim_empty_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which gets its place and name when all went well.
+
+    Otherwise nothing of it stays.
+
+    Args:
+        target: the folder that is to be made.
+
+    Raises:
+        InputError: it is there and not empty, or no folder, or cannot be written.
+    """
+    target = Path(os.path.abspath(target))
+    try:
+        if target.is_symlink() or (target.exists() and not target.is_dir()):
+            raise InputError(f"'{target}' is there and no folder; name one that is not there yet")
+        if target.is_dir() and any(target.iterdir()):
+            raise InputError(f"'{target}' is not empty; name a folder that is not there yet")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex}.new")
+        fresh.mkdir()
+        try:
+            yield fresh
+            if target.is_dir():
+                target.rmdir()
+            os.replace(fresh, target)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+        _sync_folder(target.parent)
+    except OSError as error:
+        raise InputError(
+            f"'{target}' cannot be written ({error.strerror or error}); name a folder that can"
+        ) from error
 
 
 def _exchange(one: Path, two: Path) -> bool:

@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("policy",),
     ("algorithms", "artifacts", "engines", "rewards"),
     ("distributed", "rollout"),
-    ("evaluation", "registry", "serving"),
+    ("evaluation", "exports", "registry", "serving"),
     ("runs",),
     ("training", "reports"),
     ("search",),
@@ -65,6 +65,7 @@ OWNERS = {
     "h11": ("serving.http_server",),
     "starlette": ("serving",),
     "cma": ("search.cmaes",),
+    "cryptography": ("artifacts.signature",),
     "gepa": ("search.gepa_loop", "search.gepa_reflection"),
 }
 

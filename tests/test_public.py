@@ -31,6 +31,10 @@ FUNCTIONS = {
         "(prompts, *, data, rewards, model=None, tokenizer=None, completions_per_query=2, seed=0, "
         "**sampling)"
     ),
+    "export": (
+        "(artifact, to, output, *, model=None, tokenizer=None, force=False, "
+        "trust_remote_code=False, prompt_classes=())"
+    ),
     "load_recipe": "(path, overrides=(), remembered=None)",
     "load_queries": "(settings, base_dir, given=None, answers=())",
     "build_rewards": "(settings, base_dir, *, needs_score=True, given=None)",

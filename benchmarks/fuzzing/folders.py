@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import random
@@ -16,7 +17,11 @@ import yaml
 
 from benchmarks.fuzzing.judge import Case
 from benchmarks.fuzzing.mutate import STRANGE, mutated_bytes, mutated_tree
-from rlprompt.artifacts.format import load_artifact, save_artifact
+from rlprompt.artifacts.card import card
+from rlprompt.artifacts.format import check_files, load_artifact, save_artifact
+from rlprompt.artifacts.identity import SIGNATURE, content_hash, prompt_hash
+from rlprompt.artifacts.migration import migrate_artifact
+from rlprompt.artifacts.snippet import loading_example
 from rlprompt.model.chat.slot import ChatSlot
 from rlprompt.model.files.folder import check_folder
 from rlprompt.model.load import read_config, read_tokenizer
@@ -181,8 +186,11 @@ def artifacts(draw: random.Random, folder: Path) -> Iterator[Case]:
     made = partial(copies.case, read=lambda place: load_artifact(place, policy))
     for kind, label, change in _wrong_artifacts(folder):
         yield made(f"{kind}: {label}", folder / kind, change, invalid=True)
+    _save_signed_and_old(folder, policy)
+    yield from _wrong_files(folder, copies)
+    alone = partial(copies.case, read=_read_files)
     while True:
-        kind = draw.choice(list(_REPRESENTATIONS))
+        kind = draw.choice([*_REPRESENTATIONS, "signed", "old"])
         name = draw.choice(_files(folder / kind))
         original = (folder / kind / name).read_bytes()
         if name.endswith(".json") and draw.random() < 0.7:
@@ -192,7 +200,45 @@ def artifacts(draw: random.Random, folder: Path) -> Iterator[Case]:
         else:
             content = mutated_bytes(original, draw)
         change = partial(_put, name, content)
-        yield made(f"{kind}/{name}: {content[:120]!r}", folder / kind, change)
+        case = made if kind in _REPRESENTATIONS else alone
+        yield case(f"{kind}/{name}: {content[:120]!r}", folder / kind, change)
+
+
+def _wrong_files(folder: Path, copies: _Copies) -> Iterator[Case]:
+    """What must be refused where an artifact's files are read without a base."""
+    made = partial(copies.case, read=_read_files)
+    for label, content in INVALID_JSON.items():
+        change = partial(_put, SIGNATURE, content)
+        yield made(f"{SIGNATURE}: {label}", folder / "signed", change, invalid=True)
+    for name in _files(folder / "signed"):
+        for how, replace in _REPLACEMENTS.items():
+            change = partial(_at, name, replace)
+            yield made(f"{name} as a {how}, read alone", folder / "signed", change, invalid=True)
+    yield made("a pickle", folder / "old", partial(_put, "x.bin", b"\x80\x04."), invalid=True)
+
+
+def _save_signed_and_old(folder: Path, policy: Policy) -> None:
+    """One artifact that is signed, and one of version 2."""
+    for name in ("signed", "old"):
+        prompt = make_prompt(_REPRESENTATIONS["sequence"], policy, 0, None)  # type: ignore[arg-type]
+        save_artifact(folder / name, policy, prompt, name="n", recipe={}, metrics={})
+    content = json.loads((folder / "old" / "prompt.json").read_text())
+    old = {key: value for key, value in content.items() if key != "system_role"}
+    (folder / "old" / "prompt.json").write_text(json.dumps({**old, "schema_version": 2}))
+    signature = {"content": content_hash(folder / "signed"), "created": "now"}
+    signature |= {"public_key": "A" * 44, "signature": "A" * 88}
+    (folder / "signed" / SIGNATURE).write_text(json.dumps(signature))
+
+
+def _read_files(folder: Path) -> None:
+    """All that reads an artifact's files alone."""
+    info = check_files(folder)
+    content_hash(folder)
+    prompt_hash(folder)
+    card(info.model_dump())
+    ast.parse(loading_example(info.model_dump()) or "")
+    if not (folder / SIGNATURE).exists():
+        migrate_artifact(folder)
 
 
 def _wrong_artifacts(folder: Path) -> Iterator[tuple[str, str, Callable[[Path], None]]]:

@@ -7,22 +7,23 @@ claim for this one.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
+from rlprompt.artifacts.identity import CERTIFICATE, prompt_hash
 from rlprompt.certify.certificate import Sample
 from rlprompt.certify.judge import JudgeLabels
 from rlprompt.certify.selection import Method
 from rlprompt.certify.shift import Shift, parse_shift
 from rlprompt.errors import InputError
+from rlprompt.reading import json_text
+from rlprompt.reading.files import read_bytes, reason
 from rlprompt.settings import Settings
 
-FILE = "certificate.json"
-_NOT_THE_PROMPT = (FILE, "README.md", "prompt.json")
+_MOST_BYTES = 256 << 20
+"""Most that a certificate may have: a loss per query and risk."""
 
 
 class JudgeCounts(Settings):
@@ -159,40 +160,6 @@ class Certificate(Settings):
         return None if self.shift is None else parse_shift(self.shift)
 
 
-def prompt_hash(folder: Path) -> str:
-    """sha256 over what an artifact's prompt is: its files, kind, text, base and chat template.
-
-    Name, card, recipe and metrics may change without making it another prompt.
-
-    Args:
-        folder: folder of the artifact.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    folder = Path(folder)
-    try:
-        content = json.loads((folder / "prompt.json").read_bytes())
-        own = {
-            key: content.get(key)
-            for key in (
-                "representation", "num_virtual_tokens", "init_text", "details",
-                "base_fingerprint", "template_hash",
-            )
-        }  # fmt: skip
-        digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode())
-        for path in sorted(folder.rglob("*")):
-            name = path.relative_to(folder).as_posix()
-            if path.is_file() and name not in _NOT_THE_PROMPT and not name.startswith("."):
-                digest.update(f"\n{name}\n".encode())
-                digest.update(hashlib.sha256(path.read_bytes()).digest())
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"the artifact '{folder}' cannot be read ({error}); copy it again"
-        ) from error
-    return digest.hexdigest()
-
-
 def read_certificate(folder: Path) -> Certificate | None:
     """The certificate of an artifact, if it has one.
 
@@ -202,18 +169,18 @@ def read_certificate(folder: Path) -> Certificate | None:
     Raises:
         InputError: it is damaged, or was issued for another prompt.
     """
-    path = Path(folder) / FILE
+    path = Path(folder) / CERTIFICATE
     if not path.is_file():
         return None
     try:
-        certificate = Certificate.model_validate(json.loads(path.read_bytes()))
+        certificate = Certificate.model_validate(json_text.loads(read_bytes(path, _MOST_BYTES)))
     except (OSError, ValueError, RecursionError) as error:
-        reason = str(error)
+        why = reason(error) if isinstance(error, OSError) else str(error)
         if isinstance(error, ValidationError):
             first = error.errors()[0]
-            reason = f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+            why = f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
         raise InputError(
-            f"'{path}' is damaged ({reason}); remove it, and certify the prompt again"
+            f"'{path}' is damaged ({why}); remove it, and certify the prompt again"
         ) from error
     found = prompt_hash(folder)
     if certificate.prompt_hash != found:
@@ -230,4 +197,4 @@ def drop_certificate(folder: Path) -> None:
     Args:
         folder: folder of the artifact.
     """
-    (Path(folder) / FILE).unlink(missing_ok=True)
+    (Path(folder) / CERTIFICATE).unlink(missing_ok=True)

@@ -4,19 +4,23 @@
     prompt.json          what it is, what it was made on, and how
     README.md            a card for people
     certificate.json     what has been certified of it, where something has
+    signature.json       who vouches for these files, where somebody does
     adapter/             of an adapter: its weights in PEFT's own files
 
 Tensors by representation: `soft` has embeddings [m, d], `prefix` has keys_values
 [L, 2, H_kv, m, D], a `sequence` has those of its parts under 0/, 1/ and so on, `text` and `adapter`
-have none. Files are safetensors and JSON only: reading one runs no code. Version 2 added `details`
-and the representations beside soft and text; version 1 is read as well.
+have none. Files are safetensors and JSON only: reading one runs no code, and none is read past its
+limits (`reading`, `identity`). What it is called by, and what is signed, is `content_hash`.
+
+Version 2 added `details` and the representations beside soft and text, version 3 endpoints and
+`system_role`. Versions 1 and 2 are read as well; `migration` writes them anew.
 
 A representation of the user's own is read only where the caller names its class: an artifact may
 come from a stranger, and what its recipe names is never imported.
 
 An artifact belongs to one base (by fingerprint) and one chat template (by hash): under another one
 the same tensors mean something else, so loading there is refused unless forced. A text that was
-found for a model behind an endpoint (version 3) belongs to the name of that model.
+found for a model behind an endpoint belongs to the name of that model.
 """
 
 from __future__ import annotations
@@ -32,12 +36,9 @@ from pydantic import Field, ValidationError
 from torch import Tensor
 
 from rlprompt.artifacts.card import card
-from rlprompt.artifacts.certificate import (
-    FILE,
-    Certificate,
-    drop_certificate,
-    read_certificate,
-)
+from rlprompt.artifacts.certificate import Certificate, drop_certificate, read_certificate
+from rlprompt.artifacts.identity import CERTIFICATE, artifact_files
+from rlprompt.artifacts.signature import drop_signature, read_signature
 from rlprompt.errors import InputError
 from rlprompt.files import to_json, write_atomic
 from rlprompt.policy import Policy
@@ -56,10 +57,12 @@ from rlprompt.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 2
-ENDPOINT_VERSION = 3
-"""Of artifacts for a model behind an endpoint, which earlier readers would take for damaged."""
-_READABLE = (1, 2, 3)
+SCHEMA_VERSION = 3
+"""Of what is written; published as `rlprompt schema --artifact`."""
+READABLE = (1, 2, 3)
+"""Versions that are read."""
+_SUFFIXES = (".safetensors", ".json", ".md")
+"""Of all files that an artifact may have."""
 
 
 class ArtifactInfo(Settings):
@@ -83,6 +86,9 @@ class ArtifactInfo(Settings):
     """Hash over the base's weights; None for a model behind an endpoint."""
     template_hash: str | None
     """Hash over the chat template; None for a model behind an endpoint."""
+    system_role: bool | None = None
+    """Whether the chat template has a system role, else the prompt opens the first user turn; None
+    where it is not known."""
     endpoint: dict[str, str] | None = None
     """`base_url` and `model` of a model behind an endpoint; None for a base that was loaded."""
     created: str
@@ -93,6 +99,21 @@ class ArtifactInfo(Settings):
     """Held-out results."""
     certificate: dict[str, Any] | None = None
     """Risk certificate, when one was issued."""
+
+
+def artifact_schema() -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of prompt.json, as this version writes it."""
+    schema = ArtifactInfo.model_json_schema()
+    schema["properties"]["schema_version"] = {
+        "const": SCHEMA_VERSION,
+        "description": "Version of this format.",
+    }
+    schema["required"] = sorted({*schema["required"], "schema_version"})
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **schema,
+        "title": f"rlprompt artifact, version {SCHEMA_VERSION}: prompt.json",
+    }
 
 
 def save_artifact(
@@ -120,7 +141,6 @@ def save_artifact(
     if isinstance(prompt, NonePrompt):
         raise InputError(f"a {prompt.kind} prompt cannot be saved as an artifact")
     info = ArtifactInfo(
-        schema_version=SCHEMA_VERSION if target.endpoint is None else ENDPOINT_VERSION,
         name=name,
         representation=prompt.kind,
         num_virtual_tokens=target.positions(prompt),
@@ -129,12 +149,14 @@ def save_artifact(
         base=target.id,
         base_fingerprint=target.fingerprint,
         template_hash=target.template_hash,
+        system_role=not target.slot.folds_system if isinstance(target, Policy) else None,
         endpoint=None if target.endpoint is None else dict(target.endpoint),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         recipe=dict(recipe),
         metrics=dict(metrics),
     )
     drop_certificate(folder)  # it was another prompt's
+    drop_signature(folder)
     for name, content in prompt.artifact_files(target.id).items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,8 +177,12 @@ def certify_artifact(folder: Path, certificate: Certificate) -> None:
         InputError: the artifact is damaged, or cannot be written.
     """
     info = read_artifact_info(folder)
+    if drop_signature(folder):
+        logger.warning(
+            "the signature of '%s' was removed, as it was without this certificate", folder
+        )
     try:
-        write_atomic(Path(folder) / FILE, to_json(certificate.model_dump(), indent=1) + "\n")
+        write_atomic(Path(folder) / CERTIFICATE, to_json(certificate.model_dump(), indent=1) + "\n")
         shown = {**info.model_dump(), "certificate": {"statement": certificate.statement}}
         write_atomic(Path(folder) / "README.md", card(shown))
     except OSError as error:
@@ -185,10 +211,10 @@ def read_artifact_info(folder: Path) -> ArtifactInfo:
         raise InputError(f"'{path}' cannot be read ({why}); copy the artifact again") from error
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"'{path}' is damaged ({error}); copy the artifact again") from error
-    if version not in _READABLE:
+    if version not in READABLE:
         raise InputError(
             f"'{path}' has schema version {version}, this rlprompt reads "
-            f"{', '.join(map(str, _READABLE))}; install the version that wrote it"
+            f"{', '.join(map(str, READABLE))}; install the version that wrote it"
         )
     try:
         return ArtifactInfo(**content)
@@ -198,6 +224,41 @@ def read_artifact_info(folder: Path) -> ArtifactInfo:
         raise InputError(
             f"'{path}' is damaged ({where}: {first['msg']}); copy the artifact again"
         ) from error
+
+
+def check_files(folder: Path) -> ArtifactInfo:
+    """Read all files of an artifact without a base: what `load_artifact` refuses of any base.
+
+    Args:
+        folder: the artifact.
+
+    Returns:
+        The content of its prompt.json.
+
+    Raises:
+        InputError: a file is damaged, missing, too large or of another kind, or certificate or
+            signature are those of another artifact.
+    """
+    folder = Path(folder)
+    info = read_artifact_info(folder)
+    for name in artifact_files(folder, follow_links=True):
+        if name.suffix not in _SUFFIXES:
+            raise InputError(
+                f"'{folder / name}' is no file that an artifact has ({', '.join(_SUFFIXES)}); "
+                "remove it"
+            )
+    _require_whole(folder)
+    path = folder / "prompt.safetensors"
+    try:
+        for each in (path, *sorted(folder.glob("adapter/*.safetensors"))):
+            path = each  # for the error
+            tensors = read_tensors(path)
+            if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+                raise ValueError("it holds values that are not finite")
+    except (OSError, ValueError) as error:
+        why = reason(error) if isinstance(error, OSError) else error
+        raise InputError(f"'{path}' cannot be read ({why}); copy the artifact again") from error
+    return info
 
 
 def load_artifact(
@@ -213,10 +274,11 @@ def load_artifact(
 
     Raises:
         InputError: the artifact is damaged, belongs to another base or template, or is of a class
-            that is neither built in nor named; or its certificate is another prompt's.
+            that is neither built in nor named; or its certificate is another prompt's, or its
+            signature that of other files.
     """
     info = read_artifact_info(folder)
-    read_certificate(folder)  # refuses one that was issued for another prompt
+    _require_whole(folder)
     _check_belongs(info, folder, policy, force)
     kinds = {**PROMPTS, **{each.kind: each for each in own}}
     _require_known(info, folder, kinds)
@@ -245,7 +307,7 @@ def load_text_artifact(folder: Path, target: Target, *, force: bool = False) -> 
         InputError: the artifact is damaged, holds no text, or belongs to another model.
     """
     info = read_artifact_info(folder)
-    read_certificate(folder)  # refuses one that was issued for another prompt
+    _require_whole(folder)
     if info.representation != TextPrompt.kind:
         raise InputError(
             f"'{folder}' holds a prompt of the kind {info.representation}, and {target.id} takes "
@@ -258,6 +320,12 @@ def load_text_artifact(folder: Path, target: Target, *, force: bool = False) -> 
             raise InputError(f"{message}; use what it was made for, or --force to take its text")
         logger.warning("%s; its text is taken because that was forced", message)
     return TextPrompt(info.init_text)
+
+
+def _require_whole(folder: Path) -> None:
+    """Refuse an artifact whose certificate or signature is that of another one."""
+    read_certificate(folder)
+    read_signature(folder)
 
 
 def _require_known(info: ArtifactInfo, folder: Path, kinds: Mapping[str, object]) -> None:

@@ -15,7 +15,9 @@ from pathlib import Path
 import typer
 
 from rlprompt import __version__
+from rlprompt.cli.artifact_app import artifact_app
 from rlprompt.cli.certify_command import certify
+from rlprompt.cli.export_command import export
 from rlprompt.cli.registry_app import registry_app
 from rlprompt.cli.reward_app import CONTEXT, VERBOSE, reward_app
 from rlprompt.errors import InputError, machine_fault
@@ -39,7 +41,9 @@ model_app = typer.Typer(
 app.add_typer(model_app, name="model")
 app.add_typer(reward_app, name="reward")
 app.add_typer(registry_app, name="registry")
+app.add_typer(artifact_app, name="artifact")
 app.command()(certify)
+app.command()(export)
 
 _JSON = typer.Option(False, "--json", help="Print JSON.")
 _STOP_EXIT_CODE = typer.Option(
@@ -491,11 +495,14 @@ def schema(
     output: Path | None = typer.Option(
         None, "--output", "-o", metavar="FILE", help="Write there in place of stdout."
     ),
+    artifact: bool = typer.Option(
+        False, "--artifact", help="That of an artifact's prompt.json in place of a recipe's."
+    ),
 ) -> None:
     """Print the JSON schema of a recipe, with which editors complete and check recipes."""
     from rlprompt.cli.commands.schema import write_schema
 
-    write_schema(output)
+    write_schema(output, of_artifact=artifact)
 
 
 @app.command()

@@ -8,22 +8,17 @@ from __future__ import annotations
 
 import datetime
 import getpass
-import hashlib
 import os
 import re
 import socket
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, field_validator
 
 from rlprompt.errors import InputError
-from rlprompt.reading.files import DATA_BYTES, read_bytes, reason
 from rlprompt.settings import Settings
 
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
-MOST_FILES = 256
-"""Files that an artifact may have."""
 
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 
@@ -36,7 +31,7 @@ class Version(Settings):
     content: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Hash of all files of the artifact, which lies under this name."""
     prompt: str = Field(pattern=r"^[0-9a-f]{64}$")
-    """Hash of what the prompt is (`rlprompt.artifacts.certificate.prompt_hash`): equal for two
+    """Hash of what the prompt is (`rlprompt.artifacts.identity.prompt_hash`): equal for two
     versions that differ in card, metrics or certificate only."""
     tags: tuple[str, ...] = ()
     """Words to find it by."""
@@ -131,49 +126,3 @@ def whoever() -> str:
     except (KeyError, OSError):  # a number without an entry, as in containers
         user = str(os.getuid())
     return f"{user}@{socket.gethostname()}"
-
-
-def artifact_files(folder: Path) -> list[Path]:
-    """The files of an artifact, relative to its folder, in order.
-
-    Hidden files are left out, as they are those of whoever writes at this moment.
-
-    Raises:
-        InputError: it holds something that is no regular file, or too many of them.
-    """
-    found: list[Path] = []
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        if any(part.startswith(".") for part in name.parts):
-            continue
-        if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            raise InputError(
-                f"'{path}' is no regular file, and an artifact holds nothing else; remove it"
-            )
-        if path.is_file():
-            found.append(name)
-        if len(found) > MOST_FILES:
-            raise InputError(
-                f"'{folder}' has more than {MOST_FILES} files, which no artifact has; name the "
-                "artifact's own folder"
-            )
-    return found
-
-
-def content_hash(folder: Path) -> str:
-    """sha256 over the names and contents of all files of an artifact.
-
-    Raises:
-        InputError: see `artifact_files`; or a file cannot be read.
-    """
-    digest = hashlib.sha256()
-    for name in artifact_files(folder):
-        try:
-            content = read_bytes(folder / name, DATA_BYTES)
-        except OSError as error:
-            raise InputError(
-                f"'{folder / name}' cannot be read ({reason(error)}); copy the artifact again"
-            ) from error
-        shown = name.as_posix().encode("utf-8", "surrogateescape")
-        digest.update(f"{len(shown)} {len(content)}\n".encode() + shown + content)
-    return digest.hexdigest()

@@ -15,13 +15,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from rlprompt.artifacts.identity import CERTIFICATE, SIGNATURE, artifact_files
 from rlprompt.errors import InputError
-from rlprompt.registry.records import Version, artifact_files
+from rlprompt.registry.records import Version
 from rlprompt.registry.store import Registry
 
 _HUB = "hf://"
 _WANDB = "wandb://"
-_PATTERNS = ("prompt.json", "prompt.safetensors", "README.md", "certificate.json", "adapter/*")
+_PATTERNS = (
+    "prompt.json", "prompt.safetensors", "README.md", "adapter/*", CERTIFICATE, SIGNATURE
+)  # fmt: skip
 """Files that an artifact may have; no other file of a repository is downloaded."""
 
 

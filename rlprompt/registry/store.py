@@ -25,8 +25,10 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from rlprompt.artifacts.certificate import prompt_hash, read_certificate
+from rlprompt.artifacts.certificate import read_certificate
 from rlprompt.artifacts.format import read_artifact_info
+from rlprompt.artifacts.identity import artifact_files, content_hash, prompt_hash
+from rlprompt.artifacts.signature import read_signature
 from rlprompt.errors import InputError
 from rlprompt.files import to_json, write_atomic
 from rlprompt.reading import json_text
@@ -37,9 +39,7 @@ from rlprompt.registry.records import (
     Protection,
     Target,
     Version,
-    artifact_files,
     check_name,
-    content_hash,
     now,
     whoever,
 )
@@ -91,8 +91,8 @@ class Registry:
             by: who adds it; None = whoever is at work.
 
         Raises:
-            InputError: it is no artifact, carries another prompt's certificate, or the name or a
-                tag cannot be used.
+            InputError: it is no artifact, carries another prompt's certificate or the signature of
+                other files, or the name or a tag cannot be used.
         """
         check_name(name, "the name")
         words = tuple(dict.fromkeys(check_name(tag, "the tag") for tag in tags))
@@ -103,6 +103,7 @@ class Registry:
             try:
                 read_artifact_info(incoming)
                 read_certificate(incoming)
+                read_signature(incoming)
                 content, prompt = content_hash(incoming), prompt_hash(incoming)
                 self._keep(incoming, content)
             finally:

@@ -56,5 +56,42 @@ def test_texts_neither_break_the_table_nor_act_as_markup() -> None:
     assert [line for line in text.splitlines() if line.startswith("#")] == [
         "# x # y: a learned system prompt",
         "## Held-out results",
+        "## Limits",
         "## Use",
     ]
+
+
+def test_it_says_how_the_prompt_was_made_and_what_it_is_not() -> None:
+    recipe = {
+        "algorithm": {"type": "grpo"},
+        "training": {"steps": 40},
+        "data": {"path": "queries.jsonl"},
+        "seed": 7,
+        "rewards": [
+            {"name": "short", "path": "short.py:reward", "role": "score", "weight": 2.0},
+            {"name": "polite", "path": "builtin:polite", "role": "constraint", "weight": 1.0},
+            {"name": "length", "path": "builtin:length", "role": "metric", "weight": 1.0},
+        ],
+    }
+    text = card_of(recipe=recipe)
+    told = "It was learned so that answers raise short (weight 2); keep within its limit polite."
+    assert told in text
+    for row in (
+        "| method | grpo, 40 steps |",
+        "| data | queries.jsonl |",
+        "| reward short | score: short.py:reward |",
+        "| reward length | metric: builtin:length |",
+        "| seed | 7 |",
+    ):
+        assert row in text
+    assert "Nothing has shown it to be better" in text and "Nothing is certified" in text
+    shown = card_of(metrics={"verdict": "Better by 1."}, certificate={"statement": "At most 5%."})
+    assert "Nothing" not in shown and "At most 5%." in shown and "**Better by 1.**" in shown
+
+
+def test_a_recipe_of_a_stranger_breaks_nothing() -> None:
+    for recipe in (
+        {"rewards": 3, "data": [1], "training": "x", "algorithm": None, "search": 1, "model": 2},
+        {"rewards": [1, None, {"weight": {}}], "data": {"rows": 5}, "prompt": "x"},
+    ):
+        assert card_of(recipe=recipe).startswith("# concise")

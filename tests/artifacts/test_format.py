@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlprompt.artifacts.format import (
-    ENDPOINT_VERSION,
+    SCHEMA_VERSION,
     load_artifact,
     read_artifact_info,
     save_artifact,
@@ -74,7 +74,7 @@ def test_prompt_json_says_where_it_comes_from(tmp_path: Path) -> None:
         "prompt.json",
         "prompt.safetensors",
     ]
-    assert (info.schema_version, info.representation, info.num_virtual_tokens) == (2, "soft", 6)
+    assert (info.schema_version, info.representation, info.num_virtual_tokens) == (3, "soft", 6)
     assert info.base == "tiny-llama" and info.base_fingerprint == policy.base.fingerprint
     assert info.template_hash == policy.slot.template_hash
     assert info.init_text == "You are " and info.recipe == {"seed": 1}
@@ -158,7 +158,7 @@ def damage_info(path: Path, what: str) -> None:
         "cut_info": path.read_text()[:30],
         "list_info": "[]",
         "no_version": json.dumps({k: v for k, v in content.items() if k != "schema_version"}),
-        "newer": json.dumps({**content, "schema_version": ENDPOINT_VERSION + 1, "new": 1}),
+        "newer": json.dumps({**content, "schema_version": SCHEMA_VERSION + 1, "new": 1}),
         "unknown_field": json.dumps({**content, "surprise": 1}),
         "missing_field": json.dumps({k: v for k, v in content.items() if k != "base"}),
         "other_kind": json.dumps({**content, "representation": "hologram"}),

@@ -16,7 +16,7 @@ COUNTS = {
     "recipes": 60,
     "overrides": 60,
     "data": 120,
-    "artifacts": 160,
+    "artifacts": 200,
     "checkpoints": 80,
     "models": 40,
     "templates": 12,

@@ -39,6 +39,19 @@ def surface() -> dict[str, list[str]]:
 
 def test_commands_and_options_are_those_of_the_design() -> None:
     assert surface() == {
+        "artifact sign": ["artifact", "--key"],
+        "artifact verify": ["artifact", "--key", "--json"],
+        "artifact migrate": ["artifact", "--output"],
+        "export": [
+            "artifact",
+            "--to",
+            "--output",
+            "--model",
+            "--force",
+            "--trust-remote-code",
+            "--prompt-class",
+            "--verbose",
+        ],
         "registry add": ["artifact", "name", "--message", "--tag", "--registry"],
         "registry list": ["--tag", "--registry", "--json"],
         "registry show": ["reference", "--registry", "--json"],
@@ -178,7 +191,7 @@ def test_commands_and_options_are_those_of_the_design() -> None:
             "--verbose",
         ],
         "compare": ["runs", "--output", "--json"],
-        "schema": ["--output"],
+        "schema": ["--output", "--artifact"],
         "doctor": ["--json"],
     }
 

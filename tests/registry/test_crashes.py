@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rlprompt.artifacts.format import read_artifact_info, save_artifact
+from rlprompt.artifacts.identity import content_hash
 from rlprompt.prompts.text import TextPrompt
-from rlprompt.registry.records import Target, content_hash
+from rlprompt.registry.records import Target
 from rlprompt.registry.store import Registry
 from tests.fixtures.runs import tiny_policy
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from rlprompt.artifacts.format import save_artifact
+from rlprompt.artifacts.identity import content_hash
 from rlprompt.errors import InputError
 from rlprompt.prompts.text import TextPrompt
 from rlprompt.registry.records import Protection, Target
@@ -48,6 +50,25 @@ def test_every_kind_of_prompt_comes_back_as_it_went_in(kind: str, tmp_path: Path
         if path.is_file():
             name = path.relative_to(tmp_path / "a")
             assert (folder / name).read_bytes() == path.read_bytes()
+
+
+def test_a_signature_goes_with_the_files_that_were_signed(tmp_path: Path) -> None:
+    registry, folder = Registry(tmp_path / "registry"), artifact(tmp_path / "a")
+    first = registry.add(folder, "brief")
+    signature = {
+        "content": content_hash(folder),
+        "created": "now",
+        "public_key": "",
+        "signature": "",
+    }
+    (folder / "signature.json").write_text(json.dumps(signature))
+    signed = registry.add(folder, "brief")
+    assert (signed.number, signed.prompt) == (2, first.prompt)
+    assert (registry.path(signed) / "signature.json").is_file()
+    (folder / "README.md").write_text("another card")
+    with pytest.raises(InputError, match="are not those that were signed"):
+        registry.add(folder, "brief")
+    assert len(registry.versions("brief")) == 2
 
 
 def test_equal_content_is_one_version_and_another_card_is_another(tmp_path: Path) -> None:

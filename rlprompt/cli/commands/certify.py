@@ -14,10 +14,10 @@ from rich.text import Text
 from rlprompt.artifacts.certificate import (
     CertifiedData,
     JudgeCounts,
-    prompt_hash,
     read_certificate,
 )
 from rlprompt.artifacts.format import certify_artifact, read_artifact_info
+from rlprompt.artifacts.identity import prompt_hash
 from rlprompt.certify.selection import Method
 from rlprompt.certify.shift import parse_shift
 from rlprompt.cli.commands.terminal import setup_logging

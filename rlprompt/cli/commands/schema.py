@@ -1,4 +1,4 @@
-"""`rlprompt schema`: the JSON schema of a recipe."""
+"""`rlprompt schema`: the JSON schema of a recipe, or of an artifact's prompt.json."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlprompt import __version__
+from rlprompt.artifacts.format import artifact_schema
 from rlprompt.errors import InputError
 from rlprompt.files import write_atomic
 from rlprompt.recipe.schema import Recipe
@@ -64,13 +65,17 @@ def _told_by_type(node: Any) -> Any:
     return {**kept, **whole, **({} if default else {"required": ["type"]})}
 
 
-def write_schema(output: Path | None) -> None:
+def write_schema(output: Path | None, *, of_artifact: bool = False) -> None:
     """Write the schema to a file, or to stdout.
+
+    Args:
+        output: file to write; None = stdout.
+        of_artifact: whether it is that of an artifact's prompt.json.
 
     Raises:
         InputError: the file cannot be written.
     """
-    text = json.dumps(recipe_schema(), indent=2) + "\n"
+    text = json.dumps(artifact_schema() if of_artifact else recipe_schema(), indent=2) + "\n"
     if output is None:
         sys.stdout.write(text)
         return

@@ -137,6 +137,16 @@ class ChatSlot:
         return cls(tokenizer, ChatTemplate(tokenizer, source, variables), TextEncoder(tokenizer))
 
     @property
+    def template(self) -> ChatTemplate:
+        """The chat template."""
+        return self._template
+
+    @property
+    def folds_system(self) -> bool:
+        """Whether the template has no system role, so that the slot opens the first user turn."""
+        return self._template.folds_system
+
+    @property
     def control_tokens(self) -> Sequence[str]:
         """The control tokens of the tokenizer, as they are spelled; texts never give one."""
         return self._encoder.control_tokens

@@ -171,6 +171,7 @@ class ChatTemplate:
         self, tokenizer: PreTrainedTokenizerBase, text: str, variables: Mapping[str, Any]
     ) -> None:
         self.text = text
+        self.variables = dict(variables)
         self.hash = hashlib.sha256(text.encode()).hexdigest()
         self._all_variables = template_variables(tokenizer) | dict(variables)
         self._source = _date_macro(text) + text
@@ -184,6 +185,16 @@ class ChatTemplate:
             logger.info(
                 "the chat template has no system role: the prompt opens the first user turn"
             )
+
+    @property
+    def source(self) -> str:
+        """The Jinja that is rendered, which asks for no date; variables may be given beside it."""
+        return self._source
+
+    @property
+    def mark(self) -> str:
+        """Letters and digits that the template itself does not write."""
+        return self._mark(SYSTEM)
 
     def conversation(self, system: str | None, contents: Sequence[str]) -> list[Message]:
         """The messages for contents that alternate user, assistant, ..., user.
