@@ -28,10 +28,6 @@ def frames() -> Mapping[str, Sequence[str]]:
     return found
 
 
-FRAME_NAMES = ("override", "injection", "role_play", "german", "french", "spanish", "jailbreak")
-"""Shipped lists whose entries hold `{query}`."""
-
-
 @cache
 def rows(name: str) -> Sequence[Mapping[str, Any]]:
     """The rows of a shipped set.

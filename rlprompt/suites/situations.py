@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.settings import ChosenSettings, Name, OneOf
-from rlprompt.suites.frames import FRAME_NAMES, QUERY, filled, frames
+from rlprompt.suites.frames import QUERY, filled, frames, rows
 from rlprompt.types import Message
 
 Conversation = Sequence[Message]
+FrameList = Literal[
+    "override", "injection", "role_play", "german", "french", "spanish", "jailbreak"
+]
+"""Shipped lists whose entries hold `{query}`."""
 
 
 class Situation(ChosenSettings):
@@ -74,29 +78,29 @@ class Frame(Situation):
 
     type: Literal["frame"] = "frame"
     """Situation."""
-    frames: Literal[FRAME_NAMES] | list[str]  # type: ignore[valid-type]
-    """A shipped list by name (override, injection, role_play, german, french, spanish, jailbreak),
-    or frames of your own that hold `{query}`. The seed and the query say which is taken."""
+    frames: FrameList | None = None
+    """A list that ships; the seed and the query say which of its frames is taken."""
+    texts: list[str] | None = Field(default=None, min_length=1)
+    """Frames of your own that hold `{query}`, in the place of a list."""
 
-    @field_validator("frames")
-    @classmethod
-    def _hold_the_query(cls, value: Any) -> Any:
-        given = [] if isinstance(value, str) else value
-        if not isinstance(value, str) and not value:
-            raise ValueError("frames is empty; write a frame that holds {query}, or name a list")
-        for place, frame in enumerate(given):
-            if QUERY not in frame:
-                raise ValueError(f"frames[{place}] does not hold {{query}}; write it in")
-        return value
+    @model_validator(mode="after")
+    def _hold_the_query(self) -> Self:
+        if (self.frames is None) == (self.texts is None):
+            raise ValueError("exactly one of frames and texts must be given; name a list or write")
+        for place, text in enumerate(self.texts or ()):
+            if QUERY not in text:
+                raise ValueError(f"texts[{place}] does not hold {{query}}; write it in")
+        return self
 
     @property
     def label(self) -> str:
         """Its name, or that of its list."""
-        return self.name or (self.frames if isinstance(self.frames, str) else self.type)
+        return self.name or self.frames or self.type
 
     def asked(self, messages: Conversation, seed: int) -> Conversation:
         """The last turn in one of the frames."""
-        known = frames()[self.frames] if isinstance(self.frames, str) else self.frames
+        known = self.texts if self.frames is None else frames()[self.frames]
+        assert known is not None  # the validator sees to it
         text = messages[-1]["content"]
         return _with_last(messages, filled(_draws(seed, text).choice(list(known)), text))
 
@@ -147,8 +151,6 @@ class LongContext(Situation):
 
     def asked(self, messages: Conversation, seed: int) -> Conversation:
         """The last turn behind passages in an order of its own."""
-        from rlprompt.suites.frames import rows
-
         text = messages[-1]["content"]
         draws = _draws(seed, text)
         passages = [str(row["text"]).split() for row in rows("neutral")]
