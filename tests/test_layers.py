@@ -31,7 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("training", "reports"),
     ("search",),
     ("recipe",),
-    ("api", "extend", "planning", "reward_training", "slurm"),
+    ("api", "extend", "planning", "reward_training", "slurm", "suites"),
     ("cli",),
     ("__main__",),
 )

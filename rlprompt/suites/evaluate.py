@@ -253,7 +253,7 @@ class SuiteRun:
         return {
             **self._common(prompt),
             "situation": situation,
-            "queries": [[list(q.messages), dict(q.columns), q.index] for q in ground.queries],
+            "queries": [[list(q.messages), repr(dict(q.columns)), q.index] for q in ground.queries],
             "rewards": ground.reward_key,
             "copies": self._suite.completions_per_query,
         }
