@@ -9,6 +9,7 @@ from rlprompt.policy import Policy
 from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.suites.attack import Suffix, _gradient, _Place, _values, attack
 from tests.fixtures.runs import tiny_policy
+from tests.fixtures.tiny import tiny_model
 
 SETTINGS = Suffix(tokens=4, steps=3, candidates=6, top_k=16, target="the rain")
 
@@ -26,7 +27,7 @@ def test_value_and_gradient_are_those_of_the_whole_model(policy: Policy) -> None
     prefix = policy.prefix(prompt)
     before = [*policy.head_ids, *policy.slot_ids(prompt.init_text)]
     ids = torch.tensor([*before, *place.joined(suffix), *target])
-    model = policy.base.model
+    model = tiny_model("llama")  # the policy's own runs inside of a policy only
     embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
     logits = model(inputs_embeds=embeddings[None]).logits[0, -len(target) - 1 : -1].float()
     logprobs = logits.log_softmax(-1).gather(1, torch.tensor(target)[:, None])

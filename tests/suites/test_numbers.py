@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -65,7 +66,18 @@ def test_the_sign_test_is_binomial() -> None:
 
 def test_a_planted_habit_is_found_first_and_nothing_else() -> None:
     draws = np.random.default_rng(1)
-    vocabulary = "sun rain road bread tree stone water light house door wind".split()
+    vocabulary = [
+        "sun",
+        "rain",
+        "road",
+        "bread",
+        "tree",
+        "stone",
+        "water",
+        "light",
+        "house",
+        "door",
+    ]
 
     def answer() -> str:
         return " ".join(draws.choice(vocabulary, size=12)) + "."
@@ -76,7 +88,7 @@ def test_a_planted_habit_is_found_first_and_nothing_else() -> None:
     sure = [each for each in found if each.p_value <= 0.05]
     assert {"'ahoy'", "'there'", "begins with 'ahoy'", "'ahoy there'"} <= {e.feature for e in sure}
     assert found[: len(sure)] == sure
-    assert all(abs(a.effect) >= abs(b.effect) for a, b in zip(sure, sure[1:], strict=False))
+    assert all(abs(a.effect) >= abs(b.effect) for a, b in itertools.pairwise(sure))
     ahoy = next(each for each in sure if each.feature == "'ahoy'")
     assert (ahoy.before, ahoy.after) == (0.0, 1.0)
 
