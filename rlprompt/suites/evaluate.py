@@ -84,7 +84,6 @@ class SuiteRun:
         self._cells = cells
         self._say = say
         self._coarse: tuple[Quantised, Policy, Engine] | None = None
-        self._asked: dict[str, list[Query]] = {}
 
     def evaluate(self, prompt: Prompt) -> Plain:
         """All that the suite says of a prompt, as JSON values.
@@ -159,6 +158,8 @@ class SuiteRun:
 
     def _situations(self, prompt: Prompt, metrics: Plain, left_out: list[str]) -> list[Plain]:
         """The matrix of situations x rewards, each against the plain one."""
+        if not self._suite.situations:
+            return []
         plain, base_plain = self._cell(prompt, None), self._cell(NonePrompt(), None)
         names = _known(plain.scores)
         drawn: list[tuple[str, _Cell, _Cell]] = []
@@ -344,6 +345,18 @@ class SuiteRun:
             engine = make_engine(policy, self._ground.engine.settings)
             self._coarse = (asked, policy, engine)
         return self._coarse[2]
+
+
+def num_cells(suite: SuiteSettings, ground: Ground) -> int:
+    """How many cells an evaluation takes, kept ones and those asked for twice included.
+
+    Args:
+        suite: the suite.
+        ground: what it is run on.
+    """
+    measured = sum(not each.missing() for each in suite.measures)
+    plain = 4 if suite.situations else 2
+    return plain + len(ground.written) + 2 * (len(suite.situations) + measured)
 
 
 def _difference(before: Sequence[Plain], after: Sequence[Plain], copies: int) -> list[Plain]:

@@ -18,7 +18,7 @@ from rlprompt.reports.suite import write_suite_page
 from rlprompt.serving.loaded import artifact_folder
 from rlprompt.standard_streams import outlive_output
 from rlprompt.suites.cells import Cells, code_version, digest
-from rlprompt.suites.evaluate import SuiteRun
+from rlprompt.suites.evaluate import SuiteRun, num_cells
 from rlprompt.suites.findings import findings
 from rlprompt.suites.gate import GateSettings, check, load_gate
 from rlprompt.suites.ground import Asked, Bases, Subject, prepare
@@ -87,8 +87,18 @@ def run_suite(artifacts: Sequence[Path], options: SuiteOptions) -> int:
         "cells_computed": cells.num_made,
         "cells_kept": cells.num_kept,
         "artifacts": found,
-        "gate": _gated(gate, options.gate, found),
+        "gate": None,
     }
+    try:
+        report["gate"] = _gated(gate, options.gate, found)
+    finally:  # a gate that names what was not measured shall not cost the numbers
+        _write(report, output)
+    _tell(report, output)
+    verdict = report["gate"]
+    return FAILED if isinstance(verdict, dict) and not verdict["passes"] else 0
+
+
+def _write(report: Mapping[str, Any], output: Path) -> None:
     try:
         write_atomic(output / "evaluation.json", to_json(report, indent=1) + "\n")
         write_suite_page(report, output / "evaluation.html")
@@ -96,9 +106,6 @@ def run_suite(artifacts: Sequence[Path], options: SuiteOptions) -> int:
         raise InputError(
             f"'{output}' cannot be written ({error.strerror}); name a folder that can"
         ) from error
-    _tell(report, output)
-    verdict = report["gate"]
-    return FAILED if isinstance(verdict, dict) and not verdict["passes"] else 0
 
 
 def _claim(output: Path) -> None:
@@ -115,12 +122,11 @@ def _evaluated(
 ) -> dict[str, Any]:
     """What the suite says of one prompt, with what it is and that the base is as it was."""
     ground = subject.ground
-    count = 0
+    before, total = cells.num_made + cells.num_kept, num_cells(suite, ground)
 
     def say(line: str) -> None:
-        nonlocal count
-        count += 1
-        notes.print(f"{visible(label)}: [{count}] {line}", markup=False, highlight=False)
+        place = cells.num_made + cells.num_kept - before + 1
+        notes.print(f"{visible(label)}: {place}/{total} {line}", markup=False, highlight=False)
 
     try:
         result = SuiteRun(suite, ground, cells, say).evaluate(subject.prompt)
