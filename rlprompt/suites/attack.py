@@ -44,6 +44,7 @@ class Jailbreaks(MeasureSettings):
     max_tokens: int = Field(default=48, ge=1)
     """Longest answer."""
     higher_is: ClassVar[Mapping[str, str]] = {"compliance": "worse"}
+    shares: ClassVar[frozenset[str]] = frozenset({"compliance"})
 
     @field_validator("templates")
     @classmethod
@@ -96,6 +97,7 @@ class Suffix(MeasureSettings):
         "gain": "worse",
         "compliance": "worse",
     }
+    shares: ClassVar[frozenset[str]] = frozenset({"compliance"})
 
     @field_validator("target")
     @classmethod

@@ -121,6 +121,8 @@ class MeasureSettings(ChosenSettings):
     """What the measure is called in results; by default its type."""
     higher_is: ClassVar[Mapping[str, str]] = {}
     """Of each number, by the part of its name before a slash: `better`, `worse` or `other`."""
+    shares: ClassVar[frozenset[str]] = frozenset()
+    """Numbers, named so, whose values are between 0 and 1 whatever a prompt does."""
 
     @property
     def label(self) -> str:

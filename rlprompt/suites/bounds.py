@@ -55,36 +55,43 @@ class Stated:
         return found if self.outcome is None else {**found, "outcome": self.outcome}
 
 
-def stated_mean(scores: Scores) -> Stated:
+def stated_mean(scores: Scores, is_share: bool | None = None) -> Stated:
     """The mean over queries with its 95% bounds.
 
     Args:
         scores: [Q, n] values, NaN = unknown.
+        is_share: whether values are between 0 and 1 whatever happens; None = they are taken to be
+            if all that are known are.
     """
+    bounded = _in_unit(scores) if is_share is None else is_share
     interval = mean_interval(scores)
     means = query_means(scores)
     means = means[~np.isnan(means)]
-    if len(means) and set(means.tolist()) <= {0.0, 1.0} and _is_single(scores):
+    if bounded and len(means) and set(means.tolist()) <= {0.0, 1.0} and _is_single(scores):
         exact = clopper_pearson(int(means.sum()), len(means), 1.0 - CONFIDENCE)
         return Stated(interval.value, exact.low, exact.high, len(means))
-    return _widened(interval, means, 1, 0.0 if _in_unit(scores) else -math.inf)
+    return _widened(interval, means, 1, 0.0 if bounded else -math.inf)
 
 
-def stated_difference(ours: Scores, theirs: Scores, num_compared: int = 1) -> Stated:
+def stated_difference(
+    ours: Scores, theirs: Scores, num_compared: int = 1, is_share: bool | None = None
+) -> Stated:
     """How far `ours` is above `theirs` on the same queries, with bounds that hold together at 95%.
 
     Args:
         ours: [Q, n] values.
         theirs: [Q, m] values of the same queries.
         num_compared: number of differences that are looked at together (Bonferroni).
+        is_share: whether values are between 0 and 1, as of `stated_mean`.
     """
+    bounded = (_in_unit(ours) and _in_unit(theirs)) if is_share is None else is_share
     difference = paired_difference(ours, theirs, num_compared=num_compared)
     if ours.shape == theirs.shape:
         gaps = query_means(ours - theirs)
     else:
         gaps = query_means(ours) - query_means(theirs)
     gaps = gaps[~np.isnan(gaps)]
-    lowest = -1.0 if _in_unit(ours) and _in_unit(theirs) else -math.inf
+    lowest = -1.0 if bounded else -math.inf
     found = _widened(difference.interval, gaps, num_compared, lowest)
     return Stated(
         found.value, found.low, found.high, found.num_queries, num_compared, difference.outcome

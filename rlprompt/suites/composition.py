@@ -144,7 +144,7 @@ def dialogue(
     present = list(queries)
     for turn in range(1, settings.turns[-1] + 1):
         engine.sync(prompt)
-        groups = list(engine.generate(present, 1, sampling, seed + turn, progress).groups)
+        groups = list(engine.generate(present, 1, sampling, seed + turn - 1, progress).groups)
         if turn in settings.turns:
             kept[turn] = groups
         if turn == settings.turns[-1]:

@@ -209,12 +209,14 @@ class SuiteRun:
             numbers: Plain = {}
             for name, values in ours["values"].items():
                 first, second = _table(values), _table(base["values"][name])
-                against = stated_difference(first, second, count).plain()
+                kind = name.split("/")[0]
+                is_share = kind in measure.shares
+                against = stated_difference(first, second, count, is_share).plain()
                 numbers[name] = {
-                    "prompt": stated_mean(first).plain(),
-                    "base": stated_mean(second).plain(),
+                    "prompt": stated_mean(first, is_share).plain(),
+                    "base": stated_mean(second, is_share).plain(),
                     "minus_base": against,
-                    "higher_is": measure.higher_is.get(name.split("/")[0], "other"),
+                    "higher_is": measure.higher_is.get(kind, "other"),
                 }
                 metrics[f"measures/{measure.label}/{name}"] = numbers[name]["prompt"]
                 metrics[f"measures/{measure.label}/{name}/minus_base"] = against

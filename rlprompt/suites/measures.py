@@ -96,6 +96,7 @@ class Choices(MeasureSettings):
         "agreement": "worse",
         "calibration_error": "worse",
     }
+    shares: ClassVar[frozenset[str]] = frozenset({"accuracy"})
 
     def measure(self, bench: Bench, prompt: Prompt, about: Prompt) -> Measured:
         """Accuracy and Brier score of each set, and what is special to one."""
@@ -143,6 +144,7 @@ class Exact(MeasureSettings):
     max_tokens: int = Field(default=24, ge=1)
     """Longest answer."""
     higher_is: ClassVar[Mapping[str, str]] = {"right": "better"}
+    shares: ClassVar[frozenset[str]] = frozenset({"right"})
 
     def measure(self, bench: Bench, prompt: Prompt, about: Prompt) -> Measured:
         """1 for an answer that holds the right one as a word of its own, else 0; set by set."""
@@ -169,6 +171,7 @@ class Reasoning(MeasureSettings):
     max_tokens: int = Field(default=48, ge=1)
     """Longest answer."""
     higher_is: ClassVar[Mapping[str, str]] = {"score": "better"}
+    shares: ClassVar[frozenset[str]] = frozenset({"score"})
 
     def missing(self) -> str:
         """A sentence where the package is not installed."""
@@ -219,6 +222,7 @@ class Safety(MeasureSettings):
     max_tokens: int = Field(default=48, ge=1)
     """Longest answer."""
     higher_is: ClassVar[Mapping[str, str]] = {"over_refusal": "worse", "compliance": "worse"}
+    shares: ClassVar[frozenset[str]] = frozenset({"over_refusal", "compliance"})
 
     def measure(self, bench: Bench, prompt: Prompt, about: Prompt) -> Measured:
         """`over_refusal` on harmless requests, `compliance` on harmful ones; 1 or 0 each."""
@@ -262,6 +266,7 @@ class Answers(MeasureSettings):
         "other_language": "worse",
         "distinct_pairs": "better",
     }
+    shares: ClassVar[frozenset[str]] = frozenset({"ended", "other_language", "distinct_pairs"})
 
     def measure(self, bench: Bench, prompt: Prompt, about: Prompt) -> Measured:
         """Tokens, words, whether it ended, whether in another language, and distinct word pairs."""
@@ -297,6 +302,7 @@ class Leakage(MeasureSettings):
     max_tokens: int = Field(default=48, ge=1)
     """Longest answer."""
     higher_is: ClassVar[Mapping[str, str]] = {"copied": "worse", "longest": "worse"}
+    shares: ClassVar[frozenset[str]] = frozenset({"copied"})
 
     def measure(self, bench: Bench, prompt: Prompt, about: Prompt) -> Measured:
         """`copied`: share of the text's word sequences in an answer; `longest`: words in a row."""

@@ -111,6 +111,7 @@ class Standard(MeasureSettings):
         "compliance": "worse",
         "followed": "better",
     }
+    shares: ClassVar[frozenset[str]] = frozenset({"over_refusal", "compliance", "followed"})
 
     @field_validator("sha256")
     @classmethod

@@ -41,6 +41,8 @@ def test_queries_that_all_agree_do_not_give_a_bound_without_width() -> None:
     unbounded = stated_difference(np.full((20, 1), 5.0), np.full((20, 1), 2.0))
     assert (unbounded.low, unbounded.high) == (-math.inf, math.inf)
     assert stated_mean(np.array([[0.3]])).plain()["low"] is None
+    counts = stated_mean(np.zeros((20, 1)), is_share=False)  # zeros of a count bound nothing
+    assert (counts.low, counts.high) == (-math.inf, math.inf)
 
 
 def test_other_differences_are_those_of_the_comparison() -> None:
