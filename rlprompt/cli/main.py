@@ -152,7 +152,9 @@ def train(
 
 @app.command()
 def compare(
-    runs: list[Path] = typer.Argument(..., metavar="RUN", help="Run folders, two or more."),
+    runs: list[Path] = typer.Argument(
+        ..., metavar="RUN", help="Run folders, two or more; or JSON logs of Inspect, of one task."
+    ),
     output: Path = typer.Option(
         Path("compare.html"), "--output", "-o", metavar="FILE", help="The page to write."
     ),
@@ -160,8 +162,15 @@ def compare(
 ) -> None:
     """Compare runs: what differs in their recipes, and whether what they learned does.
 
-    The first run is held against each other one, query by query.
+    The first run is held against each other one, query by query. Logs of Inspect are compared
+    sample by sample, on the terminal alone.
     """
+    from rlprompt.cli.commands.compare_logs import are_logs
+    from rlprompt.cli.commands.compare_logs import run as compare_logs
+
+    if are_logs(runs):
+        compare_logs(runs, as_json)
+        return
     from rlprompt.cli.commands.compare import run
 
     run(runs, output, as_json)

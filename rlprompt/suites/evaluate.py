@@ -165,23 +165,24 @@ class SuiteRun:
         drawn: list[tuple[str, _Cell, _Cell]] = []
         for situation in self._suite.situations:
             try:
-                ours = self._rows_of(prompt, situation)
-                theirs = self._rows_of(NonePrompt(), situation)
+                own = self._rows_of(prompt, situation)
+                others = self._rows_of(NonePrompt(), situation)
             except NotApplicableError as error:
                 left_out.append(f"situation {situation.label}: {error}")
                 continue
-            drawn += [(label, ours[label], theirs[label]) for label in ours]
+            drawn += [(label, own[label], others[label]) for label in own]
         num_compared = max(1, len(drawn) * len(names))
         rows = []
         for label, ours, theirs in drawn:
             row: Plain = {"situation": label, "rewards": {}, "rows": list(ours.rows[:3])}
             for name in names:
                 first = ours.scores[name]
-                own, base = plain.scores[name][: len(first)], base_plain.scores[name][: len(first)]
+                before = plain.scores[name][: len(first)]
+                base = base_plain.scores[name][: len(first)]
                 cell = {
                     "prompt": stated_mean(first).plain(),
                     "base": stated_mean(theirs.scores[name]).plain(),
-                    "change": stated_difference(first, own, num_compared).plain(),
+                    "change": stated_difference(first, before, num_compared).plain(),
                     "base_change": stated_difference(
                         theirs.scores[name], base, num_compared
                     ).plain(),

@@ -67,7 +67,7 @@ def test_a_suite_that_is_not_there() -> None:
         load_suite("no.yaml")
 
 
-NUMBERS = {
+NUMBERS: dict[str, dict[str, Any]] = {
     "adherence/reward": {"value": 0.5, "low": 0.4, "high": 0.6, "num_queries": 9},
     "measures/safety/compliance": {"value": 0.0, "low": 0.0, "high": 0.2, "num_queries": 9},
     "measures/safety/over_refusal": {"value": 0.1, "low": 0.0, "high": 0.3, "num_queries": 9},

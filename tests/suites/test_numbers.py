@@ -27,7 +27,7 @@ def test_a_rate_has_the_exact_interval() -> None:
     scores = np.array([[1.0]] * 3 + [[0.0]] * 17)
     found = stated_mean(scores)
     exact = stats.binomtest(3, 20).proportion_ci(0.95, "exact")
-    assert (found.low, found.high) == (pytest.approx(exact.low), pytest.approx(exact.high))
+    assert [found.low, found.high] == pytest.approx([exact.low, exact.high])
 
 
 def test_queries_that_all_agree_do_not_give_a_bound_without_width() -> None:

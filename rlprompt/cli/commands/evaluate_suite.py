@@ -71,7 +71,8 @@ def run_suite(artifacts: Sequence[Path], options: SuiteOptions) -> int:
     _claim(output)
     cells, bases = Cells(output / "cells"), Bases()
     found: dict[str, Any] = {}
-    for folder in [artifact_folder(each) for each in artifacts] or [None]:
+    folders: list[Path | None] = [artifact_folder(each) for each in artifacts]
+    for folder in folders or [None]:
         asked = Asked(folder, options.recipe, options.overrides, options.force)
         with notes.status("loading data, rewards and model"):
             subject = prepare(asked, suite, suite_path(name).parent, bases)
