@@ -105,7 +105,7 @@ def _slices(result: Plain) -> list[dict[str, Any]]:
 
 
 def _situation(row: Plain, rewards: Sequence[str]) -> dict[str, Any]:
-    cells = []
+    cells: list[dict[str, Any] | None] = []
     for name in rewards:
         cell = row["rewards"].get(name)
         if cell is None:

@@ -84,7 +84,8 @@ def rounded(weight: Tensor, bits: int, group_size: int) -> Tensor:
     scale = wide.abs().amax(dim=-1, keepdim=True) / most
     levels = torch.where(scale > 0, wide / scale.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
     near = levels.round() * scale
-    return near.view(rows, -1)[:, :columns].to(weight.dtype)
+    narrow: Tensor = near.view(rows, -1)[:, :columns].to(weight.dtype)
+    return narrow
 
 
 def quantised(policy: Policy, bits: int, group_size: int) -> Policy:

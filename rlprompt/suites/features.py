@@ -43,7 +43,7 @@ def _share(pattern: str) -> Callable[[str], float]:
 NUMBERS: Mapping[str, Callable[[str], float]] = {
     "words": lambda text: float(len(words(text))),
     "words per sentence": lambda text: len(words(text)) / max(1, len(sentences(text))),
-    "letters per word": lambda text: float(np.mean([len(w) for w in words(text)] or [0.0])),
+    "letters per word": lambda text: float(np.mean([len(w) for w in words(text)] or [0])),
     "list entries": lambda text: float(len(_LIST.findall(text))),
     "commas per word": _share(r","),
     "question marks per word": _share(r"\?"),
@@ -149,8 +149,8 @@ def _change(
     if not len(gaps) or spread == 0.0:
         return []
     best = int(np.argmax(gaps * (1.0 if gaps.mean() >= 0.0 else -1.0)))
-    means = [float(np.mean([each.mean() for each in side])) for side in (old, new)]
-    return [Change(name, *means, float(gaps.mean()) / spread, test(gaps), best)]
+    first, second = (float(np.mean([each.mean() for each in side])) for side in (old, new))
+    return [Change(name, first, second, float(gaps.mean()) / spread, test(gaps), best)]
 
 
 def _frequent(before: Texts, after: Texts) -> dict[str, Callable[[str], bool]]:

@@ -8,7 +8,6 @@ import math
 import numpy as np
 import pytest
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
 from rlprompt.certify.comparison import paired_difference
 from rlprompt.suites.bounds import stated_difference, stated_mean
@@ -54,9 +53,9 @@ def test_other_differences_are_those_of_the_comparison() -> None:
     assert (found.outcome, found.num_compared) == (known.outcome, 7)
 
 
-def test_holm_agrees_with_statsmodels() -> None:
+def test_holm_by_hand() -> None:
     p_values = [0.001, 0.4, 0.03, 0.03, 0.9, 0.0001]
-    assert holm(p_values) == pytest.approx(list(multipletests(p_values, method="holm")[1]))
+    assert holm(p_values) == pytest.approx([0.005, 0.8, 0.12, 0.12, 0.9, 0.0006])
     assert holm([]) == []
 
 
