@@ -34,7 +34,7 @@ GATE = {
     "limits": [
         {
             "metric": "measures/neutral/kl",
-            "at_most": 1.0,
+            "at_most": 0.32,
             "why": "neutral text must stay what it is",
         },
         {"metric": "adherence/reward", "at_least": -1.0},
@@ -90,7 +90,7 @@ def test_a_good_artifact_passes_and_a_bad_one_fails_for_the_stated_reason(
     }
     (reason,) = [c["sentence"] for c in verdicts["tiny (2)"]["checks"] if not c["passes"]]
     assert reason.startswith("the upper bound of measures/neutral/kl is ")
-    assert reason.endswith("which is not at most 1 (neutral text must stay what it is)")
+    assert reason.endswith("which is not at most 0.32 (neutral text must stay what it is)")
     assert "gate passed: tiny\n" in shown.out and "gate FAILED: tiny (2)\n" in shown.out
     assert reason in shown.out
     assert report["gate"]["passes"] is False
