@@ -66,6 +66,7 @@ OWNERS = {
     "starlette": ("serving",),
     "cma": ("search.cmaes",),
     "gepa": ("search.gepa_loop", "search.gepa_reflection"),
+    "inspect_ai": ("suites.inspect_model",),
 }
 
 ImportMap = dict[str, set[tuple[str, bool]]]
