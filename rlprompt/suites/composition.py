@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rlprompt.engines.base import Engine
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.errors import InputError
-from rlprompt.model.base import FrozenBase
-from rlprompt.model.fingerprint import weight_digests
+from rlprompt.model.base import FrozenBase, freeze
+from rlprompt.model.fingerprint import WRAPPERS
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt, SlotPrompt
 from rlprompt.prompts.prefix import PrefixPrompt
@@ -105,17 +107,51 @@ def quantised(policy: Policy, bits: int, group_size: int) -> Policy:
     base = policy.base
     if base.shards is not None:
         raise NotApplicableError("the base is cut up among ranks; evaluate it whole on one")
-    model = copy.deepcopy(base.model)
+    names = {f"{name}.weight" for name in policy.linear_shapes}
+    model = rebuilt(base)
     with torch.no_grad():
-        for name in policy.linear_shapes:
-            layer = model.get_submodule(name)
-            assert isinstance(layer.weight, Tensor)
-            layer.weight.copy_(rounded(layer.weight, bits, group_size))
-    digests = weight_digests(model)
-    coarse: FrozenBase = replace(
-        base, model=model, fingerprint=digests.fingerprint, exact_digests=digests.exact
-    )
+        for name, weight in model.named_parameters():
+            if name in names:
+                weight.copy_(rounded(weight, bits, group_size))
+    coarse = replace(freeze(model, base.tokenizer, base.id), cpu_kernels=base.cpu_kernels)
     return Policy(coarse, policy.slot)
+
+
+def rebuilt(base: FrozenBase) -> PreTrainedModel:
+    """The base's model once more, with the same weights in memory of their own.
+
+    A policy packs the layers of the model that it runs, so that one cannot be copied as it is.
+
+    Args:
+        base: the base, whole.
+
+    Raises:
+        NotApplicableError: the model cannot be made from its configuration.
+    """
+    kind: Any = type(base.model)
+    model: PreTrainedModel = kind._from_config(copy.deepcopy(base.model.config), dtype=base.dtype)
+    model.to(base.device)  # type: ignore[arg-type]
+    own = {
+        ".".join(part for part in name.split(".") if part not in WRAPPERS): tensor
+        for name, tensor in base.model.state_dict().items()
+        if isinstance(tensor, Tensor)
+    }
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name not in own or own[name].shape != tensor.shape:
+                raise NotApplicableError(
+                    f"{base.id} cannot be built again from its configuration ({name} differs), so "
+                    "its weights are not rounded; leave the situation out"
+                )
+            tensor.copy_(own[name])
+    kept = dict(base.model.named_buffers())  # such as rotary frequencies, in no state dict
+    for name, _ in list(model.named_buffers()):
+        if name in kept:
+            parent, _, last = name.rpartition(".")
+            model.get_submodule(parent)._buffers[last] = kept[name].clone()
+    model.generation_config = copy.deepcopy(base.model.generation_config)
+    model.eval()
+    return model
 
 
 def dialogue(

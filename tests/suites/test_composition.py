@@ -7,6 +7,7 @@ import torch
 
 from rlprompt.engines.native import NativeEngine
 from rlprompt.engines.sampling import SamplingSettings
+from rlprompt.model.base import freeze
 from rlprompt.policy import Policy
 from rlprompt.prompts.prefix import PrefixPrompt, PrefixSettings
 from rlprompt.prompts.sequence import SequencePrompt
@@ -16,6 +17,7 @@ from rlprompt.suites.composition import (
     among,
     dialogue,
     quantised,
+    rebuilt,
     rounded,
 )
 from rlprompt.suites.situations import Dialogue, System
@@ -71,7 +73,23 @@ def test_rounding_is_to_the_nearest_level_of_each_group() -> None:
                     assert float(got) == pytest.approx(nearest, abs=1e-6)
 
 
-def test_the_base_is_not_touched_and_the_copy_answers_otherwise(policy: Policy) -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_base_that_runs_is_built_again_with_the_same_weights(family: str) -> None:
+    policy = tiny_policy(family, torch.bfloat16)  # whose layers are packed where they can be
+    again = Policy(freeze(rebuilt(policy.base), policy.base.tokenizer, "again"), policy.slot)
+    assert again.base.fingerprint == policy.base.fingerprint
+    texts = []
+    for each in (policy, again):
+        engine = NativeEngine(each)
+        engine.sync(TextPrompt("Be nice."))
+        drawn = engine.generate(queries(3), 1, SamplingSettings(max_tokens=8), 0)
+        texts.append([group.completions[0].token_ids for group in drawn.groups])
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_base_is_not_touched_and_the_copy_answers_otherwise(dtype: torch.dtype) -> None:
+    policy = tiny_policy(dtype=dtype)
     before = policy.base.fingerprint
     coarse = quantised(policy, 4, 16)
     assert policy.verify() == before != coarse.base.fingerprint
