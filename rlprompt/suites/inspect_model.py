@@ -117,14 +117,13 @@ class PromptModel(ModelAPI):
         return 1
 
     def _answer(self, asked: _Asked, sampling: dict[str, Any], seed: int) -> ModelOutput:
+        # Inspect imports this module with every command: what is heavy waits for a question.
         from rlprompt.serving.loaded import LoadedPrompt
         from rlprompt.suites.composition import among
         from rlprompt.suites.situations import System
 
         if self._loaded is None:
-            from rlprompt.api import load_prompt
-
-            self._loaded = load_prompt(self.model_name, **self._arguments)
+            self._loaded = _loaded(self.model_name, **self._arguments)
         loaded: LoadedPrompt = self._loaded
         if asked.system.strip():
             prompt = among(loaded.prompt, System(after=asked.system))
@@ -135,6 +134,19 @@ class PromptModel(ModelAPI):
         usage = ModelUsage(output_tokens=answer.num_tokens, total_tokens=answer.num_tokens)
         choice = ChatCompletionChoice(message=message, stop_reason=reason)
         return ModelOutput(model=self.model_name, choices=[choice], usage=usage)
+
+
+def _loaded(
+    path: str, *, force: bool = False, model: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """The prompt of an artifact on its base."""
+    from rlprompt.artifacts.format import read_artifact_info
+    from rlprompt.policy import open_policy
+    from rlprompt.serving.loaded import Model, artifact_folder, base_of_artifact
+
+    folder = artifact_folder(path)
+    base = base_of_artifact(read_artifact_info(folder), folder, model, trust_remote_code)
+    return Model(open_policy(base)).load(folder, force=force)
 
 
 def _asked(messages: Sequence[ChatMessage]) -> _Asked:
