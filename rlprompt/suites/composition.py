@@ -169,7 +169,7 @@ def dialogue(
         engine: engine that draws for both sides.
         prompt: prompt of the assistant; the user is the base without one.
         queries: queries that the conversations begin with.
-        settings: which turns are kept, and who the user is.
+        settings: the turns that are kept, and who the user is.
         sampling: how the assistant's answers are drawn.
         seed: seed of all draws.
         progress: function that is called with tokens drawn and their limit.
