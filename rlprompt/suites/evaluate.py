@@ -19,6 +19,7 @@ from rlprompt.certify.comparison import Scores
 from rlprompt.engines.base import Engine
 from rlprompt.engines.make import make_engine
 from rlprompt.engines.sampling import SamplingSettings
+from rlprompt.errors import InputError
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.text import NonePrompt, TextPrompt
@@ -170,6 +171,8 @@ class SuiteRun:
             except NotApplicableError as error:
                 left_out.append(f"situation {situation.label}: {error}")
                 continue
+            except InputError as error:
+                raise InputError(f"situation {situation.label}: {error}") from error
             drawn += [(label, own[label], others[label]) for label in own]
         num_compared = max(1, len(drawn) * len(names))
         rows = []
@@ -330,7 +333,10 @@ class SuiteRun:
             self._say(f"{_who(prompt)}, {measure.label}")
             ground = self._ground
             bench = Bench(ground.policy, ground.engine, ground.sampling, self._suite.seed)
-            found = measure.measure(bench, prompt, about)
+            try:
+                found = measure.measure(bench, prompt, about)
+            except InputError as error:
+                raise InputError(f"measure {measure.label}: {error}") from error
             rows = [
                 {k: _cut(v) if isinstance(v, str) else v for k, v in row.items()}
                 for row in found.rows

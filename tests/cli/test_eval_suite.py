@@ -205,3 +205,14 @@ def test_a_gate_on_what_was_not_measured_is_an_error(finished: Path, tmp_path: P
     shown = rlprompt("eval", finished, "--suite", suite, "--gate", gate, "-o", tmp_path / "out")
     assert shown.code == 2
     assert "the gate limits 'nothing/here', which this suite did not measure" in shown.err
+
+
+def test_an_error_names_its_situation(finished: Path, tmp_path: Path) -> None:
+    situations = [{"type": "long_context", "words": 900}]
+    suite = written(
+        tmp_path / "s.yaml",
+        {"name": "s", "queries": 2, "max_tokens": 3, "situations": situations},
+    )
+    shown = rlprompt("eval", finished, "--suite", suite, "--output", tmp_path / "out")
+    assert shown.code == 2
+    assert "error: situation long_context: " in shown.err and "positions" in shown.err
