@@ -454,7 +454,7 @@ def evaluate(
 ) -> None:
     """Print held-out rewards of a prompt as JSON, with those of base and hand-written prompt.
 
-    With --suite or --gate, write evaluation.json and evaluation.html; see docs/evaluation.md.
+    With --suite or --gate, write evaluation.json and suite.html; see docs/evaluation.md.
     """
     given = list(arguments or [])
     if suite is not None or gate is not None:

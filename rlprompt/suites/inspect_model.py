@@ -1,4 +1,4 @@
-"""A learned prompt as a model of Inspect: `inspect eval task.py --model rlprompt/PATH`.
+"""A learned prompt as a model of Inspect: `inspect eval FILE.py --model=rlprompt/PATH`.
 
 Inspect finds this module by the entry point `inspect_ai` of the package. PATH is the folder of an
 artifact or of a run; `-M force=true`, `-M model=NAME` and `-M trust_remote_code=true` are those of

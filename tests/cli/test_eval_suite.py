@@ -116,7 +116,7 @@ def test_the_numbers_are_all_there(both: tuple[Shown, Path]) -> None:
 
 
 def test_the_page_stands_alone_and_is_escaped(both: tuple[Shown, Path]) -> None:
-    page = (both[1] / "evaluation.html").read_text()
+    page = (both[1] / "suite.html").read_text()
     assert "<script" not in page and "&lt;script&gt;" in page
     assert not re.search(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//""", page)
     assert page.count("<svg") >= 2

@@ -1,4 +1,4 @@
-"""`inspect eval --model rlprompt/PATH`, run for real where inspect-ai is installed.
+"""`inspect eval --model=rlprompt/PATH`, run for real where inspect-ai is installed.
 
 It may be installed in an environment of its own (its pins are many): name that environment's Python
 as RLPROMPT_INSPECT_PYTHON. The entry point is given by hand, as an installed rlprompt would.

@@ -45,7 +45,7 @@ class SuiteOptions:
 
 
 def run_suite(artifacts: Sequence[Path], options: SuiteOptions) -> int:
-    """Evaluate artifacts with a suite; writes evaluation.json and evaluation.html.
+    """Evaluate artifacts with a suite; writes evaluation.json and suite.html.
 
     Args:
         artifacts: folders of artifacts or runs; none = the recipe's prompt before training.
@@ -102,7 +102,7 @@ def run_suite(artifacts: Sequence[Path], options: SuiteOptions) -> int:
 def _write(report: Mapping[str, Any], output: Path) -> None:
     try:
         write_atomic(output / "evaluation.json", to_json(report, indent=1) + "\n")
-        write_suite_page(report, output / "evaluation.html")
+        write_suite_page(report, output / "suite.html")
     except OSError as error:
         raise InputError(
             f"'{output}' cannot be written ({error.strerror}); name a folder that can"
@@ -194,7 +194,7 @@ def _tell(report: Mapping[str, Any], output: Path) -> None:
                 f"  {'ok' if each['passes'] else 'no'}: {visible(each['sentence'])}"
                 for each in own["checks"]
             ]
-    lines.append(f"wrote {output / 'evaluation.json'} and {output / 'evaluation.html'}")
+    lines.append(f"wrote {output / 'evaluation.json'} and {output / 'suite.html'}")
     sys.stdout.write("\n".join(lines) + "\n")
 
 
