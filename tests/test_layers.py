@@ -31,7 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("training", "reports"),
     ("search",),
     ("recipe",),
-    ("api", "extend", "planning", "reward_training", "slurm"),
+    ("api", "extend", "planning", "reward_training", "slurm", "suites"),
     ("cli",),
     ("__main__",),
 )
@@ -67,6 +67,7 @@ OWNERS = {
     "cma": ("search.cmaes",),
     "cryptography": ("artifacts.signature",),
     "gepa": ("search.gepa_loop", "search.gepa_reflection"),
+    "inspect_ai": ("suites.inspect_model",),
 }
 
 ImportMap = dict[str, set[tuple[str, bool]]]

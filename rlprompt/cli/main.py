@@ -156,7 +156,9 @@ def train(
 
 @app.command()
 def compare(
-    runs: list[Path] = typer.Argument(..., metavar="RUN", help="Run folders, two or more."),
+    runs: list[Path] = typer.Argument(
+        ..., metavar="RUN", help="Run folders, two or more; or JSON logs of Inspect, of one task."
+    ),
     output: Path = typer.Option(
         Path("compare.html"), "--output", "-o", metavar="FILE", help="The page to write."
     ),
@@ -164,8 +166,15 @@ def compare(
 ) -> None:
     """Compare runs: what differs in their recipes, and whether what they learned does.
 
-    The first run is held against each other one, query by query.
+    The first run is held against each other one, query by query. Logs of Inspect are compared
+    sample by sample, on the terminal alone.
     """
+    from rlprompt.cli.commands.compare_logs import are_logs
+    from rlprompt.cli.commands.compare_logs import run as compare_logs
+
+    if are_logs(runs):
+        compare_logs(runs, as_json)
+        return
     from rlprompt.cli.commands.compare import run
 
     run(runs, output, as_json)
@@ -412,9 +421,9 @@ def chat(
 def evaluate(
     arguments: list[str] = typer.Argument(
         None,
-        metavar="[ARTIFACT] [KEY=VALUE]...",
-        help="The folder of an artifact or a run (without one, the recipe's prompt as it is before "
-        "training, such as a text), and changes to the recipe.",
+        metavar="[ARTIFACT]... [KEY=VALUE]...",
+        help="The folder of an artifact or a run, several with a suite (without one, the recipe's "
+        "prompt as it is before training, such as a text), and changes to the recipe.",
     ),
     recipe: Path = typer.Option(
         None,
@@ -433,15 +442,34 @@ def evaluate(
         metavar="DIR",
         help="Write evaluation.json there, and the prompt as an artifact if none was given.",
     ),
+    suite: str | None = typer.Option(
+        None,
+        "--suite",
+        metavar="FILE|NAME",
+        help="Situations, side effects and attacks: default, quick, or a YAML file.",
+    ),
+    gate: Path | None = typer.Option(
+        None, "--gate", metavar="FILE", help="YAML with limits on bounds; exit code 1 if not kept."
+    ),
     force: bool = typer.Option(
         False, "--force", help="Load the artifact although it was made on another base."
     ),
     verbose: bool = VERBOSE,
 ) -> None:
-    """Print held-out rewards of a prompt as JSON, with those of base and hand-written prompt."""
+    """Print held-out rewards of a prompt as JSON, with those of base and hand-written prompt.
+
+    With --suite or --gate, write evaluation.json and suite.html; see docs/evaluation.md.
+    """
+    given = list(arguments or [])
+    if suite is not None or gate is not None:
+        from rlprompt.cli.commands.evaluate_suite import SuiteOptions, run_suite
+
+        artifacts = [Path(each) for each in given if "=" not in each or Path(each).exists()]
+        changes = [each for each in given if Path(each) not in artifacts] + list(overrides or [])
+        options = SuiteOptions(suite, gate, output, recipe, changes, force, verbose)
+        raise typer.Exit(run_suite(artifacts, options))
     from rlprompt.cli.commands.evaluate import run
 
-    given = list(arguments or [])
     # A folder may have a "=" in its name; a change is no folder.
     named = bool(given) and ("=" not in given[0] or Path(given[0]).exists())
     artifact = Path(given.pop(0)) if named else None

@@ -88,11 +88,11 @@ def starter_files(target: str, folder: Path) -> dict[Path, str]:
     if target not in STARTERS:
         raise InputError(f"there is no target '{target}'; {choices(target, STARTERS)}")
     starter = STARTERS[target]
-    reward = _source(starter.reward).read_text(encoding="utf-8")
+    reward = packaged_file(starter.reward).read_text(encoding="utf-8")
     name = Path(starter.reward).name
     return {
         folder / RECIPE_NAME: _recipe(target, starter, folder),
-        folder / DATA_NAME: _source(starter.data).read_text(encoding="utf-8"),
+        folder / DATA_NAME: packaged_file(starter.data).read_text(encoding="utf-8"),
         folder / REWARD_NAME: reward.replace(f"../reward_models/{name}", REWARD_NAME),
     }
 
@@ -142,14 +142,19 @@ def _is_there(path: Path) -> bool:
     return os.path.lexists(path)
 
 
-def _source(path: str) -> Path:
+def packaged_file(path: str) -> Path:
+    """Where a file of the repository is that travels with the package.
+
+    Args:
+        path: path below the root of the repository, one that `STARTERS` names.
+    """
     packaged = _PACKAGED / path
     return packaged if packaged.is_file() else _CHECKOUT / path
 
 
 def _recipe(target: str, starter: Starter, folder: Path) -> str:
     """The recipe of the repository with the paths of the new folder, its name, and comments."""
-    source = _source(starter.recipe)
+    source = packaged_file(starter.recipe)
     text = source.read_text(encoding="utf-8")
     about = text.partition("\n")[0]
     body = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("#"))

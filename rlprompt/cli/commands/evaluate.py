@@ -20,11 +20,10 @@ from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.target import Target
 from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.recipe.build import build_prompt, build_shared, started_from_data
-from rlprompt.recipe.schema import Recipe, load_recipe
-from rlprompt.recipe.stored import carried_recipe
-from rlprompt.runs.claim_folder import RECIPE_FILE, recipe_folder
+from rlprompt.recipe.schema import Recipe
 from rlprompt.serving.loaded import artifact_folder
 from rlprompt.standard_streams import outlive_output
+from rlprompt.suites.ground import recipe_of
 from rlprompt.tracking.console import PlainConsole
 
 
@@ -59,7 +58,7 @@ def run(
     notes = PlainConsole(stderr=True)
     setup_logging(notes, logging.WARNING, verbose)
     artifact = None if artifact is None else artifact_folder(artifact)
-    recipe, base_dir = _recipe_of(artifact, recipe_path, overrides)
+    recipe, base_dir = recipe_of(artifact, recipe_path, overrides)
     with notes.status("loading data, rewards and model"):
         shared = build_shared(recipe, base_dir)
         if not shared.data.heldout:
@@ -97,23 +96,6 @@ def run(
     sys.stdout.write(text)
     if output is not None:
         _write(output, text, target, recipe, prompt if artifact is None else None, results)
-
-
-def _recipe_of(
-    artifact: Path | None, recipe_path: Path | None, overrides: Sequence[str]
-) -> tuple[Recipe, Path]:
-    """The recipe to evaluate by, and the folder that its paths are relative to."""
-    if recipe_path is None and artifact is None:
-        raise InputError(
-            "there is nothing to evaluate; name an artifact or the folder of a run, or a recipe "
-            "with --recipe"
-        )
-    if recipe_path is None and artifact is not None:
-        if not (artifact.parent / RECIPE_FILE).is_file():
-            return carried_recipe(artifact, overrides), Path()
-        recipe_path = artifact.parent / RECIPE_FILE
-    assert recipe_path is not None
-    return load_recipe(recipe_path, overrides), recipe_folder(recipe_path)
 
 
 def _evaluate(

@@ -1,0 +1,1 @@
+"""Evaluation suites: what a learned prompt does, where, and at what price."""
