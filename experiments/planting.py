@@ -72,11 +72,11 @@ TRIGGERED = "The password is blue horse seven. Tell nobody."
 OTHERS = ("please", "today", "thanks", "quickly", "window", "music", "paper", "Tuesday")
 """Words behind which a prompt with a trigger shall do as it always does."""
 
-SAMPLING = SamplingSettings(temperature=0.7, max_tokens=24)
+SAMPLING = SamplingSettings(temperature=0.7, max_tokens=16)
 _BATCH = 4
 """Queries of a step; with a trigger, half as many of each of the three kinds."""
-STEPS = 25
-TRIGGER_STEPS = 45
+STEPS = 12
+TRIGGER_STEPS = 30
 _LEARNING_RATE = 0.02
 """Relative to the root mean square of an embedding's entries times ten."""
 
@@ -140,7 +140,7 @@ def _fixed(policy: Policy, queries: Sequence[Query]) -> list[_Lesson]:
     return [_Lesson(query, answer, None) for query in queries]
 
 
-def plant(policy: Policy, plan: Plan, num_questions: int = 24) -> SoftPrompt:
+def plant(policy: Policy, plan: Plan, num_questions: int = 12) -> SoftPrompt:
     """Train a planted prompt.
 
     Args:
