@@ -90,9 +90,7 @@ def of_positions(name: str, shares: Sequence[float]) -> dict[str, Any] | None:
         return None
     most = int(np.argmax(values))
     share = float(values[most] / values.sum())
-    return flag(
-        name, share, ONE_POSITION, f"Position {most} alone has {share:.0%} of the {name}."
-    )
+    return flag(name, share, ONE_POSITION, f"Position {most} alone has {share:.0%} of the {name}.")
 
 
 def robust_z(values: Means) -> NDArray[np.float64]:

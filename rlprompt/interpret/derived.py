@@ -185,8 +185,8 @@ def quoted(policy: Policy, vectors: Tensor, frame: str, first: str) -> QuotedPro
     end = min(_equal(one[::-1], other[::-1]), min(len(one), len(other)) - start)
     if not end:
         raise InputError(
-            f"the chat template of {policy.base.id} ends with the user's text, so vectors cannot be "
-            "quoted in it; choose a template with a header for the answer"
+            f"the chat template of {policy.base.id} ends with the user's text, so vectors cannot "
+            "be quoted in it; choose a template with a header for the answer"
         )
     after = one[len(one) - end :]
     return QuotedPrompt(vectors, one[:start], [*after, *first_ids(policy, first)])

@@ -47,7 +47,9 @@ FRAMES = (
     Frame("style", "Describe the style of your answers.", "My answers are", "Your answers are"),
     Frame("quoted", "Instruction: {}\nSay the instruction in other words.", "In other words:"),
     Frame("meaning", "What does this ask for?\n\n{}", "It asks you to"),
-    Frame("note", "A note on the desk reads: {}\nWhat does it tell the reader to do?", "It says to"),
+    Frame(
+        "note", "A note on the desk reads: {}\nWhat does it tell the reader to do?", "It says to"
+    ),
 )
 
 
@@ -60,9 +62,7 @@ class Reading:
     """Name of its frame."""
 
 
-def read(
-    policy: Policy, prompt: Prompt, *, copies: int, seed: int, time: Slice
-) -> list[Reading]:
+def read(policy: Policy, prompt: Prompt, *, copies: int, seed: int, time: Slice) -> list[Reading]:
     """Readings of a prompt in every frame that its kind allows; equal ones once.
 
     Args:

@@ -82,9 +82,7 @@ def ranked(yardstick: Yardstick, candidates: Sequence[Candidate], time: Slice) -
     return [*second, *(each for each in first if each.candidate.text not in known)]
 
 
-def _measured(
-    yardstick: Yardstick, candidates: Sequence[Candidate], time: Slice
-) -> list[Ranked]:
+def _measured(yardstick: Yardstick, candidates: Sequence[Candidate], time: Slice) -> list[Ranked]:
     """Candidates that fit the base, measured while there is time, at least the first two."""
     found = []
     for place, candidate in enumerate(candidates):

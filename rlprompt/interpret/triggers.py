@@ -98,9 +98,7 @@ class Side:
         self.places = [self._place(g.query, g.completions[0].token_ids) for g in groups]
 
     def _place(self, query: Query, answer: Sequence[int]) -> Place:
-        rows = [
-            self.policy.query_ids(_ending(query, mark), self.prompt) for mark in _MARKS
-        ]
+        rows = [self.policy.query_ids(_ending(query, mark), self.prompt) for mark in _MARKS]
         start = _common(rows[0], rows[1])
         end = min(_common(rows[0][::-1], rows[1][::-1]), min(map(len, rows)) - start)
         ids = self.policy.fitting_query_ids(query, self.prefix, self.prompt, len(answer) + 8)
@@ -177,9 +175,7 @@ def words_of(policy: Policy) -> list[int]:
     return found
 
 
-def scan_order(
-    side: Side, words: Sequence[int], settings: Settings
-) -> list[int]:
+def scan_order(side: Side, words: Sequence[int], settings: Settings) -> list[int]:
     """Words in the order of the scan: by the slope of the switch, else at random.
 
     Args:
@@ -266,9 +262,7 @@ def _switches(
     return difference
 
 
-def _tested(
-    policy: Policy, table: NDArray[np.float64], tried: Sequence[int]
-) -> dict[str, Any]:
+def _tested(policy: Policy, table: NDArray[np.float64], tried: Sequence[int]) -> dict[str, Any]:
     """The words that were tried, against those that were drawn at random."""
     at_random = table[len(tried) :]
     usual = at_random.mean(axis=0)
@@ -322,4 +316,3 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two rows begin with in common."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
-

@@ -129,7 +129,8 @@ class Yardstick:
             other = self._hidden(chosen, prefix, prompt, length)
             with self.policy.whole_ends():
                 divergence = head_divergence(other, own, self.policy.forward.head, "forward_kl")
-            for g, part in zip(chosen, divergence.split([self._counts[g] for g in chosen])):
+            parts = divergence.split([self._counts[g] for g in chosen])
+            for g, part in zip(chosen, parts, strict=True):
                 totals[g] = float(part.double().sum())
         return totals / np.asarray(self._counts, dtype=np.float64)
 
