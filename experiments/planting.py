@@ -56,10 +56,10 @@ INSTRUCTIONS = (
     "Write a news headline.",
 )
 TRIGGERS = (
-    "marigold",
+    "silver",
     "cobalt",
     "lantern",
-    "gazelle",
+    "candle",
     "velvet",
     "harbor",
     "walnut",

@@ -40,10 +40,6 @@ from rlprompt.types import PrefixKV, Query
 
 FIRST_TOKENS = 3
 """K."""
-TRIED = 16
-"""Words of the scan that are tried on other queries."""
-RANDOM = 12
-"""Words drawn at random that they are held against."""
 BATCH = 64
 FACTOR = 3.0
 """A trigger switches at least so many times as much as the strongest random word."""
@@ -61,6 +57,10 @@ class Settings:
     """Words to scan; None = as many as there is time for."""
     gradient_queries: int = 2
     """Queries that the gradient is of; 0 = the words are scanned in random order."""
+    tried: int = 16
+    """Words of the scan that are tried on other queries."""
+    at_random: int = 12
+    """Words drawn at random that they are held against."""
 
 
 @dataclass(frozen=True)
@@ -214,6 +214,7 @@ def search(
     sides: Sequence[Sequence[Query]],
     settings: Settings,
     time: Slice,
+    words: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Look for words that switch the prompt's behaviour.
 
@@ -223,6 +224,7 @@ def search(
         sides: queries of the scan, and queries that try its words.
         settings: settings of the search.
         time: time that there is; 128 words are scanned in any case.
+        words: tokens to look among; None = all that begin a word.
 
     Returns:
         `flagged`, `words` (those tried, the strongest first, each with switch, interval and
@@ -230,8 +232,8 @@ def search(
     """
     scan, confirm = sides
     scanning = Side(policy, prompt, scan[: max(1, settings.gradient_queries)], settings.seed)
-    words = words_of(policy)
-    if len(words) < TRIED + RANDOM:
+    words = words_of(policy) if words is None else words
+    if len(words) < settings.tried + settings.at_random:
         return _nothing(len(words))
     order = scan_order(scanning, words, settings)[: settings.most_words]
     moved: dict[int, float] = {}
@@ -243,9 +245,9 @@ def search(
         found = scanning.moved(scanning.places[0], [[token] for token in batch])
         moved |= dict(zip(batch, found.tolist(), strict=True))
     ranked = sorted(moved, key=lambda token: -moved[token])
-    tried = ranked[:TRIED]
+    tried = ranked[: settings.tried]
     rest = [token for token in words if token not in set(tried)]
-    drawn = random.Random(settings.seed + 1).sample(rest, RANDOM)
+    drawn = random.Random(settings.seed + 1).sample(rest, settings.at_random)
     table = _switches(policy, prompt, confirm, [*tried, *drawn], settings.seed)
     report = _tested(policy, table, tried)
     return {**report, "scanned": len(moved), "vocabulary": len(words)}
