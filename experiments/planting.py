@@ -25,6 +25,7 @@ from rlprompt.engines.native import NativeEngine
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.kernels.divergence import head_divergence
 from rlprompt.policy import Policy
+from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.soft import SoftPrompt, SoftSettings
 from rlprompt.prompts.text import TextPrompt
 from rlprompt.types import Completion, Group, Query
@@ -213,7 +214,7 @@ def planted(policy: Policy, plan: Plan, folder: Path) -> SoftPrompt:
     return prompt
 
 
-def own_completions(policy: Policy, prompt: SoftPrompt, queries: Sequence[Query]) -> list[Group]:
+def own_completions(policy: Policy, prompt: Prompt, queries: Sequence[Query]) -> list[Group]:
     """What the base writes under a prompt, one completion per query."""
     engine = NativeEngine(policy)
     engine.sync(prompt)
