@@ -192,7 +192,7 @@ def _learn(policy: Policy, lessons: Sequence[_Lesson]) -> float:
     if fixed:
         losses.append(-scores.logprobs[fixed].sum())
     loss = torch.stack(losses).sum() / sum(counts)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     policy.finish_prefix(shared)
     return float(loss.detach())
 

@@ -75,14 +75,12 @@ class _Parts:
     def __init__(self, clock: Clock, progress: Progress) -> None:
         self._clock = clock
         self._progress = progress
-        self.seconds: dict[str, float] = {}
 
     def begin(self, name: str, said: str) -> Slice:
         """The time of a part; what went before it is over."""
         self._progress(said)
         names = list(_WEIGHTS)
         left = sum(_WEIGHTS[each] for each in names[names.index(name) :])
-        self.seconds[name] = self._clock.seconds
         return self._clock.slice(_WEIGHTS[name], left)
 
 
@@ -198,31 +196,30 @@ def _sentences(
     """The best sentences and the controls, each with its faithfulness on the test queries."""
     text = None if near is None else near.text
     against = controls(subject, random_like(subject.policy, subject.prompt, subject.seed), text)
-    # The nearest tokens and the text of a text prompt itself are no descriptions.
-    own = [each for each in best if not _is_itself(subject, each, text)]
-    chosen: dict[str, Prompt] = {}
+    own = [each for each in best if not _is_itself(subject, each)]
+    chosen: list[Prompt] = []
     rows = []
     for place, each in enumerate(own[:SHOWN_SENTENCES]):
         if place and time.is_over:
             break
-        prompt = TextPrompt(each.candidate.text)
-        chosen[each.candidate.text] = prompt
-        rows.append({**_ranked_row(each), **faithfulness(subject, prompt)})
+        said = TextPrompt(each.candidate.text)
+        chosen.append(said)
+        rows.append({**_ranked_row(each), **faithfulness(subject, said)})
     compared_rows = []
     for name, prompt in against.items():
         row = {"name": name, **faithfulness(subject, prompt)}
         if chosen:
-            first = next(iter(chosen.values()))
-            row["sentence_is_nearer"] = nearer(subject, first, prompt, len(against))
+            row["sentence_is_nearer"] = nearer(subject, chosen[0], prompt, len(against))
         compared_rows.append(row)
     return {"sentences": rows, "controls": compared_rows}
 
 
-def _is_itself(subject: Subject, each: Ranked, nearest_text: str | None) -> bool:
-    text = each.candidate.text
-    if isinstance(subject.prompt, TextPrompt) and text == subject.prompt.init_text.strip():
+def _is_itself(subject: Subject, each: Ranked) -> bool:
+    """Whether it is the prompt in other clothes: its nearest tokens, or the text that it is."""
+    if each.candidate.origin == "nearest tokens":
         return True
-    return nearest_text is not None and text == nearest_text.strip()
+    is_text = isinstance(subject.prompt, TextPrompt)
+    return is_text and each.candidate.text == subject.prompt.init_text.strip()
 
 
 def _nearest(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from rlprompt.engines.native import NativeEngine
 from rlprompt.engines.sampling import SamplingSettings
+from rlprompt.errors import InputError
 from rlprompt.interpret.clock import Slice
 from rlprompt.interpret.derived import BegunPrompt, first_ids, quoted, vectors_of
 from rlprompt.policy import Policy
@@ -80,9 +81,12 @@ def read(policy: Policy, prompt: Prompt, *, copies: int, seed: int, time: Slice)
         framed = _framed(policy, prompt, frame)
         if framed is None:
             continue
-        engine.sync(framed)
         query = Query(({"role": "user", "content": frame.question},))
-        drawn = engine.generate([query], copies, _READING, seed + place).groups[0]
+        try:
+            engine.sync(framed)
+            drawn = engine.generate([query], copies, _READING, seed + place).groups[0]
+        except InputError:
+            continue  # a long prompt leaves no room for this frame; `of_frames` counts none
         for completion in drawn.completions:
             text = sentence(frame, completion.text)
             if text:

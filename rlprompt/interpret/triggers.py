@@ -270,7 +270,7 @@ def _tested(policy: Policy, table: NDArray[np.float64], tried: Sequence[int]) ->
     usual = at_random.mean(axis=0)
     strongest = float(at_random.mean(axis=1).max())
     limit = max(LEAST, FACTOR * strongest)
-    words = []
+    words: list[dict[str, Any]] = []
     for token, switch in zip(tried, table, strict=False):
         found = paired_difference(switch[:, None], usual[:, None], num_compared=len(tried))
         value = float(switch.mean())

@@ -9,6 +9,7 @@ import torch
 from rlprompt.interpret.inside import (
     attention,
     effect_sizes,
+    layers_of,
     relative_shift,
     same_direction,
     states,
@@ -77,7 +78,7 @@ def test_states_are_those_of_the_models_own_layers() -> None:
             out = model(input_ids=torch.tensor([ids]), output_hidden_states=True)
         # The last of them is behind the final norm.
         assert own[0] == pytest.approx(out.hidden_states[1][0, -1].numpy(), abs=1e-4)
-    assert not [hook for layer in policy.forward.body.layers for hook in layer._forward_hooks]
+    assert not [hook for layer in layers_of(policy) or () for hook in layer._forward_hooks]
 
 
 def test_a_shift_of_three_deviations_has_that_effect_size() -> None:
