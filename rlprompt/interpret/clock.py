@@ -13,7 +13,7 @@ class Slice:
         """Keep the end.
 
         Args:
-            until: end in seconds of `now`.
+            until: moment of the end, in seconds of `now`.
             now: clock in seconds.
         """
         self._until = until

@@ -57,7 +57,7 @@ def spans_of(num_positions: int, most: int = MOST_SPANS) -> list[list[int]]:
     """Positions as runs of equal length, but for one.
 
     Args:
-        num_positions: m.
+        num_positions: number of positions, m.
         most: largest number of runs.
     """
     count = min(num_positions, most)
@@ -69,7 +69,7 @@ def shapley(worth: Worth, num_players: int, seed: int, time: Slice) -> list[list
 
     Args:
         worth: the worth of a set of players, given in ascending order; met once for each set.
-        num_players: S.
+        num_players: number of players, S.
         seed: seed of the orders.
         time: time that there is; a pair of orders that was begun is finished.
     """
