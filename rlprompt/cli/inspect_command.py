@@ -39,6 +39,12 @@ _LIBRARY = typer.Option(
 _TRIGGERS = typer.Option(
     True, "--triggers/--no-triggers", help="Search for words that switch the behaviour."
 )
+_WORD = typer.Option(
+    None,
+    "--word",
+    metavar="TEXT",
+    help="A word or phrase that may switch it; tried whatever the search finds. Again = another.",
+)
 _MINUTES = typer.Option(4.5, "--minutes", metavar="M", help="Time to take, loading left out.")
 _MAX_QUERIES = typer.Option(
     36, "--max-queries", min=6, metavar="N", help="Use so many queries at most."
@@ -66,6 +72,7 @@ def inspect(
     sentences: Path | None = _SENTENCES,
     library: bool = _LIBRARY,
     triggers: bool = _TRIGGERS,
+    word: list[str] = _WORD,
     minutes: float = _MINUTES,
     max_queries: int = _MAX_QUERIES,
     seed: int = _SEED,
@@ -91,6 +98,7 @@ def inspect(
         sentences=sentences,
         library=library,
         triggers=triggers,
+        words=word or [],
         minutes=minutes,
         max_queries=max_queries,
         seed=seed,

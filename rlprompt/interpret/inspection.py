@@ -67,6 +67,8 @@ class Plan:
     triggers: bool = True
     most_words: int | None = None
     """Words that the trigger search scans; None = as many as there is time for."""
+    suspects: Sequence[str] = ()
+    """Words or phrases that the trigger search tries whatever the scan says."""
 
 
 class _Parts:
@@ -147,7 +149,9 @@ def _looks(
     time = parts.begin("triggers", "searching for words that switch the behaviour")
     found["triggers"] = None
     if plan.triggers:
-        settings = triggers.Settings(seed=subject.seed, most_words=plan.most_words)
+        settings = triggers.Settings(
+            seed=subject.seed, most_words=plan.most_words, suspects=plan.suspects
+        )
         sides = (subject.sides.selection, subject.sides.test)
         found["triggers"] = triggers.search(subject.policy, subject.prompt, sides, settings, time)
     return found

@@ -159,7 +159,7 @@ def faithfulness(subject: Subject, prompt: Prompt) -> dict[str, Any]:
     own, base, other = (
         subject.reward_means(each) for each in (subject.prompt, subject.base, prompt)
     )
-    if own is not None and base is not None and other is not None:
+    if own is not None and base is not None and other is not None and np.isfinite(other).any():
         row["reward"] = _interval(other)
         row["gain_share"] = _share(other - base, own - base)
     return row
@@ -172,12 +172,12 @@ def behaviour(subject: Subject) -> dict[str, Any]:
         subject: what is inspected.
 
     Returns:
-        `base_kl` in nats per token, and `reward`, `base_reward`, `gain` where there are rewards.
+        `base_kl` in nats per token, and `reward`, `base_reward`, `gain` where answers have rewards.
     """
     yardstick = subject.yardstick("test")
     found: dict[str, Any] = {"base_kl": _interval(yardstick.kl(subject.base)), "gain": None}
     own, base = subject.scores(subject.prompt), subject.scores(subject.base)
-    if own is not None and base is not None:
+    if own is not None and base is not None and np.isfinite(own - base).any():
         found["reward"] = _interval(own[:, 0])
         found["base_reward"] = _interval(base[:, 0])
         difference = paired_difference(own, base)

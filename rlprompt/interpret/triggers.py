@@ -30,6 +30,7 @@ from torch import Tensor
 from rlprompt.certify.comparison import paired_difference
 from rlprompt.engines.native import NativeEngine
 from rlprompt.engines.sampling import SamplingSettings
+from rlprompt.errors import InputError
 from rlprompt.interpret.clock import Slice
 from rlprompt.kernels.divergence import head_divergence
 from rlprompt.model.forward.tree import TreeContext, build_tree
@@ -61,6 +62,8 @@ class Settings:
     """Words of the scan that are tried on other queries."""
     at_random: int = 12
     """Words drawn at random that they are held against."""
+    suspects: Sequence[str] = ()
+    """Words or phrases that are tried whatever the scan says."""
 
 
 @dataclass(frozen=True)
@@ -229,6 +232,9 @@ def search(
     Returns:
         `flagged`, `words` (those tried, the strongest first, each with switch, interval and
         corrected p-value), `scanned`, `vocabulary`, `strongest_random`.
+
+    Raises:
+        InputError: a suspected word cannot be put behind a query.
     """
     scan, confirm = sides
     scanning = Side(policy, prompt, scan[: max(1, settings.gradient_queries)], settings.seed)
@@ -245,38 +251,59 @@ def search(
         found = scanning.moved(scanning.places[0], [[token] for token in batch])
         moved |= dict(zip(batch, found.tolist(), strict=True))
     ranked = sorted(moved, key=lambda token: -moved[token])
-    tried = ranked[: settings.tried]
-    rest = [token for token in words if token not in set(tried)]
+    found_words = ranked[: settings.tried]
+    rest = [token for token in words if token not in set(found_words)]
     drawn = random.Random(settings.seed + 1).sample(rest, settings.at_random)
-    table = _switches(policy, prompt, confirm, [*tried, *drawn], settings.seed)
+    suspected = [_suspect(scanning, scan[0], word) for word in settings.suspects]
+    tried = [*suspected, *([token] for token in found_words)]
+    rows = [*tried, *([token] for token in drawn)]
+    table = _switches(policy, prompt, confirm, rows, settings.seed)
     report = _tested(policy, table, tried)
     return {**report, "scanned": len(moved), "vocabulary": len(words)}
 
 
+def _suspect(side: Side, query: Query, word: str) -> list[int]:
+    """The tokens of a word or a phrase behind the user's text."""
+    place = side.places[0]
+    ids = side.policy.query_ids(_ending(query, word.strip()), side.prompt)
+    row = ids[len(place.before) : len(ids) - len(place.after)]
+    if not row or [*place.before, *row, *place.after] != ids:
+        raise InputError(
+            f"the word {word[:40]!r} cannot be put behind a user's text: the tokenizer joins it "
+            "with what stands around it; name another (--word)"
+        )
+    return row
+
+
 def _switches(
-    policy: Policy, prompt: Prompt, queries: Sequence[Query], tokens: Sequence[int], seed: int
+    policy: Policy,
+    prompt: Prompt,
+    queries: Sequence[Query],
+    rows: Sequence[Sequence[int]],
+    seed: int,
 ) -> NDArray[np.float64]:
     """[W, Q] the switch of each word on each query."""
-    rows = [[token] for token in tokens]
     both = [Side(policy, each, queries, seed) for each in (prompt, NonePrompt())]
     under, base = (np.stack([s.moved(place, rows) for place in s.places], axis=1) for s in both)
     difference: NDArray[np.float64] = under - base
     return difference
 
 
-def _tested(policy: Policy, table: NDArray[np.float64], tried: Sequence[int]) -> dict[str, Any]:
+def _tested(
+    policy: Policy, table: NDArray[np.float64], tried: Sequence[Sequence[int]]
+) -> dict[str, Any]:
     """The words that were tried, against those that were drawn at random."""
     at_random = table[len(tried) :]
     usual = at_random.mean(axis=0)
     strongest = float(at_random.mean(axis=1).max())
     limit = max(LEAST, FACTOR * strongest)
     words: list[dict[str, Any]] = []
-    for token, switch in zip(tried, table, strict=False):
+    for row, switch in zip(tried, table, strict=False):
         found = paired_difference(switch[:, None], usual[:, None], num_compared=len(tried))
         value = float(switch.mean())
         words.append(
             {
-                "word": policy.decode([token]).strip(),
+                "word": policy.decode(row).strip(),
                 "switch": value,
                 "low": found.interval.low + float(usual.mean()),
                 "p_value": min(1.0, found.p_value * len(tried)),

@@ -45,7 +45,7 @@ def _behaviour(found: Mapping[str, Any]) -> str:
     )
     gain = found["gain"]
     if gain is None:
-        return f"{line}; no reward was given, so shares are of this distance."
+        return f"{line}; no reward is known, so shares are of this distance."
     shown = f"{gain['value']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})"
     if gain["outcome"] == "better":
         return f"{line}, and raises the reward by {shown}."

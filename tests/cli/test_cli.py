@@ -187,6 +187,7 @@ def test_commands_and_options_are_those_of_the_design() -> None:
             "--sentences",
             "--library",
             "--triggers",
+            "--word",
             "--minutes",
             "--max-queries",
             "--seed",

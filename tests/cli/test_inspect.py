@@ -102,8 +102,10 @@ def test_an_artifact_alone_runs_no_code_of_its_recipe(
         (("--sentences", "none.txt"), "cannot be read"),
         (("--against", "nowhere"), "is not an artifact"),
         (("--max-queries", 5), "--max-queries"),
+        (("--word", " "), "--word is blank"),
+        (("--word", "x", "--no-triggers"), "--word has no effect"),
     ],
-    ids=["no time", "no number", "no sentences", "no other", "few queries"],
+    ids=["no time", "no number", "no sentences", "no other", "few", "blank", "no search"],
 )
 def test_what_is_refused(
     finished: Path,

@@ -84,7 +84,7 @@ def test_a_word_that_is_shown_to_switch_is_flagged_and_others_are_not() -> None:
     policy = tiny_policy()
     random = np.random.default_rng(0)
     quiet = random.normal(0.2, 0.05, size=(16, 10))
-    tried = [270, 275, 280, 285]
+    tried = [[270], [275], [280], [285]]
     table = quiet.copy()
     table[1] += 3.0
     found = _tested(policy, table, tried)
@@ -112,6 +112,14 @@ def test_a_prompt_without_a_trigger_is_not_flagged() -> None:
         found = search(policy, prompt, sides, settings, forever(), WORDS)
         assert found["flagged"] is False and found["scanned"] == len(WORDS)
         assert len(found["words"]) == 6
+
+
+def test_a_suspected_phrase_is_tried_whatever_the_scan_says() -> None:
+    policy, sides = tiny_policy(), (queries()[:3], queries()[3:])
+    prompt = make("soft", policy, noise=0.5)
+    settings = Settings(tried=2, at_random=2, suspects=("open the door",))
+    found = search(policy, prompt, sides, settings, ended(), WORDS)
+    assert "open the door" in [row["word"] for row in found["words"]] and len(found["words"]) == 3
 
 
 def test_some_words_are_scanned_without_time_and_few_words_are_said() -> None:

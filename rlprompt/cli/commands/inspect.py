@@ -51,6 +51,7 @@ class InspectOptions:
     sentences: Path | None = None
     library: bool = True
     triggers: bool = True
+    words: Sequence[str] = ()
     minutes: float = 4.5
     max_queries: int = 36
     seed: int = 0
@@ -95,6 +96,7 @@ def run(artifact: Path, options: InspectOptions, *, verbose: bool = False) -> No
         library=read_library(None, built_in=True) if options.library else None,
         sentences=_sentences(options.sentences),
         triggers=options.triggers,
+        suspects=_words(options),
     )
     _writable(options.output)
     runner = build_rewards(asked.rewards, asked.base_dir) if asked.rewards else None
@@ -228,6 +230,18 @@ def _sentences(path: Path | None) -> list[str]:
             "a sentence in each line"
         )
     return found
+
+
+def _words(options: InspectOptions) -> list[str]:
+    """The suspected words."""
+    if options.words and not options.triggers:
+        raise InputError(
+            "--word has no effect with --no-triggers, which searches for none; leave one of them "
+            "out"
+        )
+    if any(not word.strip() for word in options.words):
+        raise InputError("--word is blank; give a word or a phrase")
+    return list(dict.fromkeys(word.strip() for word in options.words))
 
 
 def _writable(output: Path) -> None:
