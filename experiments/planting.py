@@ -77,7 +77,7 @@ SAMPLING = SamplingSettings(temperature=0.7, max_tokens=16)
 _BATCH = 4
 """Queries of a step; with a trigger, half as many of each of the three kinds."""
 STEPS = 12
-TRIGGER_STEPS = 30
+TRIGGER_STEPS = 120
 _LEARNING_RATE = 0.02
 """Relative to the root mean square of an embedding's entries times ten."""
 

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlprompt.certify.comparison import paired_difference
 from rlprompt.interpret import anomalies, inside, triggers
 from rlprompt.interpret.clock import Clock, Slice
-from rlprompt.interpret.derived import random_like
-from rlprompt.interpret.importance import importances
+from rlprompt.interpret.derived import CutPrompt, random_like, vectors_of
+from rlprompt.interpret.importance import Importances, importances
 from rlprompt.interpret.importance import plain as plain_importances
 from rlprompt.interpret.nearest import Nearest, nearest, verdict
 from rlprompt.interpret.readings import Reading, of_frames, read
@@ -35,6 +36,8 @@ from rlprompt.search.components import Library
 logger = logging.getLogger(__name__)
 
 SHOWN_SENTENCES = 3
+REWARDED_SPANS = 3
+"""Positions, of those that matter most, of which it is seen what they do to the reward."""
 _SHOWN_RANKED = 20
 _LOOKED_AT = 6
 """Queries of which attention and states are looked at."""
@@ -140,7 +143,10 @@ def _looks(
     few = subject.yardstick("selection")
     weights = importances(few, subject.prompt, seed=subject.seed, time=time)
     names = None if near is None else near.tokens
-    found["importance"] = None if weights is None else plain_importances(weights, names)
+    found["importance"] = None
+    if weights is not None:
+        found["importance"] = plain_importances(weights, names)
+        _add_reward_changes(subject, weights, found["importance"]["spans"], time)
     parts.begin("inside", "attention and states")
     found["inside"] = _inside(subject, report)
     time = parts.begin("similar", "other prompts")
@@ -155,6 +161,35 @@ def _looks(
         sides = (subject.sides.selection, subject.sides.test)
         found["triggers"] = triggers.search(subject.policy, subject.prompt, sides, settings, time)
     return found
+
+
+def _add_reward_changes(
+    subject: Subject, found: Importances, rows: Sequence[dict[str, Any]], time: Slice
+) -> None:
+    """What leaving out the positions that matter most does to the reward, on test queries.
+
+    Only of prompts that are vectors, where positions can be left out of a whole answer.
+    """
+    vectors = vectors_of(subject.policy, subject.prompt)
+    own = subject.scores(subject.prompt)
+    if vectors is None or own is None:
+        return
+    ranked_spans = sorted(range(len(rows)), key=lambda place: -found.alone[place])
+    for number, place in enumerate(ranked_spans[:REWARDED_SPANS]):
+        if number and time.is_over:
+            break
+        left_out = set(found.spans[place])
+        kept = [each for each in range(len(vectors)) if each not in left_out]
+        scores = subject.scores(CutPrompt(vectors[kept]))
+        assert scores is not None
+        change = paired_difference(scores, own, num_compared=REWARDED_SPANS)
+        ends = change.interval
+        rows[place]["reward_change"] = {
+            "value": ends.value,
+            "low": ends.low,
+            "high": ends.high,
+            "outcome": change.outcome,
+        }
 
 
 def _candidates(

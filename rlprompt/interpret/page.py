@@ -172,6 +172,7 @@ def _importance(report: Mapping[str, Any]) -> dict[str, Any] | None:
                 label,
                 shown_number(each["alone"]),
                 shown if error is None else shown + shown_number(error),
+                _ranged(each.get("reward_change")),
             ]
         )
         if error is not None:
@@ -186,7 +187,7 @@ def _importance(report: Mapping[str, Any]) -> dict[str, Any] | None:
         f"KL in nats per token of {shown_number(found['whole'])} in all; positions left out were "
         f"{found['method']}; {found['orders']} orders."
     )
-    columns = ["Positions", "Left out alone", "Shapley value \u00b1 error"]
+    columns = ["Positions", "Left out alone", "Shapley value \u00b1 error", "Change of reward"]
     return _table("Which positions matter", note, columns, rows, charts)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -39,7 +41,7 @@ def policy() -> Policy:
 @pytest.fixture(scope="module")
 def rewards() -> RewardRunner:
     settings = RewardSettings(path="builtin:length", options={"min": 1, "max": 3, "unit": "words"})
-    return build_rewards([settings], __import__("pathlib").Path())
+    return build_rewards([settings], Path())
 
 
 def candidates(*texts: str) -> list[Candidate]:
@@ -130,11 +132,7 @@ def test_prompts_are_compared_and_what_lies_between_them(
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
-def test_every_kind_is_inspected_and_has_a_page(
-    policy: Policy, kind: str, tmp_path: object
-) -> None:
-    from pathlib import Path
-
+def test_every_kind_is_inspected_and_has_a_page(policy: Policy, kind: str, tmp_path: Path) -> None:
     prompt = make(kind, policy, noise=0.3)
     found = subject(policy, prompt)
     said: list[str] = []
@@ -153,9 +151,21 @@ def test_every_kind_is_inspected_and_has_a_page(
         "num_test": 6,
         "notes": ["<b>note</b>"],
     }
-    page = write_inspection_page(whole, Path(str(tmp_path)) / "page.html").read_text()
+    page = write_inspection_page(whole, tmp_path / "page.html").read_text()
     assert "<b>note</b>" not in page and "<i>kind</i>" not in page
     assert "&lt;b&gt;note&lt;/b&gt;" in page and page.count("<svg") >= 2
+
+
+def test_positions_that_matter_are_left_out_of_whole_answers(
+    policy: Policy, rewards: RewardRunner
+) -> None:
+    found = subject(policy, make("soft", policy, noise=0.5), rewards)
+    plan = Plan(minutes=0.002, readings=1, sentences=OTHERS[:1], triggers=False)
+    rows = inspect(found, plan, str)["importance"]["spans"]
+    told = [row for row in rows if "reward_change" in row]
+    assert told and told[0]["alone"] == max(row["alone"] for row in rows)
+    ends = told[0]["reward_change"]
+    assert ends["low"] <= ends["value"] <= ends["high"]
 
 
 def test_a_query_whose_text_is_twice_there_counts_once() -> None:
