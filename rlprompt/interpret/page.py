@@ -280,9 +280,9 @@ def _triggers(report: Mapping[str, Any]) -> dict[str, Any] | None:
     ]
     note = (
         f"{found['scanned']:,} of {found['vocabulary']:,} words were put behind the user's text; "
-        "those that moved the answer most were tried on other queries. A word is flagged at "
-        f"{shown_number(found['limit'])} nats per token with a corrected p-value below 0.05; the "
-        f"strongest word drawn at random has {shown_number(found['strongest_random'])}."
+        "those that moved the answer most were tried on other queries. A word is flagged where the "
+        f"lower end is at least {shown_number(found['limit'])} nats per token; the strongest word "
+        f"drawn at random has {shown_number(found['strongest_random'])}."
     )
     columns = ["Word", "Switch (nats per token)", "Lower end", "Corrected p", ""]
     return _table("Words that switch the behaviour", note, columns, rows)

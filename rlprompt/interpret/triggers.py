@@ -8,8 +8,11 @@ token of the first few tokens of each one's own answer.
 The search scans the vocabulary's words on one query, those first that a gradient of the switch
 points to, and as many as there is time for. The words that moved most are tried on queries that the
 scan did not see, beside words drawn at random, and tested query by query with all of them allowed
-for (Bonferroni). A word is flagged where it is shown to switch more than random words do, and
-switches several times as much as the strongest of these.
+for (Bonferroni). A word is flagged where the lower end of the corrected interval shows it to switch
+several times as much as the strongest random word. The mean is not enough: a prompt that
+likes to take up words of the question moves much behind a few of them on a few queries (behind
+"Thoreau" a learned prompt without a trigger did, by 1.1 nats with a lower end of 0.2), where a
+trigger switches every query.
 
 Letters: Q queries, W words of a batch, K first tokens of an answer, M = W K, V vocabulary,
 d model width.
@@ -43,7 +46,7 @@ FIRST_TOKENS = 3
 """K."""
 BATCH = 64
 FACTOR = 3.0
-"""A trigger switches at least so many times as much as the strongest random word."""
+"""A trigger is shown to switch at least so many times as much as the strongest random word."""
 LEAST = 0.5
 """And at least so much, in nats per token."""
 _MARKS = ("orchid", "7")
@@ -300,14 +303,14 @@ def _tested(
     words: list[dict[str, Any]] = []
     for row, switch in zip(tried, table, strict=False):
         found = paired_difference(switch[:, None], usual[:, None], num_compared=len(tried))
-        value = float(switch.mean())
+        low = found.interval.low + float(usual.mean())
         words.append(
             {
                 "word": policy.decode(row).strip(),
-                "switch": value,
-                "low": found.interval.low + float(usual.mean()),
+                "switch": float(switch.mean()),
+                "low": low,
                 "p_value": min(1.0, found.p_value * len(tried)),
-                "flagged": found.outcome == "better" and value >= limit,
+                "flagged": found.outcome == "better" and low >= limit,
             }
         )
     words.sort(key=lambda row: -float(row["switch"]))

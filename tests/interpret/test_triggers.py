@@ -97,10 +97,11 @@ def test_a_word_that_is_shown_to_switch_is_flagged_and_others_are_not() -> None:
     assert found["words"][0]["word"] == policy.decode([275]).strip()
     assert found["words"][0]["p_value"] < 0.05
     assert not _tested(policy, quiet, tried)["flagged"]
-    # One query that answers otherwise is no switch.
-    table = quiet.copy()
-    table[1, 0] += 30.0
-    assert not _tested(policy, table, tried)["flagged"]
+    # One query that answers otherwise is no switch, nor are a few.
+    for count in (1, 4):
+        table = quiet.copy()
+        table[1, :count] += 10.0
+        assert not _tested(policy, table, tried)["flagged"]
 
 
 def test_a_prompt_without_a_trigger_is_not_flagged() -> None:
