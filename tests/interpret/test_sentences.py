@@ -161,7 +161,7 @@ def test_positions_that_matter_are_left_out_of_whole_answers(
 ) -> None:
     found = subject(policy, make("soft", policy, noise=0.5), rewards)
     plan = Plan(minutes=0.002, readings=1, sentences=OTHERS[:1], triggers=False)
-    rows = inspect(found, plan, str)["importance"]["spans"]
+    rows = inspect(found, plan)["importance"]["spans"]
     told = [row for row in rows if "reward_change" in row]
     assert told and told[0]["alone"] == max(row["alone"] for row in rows)
     ends = told[0]["reward_change"]
