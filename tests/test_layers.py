@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("runs",),
     ("training", "reports"),
     ("search",),
-    ("recipe",),
+    ("interpret", "recipe"),
     ("api", "extend", "planning", "reward_training", "slurm", "suites"),
     ("cli",),
     ("__main__",),

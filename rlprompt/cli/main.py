@@ -18,6 +18,7 @@ from rlprompt import __version__
 from rlprompt.cli.artifact_app import artifact_app
 from rlprompt.cli.certify_command import certify
 from rlprompt.cli.export_command import export
+from rlprompt.cli.inspect_command import inspect
 from rlprompt.cli.registry_app import registry_app
 from rlprompt.cli.reward_app import CONTEXT, VERBOSE, reward_app
 from rlprompt.errors import InputError, machine_fault
@@ -44,6 +45,7 @@ app.add_typer(registry_app, name="registry")
 app.add_typer(artifact_app, name="artifact")
 app.command()(certify)
 app.command()(export)
+app.command()(inspect)
 
 _JSON = typer.Option(False, "--json", help="Print JSON.")
 _STOP_EXIT_CODE = typer.Option(
