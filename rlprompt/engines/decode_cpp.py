@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlprompt.engines.cache import DecodeCache
+from rlprompt.engines.cache import StepCache
 from rlprompt.kernels.cpu.product import MOST_ROWS
 from rlprompt.model.cpu.fused_modules import FusedAttention, FusedMLP, FusedNorm
 from rlprompt.model.cpu.low_rank import side_by_side
@@ -88,7 +88,7 @@ class CppDecoder:
         return self._store
 
     def hidden(
-        self, tokens: Tensor, cache: DecodeCache, kept: StepProducts | None = None
+        self, tokens: Tensor, cache: StepCache, kept: StepProducts | None = None
     ) -> Tensor:
         """Final hidden states [B, d] of one new token per row; writes the cache's next column.
 
@@ -153,8 +153,8 @@ def cpp_decoder(forward: PrefixForward, keep_bytes: int = 0) -> CppDecoder | Non
 def agrees(
     decoder: CppDecoder,
     forward: PrefixForward,
-    cache: DecodeCache,
-    step: Callable[[Tensor, DecodeCache], Tensor],
+    cache: StepCache,
+    step: Callable[[Tensor, StepCache], Tensor],
 ) -> bool:
     """Whether one step gives the bits that the base's own modules give.
 
