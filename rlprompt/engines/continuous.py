@@ -23,6 +23,7 @@ from rlprompt.engines.row_cache import RowCache
 from rlprompt.engines.sampling import Drawer, SamplingSettings
 from rlprompt.kernels.cpu.product import MOST_ROWS
 from rlprompt.kernels.lm_head import head_logits
+from rlprompt.model.cpu.row_blocks import fixed_rows
 from rlprompt.model.forward.forest import ForestContext, build_forest
 from rlprompt.policy import Policy
 from rlprompt.types import Adapter, PrefixKV
@@ -82,7 +83,7 @@ class _Batch:
     """Rows that are decoded by one forward."""
 
     adapter: Adapter | None
-    cache: RowCache = field(default_factory=RowCache)
+    cache: RowCache
     rows: list[_Row] = field(default_factory=list)
     states: Tensor | None = None
     """[B, d], what the next tokens are drawn from."""
@@ -105,6 +106,7 @@ class ContinuousDecoder:
         """
         self.policy = policy
         self._engine = NativeEngine(policy)
+        self._block = fixed_rows(policy.base.model)
         self._batches: list[_Batch] = []
         self._drawers: dict[SamplingSettings, Drawer] = {}
 
@@ -179,7 +181,7 @@ class ContinuousDecoder:
         for batch in self._batches:
             if batch.adapter is adapter:
                 return batch
-        self._batches.append(_Batch(adapter))
+        self._batches.append(_Batch(adapter, RowCache(self._block)))
         return self._batches[-1]
 
     def _join(self, batch: _Batch, asks: Sequence[Ask]) -> None:
@@ -220,7 +222,8 @@ class ContinuousDecoder:
         with self.policy.forward.adapted(batch.adapter):
             batch.cache.reserve()
             decoder = self._engine.decoder_under(batch.adapter, batch.cache)
-            batch.states = decoder.hidden(ids, batch.cache)
+            beside = ids.new_zeros(batch.cache.num_rows - len(ids))
+            batch.states = decoder.hidden(torch.cat([ids, beside]), batch.cache)[: len(ids)]
         batch.cache.advance()
         return tokens
 

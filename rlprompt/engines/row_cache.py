@@ -31,8 +31,14 @@ class RowCache:
     prefix_tokens = 0
     """No column is known to be equal in all rows."""
 
-    def __init__(self) -> None:
-        """Begin without rows, and without memory."""
+    def __init__(self, block: int = 1) -> None:
+        """Begin without rows, and without memory.
+
+        Args:
+            block: rows that steps are made of: the last ones may be rows of one column, which
+                nobody reads.
+        """
+        self._block = block
         self._data: Tensor | None = None
         self._cpp_layers: frozenset[int] = frozenset()
         self._lengths: list[int] = []
@@ -40,8 +46,8 @@ class RowCache:
 
     @property
     def num_rows(self) -> int:
-        """Rows still decoding."""
-        return len(self._lengths)
+        """Rows of a step: those still decoding, up to whole blocks."""
+        return _whole(len(self._lengths), self._block)
 
     @property
     def data(self) -> Tensor:
@@ -74,7 +80,8 @@ class RowCache:
     def positions(self) -> Tensor:
         """Absolute position [B] of the column about to be written."""
         if self._positions is None:
-            self._positions = torch.tensor(self._lengths, device=self.data.device)
+            lengths = [*self._lengths, *[0] * (self.num_rows - len(self._lengths))]
+            self._positions = torch.tensor(lengths, device=self.data.device)
         return self._positions
 
     def join(self, context: Prefilled, copies: Sequence[int]) -> None:
@@ -87,7 +94,7 @@ class RowCache:
         mask = context.mask
         lengths = mask.sum(1).tolist()
         which = torch.repeat_interleave(torch.tensor(copies)).to(mask.device)
-        first = self.num_rows
+        first = len(self._lengths)
         self._cpp_layers = frozenset(context.cpp_layers)
         self._lengths += [lengths[place] for place in which.tolist()]
         self._positions = None
@@ -99,7 +106,7 @@ class RowCache:
             columns = functional.pad(columns, (0, 0, 0, width - columns.shape[2]))
             if layer in self._cpp_layers:
                 columns = (lay_out_keys if part < len(keys) else lay_out_values)(columns)
-            self.data[part, first : self.num_rows, :, :width] = columns[which]
+            self.data[part, first : len(self._lengths), :, :width] = columns[which]
 
     def drop(self, finished: Sequence[int]) -> list[int]:
         """Drop rows: the last ones that go on move into their places.
@@ -111,10 +118,11 @@ class RowCache:
             Which of the present rows stand where from now on.
         """
         gone = set(finished)
-        order = list(range(self.num_rows))
-        remaining = self.num_rows - len(gone)
+        rows = len(self._lengths)
+        order = list(range(rows))
+        remaining = rows - len(gone)
         holes = [row for row in range(remaining) if row in gone]
-        movers = [row for row in range(remaining, self.num_rows) if row not in gone]
+        movers = [row for row in range(remaining, rows) if row not in gone]
         for hole, mover in zip(holes, movers, strict=True):
             used = _whole(self._lengths[mover], LANES)
             self.data[:, hole, :, :used] = self.data[:, mover, :, :used]
@@ -133,7 +141,7 @@ class RowCache:
 
     def reserve(self) -> None:
         """Make room for the column about to be written."""
-        self._make_room(self.data, self.data.shape[0], self.num_rows, self.column + 1)
+        self._make_room(self.data, self.data.shape[0], len(self._lengths), self.column + 1)
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, [B, H_kv, S, D], contiguous views."""
