@@ -18,6 +18,7 @@ from rlprompt import __version__
 from rlprompt.cli.certify_command import certify
 from rlprompt.cli.registry_app import registry_app
 from rlprompt.cli.reward_app import CONTEXT, VERBOSE, reward_app
+from rlprompt.cli.serve_command import serve
 from rlprompt.errors import InputError, machine_fault
 from rlprompt.process_exit import process_end
 from rlprompt.standard_streams import hold_standard_streams
@@ -40,6 +41,7 @@ app.add_typer(model_app, name="model")
 app.add_typer(reward_app, name="reward")
 app.add_typer(registry_app, name="registry")
 app.command()(certify)
+app.command()(serve)
 
 _JSON = typer.Option(False, "--json", help="Print JSON.")
 _STOP_EXIT_CODE = typer.Option(

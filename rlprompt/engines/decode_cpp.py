@@ -87,9 +87,7 @@ class CppDecoder:
         """Where steps can keep their products, under every adapter; None = they cannot."""
         return self._store
 
-    def hidden(
-        self, tokens: Tensor, cache: StepCache, kept: StepProducts | None = None
-    ) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: StepCache, kept: StepProducts | None = None) -> Tensor:
         """Final hidden states [B, d] of one new token per row; writes the cache's next column.
 
         Args:

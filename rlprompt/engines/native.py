@@ -42,9 +42,7 @@ class Decoder(Protocol):
         """Where steps can keep their products; None = they cannot."""
         ...
 
-    def hidden(
-        self, tokens: Tensor, cache: StepCache, kept: StepProducts | None = None
-    ) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: StepCache, kept: StepProducts | None = None) -> Tensor:
         """Final hidden states [B, d] of one new token per row; writes the cache's next column."""
         ...
 
@@ -354,9 +352,7 @@ class ModuleDecoder:
         """Decode with a base."""
         self._forward = forward
 
-    def hidden(
-        self, tokens: Tensor, cache: StepCache, kept: StepProducts | None = None
-    ) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: StepCache, kept: StepProducts | None = None) -> Tensor:
         """See `Decoder.hidden`.
 
         Raises:

@@ -1,7 +1,7 @@
-"""The text of an answer while its tokens come: whole characters, stop strings, no white space at
-its ends.
+"""The text of an answer while its tokens come.
 
-The pieces joined are the text that `rlprompt chat` shows of the same tokens.
+Characters are whole, stop strings end it, and no white space stands at its ends. The pieces joined
+are the text that `rlprompt chat` shows of the same tokens.
 """
 
 from __future__ import annotations

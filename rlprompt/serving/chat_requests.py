@@ -138,7 +138,9 @@ def parse_response(body: Any, limits: RequestLimits) -> ChatRequest:
     if instructions is not None:
         system = instructions if system is None else f"{instructions}\n\n{system}"
     if fields.take("previous_response_id") is not None:
-        raise _wrong("previous_response_id", "names an answer, and none is kept here; send all turns")
+        raise _wrong(
+            "previous_response_id", "names an answer, and none is kept here; send all turns"
+        )
     request = ChatRequest(
         model=fields.text("model"),
         messages=messages,
@@ -229,7 +231,9 @@ def _sampling(fields: _Fields) -> dict[str, Any]:
 
 def _within(most: int, asked: int | None) -> int | None:
     if asked is not None and asked > most:
-        raise _wrong("max_tokens", f"is {asked}, and answers here have at most {most}; ask for less")
+        raise _wrong(
+            "max_tokens", f"is {asked}, and answers here have at most {most}; ask for less"
+        )
     return asked
 
 

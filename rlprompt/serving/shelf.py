@@ -335,10 +335,13 @@ class Shelf:
                 "history": each.source.history(),
             }
             for name, each in sorted(placed.items())
-            for version, share, label in zip(
-                each.versions, each.shares, each.labels, strict=True
-            )
+            for version, share, label in zip(each.versions, each.shares, each.labels, strict=True)
         ]
+
+    def name_of(self, name: str) -> str:
+        """The prompt's own name, where the given one is an alias of it."""
+        with self._lock:
+            return self._aliases.get(name, name)
 
     def served(self, name: str) -> tuple[ServedPrompt, ...]:
         """The versions that a name stands for; none where there is no such name."""
@@ -376,9 +379,7 @@ class Shelf:
             placed = [version for each in self._placed.values() for version in each.versions]
         same = next((version for version in placed if version.hash == content), None)
         if same is None:
-            prompt = load_artifact(
-                found.folder, self._policy, force=self._force, own=self._kinds
-            )
+            prompt = load_artifact(found.folder, self._policy, force=self._force, own=self._kinds)
             prefix = self._prefix(prompt)
         else:
             prompt, prefix = same.prompt, same.prefix

@@ -156,9 +156,7 @@ def parse_source(text: str) -> tuple[str, Source]:
     """
     name, equals, rest = text.partition("=")
     if not equals or not rest:
-        raise InputError(
-            f"'{text}' names no prompt; write NAME=ARTIFACT, or NAME=REGISTRY@ALIAS"
-        )
+        raise InputError(f"'{text}' names no prompt; write NAME=ARTIFACT, or NAME=REGISTRY@ALIAS")
     check_name(name, "the name")
     return name, source_of(name, rest)
 

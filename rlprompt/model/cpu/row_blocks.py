@@ -1,8 +1,9 @@
 """Products whose rows do not depend on how many there are beside them.
 
 oneDNN chooses another order of sums for few rows, and where it multiplies with AMX no kernel of
-ours gives its bits (`kernels.cpu.product`). Who answers many clients at once wants the answer of one
-not to depend on the others: every product is then one of exactly `ROWS` rows, the last ones zeros.
+ours gives its bits (`kernels.cpu.product`). Who answers many clients at once wants the answer of
+one not to depend on the others: every product is then one of exactly `ROWS` rows, the last ones
+zeros.
 """
 
 from __future__ import annotations
