@@ -18,7 +18,7 @@ import logging
 import mimetypes
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -28,7 +28,6 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from rlprompt import __version__
 from rlprompt.engines.continuous import Ask, ContinuousDecoder
@@ -38,25 +37,13 @@ from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.serving.access import Access
 from rlprompt.serving.answer_text import AnswerText
-from rlprompt.serving.chat_answers import Reply, event, openai_error
-from rlprompt.serving.chat_requests import (
-    ChatRequest,
-    RequestLimits,
-    parse_chat,
-    parse_response,
-)
+from rlprompt.serving.chat_answers import Reply, openai_error
+from rlprompt.serving.chat_requests import ChatRequest, RequestLimits, parse_chat
+from rlprompt.serving.drawing import CHAT, RESPONSE, Drawing, EventStream, Form
 from rlprompt.serving.http_server import Address, HttpServer
 from rlprompt.serving.json_api import Endpoint, Refusal, answer, json_app, read_json
 from rlprompt.serving.metrics import Described, Metrics
-from rlprompt.serving.scheduler import (
-    Event,
-    Failure,
-    Full,
-    Job,
-    Piece,
-    Scheduler,
-    SchedulerLimits,
-)
+from rlprompt.serving.scheduler import Event, Full, Job, Scheduler, SchedulerLimits
 from rlprompt.serving.shelf import ServedPrompt, Shelf, UnknownModelError
 from rlprompt.serving.sources import Source
 from rlprompt.serving.watch import Answered, Scorer, Watch, WatchSettings
@@ -170,8 +157,8 @@ class PromptServer(HttpServer):
             if path.is_file() and path.suffix in (".html", ".js", ".css", ".svg", ".png", ".ico")
         ]
         return [
-            Endpoint("POST", "/v1/chat/completions", partial(self._complete, form=_CHAT)),
-            Endpoint("POST", "/v1/responses", partial(self._complete, form=_RESPONSE)),
+            Endpoint("POST", "/v1/chat/completions", partial(self._complete, form=CHAT)),
+            Endpoint("POST", "/v1/responses", partial(self._complete, form=RESPONSE)),
             Endpoint("GET", "/v1/models", self._models),
             Endpoint("GET", "/v1/models/{model:path}", self._model),
             Endpoint("POST", "/v1/rewards", self._rewards),
@@ -188,7 +175,7 @@ class PromptServer(HttpServer):
 
     # Answers.
 
-    async def _complete(self, request: Request, form: _Form) -> Response:
+    async def _complete(self, request: Request, form: Form) -> Response:
         self._options.access.admit(request, "chat")
         model = "unknown"
         try:
@@ -222,7 +209,7 @@ class PromptServer(HttpServer):
             raise Refusal(400, str(error), param="messages") from error
 
     async def _answered(
-        self, request: Request, asked: ChatRequest, model: str, served: ServedPrompt, form: _Form
+        self, request: Request, asked: ChatRequest, model: str, served: ServedPrompt, form: Form
     ) -> Response:
         ids = await self._rendered(self._query_ids, asked, served)
         prompt_tokens = served.prefix.num_tokens + len(ids)
@@ -247,10 +234,11 @@ class PromptServer(HttpServer):
                 code="server_stopping" if error.stopping else "queue_full",
             ) from error
         self.metrics.add("rlprompt_prompt_tokens_total", prompt_tokens)
-        drawn = _Drawing(self, job, reply, events, request.receive, served if watched else None)
+        ended = partial(self._ended, served if watched else None)
+        drawn = Drawing(job, reply, events, request.receive, ended, self.metrics)
         first = await drawn.first()
         if asked.stream:
-            return _Stream(drawn, form, first)
+            return EventStream(drawn, form, first)
         drawn.take(first)
         await drawn.rest()
         self.metrics.add("rlprompt_requests_total", model=model, status="200")
@@ -304,20 +292,16 @@ class PromptServer(HttpServer):
             with suppress(RuntimeError):  # the loop has ended, and with it whoever waited
                 self._loop.call_soon_threadsafe(_hand_out, events)
 
-    def finished(self, reply: Reply, served: ServedPrompt | None, tokens: list[list[int]]) -> None:
-        """Let the monitor have an answer that was chosen for it.
-
-        Args:
-            reply: the answer.
-            served: its prompt; None = it was not chosen.
-            tokens: the tokens of each of its answers.
-        """
-        name = reply.model.removeprefix(f"{self.shelf.base}@")
-        if self._watch is None or served is None or reply.model == self.shelf.base:
-            return
-        for choice, ids in zip(reply.choices, tokens, strict=True):
-            said = Answered(name, served, reply.request.messages, choice.text, tuple(ids))
-            self._watch.offer(said)
+    def _ended(self, watched: ServedPrompt | None, drawn: Drawing) -> None:
+        """Free what is not wanted any more, or let the monitor have what it has chosen."""
+        reply = drawn.reply
+        if not reply.is_whole:
+            self.scheduler.cancel(drawn.job)
+        elif self._watch is not None and watched is not None and reply.model != self.shelf.base:
+            name = reply.model.removeprefix(f"{self.shelf.base}@")
+            for choice, ids in zip(reply.choices, drawn.tokens, strict=True):
+                said = Answered(name, watched, reply.request.messages, choice.text, tuple(ids))
+                self._watch.offer(said)
 
     # Models and rewards.
 
@@ -418,155 +402,6 @@ class PromptServer(HttpServer):
         while not self._stopping.wait(seconds or None):
             for name in self.shelf.follow():
                 logger.warning("'%s' follows its registry", name)
-
-
-@dataclass(frozen=True)
-class _Form:
-    """How an endpoint reads requests and writes answers."""
-
-    parse: Callable[[Any, RequestLimits], ChatRequest]
-    whole: Callable[[Reply], Any]
-    start: Callable[[Reply], Iterator[bytes]]
-    piece: Callable[[Reply, Piece], Iterator[bytes]]
-    end: Callable[[Reply], Iterator[bytes]]
-
-
-_CHAT = _Form(parse_chat, Reply.chat, Reply.chat_start, Reply.chat_piece, Reply.chat_end)
-_RESPONSE = _Form(
-    parse_response,
-    Reply.response,
-    Reply.response_start,
-    Reply.response_piece,
-    Reply.response_end,
-)
-
-
-@dataclass(eq=False)
-class _Drawing:
-    """An answer that is being drawn, and the client who waits for it."""
-
-    server: PromptServer
-    job: Job
-    reply: Reply
-    events: asyncio.Queue[Event]
-    receive: Receive
-    watched: ServedPrompt | None
-    tokens: list[list[int]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.tokens = [[] for _ in self.reply.choices]
-        self._gone = asyncio.ensure_future(self._left())
-
-    async def first(self) -> Piece:
-        """The first piece.
-
-        Raises:
-            Refusal: there is none.
-        """
-        try:
-            return await self.next()
-        except BaseException:
-            self.stop()
-            raise
-
-    async def next(self) -> Piece:
-        """The next piece.
-
-        Raises:
-            Refusal: there is none, as the request has failed or its client has gone.
-        """
-        if self.events.empty():
-            getter = asyncio.ensure_future(self.events.get())
-            try:
-                await asyncio.wait({getter, self._gone}, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                if not getter.done():
-                    getter.cancel()
-            if not getter.done() or getter.cancelled():
-                self.server.metrics.add("rlprompt_cancelled_requests_total")
-                raise Refusal(499, "the client has gone")
-            got = getter.result()
-        else:
-            got = self.events.get_nowait()
-        if isinstance(got, Failure):
-            headers = {"Retry-After": "5"} if got.status == 503 else {}
-            raise Refusal(got.status, got.sentence, {**headers, **self.reply.headers})
-        return got
-
-    def take(self, piece: Piece) -> None:
-        """Take up a piece of a whole answer."""
-        self.note(piece)
-        self.reply.take(piece)
-
-    def note(self, piece: Piece) -> None:
-        """Remember a token."""
-        if self.watched is not None:
-            self.tokens[piece.copy].append(piece.token.token_id)
-
-    async def rest(self) -> None:
-        """Take up all other pieces."""
-        try:
-            while not self.reply.is_whole:
-                self.take(await self.next())
-        finally:
-            self.stop()
-
-    def stop(self) -> None:
-        """End it: what is not drawn by now nobody wants."""
-        self._gone.cancel()
-        if self.reply.is_whole:
-            self.server.finished(self.reply, self.watched, self.tokens)
-        else:
-            self.server.scheduler.cancel(self.job)
-
-    async def _left(self) -> None:
-        """Returns when the client has gone."""
-        while (await self.receive())["type"] != "http.disconnect":
-            pass
-
-
-class _Stream(Response):
-    """A stream of server-sent events."""
-
-    def __init__(self, drawing: _Drawing, form: _Form, first: Piece) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **drawing.reply.headers}
-        super().__init__(None, 200, headers, "text/event-stream")
-        del self.headers["content-length"]
-        self._drawing, self._form, self._first = drawing, form, first
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events while they come."""
-        drawing, form = self._drawing, self._form
-        reply = drawing.reply
-        status = "200"
-        try:
-            start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-            await send(start)
-            await _send(send, [*form.start(reply), *self._piece(self._first)])
-            while not reply.is_whole:
-                piece = await drawing.next()
-                parts = [*self._piece(piece)]
-                while not drawing.events.empty() and not reply.is_whole:
-                    parts += self._piece(await drawing.next())
-                await _send(send, parts)
-            await _send(send, list(form.end(reply)))
-        except Refusal as refusal:  # the status line has been sent: the error is an event
-            status = str(refusal.status)
-            if refusal.status != 499:
-                await _send(send, [event(openai_error(refusal))])
-        finally:
-            drawing.stop()
-            drawing.server.metrics.add("rlprompt_requests_total", model=reply.model, status=status)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    def _piece(self, piece: Piece) -> Iterator[bytes]:
-        self._drawing.note(piece)
-        return self._form.piece(self._drawing.reply, piece)
-
-
-async def _send(send: Send, parts: list[bytes]) -> None:
-    if parts:
-        await send({"type": "http.response.body", "body": b"".join(parts), "more_body": True})
 
 
 def _hand_out(events: list[tuple[Job, Event]]) -> None:
