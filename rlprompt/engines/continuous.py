@@ -262,7 +262,7 @@ class ContinuousDecoder:
         scores = head_logits(states[places], self.policy.forward.head).log_softmax(1)
         own = scores.gather(1, ids[places][:, None])[:, 0].tolist()
         most = max(rows[place].ask.top_logprobs or 0 for place in places)
-        best = scores[:, : self.policy.vocab_size].topk(most, dim=1)
+        best = scores.topk(most, dim=1)
         values, tokens = best.values.tolist(), best.indices.tolist()
         told = {}
         for number, place in enumerate(places):

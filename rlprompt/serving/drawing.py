@@ -1,4 +1,4 @@
-"""An answer on its way to a client: whole, or as a stream of events; and when the client has gone."""
+"""An answer on its way to a client, whole or as a stream; and when the client has gone."""
 
 from __future__ import annotations
 

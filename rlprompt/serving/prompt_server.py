@@ -234,7 +234,7 @@ class PromptServer(HttpServer):
                 code="server_stopping" if error.stopping else "queue_full",
             ) from error
         self.metrics.add("rlprompt_prompt_tokens_total", prompt_tokens)
-        ended = partial(self._ended, served if watched else None)
+        ended = partial(self._settle, served if watched else None)
         drawn = Drawing(job, reply, events, request.receive, ended, self.metrics)
         first = await drawn.first()
         if asked.stream:
@@ -292,7 +292,7 @@ class PromptServer(HttpServer):
             with suppress(RuntimeError):  # the loop has ended, and with it whoever waited
                 self._loop.call_soon_threadsafe(_hand_out, events)
 
-    def _ended(self, watched: ServedPrompt | None, drawn: Drawing) -> None:
+    def _settle(self, watched: ServedPrompt | None, drawn: Drawing) -> None:
         """Free what is not wanted any more, or let the monitor have what it has chosen."""
         reply = drawn.reply
         if not reply.is_whole:
