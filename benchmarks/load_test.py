@@ -37,6 +37,7 @@ import time
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -328,7 +329,7 @@ def measure(options: Any, model: str, folder: Path) -> dict[str, Any]:
         "swaps": sum(
             a != b
             for changes in names.changes.values()
-            for (_, _, a), (_, _, b) in zip(changes, changes[1:], strict=False)
+            for (_, _, a), (_, _, b) in pairwise(changes)
         ),
         "ttft_p50": statistics.median(first) if first else None,
         "ttft_p95": cuts[18] if first else None,
