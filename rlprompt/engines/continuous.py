@@ -170,7 +170,8 @@ class ContinuousDecoder:
                 if row.ask is ask and copy in (None, row.copy)
             ]
             if gone:
-                batch.keep(batch.cache.drop(gone))
+                with _without_graph():
+                    batch.keep(batch.cache.drop(gone))
         self._batches = [batch for batch in self._batches if batch.rows]
 
     def clear(self) -> None:
@@ -242,7 +243,8 @@ class ContinuousDecoder:
             stop = self.policy.stop_ids | set(row.ask.sampling.stop_token_ids)
             is_last = row.drawn >= row.ask.sampling.max_tokens
             finish = "stop" if token in stop else "length" if is_last else None
-            tokens.append(Token(row.ask, row.copy, token, *told.get(place, (None, ())), finish))
+            logprob, top = told.get(place, (None, ()))
+            tokens.append(Token(row.ask, row.copy, token, logprob, top, finish))
         return tokens, ids
 
     def _drawer(self, sampling: SamplingSettings) -> Drawer:

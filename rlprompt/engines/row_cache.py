@@ -192,7 +192,9 @@ class RowCache:
         all_cpp = 2 * len(self._cpp_layers) == parts
         make = like.new_empty if all_cpp else like.new_zeros
         self._data = make(parts, rows, kv_heads, columns, dim)
-        for row in range(used_rows) if old is not None else ():
+        if old is None:
+            return
+        for row in range(used_rows):
             used = min(_whole(self._lengths[row], LANES), held_columns)
             self._data[:, row, :, :used] = old[:, row, :, :used]
 

@@ -18,7 +18,7 @@ import logging
 import mimetypes
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -87,7 +87,7 @@ class PromptServerOptions:
     """What is watched; needs rewards."""
     force: bool = False
     """Whether prompts of another base are loaded too."""
-    kinds: Mapping[str, type[Prompt]] = field(default_factory=dict)
+    kinds: Sequence[type[Prompt]] = ()
     """Classes of the user's own that prompts may be of."""
 
 

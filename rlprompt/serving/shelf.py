@@ -11,7 +11,7 @@ import hashlib
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -116,7 +116,7 @@ class Shelf:
         between_steps: BetweenSteps,
         *,
         force: bool = False,
-        kinds: Mapping[str, type[Prompt]] | None = None,
+        kinds: Sequence[type[Prompt]] = (),
     ) -> None:
         """Hold no prompt but none.
 
@@ -134,7 +134,7 @@ class Shelf:
         """Times that a name has got other content."""
         policy.head_prefix()
         self._policy = LoadingPolicy(policy, between_steps, self.rendering)
-        self._force, self._kinds = force, dict(kinds or {})
+        self._force, self._kinds = force, tuple(kinds)
         self._lock = threading.RLock()
         self._loading = threading.Lock()
         self._placed: dict[str, _Placed] = {}

@@ -359,6 +359,25 @@ def until(is_so: Any) -> None:
         time.sleep(0.01)
 
 
+def test_answers_that_end_early_leave_the_others_alone(
+    server: PromptServer, policy: Policy, folders: dict[str, Path]
+) -> None:
+    whole = offline(policy, folders["sun"], "the rain", max_tokens=40)
+    results: dict[int, str] = {}
+
+    def ask(place: int) -> None:
+        stop = {"stop": whole[3:5]} if place % 2 else {}
+        results[place] = said(chat(server, "sun", "the rain", max_tokens=40, **stop)[1])
+
+    threads = [threading.Thread(target=ask, args=(place,)) for place in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    cut = whole[: whole.index(whole[3:5])].rstrip()
+    assert results == {place: cut if place % 2 else whole for place in range(6)}
+
+
 def test_a_full_queue_sends_away_and_drain_answers_all(
     policy: Policy, folders: dict[str, Path]
 ) -> None:

@@ -67,10 +67,10 @@ def packed_weights(model: nn.Module) -> list[PackedWeight]:
     found: list[PackedWeight] = []
     inside: set[int] = set()
     for module in model.modules():
-        joined = getattr(module, "joined", None)
-        if isinstance(getattr(joined, "packed", None), PackedWeight):
-            found.append(joined.packed)
-            inside |= {id(layer) for layer in joined.packed.layers}
+        packed = getattr(getattr(module, "joined", None), "packed", None)
+        if isinstance(packed, PackedWeight):
+            found.append(packed)
+            inside |= {id(layer) for layer in packed.layers}
     linears = (m for m in model.modules() if isinstance(m, PackedLinear) and id(m) not in inside)
     return [*found, *(linear.packed for linear in linears)]
 
