@@ -69,6 +69,11 @@ class StepCache(Protocol):
     """What a decode step asks of a cache: where its B rows stand, and to write one column more."""
 
     @property
+    def block(self) -> int:
+        """What the number of rows is always a multiple of."""
+        ...
+
+    @property
     def num_rows(self) -> int:
         """Rows still decoding."""
         ...
@@ -138,6 +143,9 @@ class StepCache(Protocol):
 
 class DecodeCache:
     """Keys and values of B rows in one block of memory, and which columns each row sees."""
+
+    block = 1
+    """Any number of rows."""
 
     def __init__(self, context: Prefilled, prefix: PrefixKV, copies: int, max_tokens: int) -> None:
         """Lay out prefix and queries for `copies` rows per group.

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlprompt.engines.native import NativeEngine
+from rlprompt.engines.native import Decoder, NativeEngine
 from rlprompt.engines.row_cache import RowCache
 from rlprompt.engines.sampling import Drawer, SamplingSettings
 from rlprompt.kernels.cpu.product import MOST_ROWS
@@ -87,6 +87,8 @@ class _Batch:
     rows: list[_Row] = field(default_factory=list)
     states: Tensor | None = None
     """[B, d], what the next tokens are drawn from."""
+    decoder: Decoder | None = None
+    """What makes its steps; chosen at the first."""
 
     def keep(self, order: Sequence[int]) -> None:
         """Put rows and states in the order that the cache has now."""
@@ -222,9 +224,10 @@ class ContinuousDecoder:
             return tokens
         with self.policy.forward.adapted(batch.adapter):
             batch.cache.reserve()
-            decoder = self._engine.decoder_under(batch.adapter, batch.cache)
+            if batch.decoder is None:
+                batch.decoder = self._engine.decoder_under(batch.adapter, batch.cache)
             beside = ids.new_zeros(batch.cache.num_rows - len(ids))
-            batch.states = decoder.hidden(torch.cat([ids, beside]), batch.cache)[: len(ids)]
+            batch.states = batch.decoder.hidden(torch.cat([ids, beside]), batch.cache)[: len(ids)]
         batch.cache.advance()
         return tokens
 

@@ -60,6 +60,8 @@ class CppDecoder:
         products = zip(*map(_products, layers), strict=True)
         chunks = [_common([packed.chunk for packed in same]) for same in products]
         self._chunks = chunks if all(chunks) else [0] * len(chunks)  # a step multiplies in one way
+        self.block = max(packed.block_rows or 1 for layer in layers for packed in _products(layer))
+        """What the number of rows has to be a multiple of, see `model.cpu.row_blocks`."""
         self._store = self._make_store(keep_bytes)
         self._low_rank: list[Tensor | None] = []
         self._low_rank_scale = 0.0

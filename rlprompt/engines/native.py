@@ -295,7 +295,8 @@ class NativeEngine(Engine):
             adapter: the adapter of the rows' prefix, which is on in the layers; None = none is.
             cache: a cache of at least one row, whose next column may be written for a comparison.
         """
-        if not self.settings.cpp_decode:
+        cpp = self._cpp_decoder() if self.settings.cpp_decode else None
+        if cpp is None or cache.block % cpp.block:
             return self._modules
         if adapter is not None:
             if self._adapted is None or self._adapted.adapter is not adapter:

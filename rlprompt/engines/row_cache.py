@@ -38,7 +38,7 @@ class RowCache:
             block: rows that steps are made of: the last ones may be rows of one column, which
                 nobody reads.
         """
-        self._block = block
+        self.block = block
         self._data: Tensor | None = None
         self._cpp_layers: frozenset[int] = frozenset()
         self._lengths: list[int] = []
@@ -47,7 +47,7 @@ class RowCache:
     @property
     def num_rows(self) -> int:
         """Rows of a step: those still decoding, up to whole blocks."""
-        return _whole(len(self._lengths), self._block)
+        return _whole(len(self._lengths), self.block)
 
     @property
     def data(self) -> Tensor:
