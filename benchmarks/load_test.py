@@ -39,7 +39,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -70,6 +70,13 @@ QUESTIONS = (
     "How do I boil an egg?",
 )
 BATCH = 16
+
+
+class Question(NamedTuple):
+    """A question under a prompt."""
+
+    hash: str
+    text: str
 
 
 @dataclass
@@ -123,16 +130,14 @@ def make_artifacts(policy: Policy, folder: Path) -> list[Path]:
     return made
 
 
-def offline_answers(
-    policy: Policy, artifacts: Sequence[Path], tokens: int
-) -> dict[tuple[str, str], str]:
+def offline_answers(policy: Policy, artifacts: Sequence[Path], tokens: int) -> dict[Question, str]:
     """What each artifact answers to each question, one after the other."""
     answers = {}
     for folder in artifacts:
         prompt = Model(policy).load(folder)
         for question in QUESTIONS:
             said = prompt.generate(question, temperature=0.0, max_tokens=tokens)
-            answers[prompt_hash(folder), question] = said
+            answers[Question(prompt_hash(folder), question)] = said
     return answers
 
 
@@ -231,13 +236,13 @@ async def load(port: int, options: Any, artifacts: Sequence[Path], names: Names)
     return done
 
 
-def judged(done: Sequence[Asked], answers: dict[tuple[str, str], str], names: Names) -> int:
+def judged(done: Sequence[Asked], answers: dict[Question, str], names: Names) -> int:
     """How many answers are not those of the artifact that they name."""
     wrong = 0
     for asked in done:
         if not asked.whole or asked.ended is None:
             continue
-        expected = answers.get((asked.hash, asked.question))
+        expected = answers.get(Question(asked.hash, asked.question))
         at_its_time = names.may_be(asked.name, asked.hash, asked.begun, asked.ended)
         if asked.text != expected or not at_its_time:
             wrong += 1

@@ -7,7 +7,17 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-Labels = tuple[tuple[str, str], ...]
+
+class Label(NamedTuple):
+    """A label and its value."""
+
+    name: str
+    """The label."""
+    value: str
+    """Its value."""
+
+
+Labels = tuple[Label, ...]
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _MOST_SERIES = 1000
@@ -112,14 +122,14 @@ def _histogram(name: str, key: Labels, counts: Sequence[float]) -> list[str]:
     lines, total = [], 0.0
     for bound, count in zip([*map(str, _SECONDS), "+Inf"], counts, strict=False):
         total += count
-        lines.append(f"{name}_bucket{_shown((*key, ('le', bound)))} {total:g}")
+        lines.append(f"{name}_bucket{_shown((*key, Label('le', bound)))} {total:g}")
     lines.append(f"{name}_sum{_shown(key)} {counts[-1]:.17g}")
     lines.append(f"{name}_count{_shown(key)} {total:g}")
     return lines
 
 
 def _key(labels: Mapping[str, str]) -> Labels:
-    return tuple(sorted(labels.items()))
+    return tuple(Label(*pair) for pair in sorted(labels.items()))
 
 
 def _shown(labels: Labels) -> str:

@@ -43,7 +43,7 @@ from rlprompt.serving.drawing import CHAT, RESPONSE, Drawing, EventStream, Form
 from rlprompt.serving.http_server import Address, HttpServer
 from rlprompt.serving.json_api import Endpoint, Refusal, answer, json_app, read_json
 from rlprompt.serving.metrics import Described, Metrics
-from rlprompt.serving.scheduler import Event, Full, Job, Scheduler, SchedulerLimits
+from rlprompt.serving.scheduler import Event, Full, Job, Scheduler, SchedulerLimits, Told
 from rlprompt.serving.shelf import ServedPrompt, Shelf, UnknownModelError
 from rlprompt.serving.sources import Source
 from rlprompt.serving.watch import Answered, Scorer, Watch, WatchSettings
@@ -286,7 +286,7 @@ class PromptServer(HttpServer):
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._render, partial(work, *arguments))
 
-    def _post(self, events: list[tuple[Job, Event]]) -> None:
+    def _post(self, events: list[Told]) -> None:
         """Hand the events of a step over to the event loop; called by the decoding thread."""
         if self._loop is not None:
             with suppress(RuntimeError):  # the loop has ended, and with it whoever waited
@@ -404,7 +404,7 @@ class PromptServer(HttpServer):
                 logger.warning("'%s' follows its registry", name)
 
 
-def _hand_out(events: list[tuple[Job, Event]]) -> None:
+def _hand_out(events: list[Told]) -> None:
     for job, each in events:
         job.deliver(each)
 

@@ -100,6 +100,15 @@ class Job:
         return each * ask.copies
 
 
+class Told(NamedTuple):
+    """An event, and the request that it belongs to."""
+
+    job: Job
+    """The request."""
+    event: Event
+    """What has happened to it."""
+
+
 class Scheduler:
     """Decodes for many requests at once, in a thread of its own."""
 
@@ -114,7 +123,7 @@ class Scheduler:
             metrics: where steps and tokens are counted.
         """
         self.limits = limits
-        self.post: Callable[[list[tuple[Job, Event]]], None] = _deliver
+        self.post: Callable[[list[Told]], None] = _deliver
         """How events reach those who wait for them; called by the thread, once per step."""
         self._decoder = decoder
         self._metrics = metrics
@@ -229,7 +238,7 @@ class Scheduler:
         self._waiting.clear()
         self._do_calls()
         if left:
-            self.post([(job, stopped) for job in left])
+            self.post([Told(job, stopped) for job in left])
 
     def _await_work(self) -> bool:
         """Sleep until there is something to do; False = the thread is to end."""
@@ -246,10 +255,10 @@ class Scheduler:
             except BaseException as error:  # raised again by the caller
                 future.set_exception(error)
 
-    def _sweep(self) -> list[tuple[Job, Event]]:
+    def _sweep(self) -> list[Told]:
         """Take out who has gone, and whose time is over."""
         now = time.monotonic()
-        events: list[tuple[Job, Event]] = []
+        events: list[Told] = []
         with self._wake:
             jobs = [*self._waiting, *self._running.values()]
             over = [job for job in jobs if job.cancelled or job.deadline <= now]
@@ -261,7 +270,7 @@ class Scheduler:
                     self._waiting.remove(job)
                 if not job.cancelled:
                     sentence = "the answer has taken longer than the server allows; ask for less"
-                    events.append((job, Failure(504, sentence)))
+                    events.append(Told(job, Failure(504, sentence)))
         return events
 
     def _join(self) -> None:
@@ -285,15 +294,15 @@ class Scheduler:
         if joining:
             self._decoder.join([job.ask for job in joining])
 
-    def _step(self) -> list[tuple[Job, Event]]:
+    def _step(self) -> list[Told]:
         if not self._running:
             return []
         begun = time.monotonic()
         tokens = self._decoder.step()
-        events: list[tuple[Job, Event]] = []
+        events: list[Told] = []
         for token in tokens:
             job = self._running[token.ask]
-            events.append((job, self._piece(job, token)))
+            events.append(Told(job, self._piece(job, token)))
             if not job.started:
                 job.started = True
                 waited = time.monotonic() - job.submitted
@@ -316,7 +325,7 @@ class Scheduler:
             job.unfinished -= 1
         return Piece(token.copy, new, token, finish)
 
-    def _fail(self, error: Exception) -> list[tuple[Job, Event]]:
+    def _fail(self, error: Exception) -> list[Told]:
         """Give up all that runs: what state the batch is in is not known."""
         logger.error("a decode step failed; its requests are given up", exc_info=error)
         self._metrics.add("rlprompt_failed_steps_total")
@@ -324,9 +333,9 @@ class Scheduler:
         jobs = list(self._running.values())
         self._running.clear()
         self._decoder.clear()
-        return [(job, Failure(500, why)) for job in jobs]
+        return [Told(job, Failure(500, why)) for job in jobs]
 
 
-def _deliver(events: list[tuple[Job, Event]]) -> None:
+def _deliver(events: list[Told]) -> None:
     for job, event in events:
         job.deliver(event)
