@@ -21,6 +21,7 @@ from rlprompt.cli.export_command import export
 from rlprompt.cli.inspect_command import inspect
 from rlprompt.cli.registry_app import registry_app
 from rlprompt.cli.reward_app import CONTEXT, VERBOSE, reward_app
+from rlprompt.cli.serve_command import serve
 from rlprompt.errors import InputError, machine_fault
 from rlprompt.process_exit import process_end
 from rlprompt.standard_streams import hold_standard_streams
@@ -46,6 +47,7 @@ app.add_typer(artifact_app, name="artifact")
 app.command()(certify)
 app.command()(export)
 app.command()(inspect)
+app.command()(serve)
 
 _JSON = typer.Option(False, "--json", help="Print JSON.")
 _STOP_EXIT_CODE = typer.Option(

@@ -65,8 +65,87 @@ class Prefilled(Protocol):
         ...
 
 
+class StepCache(Protocol):
+    """What a decode step asks of a cache: where its B rows stand, and to write one column more."""
+
+    @property
+    def block(self) -> int:
+        """What the number of rows is always a multiple of."""
+        ...
+
+    @property
+    def num_rows(self) -> int:
+        """Rows still decoding."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What keys and values are stored in."""
+        ...
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Columns at the front that are equal in all rows."""
+        ...
+
+    @property
+    def data(self) -> Tensor:
+        """The whole block, [2 L, at least B, H_kv, S, D]: keys of all layers, then values."""
+        ...
+
+    @property
+    def table(self) -> Tensor:
+        """Padding and leader of each row; see `decode_attention`."""
+        ...
+
+    @property
+    def shared(self) -> int:
+        """Columns that a row without padding may read in its leader."""
+        ...
+
+    @property
+    def column(self) -> int:
+        """The column that a row without padding writes next."""
+        ...
+
+    def reserve(self) -> None:
+        """Make room for the column about to be written."""
+        ...
+
+    def positions(self) -> Tensor:
+        """Absolute position [B] of the column about to be written."""
+        ...
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, [B, H_kv, S, D], contiguous views."""
+        ...
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Write the column of every row, [B, H_kv, D] each, in a layer without the C++ layout."""
+        ...
+
+    def has_cpp_layout(self, layer: int) -> bool:
+        """Whether a layer's columns stand as the C++ kernels read them; `attend` writes them."""
+        ...
+
+    def attend(self, layer: int, new: Packed, scaling: float) -> Tensor:
+        """Write the column and attend, by the C++ kernel; see `decode_attention`."""
+        ...
+
+    def seen(self, window: int | None) -> Tensor:
+        """The columns that the token about to be written may see, bool [B, 1, S]."""
+        ...
+
+    def spans(self) -> Spans:
+        """The columns behind the prefix that each row sees, the one to be written included."""
+        ...
+
+
 class DecodeCache:
     """Keys and values of B rows in one block of memory, and which columns each row sees."""
+
+    block = 1
+    """Any number of rows."""
 
     def __init__(self, context: Prefilled, prefix: PrefixKV, copies: int, max_tokens: int) -> None:
         """Lay out prefix and queries for `copies` rows per group.
@@ -167,6 +246,12 @@ class DecodeCache:
         layers = self._data.shape[0] // 2
         return self._data[layer, : self._rows], self._data[layers + layer, : self._rows]
 
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Write the column of every row, [B, H_kv, D] each, in a layer without the C++ layout."""
+        keys, values = self.layer(layer)
+        keys[:, :, self.column] = key
+        values[:, :, self.column] = value
+
     def has_cpp_layout(self, layer: int) -> bool:
         """Whether a layer's columns stand as the C++ kernels read them; `attend` writes them.
 
@@ -204,6 +289,11 @@ class DecodeCache:
             positions = torch.where(place < self.prefix_tokens, place, place - padding)
             seen = seen & (self.positions()[:, None] - positions < window)
         return seen[:, None]
+
+    def spans(self) -> Spans:
+        """The columns behind the prefix that each row sees, the one to be written included."""
+        firsts = self.padding[: self._rows].int()
+        return Spans(firsts, self.column + 1 - self.prefix_tokens - firsts)
 
     def drop(self, finished: Tensor) -> Tensor:
         """Drop finished rows: the last rows that go on move into their places.
@@ -250,7 +340,7 @@ class DecodeContext:
 
     products = None
 
-    def __init__(self, cache: DecodeCache, fused: bool | None = None) -> None:
+    def __init__(self, cache: StepCache, fused: bool | None = None) -> None:
         """Attend over `cache`, whose `column` is written by this forward.
 
         Args:
@@ -270,9 +360,8 @@ class DecodeContext:
             new = Packed(*(t[0].transpose(0, 1) for t in (call.query, call.key, call.value)))
             out = cache.attend(call.layer, new, call.scaling)
             return out.transpose(0, 1)[None]
+        cache.write(call.layer, call.key[0].transpose(0, 1), call.value[0].transpose(0, 1))
         key, value = cache.layer(call.layer)
-        key[:, :, cache.column] = call.key[0].transpose(0, 1)
-        value[:, :, cache.column] = call.value[0].transpose(0, 1)
         fused = self._fused
         if fused is None:
             fused = uses_triton(key.device, key.dtype, key.shape[-1])
@@ -286,8 +375,7 @@ class DecodeContext:
         """The prefix is read from the first row, for all rows at once."""
         cache, shared = self._cache, self._cache.prefix_tokens
         if self._spans is None:
-            firsts = cache.padding[: cache.num_rows].int()
-            self._spans = Spans(firsts, cache.column + 1 - shared - firsts)
+            self._spans = cache.spans()
         own = KeyValue(key[:, :, shared:], value[:, :, shared:])
         prefix = KeyValue(key[0, :, :shared], value[0, :, :shared])
         scoring = Scoring(call.scaling, call.softcap, call.window)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlprompt.engines.cache import DecodeCache
+from rlprompt.engines.cache import StepCache
 from rlprompt.kernels.cpu.product import MOST_ROWS
 from rlprompt.model.cpu.fused_modules import FusedAttention, FusedMLP, FusedNorm
 from rlprompt.model.cpu.low_rank import side_by_side
@@ -60,6 +60,8 @@ class CppDecoder:
         products = zip(*map(_products, layers), strict=True)
         chunks = [_common([packed.chunk for packed in same]) for same in products]
         self._chunks = chunks if all(chunks) else [0] * len(chunks)  # a step multiplies in one way
+        self.block = max(packed.block_rows or 1 for layer in layers for packed in _products(layer))
+        """What the number of rows has to be a multiple of, see `model.cpu.row_blocks`."""
         self._store = self._make_store(keep_bytes)
         self._low_rank: list[Tensor | None] = []
         self._low_rank_scale = 0.0
@@ -87,9 +89,7 @@ class CppDecoder:
         """Where steps can keep their products, under every adapter; None = they cannot."""
         return self._store
 
-    def hidden(
-        self, tokens: Tensor, cache: DecodeCache, kept: StepProducts | None = None
-    ) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: StepCache, kept: StepProducts | None = None) -> Tensor:
         """Final hidden states [B, d] of one new token per row; writes the cache's next column.
 
         Args:
@@ -153,8 +153,8 @@ def cpp_decoder(forward: PrefixForward, keep_bytes: int = 0) -> CppDecoder | Non
 def agrees(
     decoder: CppDecoder,
     forward: PrefixForward,
-    cache: DecodeCache,
-    step: Callable[[Tensor, DecodeCache], Tensor],
+    cache: StepCache,
+    step: Callable[[Tensor, StepCache], Tensor],
 ) -> bool:
     """Whether one step gives the bits that the base's own modules give.
 

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rlprompt.engines.base import Engine, EngineSettings, Generation, require_prompts
-from rlprompt.engines.cache import DecodeCache, DecodeContext
+from rlprompt.engines.cache import DecodeCache, DecodeContext, StepCache
 from rlprompt.engines.decode_cpp import CppDecoder, agrees, cpp_decoder
 from rlprompt.engines.sampling import Drawer, SamplingSettings
 from rlprompt.errors import InputError
@@ -42,9 +42,7 @@ class Decoder(Protocol):
         """Where steps can keep their products; None = they cannot."""
         ...
 
-    def hidden(
-        self, tokens: Tensor, cache: DecodeCache, kept: StepProducts | None = None
-    ) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: StepCache, kept: StepProducts | None = None) -> Tensor:
         """Final hidden states [B, d] of one new token per row; writes the cache's next column."""
         ...
 
@@ -238,7 +236,7 @@ class NativeEngine(Engine):
         with self.policy.forward.adapted(adapter):
             for place, (turn, numbers) in enumerate(_turns(uniform, self.settings.max_rows)):
                 cache, states = self._prefill(tasks[turn], numbers.shape[1], loop.max_tokens)
-                decoder = self._decoder_under(adapter, cache)
+                decoder = self.decoder_under(adapter, cache)
                 if keep_products and place == 0 and decoder.store is not None:
                     most_tokens = uniform.shape[0] * uniform.shape[1] * (loop.max_tokens - 1)
                     writer = decoder.store.start(tasks[0].under.prefix, most_tokens)
@@ -290,9 +288,15 @@ class NativeEngine(Engine):
         last = forest.spans[:, 0] + forest.spans[:, 1] - 1
         return DecodeCache(context, prefixes[0].cut(0), copies, max_tokens), states[last]
 
-    def _decoder_under(self, adapter: Adapter | None, cache: DecodeCache) -> Decoder:
-        """The fastest decoder that gives the bits of the base's own modules."""
-        if not self.settings.cpp_decode:
+    def decoder_under(self, adapter: Adapter | None, cache: StepCache) -> Decoder:
+        """The fastest decoder that gives the bits of the base's own modules.
+
+        Args:
+            adapter: the adapter of the rows' prefix, which is on in the layers; None = none is.
+            cache: a cache of at least one row, whose next column may be written for a comparison.
+        """
+        cpp = self._cpp_decoder() if self.settings.cpp_decode else None
+        if cpp is None or cache.block % cpp.block:
             return self._modules
         if adapter is not None:
             if self._adapted is None or self._adapted.adapter is not adapter:
@@ -302,13 +306,13 @@ class NativeEngine(Engine):
             self._plain = self._choose(cache)
         return self._plain
 
-    def _choose(self, cache: DecodeCache) -> Decoder:
+    def _choose(self, cache: StepCache) -> Decoder:
         decoder = self._cpp_decoder()
         if decoder is None or not self._agrees(decoder, cache):
             return self._modules
         return decoder
 
-    def _choose_adapted(self, adapter: Adapter, cache: DecodeCache) -> Decoder:
+    def _choose_adapted(self, adapter: Adapter, cache: StepCache) -> Decoder:
         """One call per step under an adapter of low rank, where that gives the hooks' bits.
 
         Compared at every prefix until one has been whose adapter changes something.
@@ -331,7 +335,7 @@ class NativeEngine(Engine):
             self._cpp = cpp_decoder(self.policy.forward, keep_bytes)
         return self._cpp
 
-    def _agrees(self, decoder: CppDecoder, cache: DecodeCache) -> bool:
+    def _agrees(self, decoder: CppDecoder, cache: StepCache) -> bool:
         return agrees(decoder, self.policy.forward, cache, self._modules.hidden)
 
     def _completion(self, row: _Row, stop: frozenset[int]) -> Completion:
@@ -349,9 +353,7 @@ class ModuleDecoder:
         """Decode with a base."""
         self._forward = forward
 
-    def hidden(
-        self, tokens: Tensor, cache: DecodeCache, kept: StepProducts | None = None
-    ) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: StepCache, kept: StepProducts | None = None) -> Tensor:
         """See `Decoder.hidden`.
 
         Raises:

@@ -38,13 +38,22 @@ class Refusal(Exception):
         status: the HTTP status, 400 to 599.
         sentence: what was wrong and what to do.
         headers: what else the answer says, such as `Retry-After`.
+        param: the field of the request that was wrong; None = none in particular.
+        code: a word for programs, such as `model_not_found`.
     """
 
     def __init__(
-        self, status: int, sentence: str, headers: Mapping[str, str] | None = None
+        self,
+        status: int,
+        sentence: str,
+        headers: Mapping[str, str] | None = None,
+        *,
+        param: str | None = None,
+        code: str | None = None,
     ) -> None:
         super().__init__(sentence)
         self.status, self.sentence, self.headers = status, sentence, dict(headers or {})
+        self.param, self.code = param, code
 
 
 @dataclass(frozen=True)
@@ -59,11 +68,25 @@ class Endpoint:
     """The coroutine."""
 
 
-def json_app(endpoints: Sequence[Endpoint]) -> ASGIApp:
-    """An application whose every answer is JSON.
+ErrorBody = Callable[[Refusal], Any]
+"""What a client is told of a request that is not served."""
+
+
+def plain_error(refusal: Refusal) -> Any:
+    """`{"error": sentence}`.
 
     Args:
-        endpoints: what it answers.
+        refusal: why the request is not served.
+    """
+    return {"error": refusal.sentence}
+
+
+def json_app(endpoints: Sequence[Endpoint], error_body: ErrorBody = plain_error) -> ASGIApp:
+    """An application whose every error is JSON, and every answer that is not a file.
+
+    Args:
+        endpoints: what it answers; a path may have parts such as `{name}`.
+        error_body: function that makes the body of an answer to what is not served.
     """
     known = ", ".join(f"{each.method} {each.path}" for each in endpoints)
 
@@ -74,7 +97,7 @@ def json_app(endpoints: Sequence[Endpoint]) -> ASGIApp:
     for each in endpoints:
         calls.setdefault(each.path, {})[each.method] = each.call
     routes = [Route(path, _Methods(by_method)) for path, by_method in calls.items()]
-    return _Guarded(Router(routes, redirect_slashes=False, default=lost))
+    return _Guarded(Router(routes, redirect_slashes=False, default=lost), error_body)
 
 
 def answer(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -181,8 +204,9 @@ class BearerToken:
 class _Guarded:
     """The outermost layer: nothing gets past it but JSON."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, error_body: ErrorBody) -> None:
         self._app = app
+        self._error_body = error_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         status: int | None = None
@@ -205,9 +229,10 @@ class _Guarded:
         except (Exception, asyncio.CancelledError) as error:
             if status is not None:
                 raise  # uvicorn closes the connection: the rest of the answer is lost, visibly
-            response = _answer_of(error)
-            if response is None:
+            refusal = _refusal_of(error)
+            if refusal is None:
                 return
+            response = answer(self._error_body(refusal), refusal.status, refusal.headers)
             if not whole:
                 await _discard(scope, take)
             await response(scope, take, give)
@@ -216,19 +241,19 @@ class _Guarded:
             logger.info("%s %s %s %s", client[0], scope["method"], scope["path"], status)
 
 
-def _answer_of(error: BaseException) -> Response | None:
+def _refusal_of(error: BaseException) -> Refusal | None:
     """What a client is told of an error; None = it has gone."""
     if isinstance(error, ClientDisconnect):
         return None
     if isinstance(error, Refusal):
-        return answer({"error": error.sentence}, error.status, error.headers)
+        return error
     if isinstance(error, asyncio.CancelledError):
-        return answer({"error": "the server is stopping; ask again"}, 503, {"Retry-After": "5"})
+        return Refusal(503, "the server is stopping; ask again", {"Retry-After": "5"})
     if isinstance(error, InputError):
         logger.warning("%s", error)
-        return answer({"error": str(error)}, 500)
+        return Refusal(500, str(error))
     logger.error("a request failed", exc_info=error)
-    return answer({"error": f"{type(error).__name__} in the server; see its log"}, 500)
+    return Refusal(500, f"{type(error).__name__} in the server; see its log")
 
 
 async def _discard(scope: Scope, receive: Receive, max_bytes: int = 1 << 24) -> None:

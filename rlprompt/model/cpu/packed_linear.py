@@ -46,6 +46,8 @@ class PackedWeight:
         self._kernel = False
         self._kept = False
         self._chunk: int | None = None
+        self.block_rows: int | None = None
+        """Rows of every product of oneDNN's, see `row_blocks`; None = as many as there are."""
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         if len(biases) not in (0, len(layers)):
             raise ValueError("layers that are packed as one need a bias each, or none")
@@ -104,6 +106,11 @@ class PackedWeight:
         return self.forward_or_take(x, products)[0]
 
     @property
+    def layers(self) -> Sequence[nn.Linear | PackedLinear]:
+        """The layers that are multiplied as one."""
+        return self._layers
+
+    @property
     def inputs(self) -> int:
         """Numbers that go in."""
         return self._layers[0].in_features
@@ -131,10 +138,27 @@ class PackedWeight:
             rows = x.reshape(-1, x.shape[-1]).contiguous()
             few = packed_product(rows, self.forward_weight, self.bias, self.chunk)
             return few.view(*x.shape[:-1], -1)
+        if self.block_rows is not None:
+            return self._in_blocks(x, self.block_rows)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(
             x, self.forward_weight, self.bias, "none", [], ""
         )
         return out
+
+    def _in_blocks(self, x: Tensor, size: int) -> Tensor:
+        """The product, so many rows at a time, the last ones filled up with zeros."""
+        rows = x.reshape(-1, x.shape[-1])
+        out = x.new_empty(len(rows), self.outputs)
+        for first in range(0, len(rows), size):
+            block = rows[first : first + size].contiguous()
+            count = len(block)
+            if count < size:
+                block = torch.cat([block, block.new_zeros(size - count, block.shape[1])])
+            made = torch.ops.mkldnn._linear_pointwise(
+                block, self.forward_weight, self.bias, "none", [], ""
+            )
+            out[first : first + count] = made[:count]
+        return out.view(*x.shape[:-1], -1)
 
     def input_gradient(self, grad: Tensor) -> Tensor:
         """The gradient of the input, grad @ W."""
