@@ -19,6 +19,7 @@ from rlprompt.errors import InputError
 from rlprompt.kernels.lm_head import CHUNK_TOKENS, FUSED_CHUNK_TOKENS
 from rlprompt.planning.tables import Device, Shape
 from rlprompt.prompts.adapter import AdapterSettings
+from rlprompt.recipe.division import require_work
 from rlprompt.recipe.schema import Recipe
 
 QUERY_TOKENS = 64
@@ -89,17 +90,8 @@ def plan(
             f"engine.type is {engine.type}, and a plan knows the memory of the native engine only; "
             "plan with engine.type=native"
         )
+    require_work(recipe, ranks)
     overlaps = recipe.training.overlap_rollouts
-    if overlaps and ranks > 1:
-        raise InputError(
-            f"training.overlap_rollouts works on one rank, the plan is for {ranks}; remove it"
-        )
-    queries = recipe.training.queries_per_step
-    if queries < ranks:
-        raise InputError(
-            f"training.queries_per_step is {queries} and there are {ranks} ranks, so some would "
-            "have nothing to do; raise it"
-        )
     work = _Work(recipe, engine, shape, ranks, device, query_tokens)
     held = _memory(work)
     decoding = (

@@ -20,7 +20,9 @@ def test_dry_run_prints_the_scripts_and_leaves_nothing(model_dir: Path, tmp_path
     assert shown.code == 0, shown.err
     assert shown.out.count("#!/bin/bash") == 2
     assert "#SBATCH --nodes=2" in shown.out
-    assert f"train {recipe} seed=3 --output {tmp_path / 'run'} --auto-resume" in shown.out
+    frozen = next(w for w in shown.out.split() if w.endswith("/recipe.frozen.yaml"))
+    assert Path(frozen).parent.parent == tmp_path / "run" / "slurm"
+    assert f"train {frozen} seed=3 --output {tmp_path / 'run'} --auto-resume" in shown.out
     assert f"'rlprompt eval {tmp_path / 'run' / 'artifact'}'" in shown.out
     assert not (tmp_path / "run").exists()
 
@@ -34,7 +36,7 @@ def test_a_sweep_is_the_grid_of_its_values(model_dir: Path, tmp_path: Path) -> N
     assert shown.code == 0, shown.err
     assert "#SBATCH --array=0-3\n" in shown.out
     last = f"seed=2 'name='\"'\"'1'\"'\"'' --output {tmp_path / 'grid' / '003'}"
-    assert last in shown.out.split("3) set --")[1]
+    assert last in shown.out.split("\n3) OUTPUT=")[1]
 
 
 def test_without_slurm_the_sentence_says_what_to_do(
