@@ -21,6 +21,8 @@ fate() {
       echo timeout
     elif [ -z "$asked" ]; then
       echo cancelled
+    elif [[ ! "$asked" < "$(of EndTime)" ]]; then
+      echo preempted
     else # by the preemption when its grace is over, else by scancel
       grace=$(scontrol show partition --oneliner "$(of Partition)" | grep -o ' GraceTime=[0-9]*' | cut -d= -f2)
       if [ "$(date +%s)" -ge $(($(date -d "$asked" +%s) + ${grace:-0})) ]; then echo preempted; else echo cancelled; fi
@@ -37,7 +39,8 @@ seconds() {
   IFS=: read -r hours minutes rest <<<"$time"
   echo $((10#$days * 86400 + 10#$hours * 3600 + 10#$minutes * 60 + 10#$rest))
 }
-# Puts the job back into the queue, and waits for Slurm to end this attempt.
+# Puts the job back into the queue; Slurm then ends this attempt.
+BACK=''
 put_back() { # WHY
   local try
   if [ "${SLURM_RESTART_COUNT:-0}" -ge {{max_restarts}} ]; then
@@ -47,8 +50,7 @@ put_back() { # WHY
   say "$1: put back into the queue"
   for try in 1 2 3 4 5; do # the controller may be busy
     if scontrol requeue "$THIS_JOB" || [ "$(fate)" = restarted ]; then
-      trap - USR1 TERM
-      sleep 120
+      BACK=yes
       return
     fi
     sleep $((try * 5))
@@ -58,14 +60,21 @@ put_back() { # WHY
 # The end of this attempt. A job comes back when it was preempted, when its time was over, when this
 # script was asked to stop, or when a rank was killed; never when it was cancelled.
 finish() { # CODE
-  local now kills
   trap : USR1 TERM # until it is decided
   echo "$1" >"$LOGS/exit_code"
   say "ended with code $1"
   case "$1" in
-  85 | 137 | 138 | 143) now=$(fate) ;; # 138 and 143: the signal came before Python could listen
-  *) exit "$1" ;;
+  85 | 137 | 138 | 143) [ -n "$BACK" ] || decide "$1" ;; # 138, 143: it came before Python could listen
   esac
+  if [ -n "$BACK" ]; then
+    trap - USR1 TERM
+    sleep 120
+  fi
+  exit "$1"
+}
+decide() { # CODE
+  local now kills
+  now=$(fate)
   kills=$(cat "$JOB"/attempt_*/exit_code | grep -cx 137)
   case "$now:$1" in
   restarted:*) say "Slurm has put it back already" ;;
@@ -83,5 +92,4 @@ finish() { # CODE
     say "the ranks were told to stop, and not by Slurm: not put back; submit it again to go on"
   fi ;;
   esac
-  exit "$1"
 }

@@ -7,7 +7,7 @@ no_proxy=${no_proxy:-${NO_PROXY:-}}
 no_proxy="${no_proxy:+$no_proxy,}$SERVER,$SERVER_NODE"
 case "$SERVER" in *:*) SERVER="[$SERVER]" no_proxy="$no_proxy,$SERVER" ;; esac # IPv6, as in an address of the web
 export no_proxy NO_PROXY="$no_proxy"
-export RLPROMPT_SERVER="$SERVER"
+export SERVER RLPROMPT_SERVER="$SERVER"
 srun --nodes={{server_nodes}} --ntasks={{server_nodes}} --relative={{nodes}} --output="${LOGS//%/%%}/server_%t.log" \
   {{srun_arguments}} \
   {{server_command}} &

@@ -6,6 +6,7 @@ all jobs together take half a minute: one fixture submits them all and does to e
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 import time
@@ -25,8 +26,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 
 DONE = """mkdir -p "$OUTPUT"; echo '{"stopped_because": "finished"}' >"$OUTPUT/summary.json"; """
 SAID = """echo "master=$MASTER_ADDR:$MASTER_PORT files=$(ulimit -n) threads=$OMP_NUM_THREADS" """
-STOPS = 'trap "exit 85" TERM USR1; echo up; for i in $(seq 600); do sleep 0.1; done; exit 1'
-STUBBORN = 'trap "" TERM USR1; echo up; for i in $(seq 600); do sleep 0.1; done; exit 1'
+STOPS = 'trap "exit 85" TERM USR1; echo up; sleep 60 & wait; exit 1'
+STUBBORN = 'trap "" TERM USR1; echo up; for i in $(seq 60); do sleep 1; done; exit 1'
 KILLED = "echo up; kill -9 $$"
 AGAIN = 'if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then ' + DONE + SAID + "; exit 0; fi; "
 
@@ -56,9 +57,14 @@ class Job:
 def submit(folder: Path, *lines: str, more: dict[str, Any] | None = None, **cluster: Any) -> Job:
     """A job whose rank is a shell line; several lines make an array."""
     outputs = [folder / f"run_{number}" for number in range(len(lines))]
-    words = [["bash", "-c", f"OUTPUT={out}; {line}"] for out, line in zip(outputs, lines)]
+    words = [
+        ["bash", "-c", f"OUTPUT={shlex.quote(str(out))}; {line}"]
+        for out, line in zip(outputs, lines, strict=True)
+    ]
     more = more or {}
-    settings = ClusterSettings(python=sys.executable, **{"directives": ("--exclude=n3",), **cluster})
+    settings = ClusterSettings(
+        python=sys.executable, **{"directives": ("--exclude=n3",), **cluster}
+    )
     job = TrainJob(
         name=folder.name, folder=folder, commands=more.pop("commands", words), outputs=outputs,
         cluster=settings, **more,
@@ -75,6 +81,11 @@ def wait_until(done: Callable[[], bool], what: str, seconds: float = 120.0) -> N
         time.sleep(0.2)
 
 
+def is_up(job: Job) -> bool:
+    assert not any(each.ended for each in job.queued()), job.log
+    return "up" in job.rank(0)
+
+
 def slurm(*words: str) -> None:
     subprocess.run(words, check=True, timeout=30)
 
@@ -88,7 +99,7 @@ def urgent(node: str) -> None:
 SERVES = 'sleep 2; exec python3 -m http.server --bind "$SERVER" 8123'
 ASKS = (
     "python3 -c \"import urllib.request as u; print(u.urlopen('$0', timeout=5).status)\" "
-    '&& echo proxy=$NO_PROXY server=$RLPROMPT_SERVER; '
+    "&& echo proxy=$NO_PROXY server=$RLPROMPT_SERVER; "
 )
 
 
@@ -113,7 +124,7 @@ def jobs(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
             ),
         }  # fmt: skip
         started = [made[name] for name in ("preempted", "stubborn", "cancelled", "told", "served")]
-        wait_until(lambda: all("up" in job.rank(0) for job in started), "starting")
+        wait_until(lambda: all(is_up(job) for job in started), "starting")
         slurm("scancel", made["cancelled"].id)
         slurm("scancel", "--signal=TERM", made["told"].id)
         urgent("n3")
