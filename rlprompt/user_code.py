@@ -169,6 +169,11 @@ def frozen_folder() -> Path | None:
     return Path(named) if named else None
 
 
+def as_submitted(file: Path) -> Path:
+    """Where to read a file: in a job, its copy from when the job was submitted, if it has one."""
+    return (_frozen_copy(file.resolve()) if frozen_folder() else None) or file
+
+
 def _frozen_copy(file: Path) -> Path | None:
     """The copy that is executed in place of a file; None where the file itself is."""
     folder = frozen_folder()

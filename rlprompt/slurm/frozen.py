@@ -20,9 +20,10 @@ import rlprompt
 from rlprompt.errors import InputError
 from rlprompt.files import to_json, write_atomic
 from rlprompt.reading import json_text
-from rlprompt.reading.files import read_bytes, read_text
+from rlprompt.reading.files import expanded, read_bytes, read_text
 from rlprompt.recipe.paths import with_absolute_paths
 from rlprompt.recipe.schema import Recipe
+from rlprompt.recipe.yaml_file import apply_override, read_tree
 from rlprompt.runs.claim_folder import FROZEN_RECIPE, recipe_folder
 from rlprompt.slurm.script import FrozenCode
 from rlprompt.user_code import FROZEN_CODE, FROZEN_FILES, frozen_folder, is_path
@@ -90,7 +91,8 @@ def freeze(
     base = recipe_folder(path).absolute()
     try:
         text = read_text(path).removeprefix("\ufeff")
-        sources = {file: read_bytes(file) for file in _code_files(recipes, base)}
+        named = [*_code_files(recipes, base), *_template_files(path, overrides, base)]
+        sources = {file: read_bytes(file) for file in dict.fromkeys(named)}
         package = dict(_package_files())
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"what the job is to run cannot be read ({error}); mend that") from error
@@ -147,6 +149,20 @@ def _code_files(recipes: Sequence[Recipe], base: Path) -> list[Path]:
                 places = [base / file, Path.cwd() / file]
                 found.update([place.resolve() for place in places if place.is_file()][:1])
     return sorted(found)
+
+
+def _template_files(path: Path, overrides: Sequence[Sequence[str]], base: Path) -> Iterator[Path]:
+    """The chat templates that a recipe names; a recipe that was read has their text."""
+    for changes in overrides:
+        tree = read_tree(path)
+        for change in changes:
+            apply_override(tree, change)
+        model = tree.get("model")
+        template = model.get("template") if isinstance(model, dict) else None
+        if isinstance(template, str) and "{" not in template:
+            file = (base / expanded(template, "model.template")).resolve()
+            if file.is_file():
+                yield file
 
 
 def _texts(node: Any) -> Iterator[str]:

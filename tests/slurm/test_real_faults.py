@@ -1,7 +1,8 @@
 """What clusters do to jobs, on a real Slurm: the batch script under cancelling, preemption, moves.
 
-In place of training, ranks are lines of shell that end with 85 when they are asked to stop, so that
-all jobs together take half a minute: one fixture submits them all and does to each what it is about.
+In place of training, ranks are lines of shell that end with 85 when they are asked to stop, so
+that all jobs together take half a minute: one fixture submits them all and does to each what its
+test is about.
 """
 
 from __future__ import annotations
