@@ -18,6 +18,7 @@ from rlprompt import __version__
 from rlprompt.cli.certify_command import certify
 from rlprompt.cli.registry_app import registry_app
 from rlprompt.cli.reward_app import CONTEXT, VERBOSE, reward_app
+from rlprompt.cpu_share import bound_waiting
 from rlprompt.errors import InputError, machine_fault
 from rlprompt.process_exit import process_end
 from rlprompt.standard_streams import hold_standard_streams
@@ -64,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     if arguments is not None:
         _run(list(arguments))
+    bound_waiting()
     with process_end():
         hold_standard_streams()
         try:
@@ -218,7 +220,10 @@ def submit(
         None, "--max-parallel", min=1, metavar="N", help="Runs of a sweep at a time."
     ),
     then: list[str] = typer.Option(
-        None, "--then", metavar="COMMAND", help="Run after it; knows {output} and {artifact}."
+        None,
+        "--then",
+        metavar="COMMAND",
+        help="Run after it; knows {output}, {artifact}, {recipe}.",
     ),
     after: list[str] = typer.Option(
         None, "--after", metavar="JOB", help="Wait until this job has ended well."

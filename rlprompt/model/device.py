@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from rlprompt.cpu_share import allowed_cpus
 from rlprompt.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,22 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda":
         _check_cuda(name, device)
     return device
+
+
+def use_allowed_threads() -> None:
+    """Have torch use no more threads than this process can run at once.
+
+    Torch counts the cores that a process may run on and knows neither quotas nor Slurm. What
+    OMP_NUM_THREADS says stays, and so does a smaller number. The number stays as it is from then
+    on, whatever else the machine does: it decides the order of sums.
+    """
+    allowed = allowed_cpus()
+    if "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() <= allowed:
+        return
+    logger.info(
+        "threads: %d, the share of this process (torch: %d)", allowed, torch.get_num_threads()
+    )
+    torch.set_num_threads(allowed)
 
 
 def _refuse_job_with_gpus() -> None:
