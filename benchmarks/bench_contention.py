@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -39,7 +40,13 @@ from rlprompt.cpu_share import SPIN_COUNT, allowed_cpus
 NEIGHBOURS = (0, 1, 4)
 OURS, DEFAULT = "rlprompt", "default"
 REWARD = "reward_models/concise.py:reward"
-_BUSY = "n = 0\nwhile True: n += 1"
+_BUSY = """
+import os
+parent = os.getppid()
+while os.getppid() == parent:  # it ends with whoever started it, however that ends
+    for _ in range(10**6):
+        pass
+"""
 _SETTLE_S = 0.5
 
 
@@ -151,6 +158,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.steps < 1:
         parser.error("--steps must be at least 1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     cores = len(os.sched_getaffinity(0))
     threads = min(int(os.environ.get("OMP_NUM_THREADS", allowed_cpus())), allowed_cpus())
     load = os.getloadavg()[0]

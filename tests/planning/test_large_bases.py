@@ -9,10 +9,13 @@ import pytest
 from transformers import LlamaConfig, Qwen3MoeConfig
 
 from rlprompt.errors import InputError
+from rlprompt.model.forward.adapter_hooks import linear_shapes
 from rlprompt.planning.plan import Plan, plan
 from rlprompt.planning.shapes import shape_of_config
 from rlprompt.planning.tables import DEVICES, SHAPES
 from rlprompt.planning.trained import trained_parameters
+from rlprompt.prompts.adapter import AdapterSettings
+from rlprompt.prompts.layer_adapters import LoRA, LoRASettings
 from rlprompt.recipe.schema import load_recipe
 from tests.cli.runs import rlprompt
 from tests.fixtures.tiny import CONFIGS, save_tiny, tiny_base
@@ -68,11 +71,7 @@ def test_a_lora_of_rank_64_on_70b_is_13_gb() -> None:
 
 
 def test_what_an_adapter_trains_is_what_is_counted() -> None:
-    from rlprompt.prompts.adapter import AdapterSettings
-    from rlprompt.prompts.layer_adapters import LoRA, LoRASettings
-    from tests.fixtures.tiny import tiny_policy
-
-    shapes = tiny_policy().linear_shapes
+    shapes = linear_shapes(tiny_base().model)
     settings = AdapterSettings(method=LoRASettings(rank=4))
     assert isinstance(settings.method, LoRASettings)
     made = LoRA.create(settings.method, shapes, 0)
