@@ -326,7 +326,7 @@ def _kept_for_adapter(prompt: PromptSettings, shape: Shape) -> int:
     joined = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
     seen = set()
     for name, linear in adapted_linears(prompt, shape).items():
-        per_layer = -(-linear.count // shape.layers)
+        per_layer = -(-linear.number // shape.layers)
         kept += per_layer * prompt.method.rank
         source = joined.get(name, name)  # layers that read the same vector
         if source not in seen and name != "o_proj":  # its input is attention's outcome

@@ -142,7 +142,7 @@ def _linears(model: nn.Module, head: nn.Module | None) -> tuple[dict[str, Linear
             name = path.rpartition(".")[2]
             before = counted.get(name)
             outputs, inputs = module.weight.shape
-            counted[name] = Linears(inputs, outputs, 1 + (before.count if before else 0))
+            counted[name] = Linears(inputs, outputs, 1 + (before.number if before else 0))
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     return counted, experts
 

@@ -14,8 +14,8 @@ class Linears(NamedTuple):
     """Of each."""
     outputs: int
     """Of each."""
-    count: int
-    """In the whole base."""
+    number: int
+    """How many the base has."""
 
 
 @dataclass(frozen=True)

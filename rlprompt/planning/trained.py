@@ -69,8 +69,8 @@ def adapted_linears(prompt: AdapterSettings, shape: Shape) -> dict[str, Linears]
 
 def _of_adapter(prompt: AdapterSettings, name: str, linear: Linears) -> int:
     if isinstance(prompt.method, LoRASettings):
-        return linear.count * prompt.method.rank * (linear.inputs + linear.outputs)
+        return linear.number * prompt.method.rank * (linear.inputs + linear.outputs)
     scales_input = any(
         target.rpartition(".")[2] == name for target in prompt.method.feedforward_modules
     )
-    return linear.count * (linear.inputs if scales_input else linear.outputs)
+    return linear.number * (linear.inputs if scales_input else linear.outputs)

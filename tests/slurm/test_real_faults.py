@@ -112,7 +112,7 @@ def jobs(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
         patch.chdir(top)
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.delenv("OMP_NUM_THREADS", raising=False)
-        on_n3 = {"directives": ("--nodelist=n3",), "partition": "cheap"}
+        on_n3: dict[str, Any] = {"directives": ("--nodelist=n3",), "partition": "cheap"}
         made = {
             "preempted": submit(top / "preempted", AGAIN + STOPS, **on_n3),
             "stubborn": submit(top / "stubborn", AGAIN + STUBBORN, **on_n3),
