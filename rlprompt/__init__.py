@@ -100,6 +100,7 @@ def __getattr__(name: str) -> Any:
     """Load a public name when it is first asked for."""
     if name not in _PUBLIC:
         raise AttributeError(f"module 'rlprompt' has no attribute {name!r}")
+    import_module("rlprompt.cpu_share").bound_waiting()
     value = getattr(import_module(_PUBLIC[name]), name)
     globals()[name] = value
     return value

@@ -5,6 +5,9 @@ relative to the recipe's folder (the working directory comes second), or `packag
 User code runs only when a recipe or a command names it. A file is executed under a module name of
 its own (made from its path and contents, so that editing it gives a new module and pickling works
 within the process); its folder never enters `sys.path`, so it cannot import its neighbours.
+
+In a job that was submitted to a cluster, a file is executed as it was at submission:
+RLPROMPT_FROZEN names the folder with the copies (`rlprompt.slurm.frozen`).
 """
 
 from __future__ import annotations
@@ -12,17 +15,25 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from rlprompt.errors import InputError, choices, describe_error, user_frame
 from rlprompt.process_exit import forks_end
-from rlprompt.reading.files import expanded
+from rlprompt.reading import json_text
+from rlprompt.reading.files import expanded, read_bytes
 from rlprompt.settings import UserClass
+
+FROZEN_FILES = "files.json"
+"""In the folder of a submission: the name of each file's copy, by the file's absolute path."""
+FROZEN_CODE = "code"
+"""Folder of the copies in it."""
 
 Choice = Callable[[ModuleType, str], Any]
 """From a module and the path of its file to the object in it that is meant."""
@@ -146,18 +157,67 @@ def _find_file(location: str, base_dir: Path) -> Path:
     given = expanded(location, "the path of user code")
     places = [base_dir / given, Path.cwd() / given]  # an absolute path replaces the folder
     for place in places:
-        if place.is_file():
+        if place.is_file() or _frozen_copy(place.resolve()) is not None:
             return place.resolve()
     tried = " nor ".join(dict.fromkeys(str(place) for place in places))
     raise InputError(f"there is no file {tried}; correct the path, relative to the recipe's folder")
 
 
+def frozen_folder() -> Path | None:
+    """The folder of the submission that this process runs for; None outside of a job."""
+    named = os.environ.get("RLPROMPT_FROZEN")
+    return Path(named) if named else None
+
+
+def as_submitted(file: Path) -> Path:
+    """Where to read a file: in a job, its copy from when the job was submitted, if it has one."""
+    return (_frozen_copy(file.resolve()) if frozen_folder() else None) or file
+
+
+def _frozen_copy(file: Path) -> Path | None:
+    """The copy that is executed in place of a file; None where the file itself is."""
+    folder = frozen_folder()
+    if folder is None:
+        return None
+    name = _frozen_names(folder).get(str(file))
+    return None if name is None else folder / FROZEN_CODE / name
+
+
+@lru_cache(maxsize=4)
+def _frozen_names(folder: Path) -> dict[str, str]:
+    try:
+        return dict(json_text.loads(read_bytes(folder / FROZEN_FILES)))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(
+            f"RLPROMPT_FROZEN is '{folder}', which holds no readable {FROZEN_FILES} ({error}); "
+            "submit the job again, or unset the variable"
+        ) from error
+
+
+class _CopyLoader(SourceFileLoader):
+    """Executes a copy under the path of the original, past the original's compiled cache."""
+
+    def __init__(self, name: str, path: str, source: bytes) -> None:
+        super().__init__(name, path)
+        self._source = source
+
+    def get_code(self, fullname: str) -> CodeType:
+        code: CodeType = self.source_to_code(self._source, self.path)
+        return code
+
+    def get_source(self, fullname: str) -> str:
+        return importlib.util.decode_source(self._source)
+
+
 def _import_file(file: Path) -> ModuleType:
-    digest = hashlib.sha256(str(file).encode() + b"\0" + file.read_bytes()).hexdigest()[:12]
+    copy = _frozen_copy(file)
+    source = (file if copy is None else copy).read_bytes()
+    digest = hashlib.sha256(str(file).encode() + b"\0" + source).hexdigest()[:12]
     name = f"rlprompt_user_{file.stem}_{digest}"
     if name in sys.modules:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, file)
+    loader = None if copy is None else _CopyLoader(name, str(file), source)
+    spec = importlib.util.spec_from_file_location(name, file, loader=loader)
     if spec is None or spec.loader is None:
         raise InputError(f"{file} cannot be loaded as Python source; give a .py file")
     module = importlib.util.module_from_spec(spec)

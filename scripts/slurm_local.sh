@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A private Slurm on this machine: real daemons, several nodes on 127.0.0.1, pretended GPUs.
+# A private Slurm on this machine: real daemons, several nodes on 127.0.0.N, pretended GPUs.
 #
 #   bash scripts/slurm_local.sh up DIR [NODES]     start it (default: 2 nodes); then
 #   export SLURM_CONF=DIR/slurm.conf               for sbatch, squeue, rlprompt submit
@@ -9,7 +9,8 @@
 # should be short (a socket's path has about 100 characters) and new. RLPROMPT_SLURM_PORT moves the
 # ports of the controller and of the nodes after it. Exit code 3: Slurm cannot run here, and why.
 #
-# Partition `main` is preempted, with a requeue, by partition `urgent`.
+# Partition `main` is preempted, with a requeue, by partition `urgent`, and so is `cheap`, whose jobs
+# are cancelled.
 set -euo pipefail
 
 readonly PORT="${RLPROMPT_SLURM_PORT:-16917}"
@@ -77,11 +78,13 @@ SlurmdTimeout=15
 MailProg=/bin/true
 CONF
     for ((i = 1; i <= nodes; i++)); do
-      echo "NodeName=n$i NodeHostname=$host NodeAddr=127.0.0.1 Port=$((PORT + i)) CPUs=$cpus" \
+      echo "NodeName=n$i NodeHostname=$host NodeAddr=127.0.0.$i Port=$((PORT + i)) CPUs=$cpus" \
         "RealMemory=$memory Gres=gpu:2 State=UNKNOWN"
     done
     echo "PartitionName=main Nodes=ALL Default=YES State=UP MaxTime=INFINITE PriorityTier=1" \
       "PreemptMode=REQUEUE GraceTime=20"
+    echo "PartitionName=cheap Nodes=ALL State=UP MaxTime=INFINITE PriorityTier=1" \
+      "PreemptMode=CANCEL GraceTime=3"
     echo "PartitionName=urgent Nodes=ALL State=UP MaxTime=INFINITE PriorityTier=10"
   } >"$dir/slurm.conf"
   echo "NodeName=n[1-$nodes] Name=gpu File=$dir/dev/gpu[0-1]" >"$dir/gres.conf"

@@ -38,6 +38,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 """Rooms by floor: a folder of the package, or a module beside the folders. A module imports from
 its own room and from rooms on lower floors, nothing else."""
 GROUND = (
+    "cpu_share",
     "errors",
     "files",
     "process_exit",

@@ -22,6 +22,7 @@ from rlprompt.cli.inspect_command import inspect
 from rlprompt.cli.registry_app import registry_app
 from rlprompt.cli.reward_app import CONTEXT, VERBOSE, reward_app
 from rlprompt.cli.serve_command import serve
+from rlprompt.cpu_share import bound_waiting
 from rlprompt.errors import InputError, machine_fault
 from rlprompt.process_exit import process_end
 from rlprompt.standard_streams import hold_standard_streams
@@ -72,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     if arguments is not None:
         _run(list(arguments))
+    bound_waiting()
     with process_end():
         hold_standard_streams()
         try:
@@ -235,7 +237,10 @@ def submit(
         None, "--max-parallel", min=1, metavar="N", help="Runs of a sweep at a time."
     ),
     then: list[str] = typer.Option(
-        None, "--then", metavar="COMMAND", help="Run after it; knows {output} and {artifact}."
+        None,
+        "--then",
+        metavar="COMMAND",
+        help="Run after it; knows {output}, {artifact}, {recipe}.",
     ),
     after: list[str] = typer.Option(
         None, "--after", metavar="JOB", help="Wait until this job has ended well."
@@ -291,8 +296,15 @@ def plan(
     overrides: list[str] = typer.Argument(
         None, metavar="KEY=VALUE", help="Changes to the recipe, such as distributed.base=sharded."
     ),
-    model_size: str = typer.Option(
-        "8b", "--model-size", metavar="SIZE", help="135m, 1b, 3b, 8b or 70b."
+    model_size: str | None = typer.Option(
+        None, "--model-size", metavar="SIZE", help="135m, 1b, 3b, 8b (the default) or 70b."
+    ),
+    model: str | None = typer.Option(
+        None,
+        "--model",
+        metavar="MODEL",
+        help="Any base in place of a size: a folder with config.json, a model of the cache, or a "
+        "hub id, of which the config is fetched.",
     ),
     gpus: int | None = typer.Option(
         None,
@@ -302,6 +314,12 @@ def plan(
         help="One rank each; by default 8, or one per query of a step where those are fewer.",
     ),
     gpu: str = typer.Option("h100", "--gpu", metavar="NAME", help="a100, h100, h200, l40s or cpu."),
+    gpus_per_node: int | None = typer.Option(
+        None, "--gpus-per-node", min=1, metavar="N", help="GPUs of a node; by default 8."
+    ),
+    network: float | None = typer.Option(
+        None, "--network", metavar="GB/S", help="For each GPU from other nodes; else a usual one."
+    ),
     query_tokens: int = typer.Option(
         64, "--query-tokens", min=1, metavar="N", help="Mean length of a query with its template."
     ),
@@ -314,9 +332,12 @@ def plan(
         recipe,
         overrides or [],
         model_size=model_size,
+        model=model,
         gpus=gpus,
         gpu=gpu,
         query_tokens=query_tokens,
+        gpus_per_node=gpus_per_node,
+        network=network,
         as_json=as_json,
     )
 

@@ -212,7 +212,7 @@ def join_ranks(settings: DistributedSettings) -> Iterator[Ranks]:
     try:
         # NCCL only moves shards of the base; ranks meet over gloo, which tells who is missing.
         backend = "nccl" if has_gpu and settings.base == "sharded" else "gloo"
-        place = f"tcp://{os.environ['MASTER_ADDR']}:{_number('MASTER_PORT', None)}"
+        place = meeting_place(os.environ["MASTER_ADDR"], _number("MASTER_PORT", None))
         dist.init_process_group(
             backend, init_method=place, rank=rank, world_size=size, timeout=limit
         )
@@ -234,6 +234,17 @@ def join_ranks(settings: DistributedSettings) -> Iterator[Ranks]:
         raise
     finally:
         dist.destroy_process_group()
+
+
+def meeting_place(address: str, port: int) -> str:
+    """Where ranks meet, as torch.distributed takes it.
+
+    Args:
+        address: name or address of the first rank's node; of IPv6 with brackets or without.
+        port: port there.
+    """
+    host = address.strip("[]")
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
 def _check_shards(settings: DistributedSettings, size: int) -> None:

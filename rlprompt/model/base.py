@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from rlprompt.errors import InputError
 from rlprompt.model.chat.render import start as start_rendering
-from rlprompt.model.device import choose_device, choose_dtype
+from rlprompt.model.device import choose_device, choose_dtype, use_allowed_threads
 from rlprompt.model.files.converted import is_converted, read_manifest
 from rlprompt.model.files.fetch import EMBEDDED
 from rlprompt.model.files.folder import Source, check_folder, locate
@@ -50,7 +50,8 @@ class ModelSettings(Settings):
     """A chat template to use in place of the tokenizer's: `plain` (for a base model that has none),
     the path of a .jinja file relative to the recipe's folder, or the text of a template."""
     threads: int | None = Field(default=None, ge=1, le=4096)
-    """CPU threads of torch; none = torch's choice."""
+    """CPU threads of torch; none = torch's choice, and no more than affinity, the control group's
+    quota or the Slurm job give this process."""
     cpu_kernels: Literal["auto", "on", "off"] = "auto"
     """Small C++ kernels for a bfloat16 base on a CPU, built once on this machine: auto = where a
     compiler is there and they pass their check, on = refuse to run without them, off = plain
@@ -149,7 +150,7 @@ def load_base(settings: ModelSettings, sharding: ShardSettings | None = None) ->
     """Loads, checks, freezes and fingerprints the model of `settings`.
 
     An embedded model that is not in the cache is fetched first; weights are read from safetensors
-    only. Sets the number of CPU threads when `settings.threads` does.
+    only. Sets the number of CPU threads; see `ModelSettings.threads`.
 
     Args:
         settings: the settings that say which model.
@@ -160,6 +161,8 @@ def load_base(settings: ModelSettings, sharding: ShardSettings | None = None) ->
     """
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    else:
+        use_allowed_threads()
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     source = locate(settings.path, settings.revision)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 from pathlib import Path
 
 import torch
 
+from rlprompt.cpu_share import allowed_cpus
 from rlprompt.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -19,10 +22,13 @@ def choose_device(name: str) -> torch.device:
     """The device that `name` stands for; `auto` is CUDA when there is a GPU, else the CPU.
 
     Raises:
-        InputError: If the name is no device, or names a GPU that this machine does not have.
+        InputError: If the name is no device, names a GPU that this machine does not have, or is
+            `auto` in a Slurm job that asked for GPUs of which torch sees none.
     """
     if name == "auto":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if device.type == "cpu":
+            _refuse_job_with_gpus()
         logger.info("device: %s (auto)", device)
         return device
     try:
@@ -38,6 +44,41 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda":
         _check_cuda(name, device)
     return device
+
+
+def use_allowed_threads() -> None:
+    """Have torch use no more threads than this process can run at once.
+
+    Torch counts the cores that a process may run on and knows neither quotas nor Slurm. What
+    OMP_NUM_THREADS says stays, and so does a smaller number. The number stays as it is from then
+    on, whatever else the machine does: it decides the order of sums.
+    """
+    allowed = allowed_cpus()
+    if "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() <= allowed:
+        return
+    logger.info(
+        "threads: %d, the share of this process (torch: %d)", allowed, torch.get_num_threads()
+    )
+    torch.set_num_threads(allowed)
+
+
+def _refuse_job_with_gpus() -> None:
+    """Refuse the CPU where GPUs are paid for: a run on it would be a hundred times as slow."""
+    names = ("RLPROMPT_GPUS_PER_NODE", "SLURM_GPUS_ON_NODE")
+    asked = next((os.environ[name] for name in names if os.environ.get(name)), "0")
+    if asked == "0":
+        return
+    node = socket.gethostname()
+    if torch.version.cuda or torch.version.hip:
+        why = "sees none; look at nvidia-smi and the driver there"
+        advice = "leave out the node (--exclude)"
+    else:
+        why = "is built for CPU only"
+        advice = "run `bash scripts/setup.sh --cuda cu130` (or the CUDA of the nodes' driver)"
+    raise InputError(
+        f"this job asked for {asked} GPU(s) on {node}, but torch {torch.__version__} {why}: "
+        f"{advice}, or set model.device=cpu and ask for no GPUs."
+    )
 
 
 def _check_cuda(name: str, device: torch.device) -> None:

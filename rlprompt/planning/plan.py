@@ -10,15 +10,20 @@ dim, V vocabulary, W ranks, R rows decoded at a time, T tokens, S columns of the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from rlprompt.engines.native import NativeSettings
 from rlprompt.errors import InputError
 from rlprompt.kernels.lm_head import CHUNK_TOKENS, FUSED_CHUNK_TOKENS
 from rlprompt.planning.tables import Device, Shape
+from rlprompt.planning.trained import adapted_linears, prompt_tokens, trained_parameters
 from rlprompt.prompts.adapter import AdapterSettings
+from rlprompt.prompts.base import PromptSettings
+from rlprompt.prompts.layer_adapters import LoRASettings
+from rlprompt.recipe.division import require_work
 from rlprompt.recipe.schema import Recipe
 
 QUERY_TOKENS = 64
@@ -27,8 +32,8 @@ _NORM_BYTES = 8
 """Two RMS norms per layer keep their input in float32: 2 x 4 bytes per element."""
 _FREE_SHARE = 0.5
 """The rule of `gather: auto`: a whole base may take this share of the memory that is free."""
-_CHARACTERS_PER_TOKEN = 4
-"""Of a text in English, where no tokenizer is at hand."""
+_SERVED_SHARE = 0.7
+"""Of a GPU's memory that the weights of a served base may take, beside cache and buffers."""
 _CACHE_BLOCK = 32
 """Columns by which a cache grows."""
 
@@ -50,6 +55,12 @@ class Plan:
     """Of all ranks, at most."""
     overlaps: bool = False
     """Whether rollouts go on during updates."""
+    host_bytes: float = 0.0
+    """Of a rank's share of the base in the memory of its host, or on its disk."""
+    fitting_rows: int = 0
+    """Most rows that can be decoded at a time; 0 where not even one fits."""
+    advice: tuple[str, ...] = ()
+    """Sentences about what does not fit or is bound by traffic, and what to do."""
 
     @property
     def step_seconds(self) -> float:
@@ -89,17 +100,8 @@ def plan(
             f"engine.type is {engine.type}, and a plan knows the memory of the native engine only; "
             "plan with engine.type=native"
         )
+    require_work(recipe, ranks)
     overlaps = recipe.training.overlap_rollouts
-    if overlaps and ranks > 1:
-        raise InputError(
-            f"training.overlap_rollouts works on one rank, the plan is for {ranks}; remove it"
-        )
-    queries = recipe.training.queries_per_step
-    if queries < ranks:
-        raise InputError(
-            f"training.queries_per_step is {queries} and there are {ranks} ranks, so some would "
-            "have nothing to do; raise it"
-        )
     work = _Work(recipe, engine, shape, ranks, device, query_tokens)
     held = _memory(work)
     decoding = (
@@ -107,10 +109,16 @@ def plan(
     )
     at_rest = sum(
         held[part]
-        for part in ("base, at rest", "products of a rollout", "prompt, gradient, moments")
+        for part in (
+            "base, at rest",
+            "base, second shards",
+            "products of a rollout",
+            "prompt, gradient, moments",
+        )
     )
     # While the largest matrix arrives there is no cache yet.
     gathering = held["base, gathered for a rollout"]
+    fitting = _fitting_rows(work, held, at_rest)
     rollout = at_rest + gathering + max(decoding, held["received twice"])
     update = at_rest + sum(
         held[part]
@@ -122,9 +130,10 @@ def plan(
     )
     if overlaps:
         rollout = update = rollout + update - at_rest
-    traffic = _traffic(work) if ranks > 1 else {}
-    bounds, rate = _bounds(work, sum(traffic.values()), held["cache of a rollout"])
-    return Plan(held, rollout, update, traffic, bounds, rate, overlaps)
+    bounds, rate = _bounds(work, held["cache of a rollout"])
+    host = work.shape.parameters * work.bytes_each / ranks if work.offload != "none" else 0.0
+    made = Plan(held, rollout, update, _traffic(work), bounds, rate, overlaps, host, fitting)
+    return replace(made, advice=_advice(work, held, made))
 
 
 class _MicroBatches(NamedTuple):
@@ -165,7 +174,35 @@ class _Work:
     def at_rest(self) -> float:
         """Bytes of the base on a rank, outside of everything."""
         whole = self.shape.parameters * self.bytes_each
+        if self.offload != "none" and not self.device.is_cpu:
+            return 0.0
         return whole / self.ranks if self.is_sharded else whole
+
+    @property
+    def offload(self) -> str:
+        """Where shards lie that are not in use: none, cpu or nvme."""
+        return self.recipe.distributed.offload
+
+    @property
+    def secondary(self) -> int | None:
+        """Ranks that share a second set of shards; None where there is none."""
+        return self.recipe.distributed.secondary_shards
+
+    @property
+    def trained(self) -> int:
+        """Parameters that the prompt trains."""
+        return trained_parameters(self.recipe.prompt, self.shape)
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of a step."""
+        queries = self.recipe.training.queries_per_step
+        return self.of("num_epochs") * min(self.of("num_minibatches"), queries)
+
+    @property
+    def draws_together(self) -> bool:
+        """Whether all ranks decode the same rows, since layers are gathered at each token."""
+        return self.is_sharded and not self.rolls_out_whole
 
     @property
     def rolls_out_whole(self) -> bool:
@@ -179,8 +216,9 @@ class _Work:
     def rows(self) -> int:
         """Completions of a rank; where layers are gathered at each token, all ranks draw all."""
         queries = self.recipe.training.queries_per_step
-        together = self.is_sharded and not self.rolls_out_whole
-        return (queries if together else -(-queries // self.ranks)) * self.of("group_size")
+        return (queries if self.draws_together else -(-queries // self.ranks)) * self.of(
+            "group_size"
+        )
 
     @property
     def rows_at_once(self) -> int:
@@ -194,10 +232,7 @@ class _Work:
 
     @property
     def prompt_tokens(self) -> int:
-        prompt = self.recipe.prompt
-        text = getattr(prompt, "init_text", None) or getattr(prompt, "text", None)
-        guess = 32 if text is None else -(-len(text) // _CHARACTERS_PER_TOKEN)
-        return int(getattr(prompt, "num_virtual_tokens", None) or guess)
+        return prompt_tokens(self.recipe.prompt)
 
     @property
     def columns(self) -> int:
@@ -236,6 +271,7 @@ def _memory(work: _Work) -> dict[str, float]:
         head = 2 * min(FUSED_CHUNK_TOKENS, tokens) * shape.vocab * each
     return {
         "base, at rest": work.at_rest,
+        "base, second shards": shape.parameters * each / work.secondary if work.secondary else 0.0,
         "base, gathered for a rollout": whole if work.rolls_out_whole else parts,
         "base, gathered for an update": parts,
         "received twice": largest * (work.is_sharded and work.device.is_cpu),
@@ -245,7 +281,7 @@ def _memory(work: _Work) -> dict[str, float]:
         "products of a rollout": _kept_products(work),
         "activations of a micro-batch": _activations(work, tokens),
         "LM head's buffers": head,
-        "prompt, gradient, moments": work.prompt_tokens * shape.width * 4 * 4,
+        "prompt, gradient, moments": float(work.trained * 4 * 4),
     }
 
 
@@ -275,52 +311,182 @@ def _activations(work: _Work, tokens: int) -> float:
     kept = qkv + shape.heads * shape.head_dim + 3 * shape.mlp
     if work.device.is_cpu:
         kept += shape.heads * work.columns
+    kept += _kept_for_adapter(work.recipe.prompt, shape)
     layer = _NORM_BYTES * shape.width + work.bytes_each * kept
     if work.recipe.training.gradient_checkpointing:
         return float(tokens * (shape.layers * shape.width * work.bytes_each + layer))
     return float(tokens * shape.layers * layer)
 
 
-def _traffic(work: _Work) -> dict[str, float]:
-    """Bytes that a rank receives per step: its own share of what is gathered is there already."""
+def _kept_for_adapter(prompt: PromptSettings, shape: Shape) -> int:
+    """Elements per token and layer that the gradient of a LoRA needs beside those of the base."""
+    if not (isinstance(prompt, AdapterSettings) and isinstance(prompt.method, LoRASettings)):
+        return 0
+    kept = 0
+    joined = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+    seen = set()
+    for name, linear in adapted_linears(prompt, shape).items():
+        per_layer = -(-linear.number // shape.layers)
+        kept += per_layer * prompt.method.rank
+        source = joined.get(name, name)  # layers that read the same vector
+        if source not in seen and name != "o_proj":  # its input is attention's outcome
+            kept += per_layer * linear.inputs
+        seen.add(source)
+    return kept
+
+
+class _Gathers(NamedTuple):
+    """Bytes of weights that are made whole on a rank in a step, its own share included."""
+
+    rollout: float
+    forward: float
+    """Of an update."""
+    backward: float
+    """Of an update."""
+
+
+def _gathers(work: _Work) -> _Gathers:
     recipe, shape = work.recipe, work.shape
-    minibatches = min(work.of("num_minibatches"), recipe.training.queries_per_step)
-    updates = work.of("num_epochs") * minibatches
-    # Summed in float64, and copied from the first rank after the optimizer's step.
-    gradient = 2.0 * work.prompt_tokens * shape.width * 8 * updates
-    if not work.is_sharded:
-        return {"gradient and prompt": gradient}
-    share = (work.ranks - 1) / work.ranks * work.bytes_each
-    layers = (shape.layers * shape.layer_parameters + shape.width) * share
-    ends = shape.end_parameters * share
+    layers = (shape.layers * shape.layer_parameters + shape.width) * work.bytes_each
+    ends = shape.end_parameters * work.bytes_each
     passes = 1 if recipe.algorithm.needs_reference else 0
     turns = work.micro_batches.per_pass
     # Of an update: the prompt forward, forward again and backward; each turn forward and backward.
-    of_update = updates * (3 + 2 * turns) + passes * (1 + turns)
-    rollout = shape.parameters * share
+    forward = work.updates * (2 + turns) + passes * (1 + turns)
+    backward = work.updates * (1 + turns)
+    rollout = shape.parameters * work.bytes_each
     if not work.rolls_out_whole:
         rollout = work.rollout_turns * recipe.sampling.max_tokens * layers + ends
-    return {
-        "base, for the rollout": rollout + layers + ends,  # and the prompt's prefill before it
-        "base, for the update": of_update * layers + ends,
-        "gradient and prompt": gradient,
-    }
+    # And the prompt's prefill before the rollout.
+    return _Gathers(rollout + layers + ends, forward * layers + ends, backward * layers)
 
 
-def _bounds(work: _Work, received: float, cache: float) -> tuple[dict[str, float], float]:
+def _traffic(work: _Work) -> dict[str, float]:
+    """Bytes that a rank receives per step: its own share of what is gathered is there already."""
+    received: dict[str, float] = {}
+    if work.is_sharded:
+        made, share = _gathers(work), (work.ranks - 1) / work.ranks
+        # DeepSpeed takes the second shards in backward passes only.
+        near = work.secondary or work.ranks
+        backward = made.backward * (near - 1) / near
+        if work.ranks > 1:
+            received["base, for the rollout"] = made.rollout * share
+            received["base, for the update"] = made.forward * share + backward
+        if work.offload != "none":
+            own = made.rollout + made.forward + (0.0 if work.secondary else made.backward)
+            place = "host" if work.offload == "cpu" else "disk"
+            received[f"base, own shares from the {place}"] = own / work.ranks
+    if work.ranks > 1:
+        # Summed in float64, and copied from the first rank after the optimizer's step.
+        received["gradient and prompt"] = 2.0 * work.trained * 8 * work.updates
+    return received
+
+
+def _link_seconds(work: _Work, whole: float, among: int) -> float:
+    """Least seconds in which weights are gathered among ranks.
+
+    Inside a node every rank receives all but its share over its own link; what comes from other
+    nodes comes once per node, over all of its adapters together.
+    """
+    device = work.device
+    nodes = -(-among // device.per_node)
+    inside = whole * (among - 1) / among / device.link
+    beyond = whole * (nodes - 1) / nodes / (min(device.per_node, among) * device.network)
+    return max(inside, beyond)
+
+
+def _offload_seconds(work: _Work, whole: float) -> float:
+    """Least seconds in which a rank's own shares come from host or disk."""
+    if work.offload == "none":
+        return 0.0
+    rate = work.device.host
+    if work.offload == "nvme":
+        rate = min(rate, work.device.disk / min(work.device.per_node, work.ranks))
+    return whole / work.ranks / rate
+
+
+def _traffic_seconds(work: _Work) -> tuple[float, float]:
+    """Least seconds of a rollout's traffic, and of all traffic of a step."""
+    rollout = update = 0.0
+    if work.is_sharded:
+        made = _gathers(work)
+        near = work.secondary or work.ranks
+        rollout = max(
+            _link_seconds(work, made.rollout, work.ranks), _offload_seconds(work, made.rollout)
+        )
+        forward = max(
+            _link_seconds(work, made.forward, work.ranks), _offload_seconds(work, made.forward)
+        )
+        kept = 0.0 if work.secondary else _offload_seconds(work, made.backward)
+        update = forward + max(_link_seconds(work, made.backward, near), kept)
+    if work.ranks > 1:
+        is_far = work.ranks > work.device.per_node
+        rate = work.device.network if is_far else work.device.link
+        update += 2.0 * work.trained * 8 * work.updates / rate
+    return rollout, rollout + update
+
+
+def _decode_seconds(work: _Work, cache: float) -> float:
+    """Least seconds of one token of every row: weights and cache are read, products computed."""
+    shape, device = work.shape, work.device
+    met = min(shape.parameters, work.rows_at_once * shape.active_parameters)
+    return max(
+        # The cache is half full on average.
+        (met * work.bytes_each + cache / 2) / device.bandwidth,
+        work.rows_at_once * 2 * shape.active_parameters / device.flops,
+    )
+
+
+def _bounds(work: _Work, cache: float) -> tuple[dict[str, float], float]:
     """Least seconds of each part of a step, and most completion tokens per second of all ranks."""
     recipe, device = work.recipe, work.device
-    per_token = 2 * work.shape.parameters
-    decode = max(
-        # The cache is half full on average.
-        (work.shape.parameters * work.bytes_each + cache / 2) / device.bandwidth,
-        work.rows_at_once * per_token / device.flops,
-    )
     references = 1 if recipe.algorithm.needs_reference else 0
-    rollout = work.rollout_turns * recipe.sampling.max_tokens * decode
+    rollout = work.rollout_turns * recipe.sampling.max_tokens * _decode_seconds(work, cache)
     # Forward, and a backward to the inputs only; a reference costs one forward.
+    per_token = 2 * work.shape.active_parameters
     update = (2 + references) * work.micro_batches.tokens * per_token / device.flops
-    drawing = 1 if work.is_sharded and not work.rolls_out_whole else work.ranks
-    rate = drawing * work.rows * recipe.sampling.max_tokens / rollout
-    bounds = {"rollout": rollout, "update": update, "traffic": received / device.link}
-    return bounds, rate
+    rollout_traffic, traffic = _traffic_seconds(work)
+    drawing = 1 if work.draws_together else work.ranks
+    rate = drawing * work.rows * recipe.sampling.max_tokens / (rollout + rollout_traffic)
+    return {"rollout": rollout, "update": update, "traffic": traffic}, rate
+
+
+def _fitting_rows(work: _Work, held: Mapping[str, float], at_rest: float) -> int:
+    """Most rows that can be decoded at a time; 0 where not even one fits."""
+    growing = ("cache of a rollout", "cache, while it grows", "drawing of tokens")
+    each = sum(held[part] for part in growing) / work.rows_at_once
+    free = work.device.memory - at_rest - held["base, gathered for a rollout"]
+    return max(0, min(work.rows, int(free / each)))
+
+
+def _advice(work: _Work, held: Mapping[str, float], made: Plan) -> tuple[str, ...]:
+    """Sentences about what the numbers mean for how to run this."""
+    said = []
+    memory = work.device.memory
+    if made.rollout_bytes >= memory:
+        if made.fitting_rows:
+            said.append(
+                f"the cache of {work.rows_at_once} rows at a time does not fit; engine.max_rows="
+                f"{made.fitting_rows} does"
+            )
+        else:
+            said.append(
+                "not even one row at a time fits in a rollout: shorten sampling.max_tokens, or use "
+                "more GPUs with distributed.base=sharded"
+            )
+    together = work.is_sharded and not work.rolls_out_whole and work.ranks > 1
+    if together:
+        layers = work.shape.layers * work.shape.layer_parameters * work.bytes_each
+        link = max(_link_seconds(work, layers, work.ranks), _offload_seconds(work, layers))
+        decode = _decode_seconds(work, held["cache of a rollout"])
+        if link > decode:
+            share = work.shape.parameters * work.bytes_each / (_SERVED_SHARE * memory)
+            gpus = 1 << max(0, math.ceil(share) - 1).bit_length()
+            said.append(
+                f"generation under ZeRO-3 is bound by its traffic: each token gathers "
+                f"{layers / 1e9:.3g} GB on every GPU, {link:.3g} s beside {decode:.3g} s of "
+                f"decoding; where {made.decode_tokens_per_second:,.0f} tokens/s are too few, serve "
+                f"the base by vLLM with tensor parallel over {gpus} GPUs (rlprompt submit "
+                "--server), which answers under text prompts"
+            )
+    return tuple(said)

@@ -8,6 +8,7 @@ the whole list.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -102,6 +103,20 @@ class Change(NamedTuple):
     def is_allowed(self) -> bool:
         """Whether a run can go on with it; user code may lie in another folder than it did."""
         return may_change(self.key) or _is_moved(self.before, self.now)
+
+
+def is_of_server(change: Change, address: str | None) -> bool:
+    """Whether a value differs only by the address of the job's own server, which has moved.
+
+    Args:
+        change: the change.
+        address: the address now; None where there is no such server.
+    """
+    before, now = change.before, change.now
+    if not address or not isinstance(before, str) or not isinstance(now, str):
+        return False
+    pattern = r"(?:\[[\w.:%]+\]|[\w.:%-]+)".join(re.escape(part) for part in now.split(address))
+    return address in now and re.fullmatch(pattern, before) is not None
 
 
 def may_change(key: str) -> bool:

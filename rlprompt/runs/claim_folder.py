@@ -10,6 +10,7 @@ import ast
 import fcntl
 import json
 import logging
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,13 +25,21 @@ from rlprompt.errors import InputError
 from rlprompt.files import write_atomic
 from rlprompt.reading import yaml_text
 from rlprompt.reading.files import read_text, reason
-from rlprompt.runs.changes import ABSENT, Change, changes_between, effects_of
+from rlprompt.runs.changes import (
+    ABSENT,
+    Change,
+    changes_between,
+    effects_of,
+    is_of_server,
+)
 from rlprompt.runs.checkpoint import checkpoint_steps
 from rlprompt.settings import folder_problem
 
 logger = logging.getLogger(__name__)
 
 RECIPE_FILE = "recipe.resolved.yaml"
+FROZEN_RECIPE = "recipe.frozen.yaml"
+"""A recipe as it was when a job was submitted; see `rlprompt.slurm.frozen`."""
 _LOCK_FILE = ".lock"
 MEMBERS = "members"
 """Folder of a population's run that holds those of its members."""
@@ -170,9 +179,9 @@ def _resolved_text(recipe: Mapping[str, Any], base_dir: Path, overridden: Sequen
 def recipe_folder(recipe: Path) -> Path:
     """The folder that relative paths in a recipe's file are relative to.
 
-    That is its own folder; the resolved recipe of a run says which it was.
+    That is its own folder; the resolved recipe of a run and that of a job say which it was.
     """
-    if recipe.name == RECIPE_FILE:
+    if recipe.name in (RECIPE_FILE, FROZEN_RECIPE):
         for line in _head(recipe):
             found = _BASE_DIR.fullmatch(line)
             if found is not None:
@@ -227,7 +236,10 @@ def _allowed_changes(path: Path, recipe: Mapping[str, Any], updated: Updated) ->
     # Through YAML and back, as the stored one went.
     now = yaml_text.load(yaml_text.dump(dict(recipe)), 2 * yaml_text.MOST_NODES)
     changes = changes_between(updated(stored), now)
-    refused = [change for change in changes if not change.is_allowed]
+    server = os.environ.get(
+        "RLPROMPT_SERVER"
+    )  # of a job that brings one, on a node of this attempt
+    refused = [each for each in changes if not (each.is_allowed or is_of_server(each, server))]
     if refused:
         listed = ", ".join(
             f"{each.key} (was {_shown(each.before)}, is {_shown(each.now)})"

@@ -24,7 +24,10 @@ ENDED_BADLY = (
     "OUT_OF_MEMORY",
     "BOOT_FAIL",
     "NODE_FAIL",
+    "PREEMPTED",
     "REVOKED",
+    "LAUNCH_FAILED",
+    "RECONFIG_FAIL",
 )
 
 

@@ -20,6 +20,21 @@ _PACKAGED = Path(__file__).parent / "templates"
 _CHECKOUT = Path(__file__).parents[2] / "slurm"
 SERVER = "{server}"
 """In the words of a command: the address of the first server node, known when the job runs."""
+_OWN_TRITON_CACHE = (
+    'case "$TRITON_CACHE_DIR" in */rlprompt_triton_*) mkdir -p -m 700 "$TRITON_CACHE_DIR" && '
+    '[ -O "$TRITON_CACHE_DIR" ] || export TRITON_CACHE_DIR=$(mktemp -d) ;; esac; '
+)
+"""Before a rank: a cache below /tmp that somebody else has made is not used."""
+
+
+@dataclass(frozen=True)
+class FrozenCode:
+    """What a job runs, as it was when the job was submitted; see `rlprompt.slurm.frozen`."""
+
+    folder: Path
+    """With the recipe and the user's code, absolute."""
+    package: Path | None = None
+    """Folder that holds a copy of rlprompt; None where the nodes have one of their own."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +47,8 @@ class TrainJob:
     """Absolute; gets scripts and logs."""
     commands: Sequence[Sequence[str]]
     """Words of what every rank runs; more than one makes a job array."""
+    outputs: Sequence[Path]
+    """The run folder of each command; a command has ended when there is a summary in it."""
     cluster: ClusterSettings
     """Resources."""
     max_parallel: int | None = None
@@ -40,6 +57,8 @@ class TrainJob:
     """Shell line that the server nodes run beside the training."""
     server_nodes: int = 0
     """How many those are."""
+    frozen: FrozenCode | None = None
+    """None runs what the nodes find when the job starts."""
 
 
 def train_script(job: TrainJob) -> str:
@@ -49,34 +68,51 @@ def train_script(job: TrainJob) -> str:
         InputError: a path cannot stand in a script.
     """
     cluster = job.cluster
+    python = shlex.join([*cluster.container, cluster.python])
     served: dict[str, object] = {
         "server_nodes": job.server_nodes,
         "nodes": cluster.nodes,
+        "srun_arguments": _srun_arguments(cluster),
         "server_command": shlex.join([*cluster.container, "bash", "-c", job.server or ""]),
     }
+    limits = {"max_restarts": cluster.max_restarts, "max_kills": cluster.max_kills}
+    awaited = {"python": python, "server_wait_s": cluster.server_wait_s}
     return _fill(
         "train.sbatch",
         {
             "directives": _directives(job.name, job.folder, cluster, _array(job), job.server_nodes),
             "signal_lead_s": cluster.signal_lead_s,
+            "fate": _fill("fate.sh", limits),
             "setup": "\n".join(cluster.setup),
+            "code": _frozen(job.frozen),
+            "environment": _environment(cluster),
             "commands": "\n".join(
-                f"{number}) set -- {_words([*cluster.container, *command])} ;;"
-                for number, command in enumerate(job.commands)
+                f"{number}) OUTPUT={shlex.quote(str(output))}\n"
+                f"  set -- {_words([*cluster.container, *command])} ;;"
+                for number, (command, output) in enumerate(
+                    zip(job.commands, job.outputs, strict=True)
+                )
             ),
             "folder": shlex.quote(str(job.folder)),
-            "python": shlex.join([*cluster.container, cluster.python]),
+            "python": python,
             "server": _fill("server.sh", served) if job.server else "",
+            "await_server": _fill("await_server.sh", awaited) if job.server else "",
             "nodes": cluster.nodes,
             "ntasks": cluster.num_ranks,
             "wait_s": cluster.wait_s,
             "srun_arguments": _srun_arguments(cluster),
-            "max_restarts": cluster.max_restarts,
+            "rank_setup": _OWN_TRITON_CACHE if cluster.gpus_per_node else "",
         },
     )
 
 
-def command_script(name: str, folder: Path, command: str, cluster: ClusterSettings) -> str:
+def command_script(
+    name: str,
+    folder: Path,
+    command: str,
+    cluster: ClusterSettings,
+    frozen: FrozenCode | None = None,
+) -> str:
     """The script of one command on one node, after a training job.
 
     Args:
@@ -84,6 +120,7 @@ def command_script(name: str, folder: Path, command: str, cluster: ClusterSettin
         folder: the folder for the logs, absolute.
         command: a shell line.
         cluster: the resources; nodes and ranks beyond the first are left out.
+        frozen: the code that it runs; None is what the node finds.
 
     Raises:
         InputError: a path cannot stand in a script.
@@ -95,11 +132,39 @@ def command_script(name: str, folder: Path, command: str, cluster: ClusterSettin
         {
             "directives": _directives(name, folder, single),
             "setup": "\n".join(cluster.setup),
+            "code": _frozen(frozen),
+            "environment": _environment(single),
             "srun_arguments": _srun_arguments(cluster),
             "command": shlex.join([*cluster.container, "bash", "-c", command]),
             "folder": shlex.quote(str(folder)),
         },
     )
+
+
+def _frozen(frozen: FrozenCode | None) -> str:
+    if frozen is None:
+        return ""
+    lines = [
+        "# Recipe and code are those of the submission.",
+        f"export RLPROMPT_FROZEN={shlex.quote(str(frozen.folder))}",
+    ]
+    if frozen.package is not None:
+        if ":" in str(frozen.package):
+            raise InputError(
+                f"'{frozen.package}' cannot stand in PYTHONPATH, which is divided at colons; name "
+                "a plainer path with --output"
+            )
+        # Python would look in the working directory first, where a checkout may be.
+        path = f"{shlex.quote(str(frozen.package))}${{PYTHONPATH:+:$PYTHONPATH}}"
+        lines.append(f'export PYTHONSAFEPATH=1 PYTHONPATH={path}:"$PWD"')
+    return "\n".join(lines)
+
+
+def _environment(cluster: ClusterSettings) -> str:
+    gpus = cluster.gpus_per_node
+    of_gpus = _fill("gpu_environment.sh", {"gpus_per_node": gpus}) if gpus else ""
+    values = {"ranks_per_node": cluster.ranks_per_node, "gpu_environment": of_gpus}
+    return _fill("environment.sh", values).strip()
 
 
 def _array(job: TrainJob) -> str | None:

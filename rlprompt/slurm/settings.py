@@ -66,6 +66,10 @@ class ClusterSettings(Settings):
     """Seconds that the other ranks get to end after the first has."""
     max_restarts: int = Field(default=100, ge=0)
     """A job that was put back this often is not put back again."""
+    max_kills: int = Field(default=2, ge=0)
+    """How often a job is put back because a rank was killed (exit code 137: usually its memory)."""
+    server_wait_s: int = Field(default=1800, ge=1)
+    """Seconds that a job with --server waits for it to answer."""
 
     @model_validator(mode="after")
     def _one_rank_per_gpu(self) -> ClusterSettings:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from rlprompt.distributed.ranks import DistributedSettings, Ranks, join_ranks
+from rlprompt.distributed.ranks import DistributedSettings, Ranks, join_ranks, meeting_place
 from rlprompt.errors import InputError
 from rlprompt.files import read_jsonl
 from rlprompt.runs.checkpoint import load_checkpoint
@@ -219,3 +219,16 @@ def test_settings_without_effect_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         DistributedSettings(**settings)
     assert json.loads(DistributedSettings().model_dump_json())["base"] == "replicated"
+
+
+@pytest.mark.parametrize(
+    ("address", "place"),
+    [
+        ("n1", "tcp://n1:9"),
+        ("10.0.0.1", "tcp://10.0.0.1:9"),
+        ("fe80::1", "tcp://[fe80::1]:9"),
+        ("[::1]", "tcp://[::1]:9"),
+    ],
+)
+def test_ranks_meet_at_addresses_of_both_kinds(address: str, place: str) -> None:
+    assert meeting_place(address, 9) == place

@@ -881,6 +881,11 @@ CLUSTER = [
     ("an output that holds another run", lambda p: (*SUBMIT, "seed=5", "--output", "run")),
     ("--status where nothing was submitted", lambda p: ("submit", "--status", "--output", "run")),
     ("no recipe", lambda p: ("submit",)),
+    ("fewer queries than ranks", lambda p: (*SUBMIT, "--tasks-per-node", "8")),
+    (
+        "GPUs for a model on the CPU",
+        lambda p: (*SUBMIT, "model.device=cpu", "--gpus-per-node", "1"),
+    ),
     (
         "secondary shards that do not divide the ranks",
         lambda p: train("distributed.base=sharded", "distributed.secondary_shards=2"),
@@ -892,6 +897,10 @@ CLUSTER = [
             "distributed.offload=nvme",
             "distributed.nvme_path=/nowhere/nvme",
         ),
+    ),
+    (
+        "a plan for two bases",
+        lambda p: ("plan", "recipe.yaml", "--model-size", "8b", "--model", "model"),
     ),
     ("a plan for an unknown size", lambda p: ("plan", "recipe.yaml", "--model-size", "9b")),
     ("a plan for more GPUs than queries", lambda p: ("plan", "recipe.yaml", "--gpus", "8")),

@@ -126,6 +126,6 @@ def test_rollouts_during_updates_meet_them_in_memory_and_hide_behind_them() -> N
     assert both.rollout_bytes == both.update_bytes > max(turns.rollout_bytes, turns.update_bytes)
     assert both.bounds == turns.bounds
     assert both.step_seconds == max(turns.bounds.values()) < turns.step_seconds
-    with pytest.raises(InputError, match="works on one rank, the plan is for 2"):
+    with pytest.raises(InputError, match="works on one rank, and 2 are asked for"):
         recipe = load_recipe(path, ["training.overlap_rollouts=true"])
         plan(recipe, TINY, 2, DEVICES["h100"])

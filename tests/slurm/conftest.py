@@ -21,12 +21,12 @@ CANNOT = 3
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Path]:
-    """Two nodes on this machine; gives the path of slurm.conf, which SLURM_CONF names too."""
+    """Three nodes on this machine; gives the path of slurm.conf, which SLURM_CONF names too."""
     folder = Path(tempfile.mkdtemp(prefix="sl", dir="/tmp"))  # short: a socket's path is limited
     port = 20000 + os.getpid() % 40000
     try:
         started = subprocess.run(
-            ["bash", SCRIPT, "up", folder, "2"],
+            ["bash", SCRIPT, "up", folder, "3"],
             env={**os.environ, "RLPROMPT_SLURM_PORT": str(port)},
             capture_output=True,
             text=True,

@@ -1,4 +1,4 @@
-"""Jobs on a real Slurm of two nodes: requeued, preempted, in arrays, failing."""
+"""Jobs on a real Slurm of three nodes: requeued, preempted, in arrays, failing."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_a_job_that_is_requeued_and_preempted_equals_the_uninterrupted_run(
     assert first < 12
 
     reach(job_run, first + 2)
-    preempt = ["sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive"]
+    preempt = ["sbatch", "--parsable", "--partition=urgent", "--nodes=3", "--exclusive"]
     subprocess.run(
         [*preempt, "--output=/dev/null", "--wrap=sleep 1"], check=True, timeout=20, cwd=tmp_path
     )
@@ -169,7 +169,7 @@ def test_a_server_runs_on_a_node_of_its_own_and_the_training_knows_its_address(
         recipe, "training.steps=1", "name=at-{server}", "--output", output, "--wait",
         "--server", "echo serving on $SLURMD_NODENAME; sleep 600",
     )  # fmt: skip
-    assert "name: at-127.0.0.1" in (output / "recipe.resolved.yaml").read_text()
+    assert "name: at-127.0.0.2" in (output / "recipe.resolved.yaml").read_text()
     (log,) = (output / "slurm").glob("job_*/attempt_0/server_0.log")
     assert log.read_text().startswith("serving on n2\n")
     environment = (log.parent / "environment.txt").read_text()

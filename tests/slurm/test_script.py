@@ -38,7 +38,9 @@ COMMAND = ["python3", "-m", "rlprompt", "train", "/work/a recipe.yaml"]
 def one_job(**changes: Any) -> TrainJob:
     plain = ClusterSettings(python="python3", time="10:00")
     values = {"name": "tiny", "folder": Path("/runs/tiny/slurm"), "commands": [COMMAND]}
-    return TrainJob(**{**values, "cluster": plain, **changes})
+    commands = changes.get("commands", values["commands"])
+    outputs = [Path(f"/runs/tiny/{number:03d}") for number in range(len(commands))]
+    return TrainJob(**{**values, "outputs": outputs, "cluster": plain, **changes})
 
 
 SCRIPTS = {
@@ -74,7 +76,7 @@ def test_the_text_of_every_script_is_pinned(name: str, monkeypatch: pytest.Monke
 def test_the_words_of_a_command_reach_the_shell_as_they_are(tmp_path: Path) -> None:
     words = ["a b", "", "it's", "$HOME", "x={server}:1", "{server}", "'{server}'", "`id`"]
     script = train_script(one_job(commands=[words]))
-    start = script.index("case ")
+    start = script.index('case "${SLURM_ARRAY_TASK_ID')
     block = script[start : script.index("esac", start) + 4]
     shown = subprocess.run(
         ["bash", "-c", f'SERVER=n2\n{block}\nprintf "%s\\n" "$@"'],
@@ -99,9 +101,9 @@ SECRETS = [
 def test_the_environment_is_written_down_by_name_so_that_no_secret_is(tmp_path: Path) -> None:
     script = train_script(one_job())
     start, end = script.index("for NAME in"), script.index("# The address that Slurm")
-    pip = tmp_path / "python3"
-    pip.write_text("#!/bin/sh\necho 'a @ git+https://me:hunter2@h/a.git'\necho b==1\n")
-    pip.chmod(0o755)
+    python = tmp_path / "python3"
+    python.write_text("#!/bin/sh\necho 'a @ git+https://me:hunter2@h/a.git'\necho b==1\n")
+    python.chmod(0o755)
     environment = {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "SLURM_JOB_ID": "7",

@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import shlex
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,10 +21,12 @@ from rlprompt.cli.commands.terminal import setup_logging
 from rlprompt.errors import InputError
 from rlprompt.files import write_atomic
 from rlprompt.reading import yaml_text
+from rlprompt.recipe.division import require_work
 from rlprompt.recipe.schema import Recipe, load_recipe
 from rlprompt.recipe.secrets import secret_in_command
 from rlprompt.recipe.stored import check_folder, remembered
 from rlprompt.runs.claim_folder import RECIPE_FILE, default_output, recipe_folder
+from rlprompt.slurm.frozen import Frozen, freeze
 from rlprompt.slurm.jobs import Submitted, TaskStatus, read_jobs, task_statuses, write_jobs
 from rlprompt.slurm.queue import queued_jobs, submit_script
 from rlprompt.slurm.script import SERVER, TrainJob, command_script, train_script
@@ -51,7 +54,7 @@ class SubmitOptions:
     """`key=[a, b]`, each a dimension."""
     max_parallel: int | None = None
     then: Sequence[str] = ()
-    """Shell lines that follow, with {output} and {artifact}."""
+    """Shell lines that follow, with {output}, {artifact} and {recipe}."""
     after: Sequence[str] = ()
     """Jobs that must end well first."""
     server: str | None = None
@@ -69,7 +72,7 @@ def submit(
     """Check the recipe, write the scripts, and submit them; returns the exit code.
 
     Args:
-        recipe_path: a YAML file, which must stay as it is until the job ends.
+        recipe_path: a YAML file; the job reads a copy.
         overrides: `key.path=value` strings.
         options: what the command line asks for beside the recipe.
         dry_run: whether the scripts are only printed.
@@ -88,30 +91,75 @@ def submit(
     recipes = []
     for point, output in zip(points, outputs, strict=True):
         recipe = load_recipe(recipe_path, point, remembered(output))  # as the job will find it
+        _check_resources(recipe, cluster)
         has_begun = (output / RECIPE_FILE).exists()
         for line in check_folder(output, recipe, recipe_folder(recipe_path), has_begun):
             console.print(line, soft_wrap=True)
         recipes.append(recipe)
-    job = _train_job(recipe_path, recipes[0], points, outputs, cluster, options)
+    own = cluster.python == sys.executable and not cluster.container
+    frozen = freeze(recipe_path, recipes, points, folder / "slurm", with_package=own)
+    job = _train_job(frozen, recipes[0], points, outputs, cluster, options)
     scripts = [train_script(job)]
     for number, command in enumerate(options.then):
-        line = command.replace("{output}", shlex.quote(str(folder))).replace(
-            "{artifact}", shlex.quote(str(folder / "artifact"))
-        )
+        line = _following(command, folder, outputs if options.sweep else [], frozen.recipe)
         name = f"{job.name}-then-{number + 1}"
-        scripts.append(command_script(name, job.folder, line, cluster))
+        scripts.append(command_script(name, job.folder, line, cluster, frozen.code))
     _warn_of_secrets(options, cluster)
     if dry_run:
         for text in scripts:
             console.out(text, highlight=False, end="")
         return 0
     outlive_output()  # half of the jobs submitted would be worse
+    frozen.write()
+    jobs = _submit_all(job, scripts, points, recipes[0].training.steps, options, console)
+    return _wait(job.folder, jobs, console) if wait else 0
+
+
+def _check_resources(recipe: Recipe, cluster: ClusterSettings) -> None:
+    """Refuse what the job would refuse after hours in the queue, or would not use."""
+    require_work(recipe, cluster.num_ranks)
+    if cluster.gpus_per_node and recipe.model.device == "cpu":
+        raise InputError(
+            f"gpus_per_node is {cluster.gpus_per_node}, but model.device of the recipe is cpu; "
+            "write model.device=auto, or ask for no GPUs"
+        )
+
+
+def _following(command: str, folder: Path, runs: Sequence[Path], recipe: Path) -> str:
+    """A command of --then as a shell line.
+
+    Args:
+        command: the line, with {output}, {artifact} and {recipe}.
+        folder: the folder of the run, or of the sweep.
+        runs: the runs of a sweep; a command that names {artifact} runs for each in turn.
+        recipe: the recipe as submitted.
+    """
+    each = runs if runs and "{artifact}" in command else [folder]
+    lines = []
+    for output in each:
+        line = command
+        values = {"{output}": output, "{artifact}": output / "artifact", "{recipe}": recipe}
+        for hole, value in values.items():
+            line = line.replace(hole, shlex.quote(str(value)))
+        lines.append(line)
+    return lines[0] if len(lines) == 1 else " && ".join(f"{{ {line}; }}" for line in lines)
+
+
+def _submit_all(
+    job: TrainJob,
+    scripts: Sequence[str],
+    points: Sequence[Sequence[str]],
+    steps: int,
+    options: SubmitOptions,
+    console: Console,
+) -> list[Submitted]:
+    """Hand the training job and what follows it to Slurm."""
     submitted = Submitted(
         id=_submit(job.folder / "train.sbatch", scripts[0], options.after),
         kind="train",
-        outputs=[str(output) for output in outputs],
+        outputs=[str(output) for output in job.outputs],
         overrides=points,
-        steps=recipes[0].training.steps,
+        steps=steps,
     )
     write_jobs(job.folder, [submitted])
     said = f"job {submitted.id}: {job.name}, scripts and logs in {job.folder}"
@@ -122,7 +170,7 @@ def submit(
         jobs.append(Submitted(id=before, kind=options.then[number]))
         write_jobs(job.folder, jobs[-1:])
         console.print(f"job {before}: {options.then[number]}", soft_wrap=True)
-    return _wait(job.folder, jobs, console) if wait else 0
+    return jobs
 
 
 def status_folder(recipe: Path | None, overrides: Sequence[str], output: Path | None) -> Path:
@@ -155,7 +203,7 @@ def show_status(output: Path, *, wait: bool = False) -> int:
 
 
 def _train_job(
-    recipe_path: Path,
+    frozen: Frozen,
     recipe: Recipe,
     points: Sequence[Sequence[str]],
     outputs: Sequence[Path],
@@ -167,7 +215,7 @@ def _train_job(
         raise InputError(f"an override names {SERVER} but there is none; give --server")
     if options.max_parallel is not None and len(points) == 1:
         raise InputError("--max-parallel has no effect without --sweep; remove it")
-    command = [cluster.python, "-m", "rlprompt", "train", str(recipe_path.absolute())]
+    command = [cluster.python, "-m", "rlprompt", "train", str(frozen.recipe)]
     ends = ["--auto-resume", "--stop-exit-code", str(STOP_CODE)]
     folder = outputs[0].parent if options.sweep else outputs[0]
     return TrainJob(
@@ -177,10 +225,12 @@ def _train_job(
             [*command, *point, "--output", str(output), *ends]
             for point, output in zip(points, outputs, strict=True)
         ],
+        outputs=outputs,
         cluster=cluster,
         max_parallel=options.max_parallel,
         server=options.server,
         server_nodes=options.server_nodes if options.server else 0,
+        frozen=frozen.code,
     )
 
 

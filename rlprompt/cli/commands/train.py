@@ -29,6 +29,7 @@ from rlprompt.runs.population import Population
 from rlprompt.runs.run import Run
 from rlprompt.runs.stop_reason import FAILED, StopReason
 from rlprompt.runs.summary import Summary
+from rlprompt.slurm.frozen import differing_version
 from rlprompt.standard_streams import outlive_output
 from rlprompt.tracking.console import PlainConsole
 from rlprompt.user_code import absolute
@@ -156,6 +157,9 @@ def _train(asked: _Asked, options: TrainOptions, ranks: Ranks, stop: StopRequest
     level = logging.INFO if ranks.is_first else logging.WARNING
     setup_logging(console if ranks.is_first else PlainConsole(stderr=True), level, options.verbose)
     recipe, base_dir, folder, resume = asked.recipe, asked.base_dir, asked.folder, asked.resume
+    other = differing_version() if ranks.is_first else ""
+    if other:
+        logger.warning("%s", other)
     for line in ranks.first(lambda: check_folder(folder, recipe, base_dir, resume)):
         logger.info("%s", line)
     with console.status("loading data, rewards and model"):

@@ -21,6 +21,7 @@ from rlprompt.errors import InputError
 from rlprompt.model.chat.render import LimitError, RenderError, render
 from rlprompt.reading.files import expanded, read_text, reason
 from rlprompt.types import Message
+from rlprompt.user_code import as_submitted
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ def read_template(template: str, folder: Path) -> str:
     if template == PLAIN or _is_source(template):
         return template
     try:
-        text = read_text(folder / expanded(template, "model.template"), MOST_BYTES)
+        text = read_text(as_submitted(folder / expanded(template, "model.template")), MOST_BYTES)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"The template {template[:200]!r} is neither {PLAIN!r} nor Jinja source nor a file "
