@@ -45,8 +45,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from rlprompt.artifacts.certificate import prompt_hash
 from rlprompt.artifacts.format import save_artifact
+from rlprompt.artifacts.identity import prompt_hash
 from rlprompt.model.base import ModelSettings, load_base
 from rlprompt.model.cpu.row_blocks import fix_rows
 from rlprompt.policy import Policy, open_policy

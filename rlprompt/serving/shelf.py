@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from rlprompt.artifacts.certificate import Certificate, prompt_hash, read_certificate
+from rlprompt.artifacts.certificate import Certificate, read_certificate
 from rlprompt.artifacts.format import load_artifact, read_artifact_info
+from rlprompt.artifacts.identity import prompt_hash
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.errors import InputError, choices
 from rlprompt.policy import Policy

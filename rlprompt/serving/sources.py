@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from rlprompt.artifacts.certificate import prompt_hash
+from rlprompt.artifacts.identity import prompt_hash
 from rlprompt.errors import InputError
 from rlprompt.registry.records import Target, check_name, now
 from rlprompt.registry.store import Registry

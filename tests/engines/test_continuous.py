@@ -23,10 +23,10 @@ from rlprompt.types import Query
 from tests.fixtures.tiny import tiny_base, tiny_model
 
 _SETTINGS = (
-    {"temperature": 0.0},
-    {"temperature": 1.0},
-    {"temperature": 0.8, "top_p": 0.9},
-    {"temperature": 1.2, "top_k": 20, "min_p": 0.01},
+    SamplingSettings(temperature=0.0),
+    SamplingSettings(temperature=1.0),
+    SamplingSettings(temperature=0.8, top_p=0.9),
+    SamplingSettings(temperature=1.2, top_k=20, min_p=0.01),
 )
 
 
@@ -47,7 +47,7 @@ def asks_of(
         place = i % len(prompts)
         content = "the rain " * (1 + i % 5) + str(i)
         query = Query(messages=({"role": "user", "content": content},))
-        sampling = SamplingSettings(**_SETTINGS[i % len(_SETTINGS)], max_tokens=tokens + i % 3)
+        sampling = _SETTINGS[i % len(_SETTINGS)].model_copy(update={"max_tokens": tokens + i % 3})
         copies = 1 + i % 2
         engine.sync(prompts[place])
         (group,) = engine.generate([query], copies, sampling, seed=i).groups

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
 
-from rlprompt.artifacts.certificate import prompt_hash
+from rlprompt.artifacts.identity import prompt_hash
 from rlprompt.policy import Policy
 from rlprompt.prompts.soft import SoftPrompt
 from rlprompt.registry.records import Target
