@@ -57,7 +57,7 @@ def record(commands: Sequence[str], folder: Path) -> list[dict[str, Any]]:
                 text = ESCAPES.sub("", line.decode("utf-8", "replace").rstrip("\r\n"))
                 seen = text.split("\r")[-1].rstrip()  # what it was before is written over
                 lines.append([round(time.monotonic() - start, 2), seen])
-        seconds = round(time.monotonic() - start, 1)
+        seconds = round(time.monotonic() - start, 2)
         found.append(
             {"command": command, "lines": lines, "seconds": seconds, "code": process.returncode}
         )
