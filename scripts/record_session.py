@@ -1,11 +1,12 @@
 """Record commands with what they print, and draw a recording as an SVG that plays once.
 
     python scripts/record_session.py record session.json --folder DIR "rlprompt ..." "rlprompt ..."
-    python scripts/record_session.py draw session.json session.svg [--keep 8]
+    python scripts/record_session.py draw session.json session.svg
 
 A recording is JSON: for each command its text, its lines as they were printed (stdout and stderr as
-a terminal would show them) with the seconds at which they came, and the exit code. Drawing changes
-no text; of a command that prints more than `--keep` lines the middle is left out, as a line says.
+a terminal would show them) with the seconds at which they came, and the exit code. A command may
+get a key `show` by hand: ranges of its lines that are drawn, `[[1, 3], [9, 9]]`. Drawing changes
+no text, and says where lines are left out.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-COLUMNS = 100
-"""Characters of a line, what commands are told and where longer lines are folded."""
+COLUMNS = 116
+"""Characters of a line: what commands are told, and where longer lines are folded."""
 CHARACTER, LINE, MARGIN, BAR = 7.83, 19.0, 18.0, 34.0
 """Width of a character, height of a line, the margin and the window's bar, in SVG units."""
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -49,62 +51,59 @@ def record(commands: Sequence[str], folder: Path) -> list[dict[str, Any]]:
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
         ) as process:
             assert process.stdout is not None
             for line in process.stdout:
-                text = ESCAPES.sub("", line.rstrip("\n")).split("\r")[-1].rstrip()
-                lines.append([round(time.monotonic() - start, 2), text])
-        seconds = round(time.monotonic() - start, 1)
+                text = ESCAPES.sub("", line.decode("utf-8", "replace").rstrip("\r\n"))
+                seen = text.split("\r")[-1].rstrip()  # what it was before is written over
+                lines.append([round(time.monotonic() - start, 2), seen])
+        seconds = round(time.monotonic() - start, 2)
         found.append(
             {"command": command, "lines": lines, "seconds": seconds, "code": process.returncode}
         )
     return found
 
 
-def shown(entry: dict[str, Any], keep: int) -> list[tuple[str, str]]:
+def shown(entry: dict[str, Any]) -> list[tuple[str, str]]:
     """The lines of one command as they are drawn, each with its class.
 
     Args:
         entry: one command of a recording.
-        keep: how many lines of its output stay, the first half and the last.
 
     Returns:
         Pairs of a class of the SVG (`command`, `output`, `gap`) and a text of at most `COLUMNS`.
     """
-    rows = [("command", f"$ {entry['command']}")]
     texts = [text for _, text in entry["lines"]]
-    first, last = keep // 2, keep - keep // 2
-    if len(texts) <= keep:
-        head, tail = texts, []
-    else:
-        head, tail = texts[:first], texts[-last:]
-    rows += [("output", piece) for text in head for piece in folded(text)]
-    if tail:
-        count = len(texts) - keep
-        rows.append(("gap", f"  ... {count} more line{'s' * (count > 1)} ..."))
-    return rows + [("output", piece) for text in tail for piece in folded(text)]
+    rows = [("command", f"$ {entry['command']}")]
+    done = 0
+    for first, last in [*entry.get("show", [[1, len(texts)]]), [len(texts) + 1, len(texts)]]:
+        if first <= done or last > len(texts) or first > last + 1:
+            raise SystemExit(f"error: `show` of {entry['command']!r} is not in order; mend it")
+        if count := first - 1 - done:
+            rows.append(("gap", f"  ... {count} more line{'s' * (count > 1)} ..."))
+        rows += [("output", piece) for text in texts[first - 1 : last] for piece in folded(text)]
+        done = max(done, last)
+    return rows
 
 
 def folded(text: str) -> list[str]:
-    """A line as a terminal of `COLUMNS` characters folds it.
+    """A line in pieces of at most `COLUMNS` characters, cut at spaces where there are any.
 
     Args:
         text: characters without a line end.
     """
-    return [text[i : i + COLUMNS] for i in range(0, len(text), COLUMNS)] or [""]
+    return textwrap.wrap(text, COLUMNS, replace_whitespace=False) or [""]
 
 
-def draw(recording: Sequence[dict[str, Any]], keep: int) -> str:
+def draw(recording: Sequence[dict[str, Any]]) -> str:
     """The recording as an SVG: commands and lines appear one after another, once.
 
     Args:
         recording: what `record` gave.
-        keep: lines of output of each command.
     """
     rows: list[tuple[str, str]] = []
     for entry in recording:
-        rows += [("output", "")] * bool(rows) + shown(entry, keep)
+        rows += [("output", "")] * bool(rows) + shown(entry)
     width = round(2 * MARGIN + COLUMNS * CHARACTER)
     height = round(BAR + 2 * MARGIN + len(rows) * LINE)
     lines, delay = [], 0.4
@@ -152,14 +151,13 @@ def main() -> None:
     drawer = kinds.add_parser("draw", help="draw a recording")
     drawer.add_argument("recording", type=Path)
     drawer.add_argument("svg", type=Path)
-    drawer.add_argument("--keep", type=int, default=8, help="lines of each command (default: 8)")
     asked = parser.parse_args()
     if asked.kind == "record":
         found = record(asked.commands, asked.folder)
         asked.recording.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         sys.exit(any(entry["code"] for entry in found))
     recording = json.loads(asked.recording.read_text(encoding="utf-8"))
-    asked.svg.write_text(draw(recording, asked.keep), encoding="utf-8")
+    asked.svg.write_text(draw(recording), encoding="utf-8")
 
 
 if __name__ == "__main__":

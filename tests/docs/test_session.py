@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import pytest
+
 from scripts.record_session import COLUMNS, draw, folded, record, shown
 from tests.docs.pages import DOCS
 from tests.docs.test_commands import fault
 
-KEEP = 8
 RECORDING = DOCS / "figures" / "session.json"
 TEXT = "{http://www.w3.org/2000/svg}text"
 
@@ -24,9 +25,9 @@ def recording() -> list[dict[str, Any]]:
 
 def test_the_picture_is_drawn_from_the_recording() -> None:
     svg = (DOCS / "figures" / "session.svg").read_text(encoding="utf-8")
-    assert svg == draw(recording(), KEEP), (
+    assert svg == draw(recording()), (
         f"python scripts/record_session.py draw {RECORDING.relative_to(DOCS.parent)} "
-        f"docs/figures/session.svg --keep {KEEP}"
+        "docs/figures/session.svg"
     )
     texts = [each.text for each in ElementTree.fromstring(svg).iter(TEXT)]
     assert [text for text in texts if text and text.startswith("$ ")] == [
@@ -47,19 +48,29 @@ def test_a_recording_holds_lines_as_a_terminal_shows_them(tmp_path: Path) -> Non
     assert entry["code"] == 3 and 0 <= entry["lines"][0][0] <= entry["seconds"]
 
 
-def test_only_the_middle_is_left_out_and_that_is_said() -> None:
-    lines = [[0.1 * i, f"line {i} <&>"] for i in range(10)]
-    entry = {"command": "seq 10", "lines": lines, "seconds": 1.0, "code": 0}
-    rows = shown(entry, keep=4)
+def test_what_is_left_out_is_said() -> None:
+    lines = [[0.1 * i, f"line {i} <&>"] for i in range(1, 11)]
+    entry: dict[str, Any] = {"command": "seq 10", "lines": lines, "seconds": 1.0, "code": 0}
+    entry["show"] = [[1, 2], [4, 4]]
+    rows = shown(entry)
     assert [text for _, text in rows] == [
         "$ seq 10",
-        "line 0 <&>",
         "line 1 <&>",
+        "line 2 <&>",
+        "  ... 1 more line ...",
+        "line 4 <&>",
         "  ... 6 more lines ...",
-        "line 8 <&>",
-        "line 9 <&>",
     ]
-    svg = draw([entry], keep=4)
+    svg = draw([entry])
     assert [each.text for each in ElementTree.fromstring(svg).iter(TEXT)] == [t for _, t in rows]
     assert "http" not in svg.replace("http://www.w3.org/2000/svg", "")
+    for wrong in ([[3, 4], [4, 5]], [[1, 11]]):
+        with pytest.raises(SystemExit, match="not in order"):
+            shown(entry | {"show": wrong})
+
+
+def test_long_lines_are_folded_at_spaces() -> None:
     assert [len(piece) for piece in folded("x" * (COLUMNS + 1))] == [COLUMNS, 1]
+    text = "word " * 60
+    assert " ".join(folded(text)) == text.rstrip() and max(map(len, folded(text))) <= COLUMNS
+    assert folded("") == [""]

@@ -1,7 +1,4 @@
-"""The playground in a real browser against a server of its routes, and what its files may not hold.
-
-RLPROMPT_UPDATE_DOCS=1 python -m pytest tests/serving/test_playground.py -n 0   draws its pictures
-"""
+"""The playground in a real browser and a server of its routes; and what its files may not hold."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.pages import DOCS, UPDATE
+from tests.docs.pages import DOCS
 from tests.fixtures.browser import Browser, find_browser
 from tests.fixtures.chat_server import (
     ANSWERS,
@@ -266,28 +263,6 @@ def test_it_fits_a_phone(page: Browser) -> None:
     page.wait(f"{IDLE} && document.querySelectorAll('.reward').length")
     box = page.evaluate("document.getElementById('send').getBoundingClientRect().toJSON()")
     assert box["right"] <= 380 and box["bottom"] <= 740
-
-
-@needs_browser
-@pytest.mark.skipif(not UPDATE, reason="pictures are drawn with RLPROMPT_UPDATE_DOCS=1")
-def test_pictures(page: Browser) -> None:
-    def answered() -> None:
-        ask(page, "How do I keep bread fresh?")
-        page.wait(f"{IDLE} && document.querySelectorAll('.reward').length === 6")
-        page.evaluate("document.activeElement.blur()")
-
-    page.resize(1180, 640)
-    answered()
-    page.screenshot(DOCS / "figures" / "playground_light.png")
-    page.prefer("dark")
-    page.evaluate(f"{in_column('base@concise', '.column-head button')}.click()")
-    page.evaluate("new Promise(done => setTimeout(done, 200))")
-    page.screenshot(DOCS / "figures" / "playground_dark.png")
-    page.press("Escape", "Escape")
-    page.resize(380, 740, is_phone=True)
-    page.prefer("light")
-    page.evaluate("document.querySelectorAll('.chip')[3].click()")
-    page.screenshot(DOCS / "figures" / "playground_phone.png")
 
 
 def test_the_files_need_nothing_from_elsewhere_and_make_no_markup_of_texts() -> None:
