@@ -62,7 +62,7 @@ def test_texts_neither_break_the_table_nor_act_as_markup() -> None:
 
 
 def test_it_says_how_the_prompt_was_made_and_what_it_is_not() -> None:
-    recipe = {
+    recipe: dict[str, Any] = {
         "algorithm": {"type": "grpo"},
         "training": {"steps": 40},
         "data": {"path": "queries.jsonl"},
@@ -90,8 +90,9 @@ def test_it_says_how_the_prompt_was_made_and_what_it_is_not() -> None:
 
 
 def test_a_recipe_of_a_stranger_breaks_nothing() -> None:
-    for recipe in (
+    recipes: tuple[dict[str, Any], ...] = (
         {"rewards": 3, "data": [1], "training": "x", "algorithm": None, "search": 1, "model": 2},
         {"rewards": [1, None, {"weight": {}}], "data": {"rows": 5}, "prompt": "x"},
-    ):
+    )
+    for recipe in recipes:
         assert card_of(recipe=recipe).startswith("# concise")
