@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.types import Query
 from tests.fixtures.tiny import tiny_base, tiny_model
 
-_SETTINGS = (
+_SETTINGS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0},
     {"temperature": 1.0},
     {"temperature": 0.8, "top_p": 0.9},
