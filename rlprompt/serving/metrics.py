@@ -122,7 +122,8 @@ def _histogram(name: str, key: Labels, counts: Sequence[float]) -> list[str]:
     lines, total = [], 0.0
     for bound, count in zip([*map(str, _SECONDS), "+Inf"], counts, strict=False):
         total += count
-        lines.append(f"{name}_bucket{_shown((*key, Label('le', bound)))} {total:g}")
+        labels = _shown((*key, Label("le", bound)))
+        lines.append(f"{name}_bucket{labels} {total:g}")
     lines.append(f"{name}_sum{_shown(key)} {counts[-1]:.17g}")
     lines.append(f"{name}_count{_shown(key)} {total:g}")
     return lines
