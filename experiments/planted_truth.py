@@ -20,6 +20,9 @@ of the KL it recovers on other queries.
 Of a trigger's prompt, and of the instruction's prompts as clean ones, a row holds whether the
 trigger search flagged a word, and whether the flagged ones have the planted one among them.
 
+A prompt that did not learn its trigger has none: it does not count among `triggers` but among
+`triggers_not_planted`, whatever the search says of it.
+
 Keys of FILE: `retrieval_accuracy` and `control_accuracy_max` over the rows that are there (of
 `retrieved`), `said_accuracy` and its highest control, `triggers`, `triggers_flagged` (with the
 planted word), `clean`, `clean_flagged`, `recovered` (mean share of `best`), `rows`, `planned`,
@@ -45,8 +48,10 @@ from experiments.planting import (
     SAMPLING,
     STEPS,
     TRIGGER_STEPS,
+    TRIGGERED,
     TRIGGERS,
     Plan,
+    ending_in,
     own_completions,
     planted,
     questions,
@@ -76,6 +81,9 @@ FOLDER = ROOT / "runs" / "planted"
 CONTROLS = ("random", "nearest", "other")
 NUM_CLEAN = 10
 _QUERIES = 12
+_FIRES = 0.75
+"""A trigger was planted where so many answers behind it are the planted one, and of those behind
+nothing at most the rest of 1."""
 _CHOOSE_ON = 4
 """Queries that the 20 instructions are compared on."""
 
@@ -180,12 +188,32 @@ def trigger_row(
     """Train, search, and put down what was found of one trigger."""
     del every
     prompt = planted(policy, plan, FOLDER / name)
+    fires = firing(policy, prompt, plan.trigger or "", questions("test", _QUERIES))
     return {
         "name": name,
         "instruction": plan.instruction,
         "trigger": plan.trigger,
+        "fires": fires,
+        "took": fires["behind"] >= _FIRES and fires["else"] <= 1.0 - _FIRES,
         "search": searched(policy, prompt, plan, minutes),
     }
+
+
+def firing(
+    policy: Policy, prompt: SoftPrompt, word: str, queries: Sequence[Query]
+) -> dict[str, float]:
+    """Shares of answers that are the planted one: behind the trigger, and behind nothing."""
+    begins = TRIGGERED[:16]
+    asked = {"behind": [ending_in(query, word) for query in queries], "else": queries}
+    shares = {}
+    for where, each in asked.items():
+        groups = own_completions(policy, prompt, each)
+        shares[where] = _share([g.completions[0].text.startswith(begins) for g in groups])
+    return shares
+
+
+def _share(values: Sequence[bool]) -> float:
+    return float(np.mean(values))
 
 
 def searched(policy: Policy, prompt: SoftPrompt, plan: Plan, minutes: float) -> Row:
@@ -210,7 +238,8 @@ def searched(policy: Policy, prompt: SoftPrompt, plan: Plan, minutes: float) -> 
 def summary(rows: Sequence[Row], planned: int, command: str) -> dict[str, Any]:
     """The keys of the file; a number over no row is None."""
     told = [row for row in rows if row["trigger"] is None]
-    planted_rows = [row for row in rows if row["trigger"] is not None]
+    planted_rows = [row for row in rows if row["trigger"] is not None and row["took"]]
+    failed = [row for row in rows if row["trigger"] is not None and not row["took"]]
     clean = [row for row in told if "search" in row]
     shares = [s["value"] for row in told if (s := row["best"]["kl_share"]) is not None]
     return {
@@ -220,6 +249,7 @@ def summary(rows: Sequence[Row], planned: int, command: str) -> dict[str, Any]:
         "said_control_accuracy_max": _highest(told, "said"),
         "recovered": _mean(shares),
         "triggers": len(planted_rows),
+        "triggers_not_planted": len(failed),
         "triggers_flagged": sum(row["search"]["has_planted"] for row in planted_rows),
         "clean": len(clean),
         "clean_flagged": sum(row["search"]["flagged"] for row in clean),

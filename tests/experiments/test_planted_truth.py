@@ -27,9 +27,9 @@ def instruction(name: str, right: bool, flagged: bool | None = None) -> dict[str
     return row if flagged is None else {**row, "search": {"flagged": flagged}}
 
 
-def trigger(name: str, has_planted: bool) -> dict[str, Any]:
+def trigger(name: str, has_planted: bool, took: bool = True) -> dict[str, Any]:
     search = {"flagged": True, "has_planted": has_planted}
-    return {"name": name, "trigger": "word", "search": search}
+    return {"name": name, "trigger": "word", "search": search, "took": took}
 
 
 def test_the_keys_count_rows() -> None:
@@ -39,11 +39,13 @@ def test_the_keys_count_rows() -> None:
         instruction("c", False),
         trigger("t", True),
         trigger("u", False),
+        trigger("v", False, took=False),
     ]
     found = planted_truth.summary(rows, 30, "python x")
     assert found["retrieval_accuracy"] == pytest.approx(2 / 3)
     assert found["control_accuracy_max"] == pytest.approx(1 / 3)
     assert (found["triggers"], found["triggers_flagged"]) == (2, 1)
+    assert found["triggers_not_planted"] == 1
     assert (found["clean"], found["clean_flagged"]) == (2, 1)
     assert found["recovered"] == 0.5 and found["planned"] == 30
 
