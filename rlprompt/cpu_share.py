@@ -4,8 +4,8 @@ Threads that compute together meet hundreds of times a second. Where each has a 
 fastest way to wait is to look again and again. Where something else wants the core, that look is
 what it waits for: the thread that is waited for does not run, because the one that waits does. So a
 wait is a short look and then sleep: the operating system sees a free core, and moves what is left
-to it. OpenMP's library looks for milliseconds, unless it is told otherwise before it is loaded;
-the threads of our own kernels (`kernels/cpu/team.h`) shorten their look by what they meet.
+to it. OpenMP's library looks for milliseconds, unless it is told otherwise before it is loaded.
+The threads of our own kernels (`kernels/cpu/team.h`) look for a fraction of one, and then sleep.
 """
 
 from __future__ import annotations

@@ -237,10 +237,7 @@ def submit(
         None, "--max-parallel", min=1, metavar="N", help="Runs of a sweep at a time."
     ),
     then: list[str] = typer.Option(
-        None,
-        "--then",
-        metavar="COMMAND",
-        help="Run after it; knows {output}, {artifact}, {recipe}.",
+        None, "--then", metavar="COMMAND", help="Then run it: {output}, {artifact}, {recipe}."
     ),
     after: list[str] = typer.Option(
         None, "--after", metavar="JOB", help="Wait until this job has ended well."

@@ -81,7 +81,7 @@ def freeze(
     Args:
         path: the recipe's file.
         recipes: it as each task of the job will have it.
-        overrides: changes to it of each task.
+        overrides: lists of `key.path=value`, one per task.
         folder: the job folder, absolute.
         with_package: whether the job runs a copy of this rlprompt; else what the nodes have.
 

@@ -19,6 +19,8 @@ from rlprompt.runs.stop_reason import StopReason
 from rlprompt.slurm.queue import QueuedJob
 
 JOBS_FILE = "jobs.json"
+_STOPPED = 85
+"""Exit code of a run that was asked to stop; see slurm/train.sbatch."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,8 @@ def _failure(job: Submitted, state: str, code: int | None, finished: bool, attem
     told = failure_reason(attempt)
     if told:
         return told
+    if code == _STOPPED:
+        return f"{state}, stopped with a checkpoint; submit it again to go on"
     if code is not None:
         return f"exit code {code}"
     return state if state != "ENDED" else "it left no exit code"

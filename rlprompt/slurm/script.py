@@ -76,7 +76,11 @@ def train_script(job: TrainJob) -> str:
         "server_command": shlex.join([*cluster.container, "bash", "-c", job.server or ""]),
     }
     limits = {"max_restarts": cluster.max_restarts, "max_kills": cluster.max_kills}
-    awaited = {"python": python, "server_wait_s": cluster.server_wait_s}
+    has_copy = job.frozen is not None and job.frozen.package is not None
+    awaited = {
+        "python": f"{python} -P" if has_copy else python,
+        "server_wait_s": cluster.server_wait_s,
+    }
     return _fill(
         "train.sbatch",
         {
@@ -154,9 +158,9 @@ def _frozen(frozen: FrozenCode | None) -> str:
                 f"'{frozen.package}' cannot stand in PYTHONPATH, which is divided at colons; name "
                 "a plainer path with --output"
             )
-        # Python would look in the working directory first, where a checkout may be.
+        # With -P Python does not look in the working directory first, where a checkout may be.
         path = f"{shlex.quote(str(frozen.package))}${{PYTHONPATH:+:$PYTHONPATH}}"
-        lines.append(f'export PYTHONSAFEPATH=1 PYTHONPATH={path}:"$PWD"')
+        lines.append(f'export PYTHONPATH={path}:"$PWD"')
     return "\n".join(lines)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, Qwen3MoeConfig
 
+from rlprompt.engines.native import NativeSettings
 from rlprompt.errors import InputError
 from rlprompt.model.forward.adapter_hooks import linear_shapes
 from rlprompt.planning.plan import Plan, plan
@@ -122,7 +123,8 @@ def test_tokens_per_second_count_the_traffic_of_the_rollout() -> None:
     assert made.decode_tokens_per_second < tokens / made.bounds["rollout"]
     # 80 layers of 855,654,400 parameters in bfloat16 for each token, half of them over 8 GB/s.
     layers = 80 * 855_654_400 * 2
-    turns = -(-tokens // recipe.sampling.max_tokens // recipe.engine.max_rows)  # type: ignore[attr-defined]
+    assert isinstance(recipe.engine, NativeSettings)
+    turns = -(-tokens // recipe.sampling.max_tokens // recipe.engine.max_rows)
     seconds = turns * recipe.sampling.max_tokens * layers / 2 / 8e9
     assert slow.decode_tokens_per_second == pytest.approx(tokens / seconds, rel=0.03)
 
@@ -168,9 +170,10 @@ def test_parameters_of_every_family_are_counted(family: str) -> None:
 
 
 def test_a_token_meets_the_experts_that_are_chosen() -> None:
-    config = Qwen3MoeConfig(  # type: ignore[call-arg]
+    heads: Any = {"head_dim": 16}
+    config = Qwen3MoeConfig(
         vocab_size=512, hidden_size=64, intermediate_size=96, moe_intermediate_size=32,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **heads,
         num_experts=8, num_experts_per_tok=2, decoder_sparse_step=1,
     )  # fmt: skip
     made = shape_of_config(config)

@@ -93,9 +93,9 @@ def test_the_copy_of_rlprompt_runs_though_a_checkout_is_the_working_directory(
     assert frozen.code.package is not None
     code = "import rlprompt; print(rlprompt.__file__)"
     shown = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-P", "-c", code],
         cwd=Path(rlprompt.__file__).parents[1],
-        env={**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": f"{frozen.code.package}:."},
+        env={**os.environ, "PYTHONPATH": f"{frozen.code.package}:."},
         capture_output=True,
         text=True,
         timeout=60,

@@ -97,9 +97,6 @@ def test_a_job_that_is_requeued_and_preempted_equals_the_uninterrupted_run(
 ) -> None:
     job_run, straight = tmp_path / "job", tmp_path / "straight"
     submit(recipe, "--output", job_run, "--partition", "main")
-    monkeypatch.setenv("SECONDS_PER_STEP", "0")
-    assert rlprompt("train", recipe, "--output", straight).code == 0
-
     reach(job_run, 2)
     job = the_job(job_run)
     # As at the time limit: the batch script alone is told.
@@ -121,6 +118,8 @@ def test_a_job_that_is_requeued_and_preempted_equals_the_uninterrupted_run(
         "attempt_0", "attempt_1", "attempt_2",
     ]  # fmt: skip
     assert steps_done(job_run) == 12
+    monkeypatch.setenv("SECONDS_PER_STEP", "0")
+    assert rlprompt("train", recipe, "--output", straight).code == 0
     assert_same_run(straight, job_run)
     shown = rlprompt("submit", "--status", "--output", job_run)
     assert shown.code == 0 and "COMPLETED" in shown.out and "12/12" in shown.out

@@ -215,7 +215,8 @@ def _train_job(
         raise InputError(f"an override names {SERVER} but there is none; give --server")
     if options.max_parallel is not None and len(points) == 1:
         raise InputError("--max-parallel has no effect without --sweep; remove it")
-    command = [cluster.python, "-m", "rlprompt", "train", str(frozen.recipe)]
+    python = [cluster.python, "-P"] if frozen.code.package else [cluster.python]
+    command = [*python, "-m", "rlprompt", "train", str(frozen.recipe)]
     ends = ["--auto-resume", "--stop-exit-code", str(STOP_CODE)]
     folder = outputs[0].parent if options.sweep else outputs[0]
     return TrainJob(

@@ -49,27 +49,16 @@ class Team {
         turn_.notify_all();
         return;
       }
-      // The others are near, unless the machine has something else to do: then a look that finds
-      // nothing takes the core from whom it waits for, and the next look is shorter. One that finds
-      // something makes it longer again.
-      const int looks = looks_.load(std::memory_order_relaxed);
-      for (int i = 0; i < looks; ++i) {
-        if (turn_.load(std::memory_order_acquire) != turn) {
-          if (looks < kMostLooks)
-            looks_.store(std::min(kMostLooks, looks + looks / 8), std::memory_order_relaxed);
-          return;
-        }
+      // The others are near: sleep only where the machine has something else to do.
+      constexpr int kSpins = 4000;
+      for (int i = 0; i < kSpins; ++i) {
+        if (turn_.load(std::memory_order_acquire) != turn) return;
         relax();
       }
-      looks_.store(std::max(kLeastLooks, looks / 2), std::memory_order_relaxed);
       turn_.wait(turn, std::memory_order_acquire);
     }
 
    private:
-    static constexpr int kLeastLooks = 64, kMostLooks = 4000;
-    // Of all teams, as the neighbours are those of all; no result depends on it.
-    static inline std::atomic<int> looks_{kMostLooks};
-
     static void relax() {
 #if defined(__x86_64__)
       __builtin_ia32_pause();

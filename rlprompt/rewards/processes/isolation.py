@@ -213,12 +213,14 @@ class _Worker:
 
     def __init__(self, start: bytes) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "rlprompt.rewards.processes.worker"],
+            # -P: it finds what this process finds, in the same order.
+            [sys.executable, "-P", "-m", "rlprompt.rewards.processes.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,  # so that what the reward starts can be ended with it
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
         )
         process = self._process
         assert process.stdin is not None
