@@ -81,7 +81,7 @@ def freeze(
     Args:
         path: the recipe's file.
         recipes: it as each task of the job will have it.
-        overrides: lists of `key.path=value`, one per task.
+        overrides: changes of each task, lists of `key.path=value`.
         folder: the job folder, absolute.
         with_package: whether the job runs a copy of this rlprompt; else what the nodes have.
 
