@@ -87,6 +87,25 @@ def replace_folder(fresh: Path, target: Path) -> None:
 
 
 @contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """A block that writes into a folder, which is made where it is not there.
+
+    Args:
+        folder: the folder.
+
+    Raises:
+        InputError: it cannot be made, or what the block writes cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise InputError(
+            f"'{folder}' cannot be written ({error.strerror or error}); name a folder that can"
+        ) from error
+
+
+@contextmanager
 def claim_empty_folder(target: Path) -> Iterator[Path]:
     """A folder to fill, which gets its place and name when all went well.
 

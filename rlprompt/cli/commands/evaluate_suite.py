@@ -13,7 +13,7 @@ from typing import Any
 from rlprompt import __version__
 from rlprompt.cli.commands.terminal import setup_logging
 from rlprompt.errors import InputError
-from rlprompt.files import to_json, write_atomic
+from rlprompt.files import to_json, write_atomic, writing_to
 from rlprompt.reports.suite import write_suite_page
 from rlprompt.serving.loaded import artifact_folder
 from rlprompt.standard_streams import outlive_output
@@ -68,7 +68,8 @@ def run_suite(artifacts: Sequence[Path], options: SuiteOptions) -> int:
     name = options.suite or _DEFAULT
     suite = load_suite(name)
     gate = None if options.gate is None else load_gate(options.gate)
-    _claim(output)
+    with writing_to(output):
+        pass  # before anything takes minutes
     cells, bases = Cells(output / "cells"), Bases()
     found: dict[str, Any] = {}
     folders: list[Path | None] = [artifact_folder(each) for each in artifacts]
@@ -100,22 +101,9 @@ def run_suite(artifacts: Sequence[Path], options: SuiteOptions) -> int:
 
 
 def _write(report: Mapping[str, Any], output: Path) -> None:
-    try:
+    with writing_to(output):
         write_atomic(output / "evaluation.json", to_json(report, indent=1) + "\n")
         write_suite_page(report, output / "suite.html")
-    except OSError as error:
-        raise InputError(
-            f"'{output}' cannot be written ({error.strerror}); name a folder that can"
-        ) from error
-
-
-def _claim(output: Path) -> None:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"'{output}' cannot be written ({error.strerror}); name a folder that can"
-        ) from error
 
 
 def _evaluated(

@@ -18,7 +18,7 @@ from rlprompt.cli.commands.terminal import setup_logging
 from rlprompt.data import load_queries
 from rlprompt.data.base import DataSettings
 from rlprompt.errors import InputError
-from rlprompt.files import to_json, write_atomic
+from rlprompt.files import to_json, write_atomic, writing_to
 from rlprompt.interpret.inspection import Plan, inspect
 from rlprompt.interpret.page import write_inspection_page
 from rlprompt.interpret.subject import Sides, Subject, divided
@@ -98,7 +98,8 @@ def run(artifact: Path, options: InspectOptions, *, verbose: bool = False) -> No
         triggers=options.triggers,
         suspects=_words(options),
     )
-    _writable(options.output)
+    with writing_to(options.output):
+        pass  # before anything takes minutes
     runner = build_rewards(asked.rewards, asked.base_dir) if asked.rewards else None
     try:
         with notes.status("loading the model"):
@@ -136,13 +137,9 @@ def _finish(
         "notes": list(asked.notes),
         **found,
     }
-    try:
+    with writing_to(options.output):
         write_atomic(options.output / JSON_FILE, to_json(report, indent=1) + "\n")
         write_inspection_page(report, options.output / PAGE_FILE)
-    except OSError as error:
-        raise InputError(
-            f"'{options.output}' cannot be written ({error.strerror}); name a folder that can"
-        ) from error
     if options.as_json:
         sys.stdout.write(to_json(report, indent=1) + "\n")
         return
@@ -242,16 +239,6 @@ def _words(options: InspectOptions) -> list[str]:
     if any(not word.strip() for word in options.words):
         raise InputError("--word is blank; give a word or a phrase")
     return list(dict.fromkeys(word.strip() for word in options.words))
-
-
-def _writable(output: Path) -> None:
-    """Make the folder before anything takes minutes."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"'{output}' cannot be written ({error.strerror}); name a folder that can"
-        ) from error
 
 
 def _loaded(
