@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from rlprompt.errors import InputError
-from rlprompt.exports.readme import page
+from rlprompt.exports.readme import ANSWERING, page
 from rlprompt.exports.source import Source
 from rlprompt.exports.template import check_template, with_text, with_tokens
 from rlprompt.prompts.adapter import AdapterPrompt
@@ -29,18 +29,15 @@ from rlprompt.prompts.layer_adapters import IA3, LayerAdapter
 from rlprompt.types import Query
 
 _LARGEST_FILE = "5GB"
-_EXAMPLE = """\
+_EXAMPLE = (
+    """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(".")
-turns = [{{"role": "user", "content": "How do I sharpen a knife?"}}]
-inputs = tokenizer.apply_chat_template(
-    turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
-)
-answer = model.generate(**inputs, do_sample=False, max_new_tokens=200)
-print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 """
+    + ANSWERING
+)
 
 _VOCABULARY_WORDS = """\
 The tokens {first} to {last} ({count} of them) are the prompt: their input rows were learned, and

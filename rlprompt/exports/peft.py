@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlprompt.exports.readme import page
+from rlprompt.exports.readme import ANSWERING, page
 from rlprompt.exports.source import Source, require_one_shape
 from rlprompt.exports.template import check_template, only_tail, with_text
 from rlprompt.files import to_json
@@ -31,20 +31,17 @@ _WEIGHTS = "adapter_model.safetensors"
 _VIRTUAL = "prompt_embeddings"
 """PEFT's name for the only tensor of prompt and prefix tuning."""
 
-_EXAMPLE = """\
+_EXAMPLE = (
+    """\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 base = AutoModelForCausalLM.from_pretrained({base}, dtype="auto")
 model = PeftModel.from_pretrained(base, ".")
 tokenizer = AutoTokenizer.from_pretrained(".")
-turns = [{{"role": "user", "content": "How do I sharpen a knife?"}}]
-inputs = tokenizer.apply_chat_template(
-    turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
-)
-answer = model.generate(**inputs, do_sample=False, max_new_tokens=200)
-print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 """
+    + ANSWERING
+)
 
 _VIRTUAL_WORDS = """\
 The virtual tokens are what the chat template writes before the system text, and the learned prompt

@@ -7,6 +7,16 @@ import re
 from rlprompt.artifacts.card import cell
 from rlprompt.exports.source import Source
 
+ANSWERING = """\
+turns = [{{"role": "user", "content": "How do I sharpen a knife?"}}]
+inputs = tokenizer.apply_chat_template(
+    turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+answer = model.generate(**inputs, do_sample=False, max_new_tokens=200)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+"""
+"""End of an example: one greedy answer of `model` with `tokenizer`; a template of `page`."""
+
 
 def page(source: Source, title: str, words: str, example: str) -> str:
     """The text of a README.
