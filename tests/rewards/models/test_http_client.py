@@ -175,9 +175,14 @@ def test_the_jobs_own_server_and_this_machine_are_asked_without_a_proxy(
 def test_the_jobs_script_keeps_every_client_from_the_proxy() -> None:
     text = (Path(__file__).parents[3] / "slurm" / "server.sh").read_text()
     lines = [line for line in text.splitlines() if "proxy" in line.lower() and line[0] != "#"]
-    for before, after in (({}, "n1"), ({"NO_PROXY": "a"}, "a,n1"), ({"no_proxy": "b"}, "b,n1")):
+    for before, server, after in (
+        ({}, "10.0.0.1", "10.0.0.1,n1"),
+        ({"NO_PROXY": "a"}, "10.0.0.1", "a,10.0.0.1,n1"),
+        ({"no_proxy": "b"}, "fd00::1", "b,fd00::1,n1,[fd00::1]"),
+    ):
+        given = [f"SERVER={server}", "SERVER_NODE=n1"]
         shown = subprocess.run(
-            ["bash", "-uc", "\n".join(["SERVER=n1", *lines, 'echo "$no_proxy $NO_PROXY"'])],
+            ["bash", "-uc", "\n".join([*given, *lines, 'echo "$no_proxy $NO_PROXY"'])],
             env={"PATH": "/usr/bin:/bin", **before},
             capture_output=True,
             text=True,
