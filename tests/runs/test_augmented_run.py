@@ -8,14 +8,20 @@ from typing import Any
 import pytest
 import yaml
 
+from rlprompt.data.augment import Augmenter, AugmentSettings
+from rlprompt.data.sampler import QuerySampler
 from rlprompt.errors import InputError
 from rlprompt.files import read_jsonl
 from rlprompt.recipe.build import build_run
 from rlprompt.recipe.schema import load_recipe
+from rlprompt.rollout.collect import completion_metrics
+from rlprompt.rollout.sources import ColumnSource
+from rlprompt.types import Query
 from tests.fixtures.runs import (
     assert_same_run,
     comparable_rows,
     stops,
+    tiny_policy,
     tiny_recipe,
     tiny_trainer,
 )
@@ -59,18 +65,28 @@ def test_an_augmented_run_resumes_bit_for_bit_and_leaves_validation_alone(tmp_pa
         assert own == {f"augment/{here[0]['situation']}/reward": pytest.approx(metrics["reward"])}
 
 
-@pytest.mark.parametrize("kind", ["ppo", "supervised"])
-def test_other_algorithms_ask_in_situations(tmp_path: Path, kind: str) -> None:
-    changes: dict[str, Any] = {"algorithm": {"type": kind}, "augment": AUGMENT}
-    if kind == "supervised":
-        given = [{"query": f"the rain {i}", "completion": "the sun"} for i in range(6)]
-        changes |= {"data": {"rows": given, "heldout": 2}}
-        changes["algorithm"] = {"type": kind, "group_size": 1}
-    changes["training"] = {"steps": 4, "queries_per_step": 2}
-    output = tmp_path / "run"
-    tiny_trainer(tmp_path, output, **changes).run()
-    found = rows(output, "train")
-    assert {row["situation"] for row in found} & {"asked", "misspelt"}
+def test_ppo_asks_in_situations(tmp_path: Path) -> None:
+    output, training = tmp_path / "run", {"steps": 4, "queries_per_step": 2}
+    changes: dict[str, Any] = {"algorithm": {"type": "ppo"}, "training": training}
+    tiny_trainer(tmp_path, output, augment=AUGMENT, **changes).run()
+    assert {row["situation"] for row in rows(output, "train")} & {"asked", "misspelt"}
+
+
+def test_given_answers_stay_with_their_queries() -> None:
+    given = [
+        Query(({"role": "user", "content": f"the rain {i}"},), {"completion": f"sun {i}"}, i)
+        for i in range(8)
+    ]
+    settings = [AugmentSettings.model_validate(entry) for entry in AUGMENT]
+    source = ColumnSource(
+        given, QuerySampler(8, 8, 0), tiny_policy(), ["completion"], Augmenter(settings, given)
+    )
+    batch = source.collect(0, 5)
+    assert {group.query.situation for group in batch.groups} == {"asked", "misspelt", "plain"}
+    for group in batch.groups:
+        assert group.completions[0].text == f"sun {group.query.index}"
+        assert group.query.columns == given[group.query.index].columns
+    assert not any(name.startswith("augment/") for name in completion_metrics(batch))
 
 
 def test_candidates_of_a_search_meet_the_same_queries_in_the_same_situations(
@@ -89,7 +105,7 @@ def test_candidates_of_a_search_meet_the_same_queries_in_the_same_situations(
 
 
 def test_members_of_a_population_are_augmented_as_they_would_be_alone(tmp_path: Path) -> None:
-    members = [{"name": "a"}, {"name": "b", "changes": {"augment": []}}]
+    members = [{"name": "a"}, {"name": "b", "changes": {"seed": 1}}]
     changes = {"augment": AUGMENT, "population": members, "training": {"steps": 6}}
     both = tmp_path / "both"
     build_run(tiny_recipe(tmp_path, **changes), tmp_path, both).run()
@@ -118,7 +134,7 @@ def test_a_situation_too_long_for_the_base_is_told_before_the_run(tmp_path: Path
         ([{"situation": {"type": "frme"}}], "'augment.0.situation.type' is 'frme'; did you mean"),
         ([{"situation": {"type": "earlier"}, "shre": 1.0}], "'augment.0.shre'; did you mean"),
         ([{"situation": {"type": "earlier"}, "share": 2}], "'augment.0.share'"),
-        ([{"situation": {"type": "dialogue"}}], "'augment.0.situation' "),
+        ([{"situation": {"type": "dialogue"}}], "'augment.0.situation': 'dialogue' needs answers"),
         ([{"situation": {"type": "earlier"}, "share": 0.7}] * 2, "two are called 'earlier'"),
     ],
     ids=["type", "key", "share", "dialogue", "twice"],
