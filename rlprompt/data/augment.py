@@ -13,9 +13,9 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from rlprompt.data.frames import QUERY
 from rlprompt.data.situations import (
@@ -53,6 +53,16 @@ class AugmentSettings(Settings):
     share: float = Field(default=0.25, gt=0.0, le=1.0)
     """Share of the training queries that are asked so, by chance; all shares of the list together
     are at most 1, and what is left is asked as it is."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _situation_has_its_own_keys(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "type" in value and "situation" not in value:
+            raise ValueError(
+                "type is a key of the situation; write {situation: {type: ..., its other keys}, "
+                "share: ...}"
+            )
+        return value
 
     @field_validator("situation")
     @classmethod

@@ -131,13 +131,14 @@ def test_a_situation_too_long_for_the_base_is_told_before_the_run(tmp_path: Path
 @pytest.mark.parametrize(
     ("augment", "sentence"),
     [
+        ([{"type": "earlier", "share": 1.0}], "'augment.0': type is a key of the situation; write"),
         ([{"situation": {"type": "frme"}}], "'augment.0.situation.type' is 'frme'; did you mean"),
         ([{"situation": {"type": "earlier"}, "shre": 1.0}], "'augment.0.shre'; did you mean"),
         ([{"situation": {"type": "earlier"}, "share": 2}], "'augment.0.share'"),
         ([{"situation": {"type": "dialogue"}}], "'augment.0.situation': 'dialogue' needs answers"),
         ([{"situation": {"type": "earlier"}, "share": 0.7}] * 2, "two are called 'earlier'"),
     ],
-    ids=["type", "key", "share", "dialogue", "twice"],
+    ids=["flat", "type", "key", "share", "dialogue", "twice"],
 )
 def test_errors_name_the_path(tmp_path: Path, augment: list[Any], sentence: str) -> None:
     tree = tiny_recipe(tmp_path).plain() | {"augment": augment}
