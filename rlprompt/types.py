@@ -32,6 +32,8 @@ class Query:
     place: str = field(default="", compare=False)
     """Where the row stands, such as `queries.jsonl line 7`, for error messages; empty where it is
     from no file."""
+    situation: str = ""
+    """Name of the situation that a training query is asked in, where a recipe has any."""
 
     @property
     def text(self) -> str:

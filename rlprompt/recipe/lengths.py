@@ -1,8 +1,8 @@
 """Which rows of a dataset fit the base with prompt and completion, told before weights are read.
 
 Only rows that could be too long are turned into tokens: no tokenizer in use makes more tokens of a
-text than the text has bytes. What a row grows by when it is augmented is not known here; the run
-refuses such a query when it meets it.
+text than the text has bytes. Of a training query under `augment` some of the ways to ask it are
+measured; should the run meet a longer one that does not fit, it refuses it then.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 
+from rlprompt.data.augment import samples
 from rlprompt.data.base import QuerySplit
 from rlprompt.data.load import SIDES, without
 from rlprompt.errors import InputError
@@ -45,10 +46,11 @@ def fitting(split: QuerySplit, recipe: Recipe, base: Outline) -> QuerySplit:
     first = next(iter(needed))
     if recipe.data.too_long == "refuse":
         more = f" (so are {len(needed) - 1} more rows)" if len(needed) > 1 else ""
+        shorten = "shorten it or a situation of augment" if recipe.augment else "shorten it"
         raise InputError(
             f"{queries[first].place or f'query {first}'} is too long{more}: with prompt and "
             f"completion it needs {needed[first]} positions, and {base.id} has "
-            f"{base.max_positions}; shorten it, lower sampling.max_tokens, or set data.too_long: "
+            f"{base.max_positions}; {shorten}, lower sampling.max_tokens, or set data.too_long: "
             "skip"
         )
     kept = without(split, needed.keys())
@@ -87,13 +89,22 @@ class _Measure:
             is_training = side == "train"
             for query in queries:
                 answers = self._answers(query, is_training)
-                texts = [message["content"] for message in query.messages]
-                most = around + turn * len(texts) + sum(len(text.encode()) for text in texts)
-                most += max((len(text.encode()) for text in answers), default=0) + _SPARE_TOKENS
-                if most + self._drawn(is_training) > self.base.max_positions:
-                    exact = self._positions(query, answers, is_training)
-                    if exact > self.base.max_positions:
-                        yield query.index, exact
+                room = around + max((len(text.encode()) for text in answers), default=0)
+                room += _SPARE_TOKENS + self._drawn(is_training)
+                exact = 0
+                for asked in self._ways(query, is_training):
+                    texts = [message["content"] for message in asked.messages]
+                    most = room + turn * len(texts) + sum(len(text.encode()) for text in texts)
+                    if most > self.base.max_positions:
+                        exact = max(exact, self._positions(asked, answers, is_training))
+                if exact > self.base.max_positions:
+                    yield query.index, exact
+
+    def _ways(self, query: Query, is_training: bool) -> Iterator[Query]:
+        """A query as it is, and as it may be asked in training."""
+        yield query
+        if is_training:
+            yield from samples(self.recipe.augment, query)
 
     def _positions(self, query: Query, answers: Sequence[str], is_training: bool) -> int:
         slot, messages = self.base.slot, query.messages

@@ -20,7 +20,7 @@ from rlprompt.algorithms.grpo import GRPOSettings
 from rlprompt.algorithms.make import AnyAlgorithmSettings
 from rlprompt.algorithms.robust import RobustSettings
 from rlprompt.certify.succession import member_alpha
-from rlprompt.data.augment import AugmentSettings
+from rlprompt.data.augment import AugmentList
 from rlprompt.data.base import DataSettings
 from rlprompt.distributed.ranks import DistributedSettings
 from rlprompt.endpoints.settings import BudgetSettings
@@ -101,9 +101,9 @@ class Recipe(Settings):
     """How completions are drawn, in training and in held-out evaluation."""
     data: DataSettings
     """Where the queries come from."""
-    augment: tuple[AugmentSettings, ...] = ()
-    """In what company a share of the training queries is asked, against a shift of the
-    conversation."""
+    augment: AugmentList = ()
+    """Situations that a share of the training queries is asked in, against a shift of the
+    conversation; validation and test queries are asked as they are."""
     rewards: tuple[RewardSettings, ...] = ()
     """What is rewarded, and what is only watched. An algorithm that learns from rewards needs one
     with the role `score`."""

@@ -98,7 +98,20 @@ def completion_metrics(batch: RolloutBatch) -> dict[str, float]:
     if known.numel() > 1:
         metrics["reward_std"] = float(known.std())
     logged = batch.rewards.logged
+    metrics |= _situation_metrics(batch)
     return metrics | {k: v for k, v in batch.rewards.metrics.items() if k not in logged}
+
+
+def _situation_metrics(batch: RolloutBatch) -> dict[str, float]:
+    """Mean reward by situation, under `augment`; a situation without a known reward is left out."""
+    names = [group.query.situation for group in batch.groups for _ in group.completions]
+    metrics = {}
+    for name in sorted(set(names) - {""}):
+        own = batch.rewards.total[torch.tensor([each == name for each in names])]
+        known = own[~own.isnan()]
+        if known.numel():
+            metrics[f"augment/{name}/reward"] = float(known.mean())
+    return metrics
 
 
 def logged_metrics(batch: RolloutBatch) -> dict[str, float]:
@@ -131,6 +144,8 @@ def completion_rows(
             "num_tokens": completion.num_tokens,
             "advantage": None if advantages is None else float(advantages[position]),
         }
+        if query.situation:
+            row["situation"] = query.situation
         rows.append(row)
     names: set[str] = set()
     for column, values in batch.rewards.extras.items():
@@ -155,6 +170,7 @@ _ROW_KEYS = frozenset(
         "query_index",
         "reward",
         "rewards",
+        "situation",
         "split",
         "step",
         "terminated",

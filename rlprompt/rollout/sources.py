@@ -147,7 +147,7 @@ class QuerySource:
         """
         if self._augment is None:
             return list(queries)
-        return [self._augment(query, seed + i) for i, query in enumerate(queries)]
+        return [self._augment(query, seed + place) for place, query in enumerate(queries)]
 
 
 class RolloutSource(QuerySource):
@@ -287,9 +287,8 @@ class ColumnSource(QuerySource):
         start = time.perf_counter()
         numbers = self._sampler.next()
         groups = []
-        for place, number in enumerate(numbers):
-            query = self._queries[number]
-            asked = query if self._augment is None else self._augment(query, seed + place)
+        queries = [self._queries[number] for number in numbers]
+        for query, asked in zip(queries, self.as_asked(queries, seed), strict=True):
             groups.append(Group(asked, self._answers[id(query)]))
         count = sum(len(group.completions) for group in groups)
         return RolloutBatch(tuple(groups), unscored(count), time.perf_counter() - start, 0.0)

@@ -19,6 +19,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from rlprompt.data.frames import QUERY, filled, frames
 from rlprompt.errors import InputError
 from rlprompt.kernels.lm_head import head_scores
 from rlprompt.model.forward.tree import TreeContext, build_tree
@@ -27,7 +28,6 @@ from rlprompt.prompts.base import Prompt
 from rlprompt.search.substitution import best_tokens, one_hot_gradient
 from rlprompt.search.vocabulary import Vocabulary
 from rlprompt.suites.bench import Bench, Measured, MeasureSettings, query_of, shown
-from rlprompt.suites.frames import QUERY, filled, frames
 from rlprompt.suites.measures import declines, safety_queries
 from rlprompt.types import PrefixKV
 

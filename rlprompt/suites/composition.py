@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlprompt.data.frames import frames
+from rlprompt.data.situations import Dialogue, System
 from rlprompt.engines.base import Engine
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.errors import InputError
@@ -21,8 +23,6 @@ from rlprompt.prompts.base import Prompt, SlotPrompt
 from rlprompt.prompts.prefix import PrefixPrompt
 from rlprompt.prompts.sequence import SequencePrompt
 from rlprompt.prompts.text import NonePrompt, TextPrompt
-from rlprompt.suites.frames import frames
-from rlprompt.suites.situations import Dialogue, System
 from rlprompt.types import Group, Query
 
 _USER_TOKENS = 32

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from rlprompt.certify.comparison import Scores
+from rlprompt.data.situations import PLAIN, Dialogue, Quantised, Situation, System
 from rlprompt.engines.base import Engine
 from rlprompt.engines.make import make_engine
 from rlprompt.engines.sampling import SamplingSettings
@@ -30,8 +31,7 @@ from rlprompt.suites.cells import Cells, code_version, identity
 from rlprompt.suites.composition import NotApplicableError, among, dialogue, quantised
 from rlprompt.suites.features import compare_answers
 from rlprompt.suites.measures import Answers
-from rlprompt.suites.schema import PLAIN, SuiteSettings
-from rlprompt.suites.situations import Dialogue, Quantised, Situation, System
+from rlprompt.suites.schema import SuiteSettings
 from rlprompt.types import Group, Query
 
 MOST_CHANGES = 25

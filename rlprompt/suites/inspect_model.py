@@ -118,9 +118,9 @@ class PromptModel(ModelAPI):
 
     def _answer(self, asked: _Asked, sampling: dict[str, Any], seed: int) -> ModelOutput:
         # Inspect imports this module with every command: what is heavy waits for a question.
+        from rlprompt.data.situations import System
         from rlprompt.serving.loaded import LoadedPrompt
         from rlprompt.suites.composition import among
-        from rlprompt.suites.situations import System
 
         if self._loaded is None:
             self._loaded = _loaded(self.model_name, **self._arguments)

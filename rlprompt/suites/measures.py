@@ -1,7 +1,7 @@
 """Side effects: what a prompt does beside what it was trained for.
 
 Every measure gives values item by item, so that prompts are compared on the same items. The sets
-that ship are small and written for this project (`rlprompt.suites.frames`): their names say what
+that ship are small and written for this project (`rlprompt.data.frames`): their names say what
 they ask, not that they are a benchmark of it.
 
 Letters: N items.
@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from rlprompt.data.frames import filled, frames, rows
 from rlprompt.errors import InputError, describe_error
 from rlprompt.evaluation.measures import kl_by_query, logprobs_by_query
 from rlprompt.prompts.base import Prompt
@@ -36,7 +37,6 @@ from rlprompt.suites.bench import (
     query_of,
     shown,
 )
-from rlprompt.suites.frames import filled, frames, rows
 from rlprompt.types import Completion, Group
 
 ChoiceSet = Literal["facts", "misconceptions", "ambiguous", "opinion"]

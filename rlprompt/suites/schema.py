@@ -9,6 +9,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from rlprompt.data.base import DataSettings
+from rlprompt.data.situations import AnySituation, require_labels
 from rlprompt.errors import InputError, choices
 from rlprompt.reading import yaml_text
 from rlprompt.reading.files import read_text, reason
@@ -17,9 +18,7 @@ from rlprompt.rewards.base import RewardSettings
 from rlprompt.settings import Name, OneOf, Settings
 from rlprompt.suites.attack import Jailbreaks, Suffix
 from rlprompt.suites.bench import MeasureSettings
-from rlprompt.suites.frames import DATA
 from rlprompt.suites.measures import Answers, Choices, Exact, Leakage, Neutral, Reasoning, Safety
-from rlprompt.suites.situations import AnySituation
 from rlprompt.suites.standard import Standard
 
 MEASURES: dict[str, type[MeasureSettings]] = {
@@ -38,8 +37,8 @@ MEASURES: dict[str, type[MeasureSettings]] = {
 
 SUITES = ("default", "quick")
 """Suites that ship, by name."""
-PLAIN = "plain"
-"""The situation in which nothing is changed, which is always there."""
+_SHIPPED = Path(__file__).parent / "data"
+"""Where they lie, in a checkout and in a wheel."""
 
 _Read = TypeVar("_Read", bound=Settings)
 
@@ -76,14 +75,7 @@ class SuiteSettings(Settings):
     @field_validator("situations", "measures")
     @classmethod
     def _labels_differ(cls, value: list[Any]) -> list[Any]:
-        labels = [each.label for each in value]
-        for place, label in enumerate(labels):
-            if label in labels[:place] or label == PLAIN:
-                raise ValueError(
-                    f"two are called '{label}'; give this one a name of its own (entry {place})"
-                )
-            if "/" in label:
-                raise ValueError(f"the name '{label}' holds a slash; write it without")
+        require_labels([each.label for each in value])
         return value
 
     @model_validator(mode="after")
@@ -125,7 +117,7 @@ def suite_path(name: str) -> Path:
         InputError: there is none.
     """
     if name in SUITES:
-        return DATA / f"suite_{name}.yaml"
+        return _SHIPPED / f"suite_{name}.yaml"
     path = Path(name).expanduser()
     if not path.suffix and not path.exists():
         raise InputError(

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from rlprompt.data.situations import System
 from rlprompt.errors import InputError
 from rlprompt.prompts.base import Prompt
 from rlprompt.reading import json_text
@@ -26,7 +27,6 @@ from rlprompt.reading.files import read_bytes, reason
 from rlprompt.suites.bench import Bench, Measured, MeasureSettings, query_of, shown
 from rlprompt.suites.composition import among
 from rlprompt.suites.measures import declines
-from rlprompt.suites.situations import System
 from rlprompt.types import Group, Query
 
 StandardSet = Literal["xstest", "strongreject", "harmbench", "ifeval"]

@@ -41,6 +41,7 @@ _TAKEN = frozenset(
 )
 _TAKEN_ROOMS = frozenset(
     {
+        "augment",
         "clip_ratio",
         "completions",
         "constraint",

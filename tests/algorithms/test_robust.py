@@ -158,7 +158,7 @@ def test_a_robust_run_logs_what_each_group_counts_for(tmp_path: Path) -> None:
     changes = {
         "data": {"rows": rows, "heldout": 2},
         "robust": {"type": "worst_group", "column": "kind"},
-        "augment": [{"type": "instructions", "share": 1.0}],
+        "augment": [{"situation": {"type": "frame", "frames": "application"}, "share": 1.0}],
         "training": {"queries_per_step": 2},
     }
     output = tmp_path / "out"

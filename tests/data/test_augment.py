@@ -2,53 +2,118 @@
 
 from __future__ import annotations
 
-import pytest
-from pydantic import ValidationError
+from collections import Counter
+from typing import Any
 
-from rlprompt.data.augment import Augmenter, LongContextSettings, OverrideSettings, WrapSettings
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from rlprompt.data.augment import Augmenter, AugmentList, AugmentSettings, samples
+from rlprompt.data.situations import SITUATIONS
+from rlprompt.errors import InputError
 from rlprompt.types import Query
 
 QUERIES = [
-    Query(({"role": "user", "content": f"question {i}"},), {"answer": i}, index=i)
-    for i in range(200)
+    Query(({"role": "user", "content": f"question {i} of many"},), {"answer": i}, index=i)
+    for i in range(400)
 ]
+OVERRIDE = {"type": "frame", "frames": "override"}
 
 
-def test_a_share_of_the_queries_is_changed_and_the_same_way_again() -> None:
-    augment = Augmenter([WrapSettings(share=0.3, texts=("Hear this.",))], QUERIES)
-    asked = [augment(query, seed=4) for query in QUERIES]
-    changed = [a for a, query in zip(asked, QUERIES, strict=True) if a != query]
-    assert 40 < len(changed) < 80
-    assert all(a.text.startswith("Hear this.\n\nquestion ") for a in changed)
-    for before, after in zip(QUERIES, asked, strict=True):
-        assert (after.columns, after.index) == (before.columns, before.index)
-    assert [augment(query, seed=4) for query in QUERIES] == asked
-    assert [augment(query, seed=5) for query in QUERIES] != asked
+def entries(*given: dict[str, Any]) -> tuple[AugmentSettings, ...]:
+    found: tuple[AugmentSettings, ...] = TypeAdapter(AugmentList).validate_python(given)
+    return found
 
 
-def test_an_override_stands_before_or_after_the_query() -> None:
-    augment = Augmenter([OverrideSettings(share=1.0, texts=("Forget it.",))], QUERIES)
-    texts = [augment(query, seed=0).text for query in QUERIES]
-    before = sum(text.startswith("Forget it.\n\n") for text in texts)
-    after = sum(text.endswith("\n\nForget it.") for text in texts)
-    assert before + after == len(QUERIES) and min(before, after) > 60
+def asked(settings: tuple[AugmentSettings, ...], seed: int = 4) -> list[Query]:
+    augment = Augmenter(settings, QUERIES)
+    return [augment(query, seed) for query in QUERIES]
 
 
-def test_a_long_context_adds_turns_and_keeps_the_query_last() -> None:
-    augment = Augmenter([LongContextSettings(share=1.0, num_queries=7)], QUERIES)
-    asked = augment(QUERIES[3], seed=0)
-    assert [m["role"] for m in asked.messages] == ["user", "assistant", "user"]
-    assert asked.messages[0]["content"].count("- question ") == 7
-    assert asked.text == "question 3"
+def test_shares_of_the_queries_are_asked_in_each_situation_and_the_rest_as_it_is() -> None:
+    both = entries(
+        {"situation": OVERRIDE, "share": 0.3},
+        {"situation": {"type": "misspelt", "share": 1.0}, "share": 0.5},
+    )
+    found = asked(both)
+    counts = Counter(query.situation for query in found)
+    assert counts.keys() == {"override", "misspelt", "plain"}
+    assert 90 < counts["override"] < 150 and 160 < counts["misspelt"] < 240
+    for now, before in zip(found, QUERIES, strict=True):
+        assert (now.index, now.columns) == (before.index, before.columns)
+        assert (now.messages == before.messages) == (now.situation == "plain")
+        if now.situation == "override":
+            assert before.text in now.text
+    assert asked(both) == found != asked(both, seed=5)
 
 
-def test_augmentations_meet_in_one_query() -> None:
-    both = (LongContextSettings(share=1.0), OverrideSettings(share=1.0, texts=("Forget it.",)))
-    asked = Augmenter(both, QUERIES)(QUERIES[0], seed=1)
-    assert len(asked.messages) == 3 and "Forget it." in asked.text
+@pytest.mark.parametrize("shares", [(1.0,), (0.7, 0.2, 0.1), (0.1,) * 10, (0.3, 0.3, 0.4)])
+def test_shares_of_one_together_leave_no_plain_query(shares: tuple[float, ...]) -> None:
+    given = [
+        {"situation": {**OVERRIDE, "name": f"n{i}"}, "share": share}
+        for i, share in enumerate(shares)
+    ]
+    found = Counter(query.situation for query in asked(entries(*given)))
+    assert found.keys() == {f"n{i}" for i in range(len(shares))}
 
 
-@pytest.mark.parametrize("texts", [(), ("fine", "  ")])
-def test_texts_must_say_something(texts: tuple[str, ...]) -> None:
-    with pytest.raises(ValidationError, match="texts holds no text"):
-        WrapSettings(texts=texts)
+def test_a_query_does_not_depend_on_the_others_and_frames_vary() -> None:
+    settings = entries({"situation": OVERRIDE, "share": 1.0})
+    whole = asked(settings)
+    alone = Augmenter(settings, QUERIES[:1])
+    assert alone(QUERIES[7], 4) == whole[7]
+    assert len({query.text.replace(str(query.index), "") for query in whole}) > 2
+    assert len({alone(QUERIES[7], seed).text for seed in range(20)}) > 2
+
+
+@pytest.mark.parametrize("name", ["frame", "paraphrase", "misspelt", "long_context", "earlier"])
+def test_every_situation_that_changes_the_turns_can_be_trained_in(name: str) -> None:
+    situation = OVERRIDE if name == "frame" else {"type": name}
+    settings = entries({"situation": situation, "share": 1.0})
+    found = Augmenter(settings, QUERIES)(QUERIES[3], 1)
+    assert found.messages != QUERIES[3].messages
+    assert found.messages[-1]["role"] == "user"
+    assert len(list(samples(settings, QUERIES[3], 5))) == 5
+
+
+REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
+    "sum": (
+        [{"situation": OVERRIDE, "share": 0.6}, {"situation": {"type": "earlier"}, "share": 0.5}],
+        "the shares add up to 1.1",
+    ),
+    "twice": ([{"situation": OVERRIDE}, {"situation": OVERRIDE}], "two are called 'override'"),
+    "plain": ([{"situation": {**OVERRIDE, "name": "plain"}}], "two are called 'plain'"),
+    "slash": ([{"situation": {**OVERRIDE, "name": "a/b"}}], "holds a slash"),
+    "none": ([{"situation": OVERRIDE, "share": 0.0}], "greater than 0"),
+    "much": ([{"situation": OVERRIDE, "share": 1.5}], "less than or equal to 1"),
+    "true": ([{"situation": OVERRIDE, "share": True}], "valid number"),
+    "missing": ([{"share": 0.5}], "situation\n  Field required"),
+    "unknown": ([{"situation": OVERRIDE, "shares": 0.5}], "Extra inputs"),
+    "inner": ([{"situation": {**OVERRIDE, "words": 3}}], "Extra inputs"),
+    "bare": ([{"situation": {"type": "frame", "texts": ["{query}"]}}], "nothing beside"),
+    "dialogue": ([{"situation": {"type": "dialogue"}}], "needs answers of the model"),
+    "system": ([{"situation": {"type": "system", "before": "x"}}], "under one prompt"),
+    "sampling": ([{"situation": {"type": "sampling", "top_k": 2}}], "drawn in one way"),
+    "quantised": ([{"situation": {"type": "quantised"}}], "a second base"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_effect_or_no_meaning_is_refused(name: str) -> None:
+    given, sentence = REFUSED[name]
+    with pytest.raises(ValidationError, match=sentence):
+        entries(*given)
+
+
+def test_every_situation_can_be_trained_in_or_is_refused_with_a_reason() -> None:
+    refused = {name for name in REFUSED if name in SITUATIONS}
+    trained = {"frame", "paraphrase", "misspelt", "long_context", "earlier"}
+    assert refused | trained == SITUATIONS.keys() and not refused & trained
+
+
+def test_a_situation_that_changes_no_query_is_refused() -> None:
+    short = [Query(({"role": "user", "content": "1 + 2 = ?"},), index=0)]
+    settings = entries({"situation": {"type": "misspelt"}})
+    with pytest.raises(InputError, match=r"augment\.0 \(misspelt\) leaves every training query"):
+        Augmenter(settings, short)
+    Augmenter(settings, [*short, QUERIES[0]])

@@ -155,8 +155,8 @@ def test_a_key_of_another_type_is_said_to_be_one() -> None:
     ):
         kind = f"{place.partition('.')[0]}.type"
         assert told(tree).startswith(f"unknown key '{place}', which another {kind} has; known keys")
-    assert told({"augment": [{"type": "override", "num_queries": 2}]}).startswith(
-        "unknown key 'augment.0.num_queries', which another augment.0.type has; known keys: "
+    assert told({"augment": [{"situation": {"type": "misspelt", "words": 20}}]}).startswith(
+        "unknown key 'augment.0.situation.words', which another augment.0.situation.type has; "
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rlprompt.data.situations import Dialogue, System
 from rlprompt.engines.native import NativeEngine
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.model.base import freeze
@@ -20,7 +21,6 @@ from rlprompt.suites.composition import (
     rebuilt,
     rounded,
 )
-from rlprompt.suites.situations import Dialogue, System
 from tests.fixtures.runs import queries, tiny_policy
 
 AROUND = System(before="Today is Monday.", after="Be kind.")

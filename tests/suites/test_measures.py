@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
+from rlprompt.data.frames import rows
 from rlprompt.engines.native import NativeEngine
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.errors import InputError
 from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.suites.bench import Bench, query_of
-from rlprompt.suites.frames import rows
 from rlprompt.suites.measures import Choices, Leakage, Neutral, Reasoning
 from tests.fixtures.runs import tiny_policy
 from tests.fixtures.tiny import tiny_model

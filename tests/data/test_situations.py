@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from rlprompt.engines.sampling import SamplingSettings
-from rlprompt.suites.frames import frames, rows
-from rlprompt.suites.situations import (
+from rlprompt.data.frames import frames, rows
+from rlprompt.data.situations import (
     SITUATIONS,
     AnySituation,
     Earlier,
@@ -20,6 +19,7 @@ from rlprompt.suites.situations import (
     Sampling,
     Situation,
 )
+from rlprompt.engines.sampling import SamplingSettings
 
 QUERY = "Why does {this} bread rise in the oven?"
 TALK = [{"role": "user", "content": QUERY}]

@@ -1,4 +1,4 @@
-"""What ships with the package for suites: frames, small sets of questions, neutral texts.
+"""Frames, small sets of questions and neutral texts that ship, for suites and augmentation.
 
 All of it was written for this project. The sets are small: they find a large change, and say
 nothing about a small one; the intervals beside every number tell how small.
@@ -14,7 +14,7 @@ from typing import Any
 from rlprompt.reading import json_text, yaml_text
 from rlprompt.reading.files import read_text
 
-DATA = Path(__file__).parent / "data"
+_SHIPPED = Path(__file__).parent / "shipped"
 """Where the files lie, in a checkout and in a wheel."""
 
 QUERY = "{query}"
@@ -24,7 +24,7 @@ QUERY = "{query}"
 @cache
 def frames() -> Mapping[str, Sequence[str]]:
     """The shipped frames and other lists of sentences, by name."""
-    found: Mapping[str, Sequence[str]] = yaml_text.load(read_text(DATA / "frames.yaml"))
+    found: Mapping[str, Sequence[str]] = yaml_text.load(read_text(_SHIPPED / "frames.yaml"))
     return found
 
 
@@ -35,7 +35,7 @@ def rows(name: str) -> Sequence[Mapping[str, Any]]:
     Args:
         name: `choices`, `exact`, `general` or `neutral`.
     """
-    lines = read_text(DATA / f"{name}.jsonl").splitlines()
+    lines = read_text(_SHIPPED / f"{name}.jsonl").splitlines()
     return [json_text.loads(line) for line in lines]
 
 

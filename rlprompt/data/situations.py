@@ -10,20 +10,31 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from rlprompt.engines.sampling import SamplingSettings
+from rlprompt.data.frames import QUERY, filled, frames, rows
 from rlprompt.settings import ChosenSettings, Name, OneOf
-from rlprompt.suites.frames import QUERY, filled, frames, rows
 from rlprompt.types import Message
+
+if TYPE_CHECKING:  # engines stand on the data
+    from rlprompt.engines.sampling import SamplingSettings
 
 Conversation = Sequence[Message]
 FrameList = Literal[
-    "override", "injection", "role_play", "german", "french", "spanish", "jailbreak"
+    "override",
+    "injection",
+    "role_play",
+    "german",
+    "french",
+    "spanish",
+    "jailbreak",
+    "application",
 ]
 """Shipped lists whose entries hold `{query}`."""
+PLAIN = "plain"
+"""What the situation is called in which nothing is changed, which is always there."""
 
 
 class Situation(ChosenSettings):
@@ -267,6 +278,25 @@ SITUATIONS: dict[str, type[Situation]] = {
 """By `type`."""
 
 AnySituation = Annotated[Situation, OneOf(dict(SITUATIONS), is_extensible=False)]
+
+
+def require_labels(labels: Sequence[str]) -> None:
+    """Refuse names that results could not tell apart.
+
+    Args:
+        labels: names in results, in the order of their list.
+
+    Raises:
+        ValueError: two are equal, one is that of the plain situation, or holds a slash.
+    """
+    for place, label in enumerate(labels):
+        if label in labels[:place] or label == PLAIN:
+            raise ValueError(
+                f"two are called '{label}'; give this one a name of its own (entry {place})"
+            )
+        if "/" in label:
+            raise ValueError(f"the name '{label}' holds a slash; write it without")
+
 
 _SWAPS = (
     ("What is", "What's"),
