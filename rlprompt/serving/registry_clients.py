@@ -6,7 +6,7 @@
 
 An alias is a label of Langfuse's. In MLflow a prompt is a registered model, and its text the tag
 `mlflow.prompt.text` of a version. Both know only texts, so what was learned as numbers is not in
-their lists. Nothing can be written here.
+their lists. What would write is refused: `rlprompt registry` does that.
 """
 
 from __future__ import annotations
@@ -63,11 +63,36 @@ def client_endpoints(catalog: Catalog, admit: Admit) -> list[Endpoint]:
         Endpoint("GET", _LANGFUSE, admitted(langfuse.every, admit, _langfuse_error)),
         Endpoint("GET", f"{_LANGFUSE}/{{name:path}}", admitted(langfuse.one, admit,
                                                                _langfuse_error)),
+        Endpoint("POST", _LANGFUSE, admitted(_refuse_writing, admit, _langfuse_error)),
         *(
             Endpoint("GET", f"{_MLFLOW}/{path}", admitted(call, admit, _mlflow_error))
             for path, call in calls.items()
         ),
+        *(
+            Endpoint(method, f"{_MLFLOW}/{{path:path}}", admitted(_refuse_writing, admit,
+                                                                  _mlflow_error))
+            for method in ("POST", "PATCH", "DELETE")
+        ),
+        Endpoint("GET", f"{_MLFLOW}/{{path:path}}", admitted(_refuse_unknown, admit,
+                                                             _mlflow_error)),
     ]  # fmt: skip
+
+
+async def _refuse_writing(request: Request) -> Response:
+    raise Refusal(
+        403,
+        f"{request.method} {request.url.path} would write, and this registry is only read here; "
+        "use rlprompt registry",
+        code="read_only",
+    )
+
+
+async def _refuse_unknown(request: Request) -> Response:
+    raise Refusal(
+        404,
+        f"there is no {request.url.path[:200]} here, only what clients read prompts with; ask an "
+        "MLflow server for the rest",
+    )
 
 
 class _Langfuse:
@@ -177,16 +202,15 @@ class _MLflow:
     ) -> Response:
         """A page of what a filter keeps; its token is the number of items before it."""
         given = read_query(request, ("filter", "max_results", "page_token", "order_by"))
-        if "order_by" in given:
-            raise Refusal(400, "order_by is not supported here, names are in order; leave it out",
-                          param="order_by")  # fmt: skip
+        backwards = _is_backwards(given.get("order_by", ""))
         fits = _filter(given.get("filter", ""))
         most = whole_number(given, "max_results", 100, _MOST_ITEMS)
         begin = whole_number(given, "page_token", 0, 10**9)
 
         def listed() -> list[dict[str, Any]]:
             names = [each for each in self._catalog.names() if fits(each)]
-            return [made for name in names if _texts(self._catalog, name) for made in shown(name)]
+            made = [one for name in names if _texts(self._catalog, name) for one in shown(name)]
+            return made[::-1] if backwards else made
 
         found = await read(listed)
         body: dict[str, Any] = {word: found[begin : begin + most]}
@@ -301,6 +325,21 @@ def _filter(text: str) -> Callable[[str], bool]:
                 param="filter",
             )
     return lambda name: all(check(name) for check in checks)
+
+
+def _is_backwards(order: str) -> bool:
+    """Whether what is in the order of names and versions is wanted the other way round.
+
+    Raises:
+        Refusal: 400, another order is wanted.
+    """
+    found = re.fullmatch(r"(name|version_number)(\s+(asc|desc))?", order.strip(), re.IGNORECASE)
+    if order and found is None:
+        raise Refusal(
+            400, "order_by is neither name nor version_number, ASC or DESC; correct it",
+            param="order_by",
+        )  # fmt: skip
+    return found is not None and (found[3] or "").lower() == "desc"
 
 
 def _name_check(comparison: str, value: str) -> Callable[[str], bool]:
