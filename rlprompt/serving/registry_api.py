@@ -170,7 +170,7 @@ def find(
         name: name of the prompt.
         given: parameters of the request, of which `version` and the alias count.
         alias_word: what the parameter with the alias is called.
-        key: see `Catalog.pointed`.
+        key: text that an alias with shares decides by; see `Catalog.pointed`.
 
     Raises:
         Refusal: 400, version and alias are both given, or the version is no number.
