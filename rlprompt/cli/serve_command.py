@@ -71,6 +71,18 @@ _DRAIN = typer.Option(
 _FOLLOW = typer.Option(
     5.0, "--follow", min=0, max=1e6, metavar="SECONDS", help="Between looks at aliases; 0 = never."
 )
+_REGISTRY = typer.Option(
+    None,
+    "--registry",
+    metavar="FOLDER",
+    help="Let clients read the texts of a registry, also those of Langfuse and MLflow.",
+)
+_LOG_REQUESTS = typer.Option(
+    None,
+    "--log-requests",
+    metavar="FILE",
+    help="Add a line of JSON per request, without what was said; - = standard output.",
+)
 _FORCE = typer.Option(
     False, "--force", help="Serve artifacts although they were made on another base."
 )
@@ -106,6 +118,8 @@ def serve(
     deadline: float = _DEADLINE,
     drain: int = _DRAIN,
     follow: float = _FOLLOW,
+    registry: Path | None = _REGISTRY,
+    log_requests: str | None = _LOG_REQUESTS,
     force: bool = _FORCE,
     trust_remote_code: bool = _TRUST,
     prompt_class: list[str] = _PROMPT_CLASS,
@@ -140,6 +154,8 @@ def serve(
         deadline=deadline,
         drain=drain,
         follow=follow,
+        registry=registry,
+        log_requests=log_requests,
         force=force,
         trust_remote_code=trust_remote_code,
         prompt_classes=tuple(prompt_class or ()),

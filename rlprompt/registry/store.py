@@ -131,6 +131,17 @@ class Registry:
             return []
         return sorted(p.name for p in prompts.iterdir() if _records(p / _VERSIONS, Version))
 
+    def has(self, name: str) -> bool:
+        """Whether a name has a version.
+
+        Args:
+            name: the prompt's name.
+
+        Raises:
+            InputError: it cannot be a name, or the file of its versions is damaged.
+        """
+        return bool(_records(self._of(name) / _VERSIONS, Version))
+
     def versions(self, name: str) -> list[Version]:
         """All versions of a name, the oldest first.
 

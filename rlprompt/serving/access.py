@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import hmac
 import math
@@ -23,7 +25,7 @@ from rlprompt.serving.connections import is_loopback
 from rlprompt.serving.json_api import Refusal
 from rlprompt.settings import Settings
 
-Scope = Literal["chat", "admin", "metrics"]
+Scope = Literal["chat", "admin", "metrics", "prompts"]
 KEYS_VARIABLE = "RLPROMPT_SERVE_KEYS"
 _SHORTEST_KEY = 16
 
@@ -134,14 +136,13 @@ class Access:
         if self.is_open:
             _refuse_other_sites(request)
             return ""
-        given = request.headers.getlist("authorization")
-        scheme, _, key = (given[0] if len(given) == 1 else "").partition(" ")
-        digest = _digest(key.strip())
+        given = _key(request, scope)
+        digest = _digest(given)
         found: KeySettings | None = None
         for known, settings in self._keys:  # all of them: the time says nothing
             if hmac.compare_digest(known, digest):
                 found = settings
-        if found is None or scheme.lower() != "bearer":
+        if found is None or not given:
             raise Refusal(
                 401,
                 "the API key is missing or wrong; send Authorization: Bearer KEY",
@@ -150,7 +151,7 @@ class Access:
             )
         if scope not in found.scopes:
             raise Refusal(403, f"the key '{found.name}' does not open {scope}; use another one")
-        if scope == "chat":
+        if scope in ("chat", "prompts"):
             self._count(found.name)
         return found.name
 
@@ -212,6 +213,25 @@ def _parsed(content: bytes, where: str) -> Access:
         raise InputError(f"{where} holds no keys ({place}: {first['msg']}); mend it") from None
     except ValueError as error:
         raise InputError(f"{where} is not JSON ({error}); mend it") from error
+
+
+def _key(request: Request, scope: Scope) -> str:
+    """The key that a request brings; empty, which is no key, where it brings none.
+
+    Clients of prompt registries send Basic, with the key as the password: Langfuse's its public and
+    secret key, MLflow's a user name and a password.
+    """
+    given = request.headers.getlist("authorization")
+    scheme, _, rest = (given[0] if len(given) == 1 else "").partition(" ")
+    if scheme.lower() == "bearer":
+        return rest.strip()
+    if scheme.lower() != "basic" or scope != "prompts":
+        return ""
+    try:
+        pair = base64.b64decode(rest.strip(), validate=True).decode()
+    except (binascii.Error, ValueError):
+        return ""
+    return pair.partition(":")[2]
 
 
 def _refuse_other_sites(request: Request) -> None:

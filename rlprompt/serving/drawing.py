@@ -18,7 +18,7 @@ from rlprompt.serving.chat_requests import (
     parse_response,
 )
 from rlprompt.serving.json_api import Refusal
-from rlprompt.serving.metrics import Metrics
+from rlprompt.serving.request_log import RequestRecord
 from rlprompt.serving.scheduler import Event, Failure, Job, Piece
 
 
@@ -56,7 +56,7 @@ class Drawing:
     """What says that the client has gone."""
     ended: Callable[[Drawing], None]
     """Called once, when the answer is whole or nobody wants it."""
-    metrics: Metrics
+    record: RequestRecord
     tokens: list[list[int]] = field(default_factory=list)
     """Of each answer."""
 
@@ -72,10 +72,12 @@ class Drawing:
             Refusal: there is none.
         """
         try:
-            return await self.next()
+            piece = await self.next()
         except BaseException:
             self.stop()
             raise
+        self.record.told_first()
+        return piece
 
     async def next(self) -> Piece:
         """The next piece.
@@ -91,7 +93,7 @@ class Drawing:
                 if not getter.done():
                     getter.cancel()
             if not getter.done() or getter.cancelled():
-                self.metrics.add("rlprompt_cancelled_requests_total")
+                self.record.metrics.add("rlprompt_cancelled_requests_total")
                 raise Refusal(499, "the client has gone")
             got = getter.result()
         else:
@@ -141,6 +143,7 @@ class EventStream(Response):
             first: its first piece.
         """
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **drawing.reply.headers}
+        headers |= drawing.record.headers
         super().__init__(None, 200, headers, "text/event-stream")
         del self.headers["content-length"]
         self._drawing, self._form, self._first = drawing, form, first
@@ -149,7 +152,7 @@ class EventStream(Response):
         """Send the events while they come."""
         drawing, form = self._drawing, self._form
         reply = drawing.reply
-        status = "200"
+        status, code = 200, None
         try:
             start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
             await send(start)
@@ -162,12 +165,12 @@ class EventStream(Response):
                 await _send(send, parts)
             await _send(send, list(form.end(reply)))
         except Refusal as refusal:  # the status line has been sent: the error is an event
-            status = str(refusal.status)
+            status, code = refusal.status, refusal.code
             if refusal.status != 499:
                 await _send(send, [event(openai_error(refusal))])
         finally:
             drawing.stop()
-            drawing.metrics.add("rlprompt_requests_total", model=reply.model, status=status)
+            drawing.record.end(status, code)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _piece(self, piece: Piece) -> Iterator[bytes]:

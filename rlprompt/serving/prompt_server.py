@@ -7,8 +7,9 @@
     POST /admin/prompts  {"name", "source"}       load, or swap; DELETE /admin/prompts/NAME
     POST /admin/aliases  {"alias", "to"}          point; DELETE /admin/aliases/NAME
     GET  /healthz, /readyz, /metrics
+    GET  /prompts and what clients of Langfuse and MLflow read: the texts of a registry
 
-What a prompt has learned is in no answer. docs/serving.md is the user's page.
+What a prompt has learned as numbers is in no answer. docs/serving.md is the user's page.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from rlprompt import __version__
@@ -35,6 +36,7 @@ from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.errors import InputError
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
+from rlprompt.registry.catalog import Catalog
 from rlprompt.serving.access import Access
 from rlprompt.serving.answer_text import AnswerText
 from rlprompt.serving.chat_answers import Reply, openai_error
@@ -43,6 +45,9 @@ from rlprompt.serving.drawing import CHAT, RESPONSE, Drawing, EventStream, Form
 from rlprompt.serving.http_server import Address, HttpServer
 from rlprompt.serving.json_api import Endpoint, Refusal, answer, json_app, read_json
 from rlprompt.serving.metrics import Described, Metrics
+from rlprompt.serving.registry_api import registry_endpoints
+from rlprompt.serving.registry_clients import client_endpoints
+from rlprompt.serving.request_log import RequestLog, RequestRecord, Trace
 from rlprompt.serving.scheduler import Event, Full, Job, Scheduler, SchedulerLimits, Told
 from rlprompt.serving.shelf import ServedPrompt, Shelf, UnknownModelError
 from rlprompt.serving.sources import Source
@@ -89,6 +94,10 @@ class PromptServerOptions:
     """Whether prompts of another base are loaded too."""
     kinds: Sequence[type[Prompt]] = ()
     """Classes of the user's own that prompts may be of."""
+    catalog: Catalog | None = None
+    """The registry that can be read."""
+    log: RequestLog | None = None
+    """Where requests for answers are written down; closed by its owner."""
 
 
 class PromptServer(HttpServer):
@@ -170,21 +179,38 @@ class PromptServer(HttpServer):
             Endpoint("GET", "/healthz", self._health),
             Endpoint("GET", "/readyz", self._ready),
             Endpoint("GET", "/metrics", self._metrics_text),
+            *self._registry_endpoints(),
             *files,
         ]
+
+    def _registry_endpoints(self) -> list[Endpoint]:
+        catalog = self._options.catalog
+        if catalog is None:
+            return []
+        admit = partial(self._options.access.admit, scope="prompts")
+        return [*registry_endpoints(catalog, admit), *client_endpoints(catalog, admit)]
 
     # Answers.
 
     async def _complete(self, request: Request, form: Form) -> Response:
-        self._options.access.admit(request, "chat")
-        model = "unknown"
+        record = RequestRecord(
+            request.url.path,
+            Trace.of(request.headers.getlist("traceparent")),
+            self.metrics,
+            self._options.log,
+        )
         try:
+            record.key = self._options.access.admit(request, "chat")
             body = await read_json(request, self._options.max_body_bytes)
             asked = form.parse(body, self._options.requests)
-            model, served = await self._rendered(self._found, asked)
-            return await self._answered(request, asked, model, served, form)
+            record.model, served = await self._rendered(self._found, asked)
+            return await self._answered(request, asked, served, form, record)
         except Refusal as refusal:
-            self.metrics.add("rlprompt_requests_total", model=model, status=str(refusal.status))
+            record.end(refusal.status, refusal.code)
+            refusal.headers.update(record.headers)
+            raise
+        except BaseException as error:
+            record.end(_status_of(error))
             raise
 
     def _found(self, asked: ChatRequest) -> tuple[str, ServedPrompt]:
@@ -209,11 +235,19 @@ class PromptServer(HttpServer):
             raise Refusal(400, str(error), param="messages") from error
 
     async def _answered(
-        self, request: Request, asked: ChatRequest, model: str, served: ServedPrompt, form: Form
+        self,
+        request: Request,
+        asked: ChatRequest,
+        served: ServedPrompt,
+        form: Form,
+        record: RequestRecord,
     ) -> Response:
         ids = await self._rendered(self._query_ids, asked, served)
         prompt_tokens = served.prefix.num_tokens + len(ids)
-        reply = Reply(asked, model, served.hash, prompt_tokens, self._policy.decode)
+        reply = Reply(
+            asked, record.model, served.hash, prompt_tokens, self._policy.decode, id=record.id
+        )
+        record.reply = reply
         watched = self._watch is not None and self._watch.wants()
         events: asyncio.Queue[Event] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
@@ -235,14 +269,14 @@ class PromptServer(HttpServer):
             ) from error
         self.metrics.add("rlprompt_prompt_tokens_total", prompt_tokens)
         ended = partial(self._settle, served if watched else None)
-        drawn = Drawing(job, reply, events, request.receive, ended, self.metrics)
+        drawn = Drawing(job, reply, events, request.receive, ended, record)
         first = await drawn.first()
         if asked.stream:
             return EventStream(drawn, form, first)
         drawn.take(first)
         await drawn.rest()
-        self.metrics.add("rlprompt_requests_total", model=model, status="200")
-        return answer(form.whole(reply), headers=reply.headers)
+        record.end(200)
+        return answer(form.whole(reply), headers={**reply.headers, **record.headers})
 
     def _query_ids(self, asked: ChatRequest, served: ServedPrompt) -> list[int]:
         try:
@@ -407,6 +441,13 @@ class PromptServer(HttpServer):
 def _hand_out(events: list[Told]) -> None:
     for job, each in events:
         job.deliver(each)
+
+
+def _status_of(error: BaseException) -> int:
+    """The HTTP status that a client gets for an error that is no refusal."""
+    if isinstance(error, ClientDisconnect):
+        return 499
+    return 503 if isinstance(error, asyncio.CancelledError) else 500
 
 
 def _card(model: str) -> dict[str, Any]:

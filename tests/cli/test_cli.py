@@ -199,6 +199,8 @@ def test_commands_and_options_are_those_of_the_design() -> None:
             "--deadline",
             "--drain",
             "--follow",
+            "--registry",
+            "--log-requests",
             "--force",
             "--trust-remote-code",
             "--prompt-class",

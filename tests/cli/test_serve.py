@@ -39,6 +39,8 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["a={artifact}", "--rollback"], "--rollback has no effect without --monitor"),
         (["a={artifact}", "--fails-below", "0.5"], "--fails-below has no effect without"),
         (["a={artifact}", "--monitor", "x"], "--monitor has no effect without --reward"),
+        (["a={artifact}", "--registry", "nowhere"], "'nowhere' is no registry"),
+        (["a={artifact}", "--log-requests", "/nowhere/x"], "cannot be written to '/nowhere/x'"),
         (["a={artifact}", "--dtype", "int3"], "--dtype is 'int3'"),
         (["a={artifact}", "--model", "/nowhere/at/all"], "/nowhere/at/all"),
     ],

@@ -20,13 +20,15 @@ from rlprompt.model.base import ModelSettings
 from rlprompt.model.cpu.row_blocks import fix_rows
 from rlprompt.policy import open_policy
 from rlprompt.prompts.make import named_classes
+from rlprompt.registry.catalog import Catalog
 from rlprompt.rewards import build_rewards
 from rlprompt.rewards.base import RewardSettings
-from rlprompt.serving.access import open_access
+from rlprompt.serving.access import Access, open_access
 from rlprompt.serving.chat_requests import RequestLimits
 from rlprompt.serving.http_server import Address, Limits
 from rlprompt.serving.loaded import base_of_artifact
 from rlprompt.serving.prompt_server import PromptServer, PromptServerOptions
+from rlprompt.serving.request_log import RequestLog
 from rlprompt.serving.scheduler import SchedulerLimits
 from rlprompt.serving.sources import Source, parse_source
 from rlprompt.serving.watch import Scorer, WatchSettings
@@ -62,6 +64,8 @@ class ServeOptions:
     deadline: float = 300.0
     drain: int = 30
     follow: float = 5.0
+    registry: Path | None = None
+    log_requests: str | None = None
     force: bool = False
     trust_remote_code: bool = False
     prompt_classes: tuple[str, ...] = ()
@@ -123,34 +127,42 @@ def run(prompts: Sequence[str], options: ServeOptions, *, verbose: bool) -> None
         raise InputError("--monitor has no effect without --reward; give the reward that watches")
     access = open_access(options.keys, options.host)  # before the minutes that a base may take
     settings = _base(sources, options)
+    log = _request_log(options.log_requests)
+    server_options = _server_options(options, access, watch, log)
     scorer = _scorer(options.rewards)
     try:
         policy = open_policy(settings)
         if policy.device.type == "cpu" and not fix_rows(policy.base.model):
             logger.info("answers may differ in near ties with what is decoded beside them")
-        server_options = PromptServerOptions(
-            address=Address(
-                options.host,
-                options.port,
-                options.certificate,
-                Limits(stop_seconds=max(1, options.drain), connections=2048,
-                       connections_per_address=1024),
-            ),
-            access=access,
-            requests=RequestLimits(tokens=options.max_tokens),
-            queue=SchedulerLimits(options.max_rows, options.max_positions, options.max_waiting),
-            max_body_bytes=options.max_body_bytes,
-            deadline_seconds=options.deadline,
-            follow_seconds=options.follow,
-            watch=watch,
-            force=options.force,
-            kinds=named_classes(options.prompt_classes),
-        )  # fmt: skip
         with PromptServer(policy, sources, server_options, scorer) as server:
             _until_signal(server, console)
     finally:
         if scorer is not None:
             scorer.close()
+        if log is not None:
+            log.close()
+
+
+def _server_options(
+    options: ServeOptions, access: Access, watch: WatchSettings | None, log: RequestLog | None
+) -> PromptServerOptions:
+    limits = Limits(
+        stop_seconds=max(1, options.drain), connections=2048, connections_per_address=1024
+    )
+    return PromptServerOptions(
+        address=Address(options.host, options.port, options.certificate, limits),
+        access=access,
+        requests=RequestLimits(tokens=options.max_tokens),
+        queue=SchedulerLimits(options.max_rows, options.max_positions, options.max_waiting),
+        max_body_bytes=options.max_body_bytes,
+        deadline_seconds=options.deadline,
+        follow_seconds=options.follow,
+        watch=watch,
+        force=options.force,
+        kinds=named_classes(options.prompt_classes),
+        catalog=None if options.registry is None else Catalog(options.registry),
+        log=log,
+    )
 
 
 def _base(sources: Mapping[str, Source], options: ServeOptions) -> ModelSettings:
@@ -180,6 +192,10 @@ def _scorer(paths: Sequence[str]) -> Scorer | None:
         RewardSettings(path=f"{path}:reward" if path.endswith(".py") else path) for path in paths
     ]
     return Scorer(build_rewards(settings, Path.cwd()))
+
+
+def _request_log(given: str | None) -> RequestLog | None:
+    return None if given is None else RequestLog(None if given == "-" else Path(given))
 
 
 def _until_signal(server: PromptServer, console: Console) -> None:
