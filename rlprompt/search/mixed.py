@@ -38,7 +38,7 @@ from rlprompt.prompts.text import TextPrompt
 from rlprompt.runs.learner import LearnerState, named_under
 from rlprompt.search.base import Candidate, Searcher, SearchSettings, SearchStart, Trial
 from rlprompt.search.cmaes import CMAES, CMAESSettings
-from rlprompt.search.continuous import ContinuousSettings
+from rlprompt.search.continuous import Continuous, ContinuousSettings
 from rlprompt.search.division import Division
 from rlprompt.search.es import ES
 from rlprompt.search.evidence import EvidenceSettings
@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 TEXT_SEARCHERS: Mapping[str, type[Searcher]] = {"texts": Texts, "evolution": Evolution}
 """The searchers that can find the text."""
-NUMBER_SEARCHERS: Mapping[str, type[Searcher]] = {"cmaes": CMAES, "es": ES}
+NUMBER_SEARCHERS: Mapping[str, type[Continuous]] = {"cmaes": CMAES, "es": ES}
 """The searchers that can move the numbers."""
 _TEXTS, _NUMBERS = "text_search", "number_search"
 
@@ -157,14 +157,32 @@ class _Handed:
     """The text that was found."""
     first: int
     """Id of the number search's candidate 1; its candidate 0 is the text."""
-    searcher: Searcher
+    searcher: Continuous
+    means: set[int]
+    """Ids, in the number search, of the means that were tried."""
 
     def own(self, inner: Candidate) -> Candidate:
         """A candidate of the number search as one of the whole search."""
         if inner.id == 0:
             return self.text
-        parents = tuple(self._id(parent) for parent in inner.parents)
+        parents = tuple(self._id(self._tried(parent)) for parent in inner.parents)
         return Candidate(self._id(inner.id), inner.prompt, parents, inner.origin)
+
+    def asked(self) -> Sequence[Candidate]:
+        """What the number search asks for, and a note of its means."""
+        found = self.searcher.ask()
+        self.means.update(inner.id for inner in found if inner.id % self._size == 0)
+        return found
+
+    @property
+    def _size(self) -> int:
+        return self.searcher.population + 1
+
+    def _tried(self, mean: int) -> int:
+        """A mean, or the last one before it that was tried: with evidence, some never are."""
+        while mean not in self.means and mean > 0:
+            mean -= self._size
+        return mean
 
     def _id(self, inner: int) -> int:
         return self.text.id if inner == 0 else self.first + inner - 1
@@ -297,7 +315,7 @@ class Mixed(Searcher):
 
     def _ask_numbers(self) -> Sequence[Candidate]:
         handed = self._handed_over
-        self._asked = handed.searcher.ask()
+        self._asked = handed.asked()
         self._wanted = self._of_numbers.fitness(self._steps)
         return [handed.own(inner) for inner in self._asked]
 
@@ -360,10 +378,10 @@ class Mixed(Searcher):
     def _begin(self, text: Candidate) -> None:
         settings = self.settings.soft(text.prompt.init_text)
         soft = SoftPrompt.create(settings, self._policy, self._given.seed)
-        self._handed = _Handed(text, self._highest + 1, self._numbers_from(soft))
+        self._handed = _Handed(text, self._highest + 1, self._numbers_from(soft), set())
         self._steps = 0
 
-    def _numbers_from(self, soft: SoftPrompt) -> Searcher:
+    def _numbers_from(self, soft: SoftPrompt) -> Continuous:
         given = replace(self._given, prompt=soft, scale=soft.scale(self._policy))
         kind = NUMBER_SEARCHERS[self.settings.number_search.type]
         with _placed(_NUMBERS):
@@ -419,6 +437,7 @@ class Mixed(Searcher):
             "steps": self._steps,
             "spent": self._spent,
             "highest": self._highest,
+            "means": [] if self._handed is None else sorted(self._handed.means),
             "text": None
             if text is None
             else [text.id, text.prompt.init_text, list(text.parents), text.origin],
@@ -447,6 +466,7 @@ class Mixed(Searcher):
             ids = tuple(int(parent) for parent in parents)
             self._begin(Candidate(int(number), TextPrompt(text), ids, origin))
             self._handed_over.searcher.restore(inner)
+            self._handed_over.means.update(int(mean) for mean in plain["means"])
         self._steps = int(plain["steps"])
         self._asked, self._wanted = (), None
 

@@ -6,29 +6,36 @@ import json
 import math
 import random
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
+from rich.console import Console
 from safetensors.torch import load, save
 
 from rlprompt.artifacts.format import read_artifact_info
 from rlprompt.engines.native import NativeEngine
 from rlprompt.errors import InputError
 from rlprompt.files import read_jsonl
-from rlprompt.prompts.soft import SoftPrompt
+from rlprompt.prompts.soft import SoftPrompt, SoftSettings
 from rlprompt.prompts.text import TextPrompt
+from rlprompt.recipe.build import build_single_run
+from rlprompt.recipe.schema import Recipe
 from rlprompt.runs.learner import LearnerState
+from rlprompt.runs.run import Run
 from rlprompt.search.base import Candidate, SearchStart, Trial
 from rlprompt.search.mixed import Mixed, MixedSettings
 from rlprompt.types import Group, Query
 from tests.fixtures.runs import comparable_rows, completion, tiny_policy
-from tests.fixtures.searches import TEXTS, search_recipe, search_run, stops
+from tests.fixtures.searches import TEXTS, search_recipe, stops
 
 Reward = Callable[[Candidate], float]
 
+POLICY = tiny_policy(prompt=SoftSettings(init_text="Be nice."))
+ENGINE = NativeEngine(POLICY)
 QUERIES = [Query(messages=({"role": "user", "content": "hello"},), index=i) for i in range(400)]
 
 
@@ -39,7 +46,7 @@ def _report(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def settings(**changes: Any) -> MixedSettings:
     plain: dict[str, Any] = {
-        "max_calls": 2000,
+        "max_calls": 1200,
         "text_search": {"texts": list(TEXTS), "completions": 16},
         "number_search": {"type": "es", "dim": 3, "sigma": 1.0, "population": 6},
         "num_virtual_tokens": None,
@@ -48,8 +55,7 @@ def settings(**changes: Any) -> MixedSettings:
 
 
 def made(seed: int = 0, count: int = 400, **changes: Any) -> Mixed:
-    engine = NativeEngine(tiny_policy())
-    given = SearchStart(TextPrompt("Be nice."), seed, engine, QUERIES[:count], 4)
+    given = SearchStart(TextPrompt("Be nice."), seed, ENGINE, QUERIES[:count], 4)
     return Mixed.make(settings(**changes), given)
 
 
@@ -118,9 +124,6 @@ def numbers_win(candidate: Candidate) -> float:
     return worth + float(moved[:, :8].sum())
 
 
-POLICY = tiny_policy()
-
-
 def test_a_toy_where_texts_win_ends_with_the_best_text() -> None:
     done = Ledger(made(), texts_win, 0.1).run()
     best = done.search.incumbent
@@ -146,11 +149,11 @@ def test_a_toy_where_numbers_win_ends_with_a_soft_prompt_that_descends_from_the_
 
 def test_pure_noise_leaves_the_text() -> None:
     kept = 0
-    for seed in range(10):
-        done = Ledger(made(seed, evidence={"alpha": 0.1}), lambda _: 0.0, 1.0)
+    for seed in range(6):
+        done = Ledger(made(seed, max_calls=500, evidence={"alpha": 0.1}), lambda _: 0.0, 1.0)
         done._draw.seed(seed)
         kept += done.run().search.incumbent.prompt.kind == "text"
-    assert kept >= 8
+    assert kept >= 5
 
 
 def test_without_evidence_the_mean_of_the_numbers_is_believed_as_by_the_number_search() -> None:
@@ -192,15 +195,15 @@ def test_the_share_of_the_texts_is_never_exceeded(share: float, copies: int) -> 
 def test_what_a_decided_race_leaves_over_goes_to_the_numbers() -> None:
     done = Ledger(made(text_share=0.9), texts_win).run()
     spent = sum(len(asked) * len(met) for asked, met in done.text_steps)
-    assert spent < 300 and done.calls - spent > 900
+    assert spent < 300 and done.calls - spent > 850
 
 
 def test_with_evidence_numbers_meet_no_query_that_the_text_was_chosen_by() -> None:
-    done = Ledger(made(), texts_win, 0.1).run()
+    done = Ledger(made(max_calls=1000), texts_win, 0.1).run()
     of_texts = {query for _, met in done.text_steps for query in met}
     of_numbers = [query for _, met in done.number_steps for query in met]
     assert of_texts and of_numbers and not of_texts & set(of_numbers)
-    assert len(set(of_numbers)) == len(of_numbers)
+    assert len(set(of_numbers)) == len(of_numbers)  # none twice, so each is new to the test
 
 
 def test_it_hands_over_when_texts_are_expected_to_gain_too_little() -> None:
@@ -208,7 +211,7 @@ def test_it_hands_over_when_texts_are_expected_to_gain_too_little() -> None:
     steps = {}
     for least in (None, 0.02, 0.5):
         search = made(text_search={"texts": list(TEXTS)}, min_gain=least, text_share=0.8)
-        steps[least] = len(Ledger(search, lambda _: 0.0, 0.5).run().text_steps)
+        steps[least] = len(Ledger(search, lambda _: 0.0, 0.5).run(50).text_steps)
     assert steps[0.5] < steps[0.02] <= steps[None]
     early = Ledger(made(min_gain=0.5, text_search={"texts": list(TEXTS)}), texts_win, 0.1)
     early.run(2)
@@ -217,7 +220,7 @@ def test_it_hands_over_when_texts_are_expected_to_gain_too_little() -> None:
 
 @pytest.mark.parametrize("kind", ["texts", "evolution"])
 @pytest.mark.parametrize("numbers", ["cmaes", "es"])
-@pytest.mark.parametrize("after", [0, 2, 6, 12])
+@pytest.mark.parametrize("after", [3, 12])
 def test_it_resumes_exactly(kind: str, numbers: str, after: int) -> None:
     """In the part of texts, and in that of numbers; through the files of a checkpoint."""
 
@@ -327,13 +330,11 @@ def test_errors_of_a_part_name_its_settings() -> None:
     with pytest.raises(InputError, match=r"^search\.text_search\.evidence\.spread does not hold"):
         Ledger(made(text_search=spread), texts_win).run()
     with pytest.raises(InputError, match=r"^search\.evidence\.spread does not hold"):
-        Ledger(made(evidence={"spread": 0.2}), texts_win).run()
+        Ledger(made(evidence={"spread": 0.2}), texts_win, 0.1).run()
 
 
 RUN: dict[str, Any] = {
     "type": "mixed",
-    "texts": None,
-    "completions": None,
     "max_calls": 61,
     "evidence": None,
     "text_share": 0.4,
@@ -342,13 +343,16 @@ RUN: dict[str, Any] = {
 }
 
 
-def changes(**more: Any) -> dict[str, Any]:
-    return {"search": RUN, "training": {"steps": 40, "queries_per_step": 2}, **more}
+def mixed_run(folder: Path, output: Path, **more: Any) -> Run:
+    """A run of `RUN` over a tiny model."""
+    training = {"steps": 40, "queries_per_step": 2, "save_every": 1}
+    tree = search_recipe(folder, training=training, **more).plain()
+    recipe = Recipe(**(tree | {"search": RUN}))
+    return build_single_run(recipe, folder, output, Console(file=StringIO()))
 
 
 def test_a_run_spends_one_budget_and_leaves_what_it_believes(tmp_path: Path) -> None:
-    run = search_run(tmp_path, tmp_path / "run", **changes())
-    summary = run.run()
+    summary = mixed_run(tmp_path, tmp_path / "run").run()
     rows = [r for r in read_jsonl(tmp_path / "run/completions.jsonl") if r["split"] == "train"]
     metrics = read_jsonl(tmp_path / "run/metrics.jsonl")
     assert metrics[-1]["search/calls"] == len(rows) and 61 - 5 < len(rows) <= 61
@@ -363,18 +367,21 @@ def test_a_run_spends_one_budget_and_leaves_what_it_believes(tmp_path: Path) -> 
     assert info.init_text in ["Be nice.", *TEXTS]
 
 
-@pytest.mark.parametrize("at", [1, 4])
-def test_a_run_that_falls_over_resumes_exactly(tmp_path: Path, at: int) -> None:
-    """In the part of texts and in that of numbers."""
-    search_run(tmp_path, tmp_path / "straight", **changes(**stops(99, "crash"))).run()
-    with pytest.raises(RuntimeError, match="fell over"):
-        search_run(tmp_path, tmp_path / "cut", **changes(**stops(at, "crash"))).run()
-    search_run(tmp_path, tmp_path / "cut", **changes(**stops(99, "crash"))).run(resume=True)
+def test_a_run_that_falls_over_resumes_exactly(tmp_path: Path) -> None:
+    """Once among texts, once among numbers."""
+    mixed_run(tmp_path, tmp_path / "straight", **stops(99, "crash")).run()
+    for at, resume in ((1, False), (4, True)):
+        with pytest.raises(InputError, match="fell over"):
+            mixed_run(tmp_path, tmp_path / "cut", **stops(at, "crash")).run(resume=resume)
+    mixed_run(tmp_path, tmp_path / "cut", **stops(99, "crash")).run(resume=True)
+    numbers = [row["search/numbers"] for row in read_jsonl(tmp_path / "cut/metrics.jsonl")]
+    assert numbers[1] == 0.0 and numbers[4] == 1.0
     for kind in ("metrics", "completions", "evaluation"):
         one, two = (comparable_rows(tmp_path / name, kind) for name in ("straight", "cut"))
         assert one == two, kind
 
 
 def test_a_recipe_for_a_soft_prompt_is_refused(tmp_path: Path) -> None:
+    tree = search_recipe(tmp_path).plain() | {"search": RUN, "prompt": {"type": "soft"}}
     with pytest.raises(ValidationError, match=r"search\.type: mixed starts from .* type text"):
-        search_recipe(tmp_path, search=RUN, prompt={"type": "soft", "text": None})
+        Recipe(**tree)
