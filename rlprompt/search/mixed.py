@@ -141,7 +141,11 @@ class MixedSettings(SearchSettings):
         return self.number_search.model_copy(update=drawn)
 
     def soft(self, text: str) -> SoftSettings:
-        """The soft prompt that starts from a text."""
+        """The soft prompt that starts from a text.
+
+        Args:
+            text: text that was found.
+        """
         return SoftSettings(
             init_text=text,
             num_virtual_tokens=self.num_virtual_tokens,
