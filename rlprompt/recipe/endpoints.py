@@ -26,7 +26,12 @@ def endpoints_of(recipe: Recipe) -> Mapping[str, EndpointSettings]:
     Args:
         recipe: a recipe, without its members.
     """
-    named = {"engine": recipe.engine, "search.writer": getattr(recipe.search, "writer", None)}
+    inner = getattr(recipe.search, "text_search", None)
+    named = {
+        "engine": recipe.engine,
+        "search.writer": getattr(recipe.search, "writer", None),
+        "search.text_search.writer": getattr(inner, "writer", None),
+    }
     return {place: each for place, each in named.items() if isinstance(each, EndpointSettings)}
 
 

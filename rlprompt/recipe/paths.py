@@ -23,6 +23,7 @@ _FILES = (
     "prompt.from_artifact",
     "prompt.parts.*.from_artifact",
     "search.components",
+    "search.text_search.components",
 )
 """Files and folders relative to the recipe's folder."""
 _REWARDS = "rewards.*.path"
@@ -41,7 +42,12 @@ _FOLDERS = ("model.path", "distributed.nvme_path")
 """Folders relative to the working directory."""
 _MODELS = ("", "model.", "members.*.")
 """Where the options of a built-in reward name a model."""
-_CA_FILES = ("rewards.*.options.ca_file", "engine.ca_file", "search.writer.ca_file")
+_CA_FILES = (
+    "rewards.*.options.ca_file",
+    "engine.ca_file",
+    "search.writer.ca_file",
+    "search.text_search.writer.ca_file",
+)
 """Files relative to the working directory."""
 
 

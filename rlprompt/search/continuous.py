@@ -159,6 +159,11 @@ class Continuous(Searcher):
             settings.evidence,
         )
 
+    @property
+    def population(self) -> int:
+        """Candidates of a generation, C, beside its mean."""
+        return self._strategy.population
+
     def ask(self) -> Sequence[Candidate]:
         """The mean, or incumbent and challenger where evidence decides; then the candidates."""
         if not self._sampled:

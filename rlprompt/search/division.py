@@ -67,6 +67,16 @@ class Division:
         chosen = [by_index[each] for each in order]
         return cls(chosen[count:], chosen[:count], given.queries_per_step, given.seed)
 
+    @property
+    def for_fitness(self) -> Sequence[Query]:
+        """The queries that fitness steps run on; none = the run's own order."""
+        return self._fitness
+
+    @property
+    def for_tests(self) -> Sequence[Query]:
+        """The queries that are kept apart for tests."""
+        return self._tests
+
     def fitness(self, step: int) -> Sequence[Query] | None:
         """The fitness queries of a fitness step; None = whatever comes next in the run's order.
 

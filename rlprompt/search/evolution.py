@@ -418,6 +418,11 @@ class Evolution(Searcher):
         return fitness
 
     @property
+    def is_testing(self) -> bool:
+        """Whether the next step, or the one that was asked for, is a test."""
+        return self._challenger is not None
+
+    @property
     def _needed(self) -> set[int]:
         """Candidates whose fitness decides something."""
         promoted = self._promotions.promoted

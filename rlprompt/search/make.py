@@ -10,6 +10,7 @@ from rlprompt.search.cmaes import CMAES
 from rlprompt.search.es import ES
 from rlprompt.search.evolution import Evolution
 from rlprompt.search.gepa import GEPA
+from rlprompt.search.mixed import Mixed
 from rlprompt.search.rl import RL
 from rlprompt.search.texts import Texts
 from rlprompt.search.tokens import Tokens
@@ -21,6 +22,7 @@ SEARCHERS: Mapping[str, type[Searcher]] = {
     "cmaes": CMAES,
     "es": ES,
     "evolution": Evolution,
+    "mixed": Mixed,
     "rl": RL,
     "tokens": Tokens,
 }
