@@ -9,9 +9,9 @@ completions of drawn lengths, slow ranks, meetings over gloo, rewards on the fir
 and failures (`cluster_model/`). With all of that off it must give the plan's number (`ideal`); each
 effect then comes on top of those before it, so that a cell says where its time goes.
 
-`weak`: 8 queries per GPU and step. `strong`: 512 queries per step on any number of GPUs. A base lies
-whole on each GPU where it fits beside cache and activations, else in shards. Efficiency is completion
-tokens per GPU-second over those of the fewest GPUs. One thread, about half a minute.
+`weak`: 8 queries per GPU and step. `strong`: 512 queries per step on any number of GPUs. A base
+lies whole on each GPU where it fits beside cache and activations, else in shards. Efficiency is
+completion tokens per GPU-second over those of the fewest GPUs. One thread, about half a minute.
 """
 
 from __future__ import annotations
@@ -21,20 +21,22 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.cluster_model import costs
 from benchmarks.cluster_model.events import Timeline, goodput
 from benchmarks.cluster_model.job import Conditions, Job, draw_lengths
 from benchmarks.cluster_model.step import KINDS, steps_of
+from rlprompt.errors import InputError
 from rlprompt.planning.tables import DEVICES, SHAPES, Shape
 
+ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "distributed" / "two_nodes.yaml"
 GPUS = (8, 16, 32, 64, 128, 256, 512)
 SIZES: Mapping[str, Shape] = {
@@ -49,8 +51,10 @@ DEVICE = "h100"
 QUERIES = {"weak": 8, "strong": 512}
 """Queries of a step: per GPU, or in all."""
 GROUP_SIZE, QUERY_TOKENS, MAX_TOKENS, VIRTUAL_TOKENS = 8, 128, 512, 16
-TOKEN_BUDGET = QUERY_TOKENS + GROUP_SIZE * (MAX_TOKENS - 1)
-"""A micro-batch holds one group of the longest completions."""
+BUDGETS = tuple((QUERY_TOKENS + GROUP_SIZE * (MAX_TOKENS - 1)) // parts for parts in (1, 2, 4))
+"""Tokens of a micro-batch: it holds one group of the longest completions, or a part of one."""
+ROWS = (256, 128, 64, 32, 16, 8)
+"""Completions that are decoded at a time."""
 HALF = 0.5
 
 ASSUMED = Conditions(
@@ -62,7 +66,7 @@ ASSUMED = Conditions(
     launch_s=60e-6,  # assumed: 15 kernels of a layer, 4 us each
     hop_s=50e-6,  # assumed: TCP between nodes, and Python around it
     socket_rate=1.25e9,  # assumed: 10 Gbit/s for a connection
-    pickle_s=7.5e-8,  # measured on completions, one core of this project's machine
+    pickle_s=3.3e-9,  # pickle.loads of completions on one core of this machine
     gather_s=1e-6,  # assumed: NCCL inside a node
     far_gather_s=5e-6,  # assumed: NCCL between nodes
     reward_s=0.3e-3,  # seven built-in rules, docs/results/bench_rewards.json
@@ -156,7 +160,8 @@ def simulate(job: Job, assumed: Conditions, seed: int) -> tuple[dict[str, float]
 def plan_cell(size: str, gpus: int, scaling: str) -> tuple[Job, float]:
     """The job of a cell, and the seconds that `rlprompt plan` gives a step of it.
 
-    The base is whole on each GPU, with as many rows at a time as fit; in shards where it cannot be.
+    The base is whole on each GPU where it can be, else in shards; with the largest micro-batches,
+    and then the most rows at a time, that fit.
 
     Args:
         size: key of `SIZES`.
@@ -166,48 +171,44 @@ def plan_cell(size: str, gpus: int, scaling: str) -> tuple[Job, float]:
     Raises:
         InputError: not even one group fits in shards.
     """
-    from rlprompt.errors import InputError
-    from rlprompt.planning.plan import plan
+    from rlprompt.planning.plan import plan  # loads torch, which the model does not need
     from rlprompt.recipe.schema import load_recipe
 
     queries = QUERIES[scaling] * (gpus if scaling == "weak" else 1)
     shape, device = SIZES[size], DEVICES[DEVICE]
-    for base in ("replicated", "sharded"):
-        rows = 256
-        while rows >= GROUP_SIZE:
-            changes = [
-                f"training.queries_per_step={queries}",
-                f"training.token_budget={TOKEN_BUDGET}",
-                f"sampling.max_tokens={MAX_TOKENS}",
-                f"algorithm.group_size={GROUP_SIZE}",
-                f"prompt.num_virtual_tokens={VIRTUAL_TOKENS}",
-                f"engine.max_rows={rows}",
-                f"distributed.base={base}",
-                "distributed.secondary_shards=null",
-                *(["distributed.gather=auto"] if base == "sharded" else []),
-            ]
-            recipe = load_recipe(RECIPE, changes)
-            made = plan(recipe, shape, gpus, device, query_tokens=QUERY_TOKENS)
-            if max(made.rollout_bytes, made.update_bytes) < device.memory:
-                free = device.memory - shape.parameters * 2 / gpus
-                job = Job(
-                    shape=shape,
-                    device=device,
-                    ranks=gpus,
-                    queries=queries,
-                    group_size=GROUP_SIZE,
-                    query_tokens=QUERY_TOKENS,
-                    prompt_tokens=VIRTUAL_TOKENS,
-                    max_tokens=MAX_TOKENS,
-                    max_rows=rows,
-                    token_budget=TOKEN_BUDGET,
-                    trained=VIRTUAL_TOKENS * shape.width,
-                    is_sharded=base == "sharded",
-                    rolls_out_whole=base == "sharded" and shape.parameters * 2 <= HALF * free,
-                    save_every=recipe.training.save_every,
-                )
-                return job, made.step_seconds
-            rows //= 2
+    for base, budget, rows in product(("replicated", "sharded"), BUDGETS, ROWS):
+        changes = [
+            f"training.queries_per_step={queries}",
+            f"training.token_budget={budget}",
+            f"sampling.max_tokens={MAX_TOKENS}",
+            f"algorithm.group_size={GROUP_SIZE}",
+            f"prompt.num_virtual_tokens={VIRTUAL_TOKENS}",
+            f"engine.max_rows={rows}",
+            f"distributed.base={base}",
+            "distributed.secondary_shards=null",
+        ]
+        recipe = load_recipe(RECIPE, changes)
+        made = plan(recipe, shape, gpus, device, query_tokens=QUERY_TOKENS)
+        if max(made.rollout_bytes, made.update_bytes) >= device.memory:
+            continue
+        free = device.memory - shape.parameters * 2 / gpus
+        job = Job(
+            shape=shape,
+            device=device,
+            ranks=gpus,
+            queries=queries,
+            group_size=GROUP_SIZE,
+            query_tokens=QUERY_TOKENS,
+            prompt_tokens=VIRTUAL_TOKENS,
+            max_tokens=MAX_TOKENS,
+            max_rows=rows,
+            token_budget=budget,
+            trained=VIRTUAL_TOKENS * shape.width,
+            is_sharded=base == "sharded",
+            rolls_out_whole=base == "sharded" and shape.parameters * 2 <= HALF * free,
+            save_every=recipe.training.save_every,
+        )
+        return job, made.step_seconds
     raise InputError(f"a base of {size} does not fit {gpus} x {DEVICE}; give more --gpus")
 
 
@@ -354,11 +355,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for scaling in QUERIES:
         for size in sizes:
             for number in gpus:
-                cell = cell_of(size, number, scaling, assumed, options.seed)
+                try:
+                    cell = cell_of(size, number, scaling, assumed, options.seed)
+                except InputError as error:
+                    parser.error(str(error))
                 cells.append(cell)
                 print(
-                    f"{scaling:7}{size:>5}{number:5} GPUs {cell.base:10} plan {cell.planned_s:9.2f} s"
-                    f"  simulated {cell.simulated_s['failures']:9.2f} s  ratio {cell.ratio:5.2f}"
+                    f"{scaling:7}{size:>5}{number:5} GPUs {cell.base:10} "
+                    f"plan {cell.planned_s:9.2f} s  simulated {cell.simulated_s['failures']:9.2f} s  ratio {cell.ratio:5.2f}"
                 )
     found = limits(cells)
     for row in found:

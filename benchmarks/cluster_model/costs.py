@@ -1,7 +1,7 @@
 """Seconds of the pieces of a step, each a function of sizes and rates.
 
-Written from the description of the step, not from `rlprompt/planning/plan.py`, so that comparing the
-two means something. Letters: R rows, W ranks, n bytes, P parameters.
+Written from the description of the step, not from `rlprompt/planning/plan.py`, so that comparing
+the two means something. Letters: R rows, W ranks, P parameters.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.cluster_model.job import Conditions, Floats, Ints, Job
 
-OBJECT_BYTES_PER_TOKEN = 13
+OBJECT_BYTES_PER_TOKEN = 17
 """Of a pickled completion: token id, log-probability and text (measured on `types.Completion`)."""
 OBJECT_BYTES = 200
 """Of any pickled object besides."""

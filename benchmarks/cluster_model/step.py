@@ -71,7 +71,8 @@ def stages_of_step(
     stages = _rollout(job, conditions, lengths, slowness)
     size = float(lengths.sum()) * costs.OBJECT_BYTES_PER_TOKEN
     stages += _meeting(job, _share_completions(job, conditions, lengths, size))
-    stages += _on_first(job, "rewards", conditions.reward_s * lengths.size)
+    # On the first rank alone; the others are in the broadcast already, and wait there.
+    stages += _together(job, "rewards", conditions.reward_s * lengths.size)
     told = lengths.size * 16 + costs.OBJECT_BYTES
     stages += _meeting(job, costs.broadcast_seconds(job, told, conditions) * _exists(conditions))
     own = lengths.size / job.ranks * costs.OBJECT_BYTES
@@ -195,11 +196,12 @@ def _turns(job: Job, lengths: Ints, owner: Ints) -> Floats:
 
 
 def _share_completions(job: Job, conditions: Conditions, lengths: Ints, size: float) -> float:
-    """Seconds in which every rank gets all completions: those of each rank, or the first one's."""
+    """Seconds in which every rank gets the completions of every rank.
+
+    Ranks that draw together each send all of them (`SharedEngine.generate`).
+    """
     if job.draws_together:
-        empty = costs.gather_objects_seconds(job, costs.OBJECT_BYTES, conditions)
-        sent = costs.broadcast_seconds(job, size, conditions) * _exists(conditions)
-        return empty + sent + size * conditions.pickle_s * (job.ranks > 1)
+        return costs.gather_objects_seconds(job, size, conditions)
     starts = [len(lengths) * rank // job.ranks for rank in range(job.ranks)]
     largest = float(np.add.reduceat(lengths.sum(axis=1), starts).max())
     return costs.gather_objects_seconds(job, largest * costs.OBJECT_BYTES_PER_TOKEN, conditions)
