@@ -360,9 +360,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 except InputError as error:
                     parser.error(str(error))
                 cells.append(cell)
+                simulated = cell.simulated_s["failures"]
                 print(
-                    f"{scaling:7}{size:>5}{number:5} GPUs {cell.base:10} "
-                    f"plan {cell.planned_s:9.2f} s  simulated {cell.simulated_s['failures']:9.2f} s  ratio {cell.ratio:5.2f}"
+                    f"{scaling:7}{size:>5}{number:5} GPUs {cell.base:10} plan {cell.planned_s:9.2f}"
+                    f" s  simulated {simulated:9.2f} s  ratio {cell.ratio:5.2f}"
                 )
     found = limits(cells)
     for row in found:

@@ -1,10 +1,11 @@
-"""benchmarks/simulate_cluster.py against cases that can be computed by hand, and against the plan."""
+"""benchmarks/simulate_cluster.py against cases computed by hand, and against the plan."""
 
 from __future__ import annotations
 
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -142,7 +143,7 @@ def test_every_effect_but_that_of_lengths_makes_a_step_longer() -> None:
     seconds, spent = simulate_cluster.simulate(job, ASSUMED, seed=1)
     names = ["lengths", *list(seconds)[2:]]
     assert names[-1] == "failures"
-    assert all(seconds[a] <= seconds[b] for a, b in zip(names, names[1:], strict=False))
+    assert all(seconds[a] <= seconds[b] for a, b in pairwise(names))
     assert seconds["lengths"] < seconds["ideal"]  # completions end before their limit
     assert sum(spent.values()) == pytest.approx(seconds["failures"])
 
