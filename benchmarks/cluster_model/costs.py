@@ -72,7 +72,7 @@ def rollout(job: Job, lengths: Ints, launch_s: float = 0.0) -> Rollout:
         own = lengths[first : first + per_turn].ravel()
         ended = np.bincount(own, minlength=int(own.max()) + 1)
         rows = (own.size - np.cumsum(ended))[:-1].astype(np.float64)
-        columns = job.first_columns + np.arange(len(rows)) + 0.5
+        columns = job.first_columns + np.arange(len(rows), dtype=np.float64) + 0.5
         seconds = token_seconds(job, rows, columns)
         device_s += float(seconds.sum())
         launches = launch_s * job.shape.layers

@@ -132,7 +132,8 @@ def draw_lengths(job: Job, spread: float, rng: np.random.Generator) -> Ints:
     if spread == 0.0:
         return np.full(shape, job.max_tokens, dtype=np.int64)
     lengths = job.max_tokens / 2 * np.exp(spread * (each + common) / np.sqrt(2.0))
-    return np.clip(np.rint(lengths), 1, job.max_tokens).astype(np.int64)
+    cut: Ints = np.clip(np.rint(lengths), 1, job.max_tokens).astype(np.int64)
+    return cut
 
 
 def draw_slowness(job: Job, conditions: Conditions, rng: np.random.Generator) -> Floats:

@@ -135,10 +135,10 @@ def _rollout(job: Job, conditions: Conditions, lengths: Ints, slowness: Floats) 
         gathered = costs.gather_seconds(job, whole + parts, count, conditions)
         stages += _together(job, "weights", gathered)
     shares = np.array_split(lengths, [len(lengths) * r // job.ranks for r in range(1, job.ranks)])
-    made = [costs.rollout(job, share, conditions.launch_s) for share in shares]
-    before = [_prefill(job, share, conditions) for share in shares]
-    own = np.array([each.device_s for each in made]) + np.array(before)
-    launches = np.array([each.launch_s for each in made])
+    drawn = [costs.rollout(job, share, conditions.launch_s) for share in shares]
+    prefills = [_prefill(job, share, conditions) for share in shares]
+    own = np.array([each.device_s for each in drawn]) + np.array(prefills)
+    launches = np.array([each.launch_s for each in drawn])
     return [*stages, *_alone("decode", own * slowness), *_alone("launches", launches)]
 
 

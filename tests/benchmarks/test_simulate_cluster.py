@@ -15,7 +15,7 @@ from benchmarks import simulate_cluster
 from benchmarks.cluster_model import costs
 from benchmarks.cluster_model.events import Stage, goodput, play
 from benchmarks.cluster_model.job import Conditions, Job, draw_lengths, draw_slowness
-from benchmarks.cluster_model.step import owners, stages_of_step, steps_of
+from benchmarks.cluster_model.step import KINDS, owners, stages_of_step, steps_of
 from benchmarks.simulate_cluster import ASSUMED, Cell, conditions_after, limits, plan_cell
 from rlprompt.planning.tables import Device, Shape
 
@@ -193,7 +193,7 @@ def test_groups_go_to_ranks_by_number_or_by_tokens() -> None:
 
 def test_where_scaling_stops_and_why() -> None:
     def cell(gpus: int, step: float, reward: float) -> Cell:
-        kinds = dict.fromkeys(simulate_cluster.KINDS, 0.0)
+        kinds = dict.fromkeys(KINDS, 0.0)
         spent = {**kinds, "decode": step - reward, "rewards": reward}
         return Cell("8b", gpus, "weak", "replicated", 8, 1.0, {"failures": step}, spent, 100 * gpus)
 
