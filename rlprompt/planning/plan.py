@@ -249,7 +249,13 @@ class _Work:
         budget = self.recipe.training.token_budget
         per_turn = max(1, budget // group)
         largest = min(max(budget, self.query_tokens + answer), min(per_turn, groups) * group)
-        turns = -(-groups // per_turn) if group <= budget else groups * -(-group // budget)
+        turns = -(-groups // per_turn)
+        if group > budget:
+            # A group that is cut has its query in every part.
+            in_part = max(1, (budget - self.query_tokens) // answer)
+            parts = -(-self.of("group_size") // in_part)
+            group += (parts - 1) * self.query_tokens
+            turns = groups * parts
         return _MicroBatches(turns, largest, groups * group * self.of("num_epochs"))
 
 
@@ -430,9 +436,10 @@ def _decode_seconds(work: _Work, cache: float) -> float:
     """Least seconds of one token of every row: weights and cache are read, products computed."""
     shape, device = work.shape, work.device
     met = min(shape.parameters, work.rows_at_once * shape.active_parameters)
+    # The cache begins with prompt and query: of its columns, this share is read on average.
+    filled = 1.0 - work.recipe.sampling.max_tokens / (2.0 * work.columns)
     return max(
-        # The cache is half full on average.
-        (met * work.bytes_each + cache / 2) / device.bandwidth,
+        (met * work.bytes_each + filled * cache) / device.bandwidth,
         work.rows_at_once * 2 * shape.active_parameters / device.flops,
     )
 

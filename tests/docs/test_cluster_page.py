@@ -1,4 +1,4 @@
-"""docs/cluster.md: its tables are what kill loop, check of the plan and `rlprompt plan` wrote.
+"""docs/cluster.md: its tables are what kill loop, plan, its check and the simulation wrote.
 
 Each stands between two comments.
 """
@@ -50,13 +50,45 @@ def plan_check_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def simulation_table() -> str:
+    found = read("simulate_cluster.json")
+    shown = ("8", "64", "512")
+    heads = [f"ratio at {gpus}" for gpus in shown]
+    lines = [
+        f"| queries | size | base | {' | '.join(heads)} | efficiency at 64 | below one half at | "
+        "what grows most |",
+        "|---" * (6 + len(shown)) + "|",
+    ]
+    queries = {"weak": "8 per GPU", "strong": "512 in all"}
+    bases = {"replicated": "whole", "gathered": "shards, whole for rollouts", "layers": "shards"}
+    for row in found["limits"]:
+        size, scaling = row["size"], row["scaling"]
+        own = {
+            str(cell["gpus"]): cell
+            for cell in found["cells"]
+            if (cell["size"], cell["scaling"]) == (size, scaling)
+        }
+        ratios = " | ".join(f"{own[gpus]['ratio']:.2f}" for gpus in shown)
+        below = f"{row['below_half_at']} GPUs" if row["below_half_at"] else "not to 512"
+        lines.append(
+            f"| {queries[scaling]} | {size} | {bases[own['512']['base']]} | {ratios} | "
+            f"{row['efficiency']['64']:.2f} | {below} | {row['grows_most']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def plan_block() -> str:
     shown = rlprompt(*PLAN)
     assert shown.code == 0, shown.err
     return f"```\n$ rlprompt {' '.join(PLAN)}\n{shown.out.rstrip()}\n```\n"
 
 
-TABLES = {"kill_loop": kill_table, "plan_check": plan_check_table, "plan": plan_block}
+TABLES = {
+    "kill_loop": kill_table,
+    "plan_check": plan_check_table,
+    "plan": plan_block,
+    "simulate_cluster": simulation_table,
+}
 
 
 def test_the_tables_of_the_page_are_what_was_measured() -> None:
@@ -74,3 +106,5 @@ def test_what_was_measured_is_good_enough() -> None:
     assert kills["kills"] >= 30 and kills["corrupt"] == 0 and kills["equal_to_unkilled"] is True
     assert set(kills["kills_by_kind"]) == {"step", "rollout", "checkpoint"}
     assert read("plan_check.json")["worst"] <= 0.15
+    for cell in read("simulate_cluster.json")["cells"]:
+        assert abs(cell["simulated_s"]["ideal"] / cell["planned_s"] - 1) < 0.02, cell
