@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import rlprompt
-from benchmarks.gpu.world import World, interpreted_attention, require
+from benchmarks.gpu.world import World, require
 from rlprompt.engines.native import NativeEngine
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.model.base import ModelSettings
 from rlprompt.policy import Policy, open_policy
 from rlprompt.prompts.soft import SoftPrompt, SoftSettings
 from rlprompt.prompts.text import TextPrompt, TextSettings
-from rlprompt.types import Query
+from rlprompt.types import Completion, Query
 
 TEXTS = (
     "How do I sharpen a knife?",
@@ -27,6 +29,8 @@ TEXTS = (
     "What does a cell membrane do, and how?",
 )
 SYSTEM = "Answer the question in one short, complete sentence."
+START = "Be brief"
+"""One virtual token per byte, for which eight are enough."""
 LOGPROB_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15}
 """Mean absolute difference in nats, GPU against float32 on the CPU; bfloat16 rounds each layer."""
 RUN_STEPS, FAILS_AT = 5, 3
@@ -45,6 +49,23 @@ def even(completion_ids, trainer_state=None, **columns):
 '''
 
 
+@contextmanager
+def interpreted_attention() -> Iterator[None]:
+    """Inside it attention goes through the Triton kernels on a CPU too, in the interpreter."""
+    from rlprompt.engines import cache
+    from rlprompt.model.forward import forest, tree
+
+    places: list[Any] = [cache, forest, tree]
+    before = [place.uses_triton for place in places]
+    for place in places:
+        place.uses_triton = lambda *_: True
+    try:
+        yield
+    finally:
+        for place, function in zip(places, before, strict=True):
+            place.uses_triton = function
+
+
 def queries(count: int = len(TEXTS)) -> list[Query]:
     """Conversations of one turn; texts repeat when more are asked for."""
     chosen = [TEXTS[i % len(TEXTS)] for i in range(count)]
@@ -60,7 +81,7 @@ def _open(folder: Path, device: torch.device, dtype: str) -> Policy:
 def _scored(policy: Policy, drawn: list[Any]) -> list[torch.Tensor]:
     """Log-probabilities of given completions, and the gradient of their mean in the prompt."""
     policy.prompt = SoftPrompt.create(
-        SoftSettings(num_virtual_tokens=8, init_text=SYSTEM), policy, 0
+        SoftSettings(num_virtual_tokens=8, init_text=START), policy, 0
     )
     shared = policy.shared_prefix()
     tree = policy.tree(queries(), drawn, shared.leaves)
@@ -80,8 +101,6 @@ def agreement(world: World) -> dict[str, Any]:
     exact = _open(folder, torch.device("cpu"), "float32")
     generator = torch.Generator().manual_seed(0)
     size = len(exact.base.tokenizer)
-    from rlprompt.types import Completion
-
     drawn = []
     for _ in queries():
         ids = torch.randint(3, size, (2, tokens), generator=generator).tolist()
@@ -173,7 +192,7 @@ def _train(world: World, kind: str, folder: Path, output: Path, resume: bool = F
         {
             "name": "gpu_check",
             "model": {"path": str(folder), "device": str(world.device)},
-            "prompt": {"type": kind, "num_virtual_tokens": 8, "init_text": SYSTEM},
+            "prompt": {"type": kind, "num_virtual_tokens": 8, "init_text": START},
             "algorithm": {"type": "grpo", "group_size": 4},
             "sampling": {"max_tokens": short},
             "data": {"rows": list(TEXTS), "heldout": 1},
@@ -194,7 +213,5 @@ def _shown(run: Any) -> dict[str, Any]:
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of the prompt that a run ended with."""
-    from safetensors.torch import load_file
-
     (found,) = sorted((folder / "artifact").glob("*.safetensors"))
     return load_file(found)

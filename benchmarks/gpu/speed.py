@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.correct import SYSTEM, TEXTS, queries
-from benchmarks.gpu.world import World, byte_tokenizer
+from benchmarks.gpu.correct import START, SYSTEM, TEXTS, queries
+from benchmarks.gpu.shapes import byte_tokenizer
+from benchmarks.gpu.world import World
 from benchmarks.peers.worker import conversation
 from rlprompt.algorithms.grpo import GRPO, GRPOSettings
 from rlprompt.engines.native import NativeEngine, NativeSettings
@@ -161,7 +162,7 @@ def _policy(world: World, name: str, work: Work) -> Policy:
     base = base_in_memory(world.random_model(name), tokenizer)
     policy = Policy(base, ChatSlot.from_tokenizer(base.tokenizer))
     policy.prompt = SoftPrompt.create(
-        SoftSettings(num_virtual_tokens=work.virtual, init_text=SYSTEM), policy, 0
+        SoftSettings(num_virtual_tokens=work.virtual, init_text=START), policy, 0
     )
     return policy
 
