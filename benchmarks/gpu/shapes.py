@@ -89,7 +89,8 @@ def random_model(name: str, device: torch.device, dtype: torch.dtype) -> PreTrai
     assert isinstance(model, PreTrainedModel)
     model.generation_config = GenerationConfig(**_TOKENS)
     torch.nn.Module.to(model, device=device, dtype=dtype)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

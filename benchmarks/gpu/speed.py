@@ -60,7 +60,7 @@ WORK = {"llama-3.2-1b": Work(8, 8, 128), "qwen3-8b": Work(8, 8, 64, repeats=1)}
 TINY_WORK = Work(2, 2, 4, virtual=4, repeats=1)
 
 
-def even(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+def even(completion_ids: list[list[int]], **columns: Any) -> list[float | None]:
     """The share of even token ids: a reward that costs nothing."""
     return [sum(token % 2 == 0 for token in ids) / max(1, len(ids)) for ids in completion_ids]
 
@@ -208,13 +208,10 @@ def _inputs(world: World, work: Work) -> Any:
         for i in range(work.queries)
         for _ in range(work.group)
     ]
-    return (
-        byte_tokenizer()
-        .apply_chat_template(
-            chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-        )
-        .to(world.device)
+    inputs: Any = byte_tokenizer().apply_chat_template(
+        chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
     )
+    return inputs.to(world.device)
 
 
 def _hf_generate(world: World, name: str, work: Work) -> dict[str, Any]:
@@ -333,17 +330,7 @@ def decode_profile(world: World) -> dict[str, Any]:
     with profile(activities=activities) as seen:
         decode()
         world.synchronize()
-    rows = []
-    for event in seen.key_averages():
-        # The name differs between releases of torch; on a CPU there is no device time.
-        spent = getattr(event, "self_device_time_total", None)
-        if spent is None:
-            spent = getattr(event, "self_cuda_time_total", 0.0)
-        if world.dry_run:
-            spent = event.self_cpu_time_total
-        if spent > 0 and not (event.key.startswith("aten::") and not world.dry_run):
-            rows.append({"name": event.key[:90], "calls": event.count, "microseconds": spent})
-    rows.sort(key=lambda row: -row["microseconds"])
+    rows = _spent(seen, world)
     busy = sum(row["microseconds"] for row in rows) / 1e6
     figures = {
         "seconds": plain,
@@ -361,6 +348,23 @@ def decode_profile(world: World) -> dict[str, Any]:
         f"decoding, ms ({figures['share_of_time_device_is_busy']:.0%} of the time busy)",
     )
     return figures
+
+
+def _spent(seen: Any, world: World) -> list[dict[str, Any]]:
+    """The device's kernels and copies by time, longest first; on a CPU the operators.
+
+    An operator's row repeats the time of the kernels that it started, so on a GPU only rows of the
+    device itself count.
+    """
+    from torch.autograd import DeviceType
+
+    rows: list[dict[str, Any]] = []
+    for event in seen.key_averages():
+        if not world.dry_run and event.device_type != DeviceType.CUDA:
+            continue
+        spent: Any = event.self_cpu_time_total if world.dry_run else event.self_device_time_total
+        rows.append({"name": event.key[:90], "calls": event.count, "microseconds": spent})
+    return sorted(rows, key=lambda row: -row["microseconds"])
 
 
 @contextmanager
