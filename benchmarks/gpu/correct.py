@@ -95,6 +95,7 @@ def _scored(policy: Policy, drawn: list[Any]) -> list[torch.Tensor]:
 
 def agreement(world: World) -> dict[str, Any]:
     """Log-probabilities and a gradient against the CPU; greedy tokens against HF generate."""
+    world.require_device()
     figures: dict[str, Any] = {}
     tokens = 4 if world.dry_run else 64
     folder = world.folder()
@@ -162,6 +163,7 @@ def _greedy(world: World, folder: Path, tokens: int, texts: Sequence[str]) -> in
 
 def training(world: World) -> dict[str, Any]:
     """Five GRPO steps on two representations; one of the runs fails, resumes and ends alike."""
+    world.require_device()
     folder, reward = world.folder(), world.scratch / "rewards.py"
     reward.write_text(REWARD, encoding="utf-8")
     figures: dict[str, Any] = {}

@@ -67,6 +67,7 @@ def even(completion_ids: list[list[int]], **columns: Any) -> list[float | None]:
 
 def machine(world: World) -> dict[str, Any]:
     """Versions, the device, and its peaks as PyTorch reaches them."""
+    world.require_device()
     versions = {name: _version(name) for name in PACKAGES}
     figures: dict[str, Any] = {"python": platform.python_version(), "versions": versions}
     size, side = (2**20, 128) if world.dry_run else (2**32, 8192)
@@ -118,6 +119,7 @@ def step_8b(world: World) -> dict[str, Any]:
 
 
 def _step(world: World, name: str) -> dict[str, Any]:
+    world.require_device()
     work = TINY_WORK if world.dry_run else WORK[name]
     figures: dict[str, Any] = {"shape": name, "work": vars(work), "dtype": str(world.dtype)}
     figures["matmul_flops"] = _product_rate(world, 128 if world.dry_run else 8192)
@@ -313,6 +315,7 @@ def decode_profile(world: World) -> dict[str, Any]:
     """Where decoding's time goes: the device's kernels, and what the host adds between them."""
     from torch.profiler import ProfilerActivity, profile
 
+    world.require_device()
     work = TINY_WORK if world.dry_run else Work(8, 8, 32)
     policy = _policy(world, "llama-3.2-1b", work)
     engine = NativeEngine(policy, NativeSettings(reuse_mib=0))

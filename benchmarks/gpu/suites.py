@@ -48,6 +48,7 @@ def _pytest(world: World, paths: tuple[str, ...], extra: dict[str, str]) -> dict
     Raises:
         PartFailedError: a test failed, or none ran.
     """
+    world.require_device()
     if importlib.util.find_spec("pytest") is None:
         raise PartFailedError("pytest is not installed (scripts/gpu_wheels.sh)", {})
     command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
@@ -74,6 +75,7 @@ def _pytest(world: World, paths: tuple[str, ...], extra: dict[str, str]) -> dict
 
 def kernel_speed(world: World) -> dict[str, Any]:
     """`bench_kernels --quick` behind its correctness gate; in a dry run the gate alone."""
+    world.require_device()
     if importlib.util.find_spec("triton") is None:
         raise PartFailedError("triton is not installed", {})
     import torch

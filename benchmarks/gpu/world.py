@@ -42,6 +42,21 @@ class World:
 
         return torch.float32 if self.dry_run else torch.bfloat16
 
+    def require_device(self) -> None:
+        """Make sure that what follows runs on a GPU, or is a dry run.
+
+        Raises:
+            PartFailedError: torch sees no GPU; some parts would pass without having met one.
+        """
+        import torch
+
+        if not self.dry_run and not torch.cuda.is_available():
+            raise PartFailedError(
+                f"torch {torch.__version__} sees no GPU: run this where there is one, or with "
+                "--dry-run",
+                {},
+            )
+
     def shape(self, name: str) -> str:
         """The shape that stands for a model: itself, or `tiny` in a dry run."""
         return "tiny" if self.dry_run else name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import os
 import subprocess
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import gpu_check
+from benchmarks.gpu.world import PartFailedError, World
 from benchmarks.gpu_check import Part
 
 ROOT = Path(gpu_check.ROOT)
@@ -98,6 +101,18 @@ def runs(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return state.rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.parametrize("target", [part.target for part in gpu_check.PARTS])
+def test_no_part_passes_without_a_gpu(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tests in the interpreter and a calculated roofline would, and say nothing about a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    module, _, name = target.partition(":")
+    part = getattr(importlib.import_module(module), name)
+    with pytest.raises(PartFailedError, match="sees no GPU"):
+        part(World(False, None, tmp_path, tmp_path))
 
 
 def test_the_table_holds_what_a_reader_needs() -> None:
