@@ -69,7 +69,7 @@ def test_a_tree_attends_alike_both_ways(
 def test_log_probabilities_and_the_prompts_gradient_are_alike(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    policy = tiny_policy()
+    policy = tiny_policy(device=DEVICE)
     batch = sampled_batch(policy, group_size=2, count=2)
     scores, grads = [], []
     for fused in (False, True):
