@@ -29,8 +29,8 @@ pytestmark = [
     pytest.mark.usefixtures("cluster"),
     pytest.mark.skipif(
         "RLPROMPT_SLURM_FAULTS" not in os.environ,
-        reason="OPEN: in a fresh clone one of the jobs does not start within a minute, and why is not "
-        "known yet; RLPROMPT_SLURM_FAULTS=1 runs them",
+        reason="OPEN: in a fresh clone one of the jobs does not start within a minute, and why is "
+        "not known yet; RLPROMPT_SLURM_FAULTS=1 runs them",
     ),
 ]
 
