@@ -33,7 +33,7 @@ alive() { readlink "/proc/$1/exe" >/dev/null 2>&1; }
 write_configuration() { # DIR NODES
   local dir="$1" nodes="$2" host memory cpus i
   host="$(hostname -s)"
-  cpus="$(nproc)"
+  cpus="$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)" # nproc tells OpenMP's share where it is set
   memory="$(awk '/^MemTotal/ { print int($2 / 1024 * 0.9) }' /proc/meminfo)"
   {
     cat <<CONF
