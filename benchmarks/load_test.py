@@ -267,7 +267,7 @@ def steps(port: int) -> dict[str, float]:
 
 def baseline(model: str, dtype: str, tokens: int, count: int, batch: int) -> float:
     """Tokens per second of transformers' `generate` on the same conversations."""
-    base = load_base(ModelSettings(path=model, dtype=dtype))  # type: ignore[arg-type]
+    base = load_base(ModelSettings.model_validate({"path": model, "dtype": dtype}))
     tokenizer = base.tokenizer
     tokenizer.padding_side = "left"
     turns = [

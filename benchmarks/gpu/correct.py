@@ -73,9 +73,8 @@ def queries(count: int = len(TEXTS)) -> list[Query]:
 
 
 def _open(folder: Path, device: torch.device, dtype: str) -> Policy:
-    return open_policy(
-        ModelSettings(path=str(folder), device=str(device), dtype=dtype, cpu_kernels="off")  # type: ignore[arg-type]
-    )
+    given = {"path": str(folder), "device": str(device), "dtype": dtype, "cpu_kernels": "off"}
+    return open_policy(ModelSettings.model_validate(given))
 
 
 def _scored(policy: Policy, drawn: list[Any]) -> list[torch.Tensor]:

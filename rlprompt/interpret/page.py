@@ -88,7 +88,8 @@ def _bar(label: str, color: Color, found: Mapping[str, float]) -> Bar:
 
 def _sentences(report: Mapping[str, Any]) -> dict[str, Any]:
     """Sentences and controls with their faithfulness."""
-    rows, bars = [], {"kl_share": [], "gain_share": []}  # type: ignore[var-annotated]
+    rows: list[list[str]] = []
+    bars: dict[str, list[Bar]] = {"kl_share": [], "gain_share": []}
     looks: list[tuple[Mapping[str, Any], str, Color]] = [
         *((row, row["text"], "learned") for row in report["sentences"]),
         *((row, row["name"], "base") for row in report["controls"]),

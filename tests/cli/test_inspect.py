@@ -9,21 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.cli.runs import rlprompt
+from tests.interpret.subjects import QUESTIONS
 
-QUERIES = "\n".join(
-    json.dumps({"query": text})
-    for text in (
-        "what is rain",
-        "what is sun",
-        "where is land",
-        "the men went in",
-        "who is he",
-        "is she there",
-        "is the hand in the land",
-        "answer in one line",
-        "the rain and the sun",
-    )
-)
+QUERIES = "\n".join(json.dumps({"query": text}) for text in QUESTIONS)
 
 
 @pytest.fixture(scope="module")
