@@ -112,6 +112,19 @@ def _end_children() -> None:
             child.terminate()
 
 
+_mask = threading.local()
+"""`before`: the signals that a thread had blocked when it began to fork."""
+
+
+def _hold_signals() -> None:
+    """Before a fork: what is sent to the child from its first moment waits until it obeys."""
+    _mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
+
+
+def _release_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _mask.before)
+
+
 def _obey_signals() -> None:
     """In a forked child: end on SIGTERM; Ctrl-C and the scheduler's warnings are the parent's."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
@@ -120,6 +133,9 @@ def _obey_signals() -> None:
         if callable(handler) and package in _NOTING_PACKAGES:
             with suppress(ValueError):
                 signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else no_handler)
+    _release_signals()
 
 
-os.register_at_fork(after_in_child=_obey_signals)
+os.register_at_fork(
+    before=_hold_signals, after_in_parent=_release_signals, after_in_child=_obey_signals
+)

@@ -188,6 +188,7 @@ def test_wrong_options(folder: Path, path: str, options: dict[str, Any], parts: 
 )
 def test_import_that_raises_shows_the_line(folder: Path, source: str, parts: list[str]) -> None:
     (folder / "bad.py").write_text(source)
+    before = set(sys.modules)
     message = refusal(folder, "bad.py:reward")
     assert all(part in message for part in parts), message
-    assert not [name for name in sys.modules if name.startswith("rlprompt_user_bad")]
+    assert not [name for name in set(sys.modules) - before if name.startswith("rlprompt_user_")]

@@ -480,8 +480,8 @@ REWARD = "def reward(completions, **kwargs):\n    return [1.0 for _ in completio
 def test_an_alarm_moves_the_alias_back(
     policy: Policy, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    (tmp_path / "bad.py").write_text(REWARD)
-    runner = build_rewards([RewardSettings(path="bad.py:reward", name="bad")], tmp_path)
+    (tmp_path / "always_one.py").write_text(REWARD)
+    runner = build_rewards([RewardSettings(path="always_one.py:reward", name="bad")], tmp_path)
     registry = Registry(tmp_path / "registry")
     for name in ("sun", "pirate"):
         registry.add(folders[name], "mine")

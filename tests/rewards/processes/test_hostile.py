@@ -408,6 +408,26 @@ def test_forked_children_obey_signals_that_a_run_only_notes() -> None:
     no_handler(signal.SIGTERM, None)
 
 
+def test_a_signal_from_a_childs_first_moment_is_obeyed() -> None:
+    """A pool that ends before its last worker is up sends SIGTERM once, and waits for ever."""
+    code = """
+    import os, signal, time
+    os.register_at_fork(after_in_child=lambda: time.sleep(0.5))  # runs before what is mended
+    import rlprompt.process_exit
+    from rlprompt.runs.interrupt import StopRequest
+    with StopRequest():
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(30)
+            os._exit(0)
+        os.kill(pid, signal.SIGTERM)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code == -signal.SIGTERM, code
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=100)
+
+
 @pytest.mark.parametrize("raised", [None, ValueError("x"), SystemExit(3), KeyboardInterrupt()])
 def test_a_block_of_user_code_has_one_way_out(raised: BaseException | None) -> None:
     read, write = os.pipe()
