@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Scale = Literal["group", "batch", "none"]
+Scale = Literal["group", "batch", "mean", "none"]
 Normalizer = Literal["sequence", "token", "constant"]
 
 STD_FLOOR = 1e-4
@@ -27,14 +27,17 @@ def group_advantages(rewards: Tensor, group_size: int, scale: Scale) -> Tensor:
     Args:
         rewards: [B] float32, completions of a group beside each other; NaN = not scored.
         group_size: the completions of a group, G; B is a multiple of it.
-        scale: the divisor: the group's standard deviation (GRPO), the batch's, or none (Dr. GRPO,
-            arXiv 2503.20783). Standard deviations are the unbiased ones.
+        scale: the divisor: the group's standard deviation (GRPO), the batch's, the group's mean
+            (MaxRL, arXiv 2602.02710: a query that rarely succeeds weighs more, and no advantage is
+            above G - 1), or none (Dr. GRPO, arXiv 2503.20783). Standard deviations are the unbiased
+            ones.
 
     Returns:
         float32 [B]; 0 where the reward is NaN, and everywhere in a group with equal rewards.
 
     Raises:
-        ValueError: B is not a multiple of G.
+        ValueError: B is not a multiple of G, or a group's mean is to divide rewards of which one is
+            negative: its sign would turn the advantages round.
     """
     if rewards.numel() % group_size:
         raise ValueError(f"{rewards.numel()} rewards do not fill groups of {group_size}")
@@ -44,6 +47,11 @@ def group_advantages(rewards: Tensor, group_size: int, scale: Scale) -> Tensor:
         centred = centred / (_nanstd(grouped) + STD_FLOOR)
     elif scale == "batch":
         centred = centred / (_nanstd(rewards.double()[None]) + STD_FLOOR)
+    elif scale == "mean":
+        if (rewards < 0).any():
+            lowest = float(rewards.nan_to_num(nan=0.0).min())
+            raise ValueError(f"a reward is {lowest:.3g}; a mean divides rewards of 0 and more only")
+        centred = centred / grouped.nanmean(dim=1, keepdim=True)  # 0 / 0 where all are 0
     return centred.nan_to_num(nan=0.0).view(-1).float()
 
 

@@ -26,6 +26,7 @@ from rlprompt.algorithms.policy_gradient import (
     PolicyGradientSettings,
     refuse_changed,
 )
+from rlprompt.errors import InputError
 
 
 class GRPOSettings(PolicyGradientSettings):
@@ -42,7 +43,8 @@ class GRPOSettings(PolicyGradientSettings):
     """Clip the objective, so that tokens far out get no gradient, or only the weight of the
     gradient (CISPO)."""
     scale_rewards: Scale = "group"
-    """Divide advantages by the standard deviation of the group, of the batch, or not at all."""
+    """Divide advantages by the standard deviation of the group, of the batch, by the group's mean
+    (MaxRL; rewards, penalties included, of 0 and more), or not at all."""
     normalizer: Normalizer = "sequence"
     """Mean over completions of token means (GRPO), mean over tokens (DAPO), or a constant
     (Dr. GRPO)."""
@@ -83,7 +85,13 @@ class GRPO(PolicyGradient):
     def signal(self, view: BatchView) -> Signal:
         """Group-relative advantages; see `Algorithm.signal`."""
         rewards = self.penalised_rewards(view)
-        advantages = group_advantages(rewards, view.group_size, self.settings.scale_rewards)
+        try:
+            advantages = group_advantages(rewards, view.group_size, self.settings.scale_rewards)
+        except ValueError as error:
+            raise InputError(
+                f"algorithm.scale_rewards is mean, but {error}: shift the rewards, take penalties "
+                "out of them, or use scale_rewards: group"
+            ) from error
         flat = share_without_spread(view.rewards, view.group_size)
         metrics = {"frac_reward_zero_std": float(flat)}
         return Signal(advantages, self.counted_lengths(view), metrics)

@@ -18,7 +18,7 @@ from rlprompt.algorithms.advantages import (
     share_without_spread,
 )
 
-SCALES: list[Scale] = ["group", "batch", "none"]
+SCALES: list[Scale] = ["group", "batch", "mean", "none"]
 NORMALIZERS: list[Normalizer] = ["sequence", "token", "constant"]
 NAN = math.nan
 
@@ -30,7 +30,7 @@ def some_rewards(groups: int, size: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_every_group_has_mean_zero(scale: Scale, size: int) -> None:
-    advantages = group_advantages(some_rewards(5, size), size, scale)
+    advantages = group_advantages(some_rewards(5, size).abs(), size, scale)
     assert advantages.dtype == torch.float32
     torch.testing.assert_close(advantages.view(5, size).mean(1), torch.zeros(5), rtol=0, atol=1e-6)
 
@@ -56,6 +56,21 @@ def test_no_scaling_is_the_distance_to_the_mean() -> None:
     torch.testing.assert_close(advantages, torch.tensor([-1.0, 2.0, 0.0, -1.0]))
 
 
+def test_division_by_the_mean_weighs_a_group_by_how_rarely_it_succeeds() -> None:
+    rare, often, never = [1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0], [0.0] * 4
+    advantages = group_advantages(torch.tensor(rare + often + never), 4, "mean").view(3, 4)
+    torch.testing.assert_close(advantages[0], torch.tensor([3.0, -1.0, -1.0, -1.0]))
+    torch.testing.assert_close(advantages[1], torch.tensor([1 / 3, 1 / 3, 1 / 3, -1.0]))
+    assert advantages[2].tolist() == [0.0] * 4
+    scaled = group_advantages(1e-9 * torch.tensor(rare), 4, "mean")
+    torch.testing.assert_close(scaled, advantages[0])
+
+
+def test_a_mean_divides_no_negative_rewards() -> None:
+    with pytest.raises(ValueError, match=r"a reward is -0\.5"):
+        group_advantages(torch.tensor([1.0, -0.5, NAN, 2.0]), 2, "mean")
+
+
 @pytest.mark.parametrize("scale", SCALES)
 def test_unscored_completions_get_zero_and_do_not_move_the_others(scale: Scale) -> None:
     with_nan = torch.tensor([1.0, NAN, 3.0, NAN, NAN, NAN])
@@ -68,6 +83,7 @@ def test_unscored_completions_get_zero_and_do_not_move_the_others(scale: Scale) 
 @pytest.mark.parametrize("value", [0.0, 0.1, -3.3, 1000.3, 1e7, 3e37])
 @pytest.mark.parametrize("size", [3, 7, 8])
 def test_equal_rewards_teach_exactly_nothing(scale: Scale, value: float, size: int) -> None:
+    value = abs(value) if scale == "mean" else value
     assert group_advantages(torch.full((2 * size,), value), size, scale).tolist() == [0.0] * (
         2 * size
     )

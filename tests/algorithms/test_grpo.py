@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from rlprompt.algorithms.base import BatchView, MicroSignal, TokenLosses
 from rlprompt.algorithms.grpo import GRPO, GRPOSettings
+from rlprompt.errors import InputError
 from rlprompt.policy import TokenScores
 
 LENGTHS = torch.tensor([2, 4, 3, 1])
@@ -45,6 +46,15 @@ def test_truncated_completions_stay_in_the_baseline_but_not_in_the_loss() -> Non
     everything = GRPO(settings.model_copy(update={"mask_truncated": False}), 8)
     counted = everything.signal(view).counted_lengths
     assert everything.token_weights(counted)[1] == pytest.approx(1 / 16)
+
+
+def test_a_negative_reward_under_a_mean_is_refused_by_its_setting() -> None:
+    algorithm = GRPO(GRPOSettings(group_size=2, scale_rewards="mean"), 8)
+    view = BatchView(torch.tensor([1.0, 3.0, 0.0, -0.25]), LENGTHS, TERMINATED, 2)
+    with pytest.raises(InputError, match=r"algorithm\.scale_rewards is mean, .*-0\.25.*group"):
+        algorithm.signal(view)
+    view = BatchView(torch.tensor([1.0, 3.0, 0.0, 0.5]), LENGTHS, TERMINATED, 2)
+    assert algorithm.signal(view).advantages.tolist() == [-0.5, 0.5, -1.0, 1.0]
 
 
 def losses_of(settings: GRPOSettings, old: torch.Tensor | None = None) -> TokenLosses:
