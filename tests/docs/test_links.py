@@ -25,11 +25,13 @@ SOURCES = sorted(
     for folder in ("rlprompt", "benchmarks", "experiments", "examples", "tests", "reward_models")
     for path in (ROOT / folder).rglob("*.py")
 )
-FOLDERS = [
-    *(path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")),
-    "examples",
-    "scripts",
-]
+MADE = set(re.findall(r"^/(\w+)/$", (ROOT / ".gitignore").read_text("utf-8"), re.MULTILINE))
+"""Folders that commands make and git ignores: what lies there is a user's own."""
+FOLDERS = sorted(
+    path.name
+    for path in ROOT.iterdir()
+    if path.is_dir() and not path.name.startswith(".") and path.name not in MADE
+)
 """What stands before the first slash of a path from the root of the repository."""
 SHORT = (ROOT, ROOT / "rlprompt", ROOT / "benchmarks", ROOT / "tests")
 """A path to code may leave these out: `kernels/dispatch.py`."""
