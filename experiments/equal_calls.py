@@ -3,6 +3,7 @@
     python experiments/equal_calls.py --dry-run
     python experiments/equal_calls.py --only target=concise method=gepa-base,grpo-soft calls=150
     python experiments/equal_calls.py --plot
+    python experiments/results.py render
 
 A call is one scored completion in training. Every cell is `rlprompt train` of a recipe of the
 repository, `recipes/TARGET/MODEL_METHOD.yaml`, with overrides; command and numbers become one row
@@ -160,21 +161,37 @@ def shape(calls: int) -> tuple[int, int, int]:
 def recipe_of(cell: Cell, places: Places) -> tuple[Path, list[str]]:
     """The recipe of a cell, and the overrides that make it one of this model and method.
 
+    Every method begins with the text of the model's recipe for GRPO.
+
     Raises:
         Skipped: there is none.
     """
     folder, end = places.recipes / cell.target, METHODS[cell.method]
-    path = folder / f"{cell.model}_{end}.yaml"
-    if path.is_file():
-        return path, []
-    if cell.method == "grpo-prefix" and (folder / f"{cell.model}_grpo.yaml").is_file():
-        path = folder / f"{cell.model}_grpo.yaml"
-        text = json.dumps(getattr(load_recipe(path).prompt, "init_text", None))
-        return path, [f"prompt={{type: prefix, init_text: {text}}}"]
+    path, own = folder / f"{cell.model}_{end}.yaml", folder / f"{cell.model}_grpo.yaml"
     other = folder / f"{next(iter(MODELS))}_{end}.yaml"
+    if path.is_file():
+        return path, _same_start(path, own)
+    if cell.method == "grpo-prefix" and own.is_file():
+        return own, [f"prompt={{type: prefix, init_text: {_start(own)}}}"]
     if other.is_file() and cell.model in MODELS:
-        return other, [f"model.path={MODELS[cell.model]}"]
+        return other, [f"model.path={MODELS[cell.model]}", *_same_start(other, own)]
     raise Skipped(f"there is no recipe {path.name} in recipes/{cell.target}")
+
+
+def _start(path: Path) -> str:
+    """The text that a recipe begins with, as YAML."""
+    prompt = load_recipe(path).prompt
+    return json.dumps(getattr(prompt, "text", None) or getattr(prompt, "init_text", None))
+
+
+def _same_start(path: Path, own: Path) -> list[str]:
+    """The overrides by which one recipe begins with the text of another, whole."""
+    if not own.is_file() or _start(path) == _start(own):
+        return []
+    if load_recipe(path).prompt.type == "text":
+        return [f"prompt.text={_start(own)}"]
+    several = load_recipe(path).prompt.type == "soft"
+    return [f"prompt.init_text={_start(own)}", *(["prompt.num_virtual_tokens=null"] * several)]
 
 
 def overrides_of(cell: Cell, places: Places, text: str) -> tuple[Path, list[str]]:
@@ -477,13 +494,55 @@ def plot(places: Places) -> None:
     """Draw every target that has rows, and say who passes whom."""
     rows = rows_in(places)
     for target in dict.fromkeys(row["target"] for row in rows):
-        path = places.results / f"equal_calls_{target}.svg"
+        path = _picture(target, places)
         figure = draw(target, [row for row in rows if row["target"] == target])
         with rc_context({"svg.hashsalt": "equal_calls"}):
             figure.savefig(path, metadata={"Date": None})
         print(path)
     for line in crossings(rows):
         print(line)
+
+
+def page_section(places: Places | None = None) -> list[str]:
+    """The lines of docs/results.md about these rows; none where there are none."""
+    places = places or Places()
+    rows = rows_in(places)
+    if not rows:
+        return []
+    lines = [
+        "## At equal calls",
+        "",
+        "A call is one scored completion in training. All methods of a row's target and model "
+        "begin with the same text. Each prompt meets the 120 test queries once; the gain is that "
+        "over the best of the written texts, which were picked on validation queries, with a 95% "
+        "interval over test queries. Made by `python experiments/equal_calls.py`; the command of each row "
+        "stands in [equal_calls.jsonl](results/equal_calls.jsonl), the written texts in "
+        "[equal_calls_texts.json](results/equal_calls_texts.json). What has no row was not run.",
+        "",
+        "| target | model | calls | method | seed | test reward | base | best text | "
+        "gain over the best text | CPU seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda r: (r["target"], r["model"], r["calls"], -r["test_reward"])):
+        gain = (
+            f"{row['gain_over_best_text']:+.3f} ({row['gain_low']:.3f} to {row['gain_high']:.3f})"
+        )
+        cells = (
+            *(row[name] for name in ("target", "model", "calls", "method", "seed")),
+            *(f"{row[name]:.3f}" for name in ("test_reward", "base_reward", "best_text_reward")),
+            gain,
+            f"{row['cpu_seconds']:.0f}",
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    lines.append("")
+    for target in dict.fromkeys(row["target"] for row in rows):
+        if _picture(target, places).is_file():
+            lines += [f"![{target} at equal calls](results/{_picture(target, places).name})", ""]
+    return lines
+
+
+def _picture(target: str, places: Places) -> Path:
+    return places.results / f"equal_calls_{target}.svg"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

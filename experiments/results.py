@@ -25,7 +25,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiments import certify_recipes, forecast_gains
+from experiments import certify_recipes, equal_calls, forecast_gains
 from experiments.results_tables import (
     best_section,
     cell,
@@ -218,6 +218,7 @@ def render() -> None:
         lines += section(recipe, group, answers[recipe])
     lines += distillation_section([row for row in rows if is_distilled(row)])
     lines += comparison_section(compared)
+    lines += equal_calls.page_section()
     lines += forecast_gains.page_section()
     lines += certify_recipes.page_section()
     PAGE.write_text("\n".join(lines), encoding="utf-8")

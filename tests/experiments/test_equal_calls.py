@@ -64,6 +64,31 @@ def test_a_recipe_of_the_first_model_serves_the_other_with_its_path(tmp_path: Pa
         experiment.recipe_of(Cell("concise", "qwen", "es", 150, 0), places)
 
 
+@pytest.mark.parametrize("target", experiment.TARGETS)
+@pytest.mark.parametrize("model", experiment.MODELS)
+def test_all_methods_begin_with_the_same_text(target: str, model: str) -> None:
+    starts = set()
+    for method in experiment.METHODS:
+        path, changes = experiment.recipe_of(Cell(target, model, method, 500, 0), Places())
+        prompt: Any = load_recipe(path, changes).prompt
+        starts.add(prompt.text if prompt.type == "text" else prompt.init_text)
+        if prompt.type == "prefix" or model == "qwen":  # else a soft prompt has a length of its own
+            assert getattr(prompt, "num_virtual_tokens", None) is None
+    assert len(starts) == 1, starts
+
+
+def test_rows_are_shown_on_the_page_with_their_intervals(tmp_path: Path) -> None:
+    places = Places(results=tmp_path)
+    assert experiment.page_section(places) == []
+    row = dict.fromkeys(KEYS, 0.5) | {"target": "concise", "model": "qwen", "method": "es"}
+    experiment.put_row(row | {"calls": 150, "seed": 1, "gain_low": -0.25}, places)
+    lines = experiment.page_section(places)
+    assert lines[-2].startswith("| concise | qwen | 150 | es | 1 | 0.500 | 0.500 | 0.500 | +0.500")
+    assert "(-0.250 to 0.500)" in lines[-2]
+    (tmp_path / "equal_calls_concise.svg").touch()
+    assert experiment.page_section(places)[-2].endswith("(results/equal_calls_concise.svg)")
+
+
 def tiny_places(folder: Path) -> Places:
     """Recipes of one target over a tiny model, with texts and proposals."""
     recipes = folder / "recipes"
