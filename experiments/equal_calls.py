@@ -515,8 +515,8 @@ def page_section(places: Places | None = None) -> list[str]:
         "A call is one scored completion in training. All methods of a row's target and model "
         "begin with the same text. Each prompt meets the 120 test queries once; the gain is that "
         "over the best of the written texts, which were picked on validation queries, with a 95% "
-        "interval over test queries. Made by `python experiments/equal_calls.py`; the command of each row "
-        "stands in [equal_calls.jsonl](results/equal_calls.jsonl), the written texts in "
+        "interval over test queries. Made by `python experiments/equal_calls.py`; the command of "
+        "each row stands in [equal_calls.jsonl](results/equal_calls.jsonl), the written texts in "
         "[equal_calls_texts.json](results/equal_calls_texts.json). What has no row was not run.",
         "",
         "| target | model | calls | method | seed | test reward | base | best text | "
