@@ -36,7 +36,7 @@ import os, signal
 own = reward
 
 def reward(completions, trainer_state, **kwargs):
-    if trainer_state.global_step == 1 and len(completions) == 12:
+    if trainer_state.global_step == 1 and trainer_state.is_world_process_zero:
         os.kill(os.getpid(), signal.SIGTERM)
     return own(completions)
 """
@@ -151,7 +151,7 @@ def test_one_rank_alone_meets_nobody() -> None:
     ranks = Ranks()
     assert ranks.first(lambda: 3) == 3 and ranks.each(lambda: 3, "x") == [3]
     assert ranks.agree("SIGTERM") == "SIGTERM" and ranks.largest(4) == 4
-    assert ranks.share(5) == slice(0, 5) and ranks.owns(7)
+    assert ranks.share(5) == slice(0, 5)
     weight = torch.nn.Parameter(torch.ones(2))
     weight.grad = torch.full((2,), 0.1)
     ranks.sum_gradients([weight])
@@ -163,8 +163,6 @@ def test_shares_are_disjoint_whole_and_even(count: int, size: int) -> None:
     shares = [list(range(count))[Ranks(rank, size).share(count)] for rank in range(size)]
     assert [i for share in shares for i in share] == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    owners = [[r for r in range(size) if Ranks(r, size).owns(i)] for i in range(count)]
-    assert all(len(each) == 1 for each in owners)
 
 
 @pytest.mark.parametrize(
