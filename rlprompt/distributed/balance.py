@@ -40,13 +40,21 @@ def owners(
 
 
 def _runs(completion_lengths: Sequence[Sequence[int]], num_ranks: int) -> list[list[int]]:
-    """A completion belongs to the rank in whose share of all tokens its middle lies."""
-    total = max(1, sum(map(sum, completion_lengths)))
-    before, found = 0, []
+    """Runs of completions: each rank takes its share of the tokens that those before have left.
+
+    A completion whose middle lies beyond the share is the next rank's. Nobody is left without one
+    while there are enough.
+    """
+    left, rows_left = sum(map(sum, completion_lengths)), sum(map(len, completion_lengths))
+    rank, load, among = 0, 0, num_ranks
+    found: list[list[int]] = []
     for lengths in completion_lengths:
-        own = []
+        found.append([])
         for length in lengths:
-            own.append(min(num_ranks - 1, (2 * before + length) * num_ranks // (2 * total)))
-            before += length
-        found.append(own)
+            is_full = (2 * load + length) * among > 2 * left or rows_left < among
+            if load and among > 1 and is_full:
+                rank, left, load, among = rank + 1, left - load, 0, among - 1
+            found[-1].append(rank)
+            load += length
+            rows_left -= 1
     return found

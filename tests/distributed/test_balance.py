@@ -50,6 +50,10 @@ def test_fewer_groups_than_ranks_are_cut_into_runs(count: int, size: int, num_ra
 def test_runs_have_like_tokens() -> None:
     # 12 of 24 tokens lie in the first completion, the others have 2 each.
     assert owners([3, 3], [[12, 2, 2], [2, 2, 2, 2]], 3) == [[0, 1, 1], [1, 2, 2, 2]]
+    # Whatever one completion takes, the others have something to do.
+    assert owners([3], [[20, 1, 1, 1, 1]], 3) == [[0, 1, 1, 2, 2]]
+    assert owners([3], [[1, 1, 1, 50]], 4) == [[0, 1, 2, 3]]
+    assert owners([3], [[1, 1]], 4) == [[0, 1]]
     assert owners([3, 3], [[1, 1], [1, 1]], 3, whole_groups=True) == [[0, 0], [1, 1]]
 
 

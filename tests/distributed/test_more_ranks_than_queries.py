@@ -71,9 +71,7 @@ def test_ranks_that_draw_together_send_a_digest() -> None:
     whole = engine_of(tiny_policy("llama", torch.float64)).generate(queries(3), 4, SAMPLING, seed=3)
 
     def draw(ranks: ThreadRanks) -> tuple[Generation, int]:
-        shared = SharedEngine(
-            engine_of(tiny_policy("llama", torch.float64)), ranks, together=True
-        )
+        shared = SharedEngine(engine_of(tiny_policy("llama", torch.float64)), ranks, together=True)
         drawn = shared.generate(queries(3), 4, SAMPLING, seed=3)
         each = shared.generate_each([TextPrompt("the rain")] * 2, queries(1), 1, SAMPLING, seed=3)
         assert len(each) == 2
@@ -89,15 +87,25 @@ def test_ranks_that_drew_something_else_take_what_the_first_has() -> None:
     assert found == [("drawn", 0)] * 3
 
 
-def gradient(
-    name: str, ranks: Ranks, groups: int, minibatches: int
-) -> tuple[dict[str, float], list[Tensor]]:
+def learned(
+    name: str, minibatches: int, groups: int, num_ranks: int
+) -> list[tuple[dict[str, float], list[Tensor]]]:
+    """Metrics and gradients on each of several ranks, or on one."""
+
+    def algorithm(policy: Policy) -> Algorithm:
+        return algorithm_of(name, policy, num_epochs=2, num_minibatches=minibatches)
+
     torch.manual_seed(0)  # the rewards
     policy = exact_policy()
-    algorithm: Algorithm = algorithm_of(name, policy, num_epochs=2, num_minibatches=minibatches)
-    batch = sampled_batch(policy, group_size=algorithm.group_size, count=groups)
-    metrics = learn(policy, algorithm, batch, 64, ranks=ranks)
-    return metrics, gradients(policy, algorithm)
+    size = algorithm(policy).group_size
+    batch = sampled_batch(policy, group_size=size, count=groups)
+
+    def learn_on(ranks: Ranks) -> tuple[dict[str, float], list[Tensor]]:
+        own = exact_policy()
+        made = algorithm(own)
+        return learn(own, made, batch, 64, ranks=ranks), gradients(own, made)
+
+    return [learn_on(Ranks())] if num_ranks == 1 else on_ranks(num_ranks, learn_on)
 
 
 @pytest.mark.parametrize(
@@ -108,19 +116,16 @@ def gradient(
         ("grpo", 2, 5, 2),
         ("gspo", 5, 2, 1),
         ("rloo", 4, 3, 2),
-        ("distill", 6, 4, 2),
+        ("distill_given", 6, 4, 2),
         ("dpo", 6, 4, 1),  # pairs stay whole, two ranks have nothing
     ],
 )
 def test_gradients_are_those_of_one_rank(
     name: str, num_ranks: int, groups: int, minibatches: int
 ) -> None:
-    alone, expected = gradient(name, Ranks(), groups, minibatches)
+    ((alone, expected),) = learned(name, minibatches, groups, 1)
     assert float(expected[0].norm()) > 1e-6
-    # One after the other would be as good: torch's random state belongs to the process.
-    for metrics, found in on_ranks(
-        num_ranks, lambda ranks: _seeded(lambda: gradient(name, ranks, groups, minibatches), ranks)
-    ):
+    for metrics, found in learned(name, minibatches, groups, num_ranks):
         assert metrics.keys() == alone.keys()
         for key, value in alone.items():
             assert metrics[key] == pytest.approx(value, rel=1e-9, abs=1e-10), key

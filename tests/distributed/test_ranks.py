@@ -102,6 +102,49 @@ def test_two_ranks_are_one_and_a_run_goes_on_with_another_number(
     assert_close_runs(one, three)
 
 
+SPREAD_REWARDS = """
+def reward(completions, log_extra, log_metric, **kwargs):
+    values = [sum(c in "aeiou" for c in text) / 8 for text in completions]
+    log_extra("letters", [len(text) for text in completions])
+    log_metric("mean", sum(values) / len(values))
+    return values
+
+
+def beats(completions, group_index, **kwargs):
+    best = {}
+    for group, text in zip(group_index, completions):
+        best[group] = max(len(text), best.get(group, 0))
+    return [float(len(t) == best[g]) for g, t in zip(group_index, completions)]
+
+
+def above_the_mean(completions, trainer_state, **kwargs):
+    assert trainer_state.is_world_process_zero
+    mean = sum(map(len, completions)) / len(completions)
+    return [float(len(text) > mean) for text in completions]
+"""
+
+
+@pytest.mark.slow
+def test_three_ranks_share_two_queries_and_their_rewards(tmp_path: Path, model_dir: Path) -> None:
+    """Also in evaluations, where they share two queries with two completions each."""
+    rewards = [
+        {"path": "reward.py:reward", "name": "vowels"},
+        {"path": "reward.py:beats", "weight": 0.5, "normalise": "batch"},
+        {"path": "reward.py:above_the_mean", "weight": 0.2, "ranks": "first"},
+    ]
+    recipe = recipe_of(
+        tmp_path, model_dir, training__queries_per_step=2, training__steps=2, rewards=rewards,
+        evaluation__query_information=True,
+    )  # fmt: skip
+    (tmp_path / "reward.py").write_text(SPREAD_REWARDS)
+    one, three = tmp_path / "one", tmp_path / "three"
+    assert rlprompt("train", recipe, "-o", one).code == 0
+    ended = run_ranks(3, tmp_path / "logs", "train", recipe, "-o", three)
+    assert ended.codes == [0] * 3, ended.logs
+    assert_close_runs(one, three)
+    assert {row["letters"] for row in read_jsonl(three / "completions.jsonl")} != {0}
+
+
 @pytest.mark.slow
 def test_a_rank_that_dies_or_hangs_ends_the_others_in_time(tmp_path: Path, model_dir: Path) -> None:
     recipe = recipe_of(tmp_path, model_dir, training__steps=1000, distributed={"timeout_s": 4})
@@ -125,11 +168,16 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_in_time(tmp_path: Path, model
 @pytest.mark.slow
 def test_a_failing_reward_is_told_on_every_rank(tmp_path: Path, model_dir: Path) -> None:
     recipe = recipe_of(tmp_path, model_dir)
-    (tmp_path / "reward.py").write_text("def reward(completions, **kwargs):\n    return [1 / 0]\n")
+    (tmp_path / "reward.py").write_text(
+        "def reward(completions, trainer_state, **kwargs):\n"
+        "    first = trainer_state.is_world_process_zero\n"
+        "    return [1 / first for _ in completions]\n"
+    )
     ended = run_ranks(2, tmp_path / "logs", "train", recipe, "-o", tmp_path / "run")
     assert ended.codes == [2, 2]
     for log in ended.logs:
         assert "ZeroDivisionError" in log and log.count("error: ") == 1
+        assert "(on rank 1 of 2)" in log
 
 
 def wait_for_steps(output: Path, steps: int) -> None:
