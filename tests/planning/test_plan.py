@@ -56,7 +56,9 @@ def test_the_shape_of_smollm2_is_that_of_the_model(smollm2: FrozenBase) -> None:
     [
         {"algorithm": {"group_size": 2, "kl_coef": 0.1}},
         {"distributed": {"base": "sharded", "gather": "layers"}},
+        {"training__gradient_checkpointing": True},
     ],
+    ids=["reference", "layers", "recomputed"],
 )
 def test_the_traffic_of_shards_is_the_one_that_is_counted(
     changes: dict[str, object], tmp_path: Path
