@@ -142,9 +142,9 @@ class Engine(ABC):
             num_completions: the completions of the whole group.
             sampling: how tokens are drawn.
             seed: the seed, see `generate`.
-            progress: see `generate`.
+            progress: function, see `generate`.
             first: the place of the query among all that share the seed.
-            keep_products: see `generate`.
+            keep_products: whether products are kept, see `generate`.
 
         Returns:
             One group with those completions.

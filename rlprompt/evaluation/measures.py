@@ -316,7 +316,7 @@ def logprobs_by_query(
         prompt: the prompt to score under.
         groups: completions of Q queries.
         token_budget: most packed tokens per micro-batch.
-        ranks: see `kl_by_query`.
+        ranks: ranks, see `kl_by_query`.
 
     Raises:
         InputError: something is too long for the base, on any rank.

@@ -370,8 +370,8 @@ def _gathers(work: _Work) -> _Gathers:
     turns = work.micro_batches.per_pass
     # Of an update: the prompt forward, forward again and backward; each turn forward and backward.
     forward = work.updates * (2 + turns) + passes * (1 + turns)
+    # What is recomputed runs while it is gathered for the backward.
     backward = work.updates * (1 + turns)
-    forward += backward * work.recomputes
     rollout = shape.parameters * work.bytes_each
     if not work.rolls_out_whole:
         rollout = work.rollout_turns * recipe.sampling.max_tokens * layers + ends

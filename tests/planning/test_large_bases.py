@@ -217,12 +217,8 @@ def test_recomputing_costs_a_forward_of_the_layers() -> None:
     more = again.bounds["update"] - plain.bounds["update"]
     assert more == pytest.approx(tokens * 2 * layers / H100.flops, rel=1e-6)
     assert again.bounds["update"] / plain.bounds["update"] == pytest.approx(1.485, abs=1e-3)
-    # The backward of the prompt and of four micro-batches gathers the layers once more: 80 of
-    # 855,654,400 parameters and the last norm, in bfloat16, of which 15 of 16 parts are received.
-    gathered = (80 * 855_654_400 + 8192) * 2
-    update = "base, for the update"
-    more = again.traffic[update] - plain.traffic[update]
-    assert more == pytest.approx(5 * gathered * 15 / 16, rel=1e-9)
+    # It happens while the layers are there for the backward (counted in test_plan.py).
+    assert again.traffic == plain.traffic
     assert again.memory["activations of a micro-batch"] < plain.memory[
         "activations of a micro-batch"
     ]  # fmt: skip
