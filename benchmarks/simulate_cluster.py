@@ -5,9 +5,9 @@
 
 A model against a model: nothing is measured on GPUs here. `rlprompt plan` is a closed form of equal
 ranks, full-length completions and free meetings; the simulation plays the same step as events, with
-completions of drawn lengths, slow ranks, meetings over gloo, rewards on the first rank, checkpoints
-and failures (`cluster_model/`). With all of that off it must give the plan's number (`ideal`); each
-effect then comes on top of those before it, so that a cell says where its time goes.
+completions of drawn lengths, slow ranks, meetings over gloo, rewards, checkpoints and failures
+(`cluster_model/`). With all of that off it must give the plan's number (`ideal`); each effect then
+comes on top of those before it, so that a cell says where its time goes.
 
 `weak`: 8 queries per GPU and step. `strong`: 512 queries per step on any number of GPUs. A base
 lies whole on each GPU where it fits beside cache and activations, else in shards. Efficiency is
@@ -270,7 +270,7 @@ def _per_token(cell: Cell, kind: str) -> float:
 
 
 def balancing(gpus: Sequence[int], seed: int, assumed: Conditions) -> list[dict[str, float]]:
-    """What giving groups to ranks by their tokens would save of a step (8b, weak).
+    """What giving groups to ranks by their tokens saves of a step, beside by number (8b, weak).
 
     Args:
         gpus: the numbers of GPUs.
@@ -281,8 +281,8 @@ def balancing(gpus: Sequence[int], seed: int, assumed: Conditions) -> list[dict[
     found = []
     for number in gpus:
         job, _ = plan_cell("8b", number, "weak")
-        plain = steps_of(job, conditions, seed)
-        even = steps_of(replace(job, balances=True), conditions, seed)
+        plain = steps_of(replace(job, balances=False), conditions, seed)
+        even = steps_of(job, conditions, seed)
         found.append({"gpus": number, "saved_share": 1 - even.seconds / plain.seconds})
     return found
 

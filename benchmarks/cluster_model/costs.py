@@ -15,6 +15,8 @@ from benchmarks.cluster_model.job import Conditions, Floats, Ints, Job
 
 OBJECT_BYTES_PER_TOKEN = 17
 """Of a pickled completion: token id, log-probability and text (measured on `types.Completion`)."""
+SCORE_BYTES = 16
+"""Of a completion's pickled rewards."""
 OBJECT_BYTES = 200
 """Of any pickled object besides."""
 LOSSES_BYTES = 2_000

@@ -44,7 +44,7 @@ class Job:
     """Of a sharded base: gathered once for a rollout, and not at every token."""
     save_every: int = 5
     """Steps from one checkpoint to the next."""
-    balances: bool = False
+    balances: bool = True
     """Groups are given to ranks by their tokens, and not by their number, for the update."""
 
     @property
@@ -95,7 +95,7 @@ class Conditions:
     far_gather_s: float = 0.0
     """The same, per node that it passes."""
     reward_s: float = 0.0
-    """Seconds per completion, on the first rank."""
+    """Seconds per completion, on the rank that scores it."""
     checkpoint_s: float = 0.0
     """Seconds of writing a checkpoint, on the first rank."""
     device_mtbf_s: float = float("inf")

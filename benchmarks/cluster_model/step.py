@@ -69,12 +69,12 @@ def stages_of_step(
         slowness: times as long as usual that each rank [W] takes for its own work.
     """
     stages = _rollout(job, conditions, lengths, slowness)
-    size = float(lengths.sum()) * costs.OBJECT_BYTES_PER_TOKEN
-    stages += _meeting(job, _share_completions(job, conditions, lengths, size))
-    # On the first rank alone; the others are in the broadcast already, and wait there.
-    stages += _together(job, "rewards", conditions.reward_s * lengths.size)
-    told = lengths.size * 16 + costs.OBJECT_BYTES
-    stages += _meeting(job, costs.broadcast_seconds(job, told, conditions) * _exists(conditions))
+    stages += _meeting(job, _share_completions(job, conditions, lengths))
+    # Each rank scores whole groups of its own, and all get every number.
+    scored = np.array([share.size for share in _shares(job, lengths)], dtype=np.float64)
+    stages += _alone("rewards", conditions.reward_s * scored)
+    told = float(scored.max()) * costs.SCORE_BYTES + costs.OBJECT_BYTES
+    stages += _meeting(job, costs.gather_objects_seconds(job, told, conditions))
     own = lengths.size / job.ranks * costs.OBJECT_BYTES
     stages += _meeting(job, costs.gather_objects_seconds(job, own, conditions))
     stages += _update(job, conditions, lengths, slowness)
@@ -92,8 +92,8 @@ def stages_of_step(
 def owners(job: Job, tokens: Sequence[int]) -> Ints:
     """The rank that learns from each group.
 
-    By number, as `Ranks.owns` does; or, where the job balances, the largest group first to the rank
-    that has the fewest tokens, each rank taking as many groups as before at most.
+    The largest group first, to the rank that has the fewest tokens; or, where the job does not
+    balance, by number.
 
     Args:
         job: the job.
@@ -134,12 +134,17 @@ def _rollout(job: Job, conditions: Conditions, lengths: Ints, slowness: Floats) 
         count = 1 + costs.gathers_of_layers(job)
         gathered = costs.gather_seconds(job, whole + parts, count, conditions)
         stages += _together(job, "weights", gathered)
-    shares = np.array_split(lengths, [len(lengths) * r // job.ranks for r in range(1, job.ranks)])
+    shares = _shares(job, lengths)
     drawn = [costs.rollout(job, share, conditions.launch_s) for share in shares]
     prefills = [_prefill(job, share, conditions) for share in shares]
     own = np.array([each.device_s for each in drawn]) + np.array(prefills)
     launches = np.array([each.launch_s for each in drawn])
     return [*stages, *_alone("decode", own * slowness), *_alone("launches", launches)]
+
+
+def _shares(job: Job, lengths: Ints) -> list[Ints]:
+    """Lengths of the groups that each rank draws and scores, in order."""
+    return np.array_split(lengths, [len(lengths) * r // job.ranks for r in range(1, job.ranks)])
 
 
 def _prefill(job: Job, lengths: Ints, conditions: Conditions) -> float:
@@ -195,13 +200,13 @@ def _turns(job: Job, lengths: Ints, owner: Ints) -> Floats:
     return found
 
 
-def _share_completions(job: Job, conditions: Conditions, lengths: Ints, size: float) -> float:
+def _share_completions(job: Job, conditions: Conditions, lengths: Ints) -> float:
     """Seconds in which every rank gets the completions of every rank.
 
-    Ranks that draw together each send all of them (`SharedEngine.generate`).
+    Ranks that draw together have them, and compare a digest (`Ranks.same`).
     """
     if job.draws_together:
-        return costs.gather_objects_seconds(job, size, conditions)
+        return costs.gather_objects_seconds(job, costs.OBJECT_BYTES, conditions)
     starts = [len(lengths) * rank // job.ranks for rank in range(job.ranks)]
     largest = float(np.add.reduceat(lengths.sum(axis=1), starts).max())
     return costs.gather_objects_seconds(job, largest * costs.OBJECT_BYTES_PER_TOKEN, conditions)

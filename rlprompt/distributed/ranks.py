@@ -1,10 +1,10 @@
 """Several ranks as one run: what each does alone, and where they meet.
 
 Every rank holds the same prompt, the same optimizer and, after the rollout, the same batch. What
-costs time is divided: each query is completed on one rank, and each group is learned from on one.
-Rewards are computed once, on the first rank, because they may look at the whole batch. The gradient
-of the prompt, a few kilobytes, is summed once per update, so that every number is that of a run
-with one rank, up to the order of a sum. Only the first rank writes.
+costs time is divided: each completion is drawn, scored and learned from on one rank. Groups stay
+whole where there are as many as ranks, and always for rewards. The gradient of the prompt, a few
+kilobytes, is summed once per update, so that every number is that of a run with one rank, up to the
+order of a sum. Only the first rank writes.
 
 All meetings run over gloo on the CPU with a time limit: a rank that dies or hangs ends the others
 within `timeout_s`, with one sentence.
@@ -13,6 +13,7 @@ within `timeout_s`, with one sentence.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -75,19 +76,60 @@ class Ranks:
     timeout_s: int = 900
     group: Any = None
     """The gloo group of all ranks; None with one rank."""
+    local_rank: int = 0
+    """Number of this rank on its node."""
 
     @property
     def is_first(self) -> bool:
         """Whether this rank writes."""
         return self.rank == 0
 
-    def owns(self, index: int) -> bool:
-        """Whether this rank learns from the group with this number."""
-        return index % self.size == self.rank
-
     def share(self, count: int) -> slice:
         """This rank's part of a list, in order; parts differ by one at most."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def piece(self, groups: int, size: int) -> tuple[int, range]:
+        """This rank's part of a batch with fewer groups than ranks: a run of one group.
+
+        Ranks are shared out over the groups, and completions of a group over its ranks, as evenly
+        as whole numbers allow; a rank gets nothing where its group has more ranks than completions.
+
+        Args:
+            groups: the number of groups, at least 1 and below the number of ranks.
+            size: the completions of a group.
+
+        Returns:
+            The group's number, and the numbers of the completions.
+        """
+        group = ((self.rank + 1) * groups - 1) // self.size
+        start, stop = (edge * self.size // groups for edge in (group, group + 1))
+        among = Ranks(self.rank - start, stop - start)
+        own = among.share(size)
+        return group, range(own.start, own.stop)
+
+    def same(self, work: Callable[[], T], what: str) -> T:
+        """Do the same on every rank, and give every rank the first one's result.
+
+        Where the results are equal, as they should be, a digest of each is all that travels.
+
+        Args:
+            work: what is done; the text form of its result tells whether two are equal.
+            what: what it is, for the sentence when a rank is missing.
+
+        Raises:
+            InputError: raised on any rank.
+            RankLostError: see the class.
+        """
+        done: list[T] = []
+
+        def digest() -> bytes:
+            done.append(work())
+            return hashlib.sha256(repr(done[0]).encode()).digest()
+
+        digests = self.each(digest, what)
+        if len(set(digests)) == 1:
+            return done[0]
+        return self.first(lambda: done[0], what)
 
     def first(self, work: Callable[[], T], what: str = "the first rank") -> T:
         """Do something on the first rank only; every rank gets the result, or its InputError.
@@ -224,7 +266,8 @@ def join_ranks(settings: DistributedSettings) -> Iterator[Ranks]:
             f"{settings.timeout_s} s ({' '.join(str(error).split())[:200]}); start every rank, and "
             "check MASTER_ADDR"
         ) from error
-    ranks = Ranks(rank, size, settings.timeout_s, group if size > 1 else None)
+    local_rank = _number("LOCAL_RANK", rank)
+    ranks = Ranks(rank, size, settings.timeout_s, group if size > 1 else None, local_rank)
     try:
         yield ranks
     except RuntimeError as error:

@@ -1,6 +1,7 @@
-"""One engine per rank: each query is completed on one, and every rank gets all completions.
+"""One engine per rank: each completion is drawn on one, and every rank gets all of them.
 
-Where there are several prompts, each prompt is drawn under on one rank.
+A query is completed on one rank, or on several where there are fewer queries than ranks. Where
+there are several prompts, each prompt is drawn under on one rank.
 """
 
 from __future__ import annotations
@@ -65,36 +66,71 @@ class SharedEngine(Engine):
     ) -> Generation:
         """Draw completions; see `Engine.generate`.
 
-        The products are those of this rank's queries: a rank takes them for what it learns from of
-        these.
+        Where there are fewer queries than ranks, several draw for one query, each some of its
+        completions. The products are those of what this rank has drawn: it takes them for what it
+        learns from of these.
 
         Raises:
             InputError: raised by any rank's engine.
             RankLostError: another rank has ended or hangs.
         """
-        mine = slice(0, len(queries)) if self._together else self._ranks.share(len(queries))
-
-        own = Generation(())
+        ranks, own = self._ranks, Generation(())
 
         def draw() -> list[tuple[Completion, ...]]:
             nonlocal own
-            if queries[mine]:
-                place = first + mine.start
-                own = self._engine.generate(
-                    queries[mine], num_completions, sampling, seed, progress, place, keep_products
-                )
+            own = self._own_part(
+                queries, num_completions, sampling, seed, progress, first, keep_products
+            )
             return [group.completions for group in own.groups]
 
         with self._around():
-            parts = self._ranks.each(draw, "the rollout")
-        if self._together:
-            drawn = parts[0]
-        else:
-            # Not the copies that came back: products are known of the completions themselves.
-            parts[self._ranks.rank] = [group.completions for group in own.groups]
-            drawn = [each for part in parts for each in part]
+            if self._together:
+                drawn = ranks.same(draw, "the rollout")
+            else:
+                parts = ranks.each(draw, "the rollout")
+                # Not the copies that came back: products are known of the completions themselves.
+                parts[ranks.rank] = [group.completions for group in own.groups]
+                drawn = [each for part in parts for each in part]
+        if len(drawn) != len(queries):  # pieces of groups, in order
+            flat = [completion for each in drawn for completion in each]
+            starts = range(0, len(flat), num_completions)
+            drawn = [tuple(flat[start : start + num_completions]) for start in starts]
         groups = (Group(query, each) for query, each in zip(queries, drawn, strict=True))
         return Generation(tuple(groups), own.products)
+
+    def _own_part(
+        self,
+        queries: Sequence[Query],
+        num_completions: int,
+        sampling: SamplingSettings,
+        seed: int,
+        progress: Callable[[int, int], None] | None,
+        first: int,
+        keep_products: bool,
+    ) -> Generation:
+        """What this rank draws: all, whole groups, or a run of completions of one group."""
+        engine, count = self._engine, len(queries)
+        if 0 < count < self._ranks.size and not self._together:
+            group, chosen = self._ranks.piece(count, num_completions)
+            if not chosen:
+                return Generation(())
+            return engine.generate_some(
+                queries[group],
+                chosen,
+                num_completions,
+                sampling,
+                seed,
+                progress,
+                first + group,
+                keep_products,
+            )
+        mine = slice(0, count) if self._together else self._ranks.share(count)
+        if not queries[mine]:
+            return Generation(())
+        place = first + mine.start
+        return engine.generate(
+            queries[mine], num_completions, sampling, seed, progress, place, keep_products
+        )
 
     def generate_each(
         self,
@@ -125,9 +161,12 @@ class SharedEngine(Engine):
             return [[group.completions for group in each.groups] for each in drawn]
 
         with self._around():
-            parts = self._ranks.each(draw, "the rollout")
+            if self._together:
+                drawn = self._ranks.same(draw, "the rollout")
+            else:
+                parts = self._ranks.each(draw, "the rollout")
+                drawn = [each for part in parts for each in part]
         self._engine.sync(prompts[-1])
-        drawn = parts[0] if self._together else [each for part in parts for each in part]
         return [
             Generation(tuple(Group(q, own) for q, own in zip(queries, each, strict=True)))
             for each in drawn

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 from rlprompt.engines.sampling import SamplingSettings
@@ -120,6 +120,40 @@ class Engine(ABC):
             keep_products: whether an update will learn from the completions, so that an engine
                 that can keeps what it multiplies. Products that it kept before are given up.
         """
+
+    def generate_some(
+        self,
+        query: Query,
+        chosen: range,
+        num_completions: int,
+        sampling: SamplingSettings,
+        seed: int,
+        progress: Callable[[int, int], None] | None = None,
+        first: int = 0,
+        keep_products: bool = False,
+    ) -> Generation:
+        """Draw some of the completions that `generate` gives a query, for ranks that share a group.
+
+        An engine that can draw these alone overrides this; here all are drawn, and some are kept.
+
+        Args:
+            query: the query.
+            chosen: numbers of the completions to draw, next to each other, at least one.
+            num_completions: the completions of the whole group.
+            sampling: how tokens are drawn.
+            seed: the seed, see `generate`.
+            progress: function, see `generate`.
+            first: the place of the query among all that share the seed.
+            keep_products: whether products are kept, see `generate`.
+
+        Returns:
+            One group with those completions.
+        """
+        whole = self.generate(
+            [query], num_completions, sampling, seed, progress, first, keep_products
+        )
+        kept = whole.groups[0].completions[chosen.start : chosen.stop]
+        return replace(whole, groups=(Group(query, kept),))
 
     def generate_each(
         self,

@@ -121,6 +121,28 @@ class NativeEngine(Engine):
         with self._without_graph():
             return self._drawn(tasks, uniform, self._loop(sampling, progress), keep_products)
 
+    def generate_some(
+        self,
+        query: Query,
+        chosen: range,
+        num_completions: int,
+        sampling: SamplingSettings,
+        seed: int,
+        progress: Progress | None = None,
+        first: int = 0,
+        keep_products: bool = False,
+    ) -> Generation:
+        """Draw some completions of a query and no others; see `Engine.generate_some`.
+
+        Raises:
+            InputError: see `generate`.
+        """
+        task = _Task(self._checked(sampling), query)
+        uniform = _uniform(first, 1, num_completions, sampling.max_tokens, seed)
+        own = uniform[:, chosen.start : chosen.stop]
+        with self._without_graph():
+            return self._drawn([task], own, self._loop(sampling, progress), keep_products)
+
     def generate_each(
         self,
         prompts: Sequence[Prompt],

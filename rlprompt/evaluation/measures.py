@@ -1,22 +1,27 @@
 """Numbers about a prompt that no reward gives: log-probabilities under the base or the prompt.
 
+Ranks divide the queries: each scores its own, and all get every number.
+
 Letters: Q queries, B completions, T tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 import torch
 
+from rlprompt.distributed.ranks import Ranks
 from rlprompt.kernels.divergence import head_divergence
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.text import NonePrompt
-from rlprompt.rollout.packing import pack
+from rlprompt.rollout.packing import MicroBatch, pack
 from rlprompt.types import Completion, Group, Query
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,14 +63,15 @@ class BaseLogprob:
     It falls when a prompt buys reward with text that the model itself finds strange.
     """
 
-    def __init__(self, policy: Policy, token_budget: int) -> None:
-        """Score in micro-batches of at most `token_budget` packed tokens."""
+    def __init__(self, policy: Policy, token_budget: int, ranks: Ranks | None = None) -> None:
+        """Score in micro-batches of at most `token_budget` packed tokens, divided among ranks."""
         self._policy = policy
         self._budget = token_budget
+        self._ranks = ranks or Ranks()
 
     def __call__(self, prompt: Prompt, drawn: Sequence[Group]) -> TokenMeans:
         """See the class."""
-        return logprobs_by_query(self._policy, NonePrompt(), drawn, self._budget)
+        return logprobs_by_query(self._policy, NonePrompt(), drawn, self._budget, self._ranks)
 
 
 class QueryInformation:
@@ -78,10 +84,11 @@ class QueryInformation:
     tell whether they are true.
     """
 
-    def __init__(self, policy: Policy, token_budget: int) -> None:
-        """Score in micro-batches of at most `token_budget` packed tokens."""
+    def __init__(self, policy: Policy, token_budget: int, ranks: Ranks | None = None) -> None:
+        """Score in micro-batches of at most `token_budget` packed tokens, divided among ranks."""
         self._policy = policy
         self._budget = token_budget
+        self._ranks = ranks or Ranks()
 
     def __call__(self, prompt: Prompt, drawn: Sequence[Group]) -> TokenMeans:
         """See the class; what the prompt is does not matter.
@@ -96,8 +103,8 @@ class QueryInformation:
             for completion in group.completions
         ]
         alone = [Group(_behind(""), (self._given(group.query.text),)) for group in drawn]
-        known = logprobs_by_query(self._policy, NonePrompt(), asked, self._budget)
-        before = logprobs_by_query(self._policy, NonePrompt(), alone, self._budget)
+        known = logprobs_by_query(self._policy, NonePrompt(), asked, self._budget, self._ranks)
+        before = logprobs_by_query(self._policy, NonePrompt(), alone, self._budget, self._ranks)
         totals, counts, place = [], [], 0
         for g, group in enumerate(drawn):
             copies = len(group.completions)
@@ -120,15 +127,22 @@ def _behind(answer: str) -> Query:
 class TargetLogprob:
     """Mean log-probability per token of given answers under the evaluated prompt, in nats."""
 
-    def __init__(self, policy: Policy, targets: Sequence[Group], token_budget: int) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        targets: Sequence[Group],
+        token_budget: int,
+        ranks: Ranks | None = None,
+    ) -> None:
         """Keep the answers; at least one group."""
         self._policy = policy
         self._targets = targets
         self._budget = token_budget
+        self._ranks = ranks or Ranks()
 
     def __call__(self, prompt: Prompt, drawn: Sequence[Group]) -> TokenMeans:
         """See the class; what was drawn does not matter."""
-        return logprobs_by_query(self._policy, prompt, self._targets, self._budget)
+        return logprobs_by_query(self._policy, prompt, self._targets, self._budget, self._ranks)
 
 
 class TeacherKL:
@@ -144,6 +158,7 @@ class TeacherKL:
         teacher: Prompt,
         write: Callable[[Prompt], Sequence[Group]],
         token_budget: int,
+        ranks: Ranks | None = None,
     ) -> None:
         """Keep the parts; nothing is drawn yet.
 
@@ -152,8 +167,10 @@ class TeacherKL:
             teacher: the teacher's prompt.
             write: function that draws completions of the held-out queries under a prompt.
             token_budget: most packed tokens per micro-batch.
+            ranks: ranks that divide the scoring; None when this process is alone.
         """
         self._policy = policy
+        self._ranks = ranks or Ranks()
         self._teacher = teacher
         self._write = write
         self._budget = token_budget
@@ -163,7 +180,9 @@ class TeacherKL:
         """See the class; what was drawn under the prompt does not matter."""
         if self._written is None:
             self._written = self._write(self._teacher)
-        return kl_by_query(self._policy, self._teacher, prompt, self._written, self._budget)
+        return kl_by_query(
+            self._policy, self._teacher, prompt, self._written, self._budget, self._ranks
+        )
 
 
 class BaseKL:
@@ -173,68 +192,155 @@ class BaseKL:
     message, whatever the recipe's reference is, so that prompts of any recipe can be compared.
     """
 
-    def __init__(self, policy: Policy, token_budget: int) -> None:
-        """Score in micro-batches of at most `token_budget` packed tokens."""
+    def __init__(self, policy: Policy, token_budget: int, ranks: Ranks | None = None) -> None:
+        """Score in micro-batches of at most `token_budget` packed tokens, divided among ranks."""
         self._policy = policy
         self._budget = token_budget
+        self._ranks = ranks or Ranks()
 
     def __call__(self, prompt: Prompt, drawn: Sequence[Group]) -> TokenMeans:
         """See the class."""
-        return kl_by_query(self._policy, prompt, NonePrompt(), drawn, self._budget)
+        return kl_by_query(self._policy, prompt, NonePrompt(), drawn, self._budget, self._ranks)
 
 
 @torch.no_grad()
 def kl_by_query(
-    policy: Policy, first: Prompt, second: Prompt, groups: Sequence[Group], token_budget: int
+    policy: Policy,
+    first: Prompt,
+    second: Prompt,
+    groups: Sequence[Group],
+    token_budget: int,
+    ranks: Ranks | None = None,
 ) -> TokenMeans:
-    """KL(first || second) per token of given completions, over the whole vocabulary, in nats."""
-    totals, counts = [0.0] * len(groups), [_num_tokens(group) for group in groups]
+    """KL(first || second) per token of given completions, over the whole vocabulary, in nats.
+
+    Args:
+        policy: policy over the base of both.
+        first: the prompt whose distribution the mean is over.
+        second: the other one.
+        groups: completions of Q queries.
+        token_budget: most packed tokens per micro-batch.
+        ranks: ranks that divide the queries, all of which call this; None when this process is
+            alone.
+
+    Raises:
+        InputError: something is too long for the base, on any rank.
+    """
+    ranks, counts = ranks or Ranks(), [_num_tokens(group) for group in groups]
     first_prefix, second_prefix = policy.prefix(first), policy.prefix(second)
-    for chosen in _whole_groups(policy, second, groups, token_budget):
-        queries = [groups[g].query for g in chosen]
-        completions = [groups[g].completions for g in chosen]
-        of_first = policy.hidden_scored(queries, completions, first_prefix, first)
-        of_second = policy.hidden_scored(queries, completions, second_prefix, second)
-        with policy.whole_ends():
-            divergence = head_divergence(of_second, of_first, policy.forward.head, "forward_kl")
-        parts = divergence.split([counts[g] for g in chosen])
-        for g, part in zip(chosen, parts, strict=True):
-            totals[g] = float(part.sum())
-    return TokenMeans(totals, counts)
+
+    def cut(own: Sequence[int]) -> list[list[int]]:
+        packed = _packed(policy, second, groups, own, token_budget, whole_groups=True)
+        return [[g for g, _ in micro.rows] for micro in packed]
+
+    turns = _turns(policy, ranks, len(groups), cut)
+
+    def score() -> list[float]:
+        totals = [0.0] * len(groups)
+        for chosen, is_own in turns:
+            queries = [groups[g].query for g in chosen]
+            completions = [groups[g].completions for g in chosen]
+            of_first = policy.hidden_scored(queries, completions, first_prefix, first)
+            of_second = policy.hidden_scored(queries, completions, second_prefix, second)
+            with policy.whole_ends():
+                divergence = head_divergence(of_second, of_first, policy.forward.head, "forward_kl")
+            parts = divergence.split([counts[g] for g in chosen])
+            for g, part in zip(chosen, parts, strict=True):
+                totals[g] += float(part.sum()) if is_own else 0.0
+        return totals[ranks.share(len(groups))]
+
+    return TokenMeans(_gathered(ranks, score), counts)
+
+
+def _turns(
+    policy: Policy, ranks: Ranks, count: int, cut: Callable[[Sequence[int]], list[T]]
+) -> list[tuple[T, bool]]:
+    """Micro-batches of this rank's queries; ranks that share weights all take the same number.
+
+    A turn without work of its own, marked False, runs some micro-batch for the others' sake.
+
+    Args:
+        policy: policy, which knows whether ranks share weights.
+        ranks: ranks that divide the queries.
+        count: number of the queries.
+        cut: function that makes micro-batches of the queries with these numbers.
+    """
+    turns = [(micro, True) for micro in cut(range(count)[ranks.share(count)])]
+    if policy.base.shards is None or not count:
+        return turns
+    spare = cut(range(1))[0]
+    return turns + [(spare, False)] * (ranks.largest(len(turns)) - len(turns))
+
+
+def _gathered(ranks: Ranks, score: Callable[[], list[float]]) -> list[float]:
+    """The numbers of all queries, from those of each rank's own."""
+    return [each for part in ranks.each(score, "the evaluation") for each in part]
 
 
 def _num_tokens(group: Group) -> int:
     return sum(len(completion.token_ids) for completion in group.completions)
 
 
-def _whole_groups(
-    policy: Policy, prompt: Prompt, groups: Sequence[Group], token_budget: int
-) -> list[list[int]]:
-    """Micro-batches of whole groups, so that two prompts are scored on the same rows."""
-    queries = [len(policy.query_ids(group.query, prompt)) for group in groups]
-    lengths = [[len(c.token_ids) for c in group.completions] for group in groups]
-    packed = pack(queries, lengths, token_budget, whole_groups=True)
-    return [[g for g, _ in micro.rows] for micro in packed]
+def _packed(
+    policy: Policy,
+    prompt: Prompt,
+    groups: Sequence[Group],
+    own: Sequence[int],
+    token_budget: int,
+    whole_groups: bool = False,
+) -> list[MicroBatch]:
+    """Micro-batches of the groups with these numbers.
+
+    Whole groups let two prompts be scored on the same rows.
+    """
+    queries = [len(policy.query_ids(groups[g].query, prompt)) for g in own]
+    lengths = [[len(c.token_ids) for c in groups[g].completions] for g in own]
+    return [
+        replace(micro, rows=tuple((own[place], rows) for place, rows in micro.rows))
+        for micro in pack(queries, lengths, token_budget, whole_groups)
+    ]
 
 
 @torch.no_grad()
 def logprobs_by_query(
-    policy: Policy, prompt: Prompt, groups: Sequence[Group], token_budget: int
+    policy: Policy,
+    prompt: Prompt,
+    groups: Sequence[Group],
+    token_budget: int,
+    ranks: Ranks | None = None,
 ) -> TokenMeans:
-    """Log-probability per completion token under a prompt, in nats, untempered."""
-    prefix = policy.prefix(prompt)
-    queries = [len(policy.query_ids(group.query, prompt)) for group in groups]
-    lengths = [[len(c.token_ids) for c in group.completions] for group in groups]
-    totals = [0.0] * len(groups)
-    for micro in pack(queries, lengths, token_budget):
-        tree = policy.tree(
-            [groups[g].query for g, _ in micro.rows],
-            [[groups[g].completions[i] for i in places] for g, places in micro.rows],
-            prefix,
-            prompt,
-        )
-        by_row = policy.logprobs(tree, prefix).logprobs.double().sum(dim=1).tolist()
-        owners = [g for g, places in micro.rows for _ in places]
-        for g, total in zip(owners, by_row, strict=True):
-            totals[g] += total
-    return TokenMeans(totals, [_num_tokens(group) for group in groups])
+    """Log-probability per completion token under a prompt, in nats, untempered.
+
+    Args:
+        policy: policy over the base.
+        prompt: the prompt to score under.
+        groups: completions of Q queries.
+        token_budget: most packed tokens per micro-batch.
+        ranks: ranks, see `kl_by_query`.
+
+    Raises:
+        InputError: something is too long for the base, on any rank.
+    """
+    ranks, prefix = ranks or Ranks(), policy.prefix(prompt)
+
+    def cut(own: Sequence[int]) -> list[MicroBatch]:
+        return _packed(policy, prompt, groups, own, token_budget)
+
+    turns = _turns(policy, ranks, len(groups), cut)
+
+    def score() -> list[float]:
+        totals = [0.0] * len(groups)
+        for micro, is_own in turns:
+            tree = policy.tree(
+                [groups[g].query for g, _ in micro.rows],
+                [[groups[g].completions[i] for i in places] for g, places in micro.rows],
+                prefix,
+                prompt,
+            )
+            by_row = policy.logprobs(tree, prefix).logprobs.double().sum(dim=1).tolist()
+            owners = [g for g, places in micro.rows for _ in places]
+            for g, total in zip(owners, by_row, strict=True):
+                totals[g] += total if is_own else 0.0
+        return totals[ranks.share(len(groups))]
+
+    return TokenMeans(_gathered(ranks, score), [_num_tokens(group) for group in groups])

@@ -213,12 +213,23 @@ class _Work:
         return self.shape.parameters * self.bytes_each <= _FREE_SHARE * free
 
     @property
+    def recomputes(self) -> bool:
+        """Whether backward passes run the layers forward once more."""
+        return self.recipe.training.gradient_checkpointing
+
+    @property
+    def piece(self) -> int:
+        """Completions of a group that are on one rank: all, but of fewer groups than ranks."""
+        ranks_of_a_group = max(1, self.ranks // self.recipe.training.queries_per_step)
+        return -(-self.of("group_size") // ranks_of_a_group)
+
+    @property
     def rows(self) -> int:
         """Completions of a rank; where layers are gathered at each token, all ranks draw all."""
         queries = self.recipe.training.queries_per_step
-        return (queries if self.draws_together else -(-queries // self.ranks)) * self.of(
-            "group_size"
-        )
+        if self.draws_together:
+            return queries * self.of("group_size")
+        return -(-queries // self.ranks) * self.piece
 
     @property
     def rows_at_once(self) -> int:
@@ -245,7 +256,7 @@ class _Work:
         groups = -(-self.recipe.training.queries_per_step // self.ranks)
         # The last token of a completion predicts nothing.
         answer = self.recipe.sampling.max_tokens - 1
-        group = self.query_tokens + self.of("group_size") * answer
+        group = self.query_tokens + self.piece * answer
         budget = self.recipe.training.token_budget
         per_turn = max(1, budget // group)
         largest = min(max(budget, self.query_tokens + answer), min(per_turn, groups) * group)
@@ -253,7 +264,7 @@ class _Work:
         if group > budget:
             # A group that is cut has its query in every part.
             in_part = max(1, (budget - self.query_tokens) // answer)
-            parts = -(-self.of("group_size") // in_part)
+            parts = -(-self.piece // in_part)
             group += (parts - 1) * self.query_tokens
             turns = groups * parts
         return _MicroBatches(turns, largest, groups * group * self.of("num_epochs"))
@@ -319,7 +330,7 @@ def _activations(work: _Work, tokens: int) -> float:
         kept += shape.heads * work.columns
     kept += _kept_for_adapter(work.recipe.prompt, shape)
     layer = _NORM_BYTES * shape.width + work.bytes_each * kept
-    if work.recipe.training.gradient_checkpointing:
+    if work.recomputes:
         return float(tokens * (shape.layers * shape.width * work.bytes_each + layer))
     return float(tokens * shape.layers * layer)
 
@@ -359,6 +370,7 @@ def _gathers(work: _Work) -> _Gathers:
     turns = work.micro_batches.per_pass
     # Of an update: the prompt forward, forward again and backward; each turn forward and backward.
     forward = work.updates * (2 + turns) + passes * (1 + turns)
+    # What is recomputed runs while it is gathered for the backward.
     backward = work.updates * (1 + turns)
     rollout = shape.parameters * work.bytes_each
     if not work.rolls_out_whole:
@@ -449,9 +461,12 @@ def _bounds(work: _Work, cache: float) -> tuple[dict[str, float], float]:
     recipe, device = work.recipe, work.device
     references = 1 if recipe.algorithm.needs_reference else 0
     rollout = work.rollout_turns * recipe.sampling.max_tokens * _decode_seconds(work, cache)
-    # Forward, and a backward to the inputs only; a reference costs one forward.
-    per_token = 2 * work.shape.active_parameters
-    update = (2 + references) * work.micro_batches.tokens * per_token / device.flops
+    # Forward, and a backward to the inputs only; a reference costs one forward. What is recomputed
+    # are the layers, not the LM head.
+    per_token = (2 + references) * 2 * work.shape.active_parameters
+    if work.recomputes:
+        per_token += 2 * (work.shape.active_parameters - work.shape.end_parameters)
+    update = work.micro_batches.tokens * per_token / device.flops
     rollout_traffic, traffic = _traffic_seconds(work)
     drawing = 1 if work.draws_together else work.ranks
     rate = drawing * work.rows * recipe.sampling.max_tokens / (rollout + rollout_traffic)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -46,7 +45,7 @@ from rlprompt.recipe.schema import (
     with_template_text,
 )
 from rlprompt.reports.report import write_report
-from rlprompt.rewards import RewardBatch, RewardRunner, build_rewards
+from rlprompt.rewards import RewardRunner, build_rewards
 from rlprompt.rewards.base import RunPlan
 from rlprompt.rollout.prefetch import PrefetchedSource
 from rlprompt.rollout.sources import (
@@ -259,11 +258,9 @@ def _refuse_overlap(recipe: Recipe, ranks: Ranks) -> None:
 
 def _rewards(recipe: Recipe, base_dir: Path, ranks: Ranks, objects: Objects) -> RewardRunner:
     needs_score = recipe.algorithm.needs_rewards
-    rewards = build_rewards(
-        recipe.rewards, base_dir, needs_score=needs_score, given=objects.rewards
+    return build_rewards(
+        recipe.rewards, base_dir, needs_score=needs_score, given=objects.rewards, ranks=ranks
     )
-    rewards.once = partial(_together, ranks) if rewards.needs_all_ranks else ranks.first
-    return rewards
 
 
 def _plan(recipe: Recipe, data: QuerySplit) -> RunPlan:
@@ -284,11 +281,6 @@ def _plan(recipe: Recipe, data: QuerySplit) -> RunPlan:
         eval_steps=recipe.evaluation.every,
         save_steps=training.save_every,
     )
-
-
-def _together(ranks: Ranks, score: Callable[[], RewardBatch]) -> RewardBatch:
-    """Score a batch on every rank, for a model of which each holds a part; all get the same."""
-    return ranks.each(score, "the rewards")[0]
 
 
 def _trackers(recipe: Recipe, console: Console | None, ranks: Ranks) -> TrackerGroup:
@@ -319,10 +311,8 @@ def _shared(
     data = fitting(data, recipe, outline_of(recipe, objects))
     policy = policy_of(recipe, objects)
     rewards.plan = _plan(recipe, data)
-    judged = rewards.bind_policy(policy)
-    if policy.base.shards is not None and judged:
-        # A judge runs the base, which all ranks can only do together.
-        rewards.once = partial(_together, ranks)
+    rewards.bind_policy(policy)
+    rewards.spread(ranks, base_is_shared=policy.base.shards is not None)
     policy.gradient_checkpointing = recipe.training.gradient_checkpointing
     check_renders(policy, data)
     teacher = _teacher(recipe)
@@ -336,7 +326,7 @@ def _shared(
         engine = SharedEngine(engine, ranks)
     require_support(engine, _fixed_prompts(recipe, teacher))
     evaluator, test = (
-        evaluator_of(recipe, queries, policy, engine, rewards, teacher)
+        evaluator_of(recipe, queries, policy, engine, rewards, teacher, ranks)
         for queries in (data.heldout, data.test)
     )
     tested = test if data.test else None

@@ -33,9 +33,12 @@ def require_work(recipe: Recipe, ranks: int) -> None:
         raise InputError(
             f"training.overlap_rollouts works on one rank, and {ranks} are asked for; remove it"
         )
-    queries = recipe.training.queries_per_step
-    if recipe.search is None and queries < ranks:
+    queries, algorithm = recipe.training.queries_per_step, recipe.algorithm
+    copies = 1 if algorithm.answer_columns else int(getattr(algorithm, "group_size", 1))
+    if recipe.search is None and queries * copies < ranks:
+        asked = f"training.queries_per_step is {queries}"
+        if copies > 1:
+            asked += f" with {copies} completions each"
         raise InputError(
-            f"training.queries_per_step is {queries} and there are {ranks} ranks, so some would "
-            "have nothing to do; raise it"
+            f"{asked} and there are {ranks} ranks, so some would have nothing to do; raise it"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from rlprompt.distributed.ranks import Ranks
 from rlprompt.engines.base import Engine
 from rlprompt.evaluation.heldout import Criterion, HeldoutEvaluator
 from rlprompt.evaluation.measures import (
@@ -32,6 +33,7 @@ def evaluator_of(
     engine: Engine,
     rewards: RewardRunner,
     teacher: Prompt | None,
+    ranks: Ranks | None = None,
 ) -> HeldoutEvaluator:
     """Evaluation on a split; without a score, closeness to teacher or answers is what counts.
 
@@ -42,20 +44,21 @@ def evaluator_of(
         engine: engine that draws the completions.
         rewards: rewards that score them.
         teacher: prompt of the teacher; None without one.
+        ranks: ranks that divide the measures; None when this process is alone.
     """
     settings, budget = recipe.evaluation, recipe.training.token_budget
     queries = split[: settings.max_queries]
     measures: dict[str, Measure] = {
-        "base_logprob": BaseLogprob(policy, budget),
-        "base_kl": BaseKL(policy, budget),
+        "base_logprob": BaseLogprob(policy, budget, ranks),
+        "base_kl": BaseKL(policy, budget, ranks),
     }
     if settings.query_information:
-        measures["query_information"] = QueryInformation(policy, budget)
+        measures["query_information"] = QueryInformation(policy, budget, ranks)
     criterion: Criterion | None = None
     columns = recipe.algorithm.answer_columns[:1]
     if columns and queries:
         answers = [Group(q, (given_completion(policy, q, columns[0]),)) for q in queries]
-        measures["target_logprob"] = TargetLogprob(policy, answers, budget)
+        measures["target_logprob"] = TargetLogprob(policy, answers, budget, ranks)
         criterion = Criterion("target_logprob")
     if teacher is not None and queries:
 
@@ -63,7 +66,7 @@ def evaluator_of(
             engine.sync(prompt)
             return engine.generate(queries, 1, recipe.sampling, _heldout_seed(recipe) + 1).groups
 
-        measures["teacher_kl"] = TeacherKL(policy, teacher, write, budget)
+        measures["teacher_kl"] = TeacherKL(policy, teacher, write, budget, ranks)
         criterion = Criterion("teacher_kl", -1.0)
     return heldout_of(recipe, split, engine, rewards, measures, criterion)
 

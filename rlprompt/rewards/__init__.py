@@ -25,6 +25,7 @@ from rlprompt.rewards.base import (
 )
 from rlprompt.rewards.load import load_reward
 from rlprompt.rewards.processes.isolation import IsolatedReward
+from rlprompt.rewards.sharing import Elsewhere, OneRank, RankGroup
 
 if TYPE_CHECKING:
     from rlprompt.rewards.runner import RewardRunner
@@ -70,6 +71,7 @@ def build_rewards(
     *,
     needs_score: bool = True,
     given: Mapping[str, Any] | None = None,
+    ranks: RankGroup | None = None,
 ) -> RewardRunner:
     """Load the rewards of a recipe.
 
@@ -78,6 +80,8 @@ def build_rewards(
         base_dir: the recipe's folder, to which file paths are relative.
         needs_score: whether one must have the role `score`.
         given: reward functions in memory, by the path that stands for them.
+        ranks: ranks that share the scoring, all of which call this; None when this process is
+            alone.
 
     Raises:
         InputError: a reward cannot be loaded, two share a name, or none has the role `score` though
@@ -85,8 +89,31 @@ def build_rewards(
     """
     from rlprompt.rewards.runner import RewardRunner
 
-    loaded = [_loaded(each, base_dir, given or {}) for each in settings]
-    return RewardRunner(loaded, needs_score=needs_score)
+    group = ranks or OneRank()
+    loaded = [_loaded_among(group, each, base_dir, given or {}) for each in settings]
+    runner = RewardRunner(loaded, needs_score=needs_score)
+    runner.spread(group)
+    return runner
+
+
+def _loaded_among(
+    ranks: RankGroup, settings: RewardSettings, base_dir: Path, given: Mapping[str, Any]
+) -> LoadedReward:
+    """A reward as this rank needs it: one with `ranks: first` is loaded on the first rank only."""
+    if settings.ranks != "first" or ranks.size == 1:
+        return _loaded(settings, base_dir, given)
+    made: list[LoadedReward] = []
+
+    def load() -> Elsewhere:
+        made.append(_loaded(settings, base_dir, given))
+        function = made[0].function
+        return Elsewhere(
+            needs_base=bool(getattr(function, "needs_base", False)),
+            needs_all_ranks=bool(getattr(function, "needs_all_ranks", False)),
+        )
+
+    stand_in = ranks.first(load, f"the reward '{settings.name}'")
+    return made[0] if made else LoadedReward(settings, stand_in)
 
 
 def _loaded(settings: RewardSettings, base_dir: Path, given: Mapping[str, Any]) -> LoadedReward:

@@ -147,6 +147,12 @@ class RewardSettings(Settings):
     on_error: Literal["raise", "skip"] = "raise"
     """What a failed call does: `raise` stops the run; `skip` leaves this reward out of the batch,
     counts it in `rewards/{name}/failures` and logs a warning."""
+    ranks: Literal["auto", "all", "first"] = "auto"
+    """Who calls it where several ranks share a run. `all`: each rank, with whole groups of its own.
+    `first`: the first rank alone loads it and calls it, with the whole batch, which a reward needs
+    that compares across queries, holds a licence or keeps to a rate. `auto`: `all`, but `first` for
+    a reward that says so (`on_first_rank = True` on the function or class), as those do that ask a
+    server."""
     isolation: IsolationSettings | None = None
     """Run it in a worker process of its own (`{}` for the defaults): one that hangs, crashes or
     takes too much memory then costs one batch, see `on_error`; null = in the run's own process."""
@@ -253,9 +259,9 @@ class TrainerState:
     best_model_checkpoint: str | None = None
     """Always None."""
     is_local_process_zero: bool = True
-    """Always True: rewards are called on the first rank."""
+    """Whether this is the first rank of its node."""
     is_world_process_zero: bool = True
-    """Always True, as above."""
+    """Whether this is the first rank of all, which alone calls rewards with `ranks: first`."""
     is_hyper_param_search: bool = False
     """Always False."""
     trial_name: str | None = None

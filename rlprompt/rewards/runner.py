@@ -9,13 +9,16 @@ import copy
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlprompt.errors import InputError, first_error
+from rlprompt.random_state import global_random_state
 from rlprompt.rewards.base import (
     GROUP_KEYWORD,
     RESERVED_KEYWORDS,
@@ -32,6 +35,15 @@ from rlprompt.rewards.base import (
 from rlprompt.rewards.combine import combine, costs, statistics
 from rlprompt.rewards.normalise import Normaliser
 from rlprompt.rewards.processes.execution import Call, Executor, Outcome, is_async
+from rlprompt.rewards.sharing import (
+    OneRank,
+    Part,
+    RankGroup,
+    Way,
+    group_rows,
+    joined,
+    wants_first_rank,
+)
 from rlprompt.rewards.validation import (
     InvalidValuesError,
     Row,
@@ -70,10 +82,31 @@ class RewardRunner:
             raise InputError("no reward has role: score, so nothing can be learned; add one")
         self._executor = Executor()
         self._normaliser = Normaliser(self.settings)
-        self.once: Callable[[Callable[[], RewardBatch]], RewardBatch] = lambda work: work()
-        """How a batch is scored; ranks of one run score it on the first of them."""
+        self._ranks: RankGroup = OneRank()
+        self._base_is_shared = False
+        self._warned: set[str] = set()
         self.plan: RunPlan | None = None
         """What the run means to do, which rewards see in `trainer_state`; None outside a run."""
+
+    def spread(self, ranks: RankGroup, *, base_is_shared: bool = False) -> None:
+        """Score every batch from now on among ranks; each then calls `score` with the same groups.
+
+        Args:
+            ranks: the ranks.
+            base_is_shared: whether each holds a part of the base, so that a reward that judges with
+                it can only do so on all of them together.
+
+        Raises:
+            InputError: a reward is to be called on the first rank alone, and needs them all.
+        """
+        self._ranks, self._base_is_shared = ranks, base_is_shared
+        for reward in self._rewards:
+            if reward.settings.ranks != "auto" and self._way(reward) == "together":
+                raise InputError(
+                    f"reward '{reward.settings.name}' has ranks: {reward.settings.ranks}, but its "
+                    "model is in shards, with which all ranks score the whole batch together; "
+                    "remove ranks"
+                )
 
     @property
     def settings(self) -> list[RewardSettings]:
@@ -133,63 +166,95 @@ class RewardRunner:
                 reward raised InputError itself, or a call failed under `on_error: raise` (it
                 raised, took too long, or returned or logged something unusable).
         """
-        return self.once(lambda: self._score(groups, step))
-
-    def _score(self, groups: Sequence[Group], step: int) -> RewardBatch:
         rows = [Row(group.query, each) for group in groups for each in group.completions]
+        index = [i for i, group in enumerate(groups) for _ in group.completions]
         columns: dict[str, Any] = dict(_columns(rows))
-        index = tuple(i for i, group in enumerate(groups) for _ in group.completions)
-        sinks = {each.name: Sink() for each in self.settings}
+        columns |= {"trainer_state": self._state(step), GROUP_KEYWORD: index}
         values = {each.name: torch.full((len(rows),), torch.nan) for each in self.settings}  # [B]
         metrics: dict[str, float] = {}
         errors: list[RewardFailure] = []
-        columns |= {"trainer_state": self._state(step), GROUP_KEYWORD: list(index)}
-        for call, outcome in self._called(rows, columns, sinks):
-            result = _evaluate(call, outcome, rows, sinks[call.name])
-            if isinstance(result, RewardFailure):
-                self._tolerate(result, outcome.error)
-                errors.append(result)
-                sinks[call.name] = Sink()
+        parts = self._parts(_Scored(rows, columns), len(groups))
+        for name, part in parts.items():
+            has_failed = isinstance(part.values, RewardFailure)
+            if isinstance(part.values, RewardFailure):
+                errors.append(part.values)
+                logger.warning("skipped for this batch (on_error: skip): %s", part.values.message)
             else:
-                values[call.name] = torch.tensor(result, dtype=torch.float32)
-            metrics[f"rewards/{call.name}/seconds"] = outcome.seconds
-            metrics[f"rewards/{call.name}/failures"] = float(isinstance(result, RewardFailure))
+                values[name] = torch.tensor(part.values, dtype=torch.float32)
+            metrics[f"rewards/{name}/seconds"] = part.seconds
+            metrics[f"rewards/{name}/failures"] = float(has_failed)
         metrics |= statistics(self.settings, values)
-        logged = _logged_metrics(sinks)
+        logged = _logged_metrics(parts)
         return RewardBatch(
             total=combine(self.settings, values) if values else torch.full((len(rows),), torch.nan),
             values=values,
             weights={each.name: each.weight for each in self.settings},
             roles={each.name: each.role for each in self.settings},
-            extras=_merge_extras(sinks),
+            extras=_merge_extras(parts),
             metrics=metrics | logged,
             errors=errors,
             costs=costs(self.settings, values),
-            group_index=index,
+            group_index=tuple(index),
             logged=tuple(logged),
         )
 
-    def bind_policy(self, policy: Any) -> bool:
-        """Lend a run's policy to the rewards that may judge with its base under another prompt.
+    def _parts(self, batch: _Scored, num_groups: int) -> dict[str, Part]:
+        """What every reward gave for the batch, in the order of the rewards; nothing for none.
 
-        Returns:
-            Whether any does.
+        Whatever ends the scoring on one rank ends it on all of them, and before a reward that needs
+        them all is called.
         """
+        ranks, ways = self._ranks, {each.settings.name: self._way(each) for each in self._rewards}
+        if ranks.size == 1:
+            return self._called(dict.fromkeys(ways, batch))
+        mine = batch.part(group_rows(batch.columns[GROUP_KEYWORD], ranks.share(num_groups)))
+        given = {"all": mine} | ({"first": batch} if ranks.rank == 0 else {})
+        own = {name: given[way] for name, way in ways.items() if way in given}
+        together = {name: batch for name, way in ways.items() if way == "together"}
+        parts: dict[str, list[Part]] = {name: [] for name in ways}
+        if len(together) < len(ways):
+            for told in ranks.each(lambda: self._told(own), "the rewards"):
+                for name, part in told.items():
+                    parts[name].append(part)
+        if together:
+            told, *_ = ranks.each(lambda: self._told(together), "the rewards")
+            parts |= {name: [part] for name, part in told.items()}
+        return {name: joined(found) for name, found in parts.items() if found}
+
+    def _told(self, own: Mapping[str, _Scored]) -> dict[str, Part]:
+        """What this rank's rewards gave; failures say which rank it was."""
+        where = f"on rank {self._ranks.rank} of {self._ranks.size}"
+        try:
+            parts = self._called(own)
+        except InputError as error:
+            raise InputError(f"{error} ({where})") from error
+        for name, part in parts.items():
+            if isinstance(part.values, RewardFailure):
+                failure = replace(part.values, message=f"{part.values.message} ({where})")
+                parts[name] = replace(part, values=failure)
+        return parts
+
+    def _way(self, reward: LoadedReward) -> Way:
+        """How ranks call it."""
+        function = reward.function
+        judges = getattr(function, "needs_base", callable(getattr(function, "bind_policy", None)))
+        if getattr(function, "needs_all_ranks", False) or (judges and self._base_is_shared):
+            return "together"
+        if reward.settings.ranks != "auto":
+            return reward.settings.ranks
+        return "first" if wants_first_rank(function) else "all"
+
+    def bind_policy(self, policy: Any) -> None:
+        """Lend a run's policy to the rewards that may judge with its base under another prompt."""
         binds = [getattr(reward.function, "bind_policy", None) for reward in self._rewards]
         for bind in filter(callable, binds):
             bind(policy)
-        return any(map(callable, binds))
 
     @property
     def judging_with_base(self) -> list[str]:
         """Names of rewards that judge with the base of a run, since they have no model."""
         functions = {each.settings.name: each.function for each in self._rewards}
         return [name for name, each in functions.items() if getattr(each, "needs_base", False)]
-
-    @property
-    def needs_all_ranks(self) -> bool:
-        """Whether a reward can only score when all ranks of the run do: its model is in shards."""
-        return any(getattr(each.function, "needs_all_ranks", False) for each in self._rewards)
 
     def close(self) -> None:
         """Stop idle worker threads and end worker processes; the runner stays usable."""
@@ -199,9 +264,8 @@ class RewardRunner:
             if callable(end):
                 end()
 
-    def _call(
-        self, reward: LoadedReward, rows: Sequence[Row], columns: Mapping[str, Any], sink: Sink
-    ) -> Call:
+    def _call(self, reward: LoadedReward, batch: _Scored, sink: Sink) -> Call:
+        rows, columns = batch.rows, batch.columns
         # Fresh lists for every reward: one that changes its arguments must not change another's.
         available = {
             "prompts": [
@@ -233,51 +297,112 @@ class RewardRunner:
 
     def _state(self, step: int) -> TrainerState:
         if self.plan is None:
-            return TrainerState(global_step=step, max_steps=max(1, step))
-        return self.plan.at(step)
+            state = TrainerState(global_step=step, max_steps=max(1, step))
+        else:
+            state = self.plan.at(step)
+        state.is_world_process_zero = self._ranks.rank == 0
+        state.is_local_process_zero = self._ranks.local_rank == 0
+        return state
 
-    def _called(
-        self, rows: Sequence[Row], columns: Mapping[str, Any], sinks: dict[str, Sink]
-    ) -> list[tuple[Call, Outcome]]:
-        """Call every reward on a batch, and those that need a main thread again where there is one.
+    def _called(self, given: Mapping[str, _Scored]) -> dict[str, Part]:
+        """Call rewards, and those that need a main thread again where there is one.
 
         Args:
-            rows: the completions; nothing is called for none.
-            columns: the keywords beside the batch itself.
-            sinks: the sink of each reward; a second call gets a new one.
+            given: completions for each reward to score, by name; nothing is called for none.
+
+        Raises:
+            InputError: see `score`.
         """
-        if not rows:
-            return []
+        chosen = {
+            place: given[reward.settings.name]
+            for place, reward in enumerate(self._rewards)
+            if reward.settings.name in given and given[reward.settings.name].rows
+        }
+        sinks = {place: Sink() for place in chosen}
         calls = [
-            self._call(reward, rows, columns, sinks[reward.settings.name])
-            for reward in self._rewards
+            self._call(self._rewards[place], batch, sinks[place]) for place, batch in chosen.items()
         ]
-        done = self._run(calls)
-        for place, (call, outcome) in enumerate(done):
+        done = dict(zip(chosen, self._run(calls), strict=True))
+        for place, (_, outcome) in done.items():
             if outcome.asked_for:
                 self._rewards[place] = _with_main_thread(self._rewards[place], outcome.asked_for)
-                sinks[call.name] = Sink()
-                again = self._call(self._rewards[place], rows, columns, sinks[call.name])
+                sinks[place] = Sink()
+                again = self._call(self._rewards[place], chosen[place], sinks[place])
                 done[place] = self._run([again])[0]
-        return done
+        return {
+            call.name: self._part(place, call, outcome, chosen[place].rows, sinks[place])
+            for place, (call, outcome) in done.items()
+        }
+
+    def _part(
+        self, place: int, call: Call, outcome: Outcome, rows: Sequence[Row], sink: Sink
+    ) -> Part:
+        """What came of a call.
+
+        Raises:
+            InputError: it failed under `on_error: raise`, or was the user's mistake.
+        """
+        result = _evaluate(call, outcome, rows, sink)
+        if not isinstance(result, RewardFailure):
+            return Part(len(rows), result, outcome.seconds, sink.extras, sink.numbers())
+        if self._rewards[place].settings.on_error == "raise":
+            raise InputError(result.message) from outcome.error
+        return Part(len(rows), result, outcome.seconds)
 
     def _run(self, calls: Sequence[Call]) -> list[tuple[Call, Outcome]]:
         waiting = [call for call in calls if is_async(call.function)]
-        outcomes = {
-            call.name: self._executor.run_sync(call)
-            for call in calls
-            if not is_async(call.function)
-        }
+        outcomes: dict[str, Outcome] = {}
+        for call in calls:
+            if not is_async(call.function):
+                with self._noticing_draws([call]):
+                    outcomes[call.name] = self._executor.run_sync(call)
         if waiting:
-            awaited = self._executor.run_async(waiting)
+            with self._noticing_draws(waiting):
+                awaited = self._executor.run_async(waiting)
             outcomes |= {call.name: each for call, each in zip(waiting, awaited, strict=True)}
         return [(call, outcomes[call.name]) for call in calls]
 
-    def _tolerate(self, failure: RewardFailure, cause: BaseException | None) -> None:
-        policy = {each.name: each.on_error for each in self.settings}
-        if policy[failure.name] == "raise":
-            raise InputError(failure.message) from cause
-        logger.warning("skipped for this batch (on_error: skip): %s", failure.message)
+    @contextmanager
+    def _noticing_draws(self, calls: Sequence[Call]) -> Iterator[None]:
+        """Say once that a reward draws at random where ranks divide the draws of one generator."""
+        ways = {each.settings.name: self._way(each) for each in self._rewards}
+        names = ", ".join(f"'{call.name}'" for call in calls if ways[call.name] == "all")
+        if self._ranks.size == 1 or not names or names in self._warned:
+            yield
+            return
+        before = _process_wide_state()
+        yield
+        if _process_wide_state() != before:
+            self._warned.add(names)
+            logger.warning(
+                "reward %s draws from a generator of the whole process, so with several ranks its "
+                "values are not those of one rank, and a resumed run draws others; set ranks: "
+                "first, or draw from a generator of its own, seeded by the completion",
+                names,
+            )
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Completions to score."""
+
+    rows: Sequence[Row]
+    columns: Mapping[str, Any]
+    """Keywords beside the batch itself; lists hold one value per completion."""
+
+    def part(self, rows: slice) -> _Scored:
+        """Some of them."""
+        columns = {
+            name: column[rows] if isinstance(column, list) else column
+            for name, column in self.columns.items()
+        }
+        return _Scored(self.rows[rows], columns)
+
+
+def _process_wide_state() -> tuple[Any, ...]:
+    """What tells whether something was drawn from Python's, NumPy's or torch's own generator."""
+    tensors, plain = global_random_state()
+    return (*(bytes(each.numpy().tobytes()) for each in tensors.values()), plain)
 
 
 def _with_main_thread(reward: LoadedReward, asked_for: str) -> LoadedReward:
@@ -344,10 +469,10 @@ def _evaluate(
     return values
 
 
-def _logged_metrics(sinks: Mapping[str, Sink]) -> dict[str, float]:
+def _logged_metrics(parts: Mapping[str, Part]) -> dict[str, float]:
     collected: dict[str, list[float]] = {}
-    for sink in sinks.values():
-        for name, numbers in sink.numbers().items():
+    for part in parts.values():
+        for name, numbers in part.numbers.items():
             collected.setdefault(name, []).extend(numbers)
     return {name: mean(numbers) for name, numbers in collected.items()}
 
@@ -357,11 +482,11 @@ def _token_ids(completion: Completion) -> Sequence[int]:
     return list(completion.token_ids) if completion.counted is None else UnknownTokens()
 
 
-def _merge_extras(sinks: Mapping[str, Sink]) -> dict[str, list[Any]]:
+def _merge_extras(parts: Mapping[str, Part]) -> dict[str, list[Any]]:
     """Columns by name; one that several rewards log is named `reward.column` after the first."""
     extras: dict[str, list[Any]] = {}
-    for reward, sink in sinks.items():
-        for column, logged in sink.extras.items():
+    for reward, part in parts.items():
+        for column, logged in part.extras.items():
             name = column
             while name in extras:
                 name = f"{reward}.{name}"

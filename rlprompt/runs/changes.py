@@ -74,6 +74,7 @@ CHANGEABLE: Mapping[str, str] = {
     "rewards.*.timeout": "how long it is waited for, not what comes",
     "rewards.*.on_error": "what happens when a reward fails, not what it gives",
     "rewards.*.isolation": "where a reward runs, not what it gives",
+    "rewards.*.ranks": "where a reward runs, not what it gives",
     "rewards.*.options.url": "a server may have moved",
     "rewards.*.options.request_timeout": "how a server is reached, not what it says",
     "rewards.*.options.retries": "how a server is reached, not what it says",

@@ -27,6 +27,8 @@ class Row:
     index: int
     """Place in the batch."""
     completion: Completion
+    rank: int = 0
+    """The rank that learns from it."""
     sampling_logprobs: Tensor | None = None
     """[T] that it was drawn with, where that was ahead of the batch's turn: what its probability
     ratio is taken against."""

@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from rlprompt.algorithms.base import Algorithm, Signal
 from rlprompt.algorithms.robust import QueryWeights
+from rlprompt.distributed.balance import owners
 from rlprompt.distributed.ranks import Ranks
 from rlprompt.errors import InputError
 from rlprompt.policy import Policy, TokenScores
@@ -101,7 +102,7 @@ class Updater:
             token_budget: the most packed tokens of a micro-batch.
             teacher: the prompt of the teacher; None when none is needed.
             query_weights: a robust objective; None when all queries count alike.
-            ranks: the ranks among whom groups are divided; None when this process is alone.
+            ranks: the ranks among whom completions are divided; None when this process is alone.
         """
         self._ranks = ranks or Ranks()
         self._policy = policy
@@ -160,6 +161,11 @@ class Updater:
     ) -> tuple[Signal, dict[str, float]]:
         clock.lap(None)
         rows = rows_of(batch)
+        order = torch.Generator().manual_seed(seed)
+        passes = [
+            self._minibatches(len(batch.groups), order) for _ in range(self._algorithm.num_epochs)
+        ]
+        self._divide(batch, rows, passes[0])
         self._in_memory(lambda: self._score_before(batch, rows, clock))
         if self._ranks.size > 1:
             self._share_rows(rows)
@@ -170,16 +176,14 @@ class Updater:
             queries = [group.query for group in batch.groups]
             robust = self._query_weights.row_weights(view, queries)
         whole = _Batch(batch, rows, self._algorithm.signal(view), robust)
-        order = torch.Generator().manual_seed(seed)
         results = []
-        for _ in range(self._algorithm.num_epochs):
-            for groups in self._minibatches(len(batch.groups), order):
-                lr = set_lr()
-                optimizer.zero_grad(set_to_none=True)
-                result = self.gradient(whole, groups, clock)
-                self._apply(result, optimizer, lr, max_grad_norm)
-                clock.lap("optimizer")
-                results.append(result)
+        for groups in (groups for each in passes for groups in each):
+            lr = set_lr()
+            optimizer.zero_grad(set_to_none=True)
+            result = self.gradient(whole, groups, clock)
+            self._apply(result, optimizer, lr, max_grad_norm)
+            clock.lap("optimizer")
+            results.append(result)
         metrics = merged(results, whole.signal, prefetched=batch.prefetched)
         return whole.signal, {**metrics, **self._algorithm.after_batch(metrics)}
 
@@ -235,7 +239,7 @@ class Updater:
         weights = self._token_weights(batch, chosen)
         shared = policy.shared_prefix()
         clock.lap("prefill")
-        for micro, is_own in self._turns(batch.rollouts, policy.prompt, chosen):
+        for micro, is_own in self._turns(batch.rollouts, batch.rows, policy.prompt, chosen):
             rows = _rows_in(micro, batch.rows)
             scores = self._scores(batch.rollouts, micro, shared.leaves, policy.prompt)
             if not is_own:
@@ -302,32 +306,64 @@ class Updater:
         out[index] = self._algorithm.token_weights(batch.signal.counted_lengths[index]).to(out)
         return out
 
+    def _divide(
+        self, batch: RolloutBatch, rows: list[list[Row]], minibatches: Sequence[Sequence[int]]
+    ) -> None:
+        """Say which rank learns from which row, evenly in each minibatch of the first pass.
+
+        Later passes leave rows where they are, since what is known of them per token lies there.
+        """
+        if self._ranks.size == 1:
+            return
+        for groups in minibatches:
+            divided = owners(
+                [len(self._policy.query_ids(batch.groups[g].query)) for g in groups],
+                [[len(row.completion.token_ids) for row in rows[g]] for g in groups],
+                self._ranks.size,
+                self._algorithm.whole_groups,
+            )
+            for g, ranks in zip(groups, divided, strict=True):
+                for row, rank in zip(rows[g], ranks, strict=True):
+                    row.rank = rank
+
     def _turns(
-        self, batch: RolloutBatch, prompt: Prompt, groups: Sequence[int]
+        self,
+        batch: RolloutBatch,
+        rows: Sequence[Sequence[Row]],
+        prompt: Prompt,
+        groups: Sequence[int],
     ) -> list[tuple[MicroBatch, bool]]:
         """This rank's micro-batches; ranks that share weights all take the same number of turns.
 
         A turn without work of its own, marked False, runs some micro-batch for the others' sake.
         """
-        own = [g for g in groups if self._ranks.owns(g)]
+        rank = self._ranks.rank
+        own = {g: [i for i, row in enumerate(rows[g]) if row.rank == rank] for g in groups}
+        own = {g: places for g, places in own.items() if places}
         turns = [(micro, True) for micro in self._micro_batches(batch, prompt, own)]
         if self._policy.base.shards is None:
             return turns
-        spare = self._micro_batches(batch, prompt, groups[:1])[0]
+        least = range(len(rows[groups[0]]) if self._algorithm.whole_groups else 1)
+        spare = self._micro_batches(batch, prompt, {groups[0]: least})[0]
         missing = self._ranks.largest(len(turns)) - len(turns)
         return turns + [(spare, False)] * missing
 
     def _micro_batches(
-        self, batch: RolloutBatch, prompt: Prompt, groups: Sequence[int]
+        self, batch: RolloutBatch, prompt: Prompt, chosen: Mapping[int, Sequence[int]]
     ) -> list[MicroBatch]:
-        chosen = [batch.groups[g] for g in groups]
-        queries = [len(self._policy.query_ids(group.query, prompt)) for group in chosen]
-        lengths = [[len(c.token_ids) for c in group.completions] for group in chosen]
-        packed = pack(queries, lengths, self._budget, self._algorithm.whole_groups)
-        return [
-            MicroBatch(tuple((groups[g], places) for g, places in micro.rows), micro.num_tokens)
-            for micro in packed
+        """Micro-batches of some completions, by group."""
+        groups = list(chosen)
+        queries = [len(self._policy.query_ids(batch.groups[g].query, prompt)) for g in groups]
+        lengths = [
+            [len(batch.groups[g].completions[i].token_ids) for i in chosen[g]] for g in groups
         ]
+        packed = pack(queries, lengths, self._budget, self._algorithm.whole_groups)
+        found = []
+        for micro in packed:
+            named = ((groups[place], own) for place, own in micro.rows)
+            rows = tuple((g, tuple(chosen[g][i] for i in own)) for g, own in named)
+            found.append(MicroBatch(rows, micro.num_tokens))
+        return found
 
     def _scores(
         self, batch: RolloutBatch, micro: MicroBatch, prefix: PrefixKV, prompt: Prompt
@@ -373,7 +409,7 @@ class Updater:
         The teacher's states, which are large, stay with the rank that learns from them.
         """
         names = ("old_logprobs", "ref_logprobs", "old_values")
-        own = [row for g, group in enumerate(rows) if self._ranks.owns(g) for row in group]
+        own = [row for group in rows for row in group if row.rank == self._ranks.rank]
         known = {row.index: [getattr(row, name) for name in names] for row in own}
         flat = {row.index: row for group in rows for row in group}
         for part in self._ranks.each(lambda: known, "the scores before the update"):
@@ -386,7 +422,7 @@ class Updater:
     ) -> Iterator[tuple[list[Row], TokenScores]]:
         """Scores of all rows under a prompt, micro-batch by micro-batch."""
         prefix = self._policy.prefix(prompt)
-        for micro, is_own in self._turns(batch, prompt, range(len(rows))):
+        for micro, is_own in self._turns(batch, rows, prompt, range(len(rows))):
             scores = self._scores(batch, micro, prefix, prompt)
             if is_own:
                 yield _rows_in(micro, rows), scores

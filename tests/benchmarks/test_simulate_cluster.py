@@ -186,9 +186,20 @@ def test_failures_cost_what_the_closed_form_says() -> None:
 
 def test_groups_go_to_ranks_by_number_or_by_tokens() -> None:
     tokens = [9, 1, 8, 2]
-    assert owners(job_of(2), tokens).tolist() == [0, 1, 0, 1]  # 17 and 3
-    even = owners(job_of(2, balances=True), tokens)
+    assert owners(job_of(2, balances=False), tokens).tolist() == [0, 1, 0, 1]  # 17 and 3
+    even = owners(job_of(2), tokens)
     assert np.bincount(even, weights=tokens).tolist() == [10.0, 10.0]
+
+
+def test_each_rank_scores_its_own_groups() -> None:
+    """Three groups of two on two ranks: one rank scores two completions, the other four."""
+    job, lengths = job_of(2, queries=3), np.full((3, 2), 5)
+    slow = replace(Conditions(), reward_s=10.0)
+    plain, scored = (
+        play(stages_of_step(job, each, lengths, np.ones(2)), 2) for each in (Conditions(), slow)
+    )
+    assert scored.spent["rewards"] == pytest.approx(10.0 * (2 + 4) / 2)
+    assert scored.seconds == pytest.approx(plain.seconds + 10.0 * 4)
 
 
 def test_where_scaling_stops_and_why() -> None:

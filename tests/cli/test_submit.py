@@ -74,7 +74,7 @@ def test_what_may_hold_a_secret_is_for_its_owner_and_told(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("--tasks-per-node", 3), "queries_per_step is 2 and there are 3 ranks"),
+        (("--tasks-per-node", 5), "is 2 with 2 completions each and there are 5 ranks"),
         (("--gpus-per-node", 1), "gpus_per_node is 1, but model.device of the recipe is cpu"),
         (("--nodes", 2, "training.overlap_rollouts=true"), "works on one rank"),
     ],

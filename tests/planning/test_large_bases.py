@@ -205,6 +205,36 @@ def test_wrong_bases_and_links_are_told(words: tuple[str, ...], told: str) -> No
     assert shown.code == 2 and told in shown.err
 
 
-def test_more_ranks_than_queries_stay_refused() -> None:
+def test_recomputing_costs_a_forward_of_the_layers() -> None:
+    plain, again = (
+        planned("70b", PLAIN, f"training.gradient_checkpointing={on}") for on in ("false", "true")
+    )
+    # Of each rank: four groups of a query of 64 tokens and eight completions of 63 that predict.
+    tokens = 4 * (64 + 8 * 63)
+    assert plain.bounds["update"] == pytest.approx(tokens * 2 * 2 * P70 / H100.flops)
+    # Embedding and LM head, 128,256 x 8192 each, are not run again.
+    layers = 70_553_706_496 - 2_101_346_304
+    more = again.bounds["update"] - plain.bounds["update"]
+    assert more == pytest.approx(tokens * 2 * layers / H100.flops, rel=1e-6)
+    assert again.bounds["update"] / plain.bounds["update"] == pytest.approx(1.485, abs=1e-3)
+    # It happens while the layers are there for the backward (counted in test_plan.py).
+    assert again.traffic == plain.traffic
+    assert again.memory["activations of a micro-batch"] < plain.memory[
+        "activations of a micro-batch"
+    ]  # fmt: skip
+
+
+def test_ranks_share_a_group_where_there_are_more_of_them_than_queries() -> None:
+    # 64 queries on 128 ranks: four of eight completions on each, 16 + 64 + 64 columns.
+    two = planned("8b", PLAIN, ranks=128)
+    column = 2 * 32 * 8 * 128 * 2  # keys and values of 32 layers, 8 heads of 128, bfloat16
+    assert two.memory["cache of a rollout"] == 4 * 144 * column
+    assert two.bounds["update"] == pytest.approx((64 + 4 * 63) * 4 * P8 / H100.flops)
+    # On 200 some groups have four ranks and some three, so three completions are the most.
+    assert planned("8b", PLAIN, ranks=200).memory["cache of a rollout"] == 3 * 144 * column
+    assert planned("8b", PLAIN, ranks=512).memory["cache of a rollout"] == 1 * 144 * column
+
+
+def test_more_ranks_than_completions_stay_refused() -> None:
     with pytest.raises(InputError, match="nothing to do"):
         planned("8b", PLAIN, ranks=4096)

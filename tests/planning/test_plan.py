@@ -56,7 +56,9 @@ def test_the_shape_of_smollm2_is_that_of_the_model(smollm2: FrozenBase) -> None:
     [
         {"algorithm": {"group_size": 2, "kl_coef": 0.1}},
         {"distributed": {"base": "sharded", "gather": "layers"}},
+        {"training__gradient_checkpointing": True},
     ],
+    ids=["reference", "layers", "recomputed"],
 )
 def test_the_traffic_of_shards_is_the_one_that_is_counted(
     changes: dict[str, object], tmp_path: Path
@@ -111,10 +113,14 @@ def test_the_command_prints_every_part(tmp_path: Path) -> None:
     assert "does not fit 80 GB" in whole.out
 
 
-def test_more_ranks_than_queries_are_refused(tmp_path: Path) -> None:
+def test_more_ranks_than_completions_are_refused(tmp_path: Path) -> None:
     recipe: Recipe = load_recipe(recipe_of(tmp_path, tmp_path))
     with pytest.raises(InputError, match="nothing to do"):
-        plan(recipe, TINY, 5, DEVICES["h100"])
+        plan(recipe, TINY, 9, DEVICES["h100"])
+    plan(recipe, TINY, 8, DEVICES["h100"])
+    pairs = load_recipe(recipe_of(tmp_path, tmp_path, algorithm={"type": "dpo"}))
+    with pytest.raises(InputError, match="queries_per_step is 4 and there are 5 ranks"):
+        plan(pairs, TINY, 5, DEVICES["h100"])
 
 
 def test_rollouts_during_updates_meet_them_in_memory_and_hide_behind_them() -> None:

@@ -58,6 +58,8 @@ class OpenAIJudge:
         InputError: see `JsonClient`.
     """
 
+    on_first_rank = True
+    """`concurrency` is that of the run: several ranks would ask so often each."""
     __signature__ = SignatureOf(JudgeSettings)
 
     def __init__(self, **options: Any) -> None:

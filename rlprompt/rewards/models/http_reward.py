@@ -37,6 +37,8 @@ class ServerReward:
         InputError: see `JsonClient`; or an option has no effect under the chosen protocol.
     """
 
+    on_first_rank = True
+    """`concurrency` is that of the run: several ranks would ask so often each."""
     __signature__ = SignatureOf(ServerSettings)
 
     def __init__(self, **options: Any) -> None:

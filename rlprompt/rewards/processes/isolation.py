@@ -99,6 +99,8 @@ class IsolatedReward:
         )
         self.keywords = dict.fromkeys(hello["bound"])
         self._source = hello["source"]
+        self.on_first_rank = bool(hello["on_first_rank"])
+        """Whether the reward says that it is for the first rank."""
         self.backstop = self._isolation.start_timeout + 2 * _LATE
         """Seconds beyond the timeout that a call may take: the worker may have to start first."""
 

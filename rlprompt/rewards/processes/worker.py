@@ -37,6 +37,7 @@ from rlprompt.rewards.base import RewardFunction, RewardSettings
 from rlprompt.rewards.load import load_reward
 from rlprompt.rewards.processes.execution import is_async, provide_event_loop
 from rlprompt.rewards.processes.pipe import Message, read_message, write_message
+from rlprompt.rewards.sharing import wants_first_rank
 from rlprompt.rewards.validation import NOT_A_LIST, Sink, plain_value, source_file, user_place
 
 _GIB = 2**30
@@ -149,6 +150,7 @@ def _describe(reward: RewardFunction) -> dict[str, Any]:
         "parameters": [[p.name, int(p.kind), p.default is not p.empty] for p in parameters],
         "bound": list(getattr(reward, "keywords", {})),
         "source": source_file(reward),
+        "on_first_rank": wants_first_rank(reward),
     }
 
 
