@@ -11,7 +11,7 @@ Before a run a probe is drawn on each server and compared with the forward here;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -43,7 +43,7 @@ from rlprompt.engines.vllm.settings import VllmSettings
 from rlprompt.errors import InputError
 from rlprompt.policy import Policy
 from rlprompt.prompts.adapter import AdapterPrompt
-from rlprompt.prompts.base import EmbeddedPrompt, Prompt
+from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.embedded import is_embedded, slot_embeddings
 from rlprompt.prompts.layer_adapters import LoRA
 from rlprompt.prompts.sequence import SequencePrompt
@@ -237,9 +237,7 @@ class VllmEngine(Engine):
             self._completions(self._read(answer, sent, sampling, call.server), count, sampling)
             for answer, call in zip(answers, calls, strict=True)
         )
-        return [
-            Generation(tuple(Group(query, next(rows)) for query in queries)) for _ in prompts
-        ]
+        return [Generation(tuple(Group(query, next(rows)) for query in queries)) for _ in prompts]
 
     def _check(self, sampling: SamplingSettings) -> None:
         """Refuse what would mean something else on the servers."""
@@ -327,9 +325,7 @@ class VllmEngine(Engine):
         self, answer: Any, count: int, sampling: SamplingSettings, server: int
     ) -> list[Drawn]:
         try:
-            return read_completions(
-                answer, count, sampling.max_tokens, self.policy.base.vocab_size
-            )
+            return read_completions(answer, count, sampling.max_tokens, self.policy.base.vocab_size)
         except ValueError as error:
             raise InputError(
                 f"engine: the answer of {self.client.shown[server]} cannot be used: {error}; see "
