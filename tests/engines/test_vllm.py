@@ -270,9 +270,12 @@ def test_servers_that_cannot_be_drawn_on_are_refused_at_the_start(
 
 
 def test_servers_of_different_names_are_refused(policy: Policy) -> None:
-    with fake_vllm() as one, fake_vllm(name="other") as two:
-        with pytest.raises(InputError, match="servers of other, tiny; start them with one"):
-            engine_on(policy, one, two)
+    with (
+        fake_vllm() as one,
+        fake_vllm(name="other") as two,
+        pytest.raises(InputError, match="servers of other, tiny; start them with one"),
+    ):
+        engine_on(policy, one, two)
 
 
 def test_what_a_server_lacks_is_named(policy: Policy) -> None:
