@@ -23,8 +23,7 @@ REMOTE: dict[str, dict[str, Any]] = {
     "endpoint": {"base_url": "http://127.0.0.1:9/v1", "model": "m"},
     "vllm": {"urls": ("http://127.0.0.1:9/v1",)},
 }
-"""Settings of engines that draw elsewhere; tests/engines/test_endpoint.py and test_vllm.py are about
-those."""
+"""Settings of engines that draw elsewhere; test_endpoint.py and test_vllm.py are about those."""
 KINDS: dict[str, type[Engine]] = {
     **{name: each for name, each in ENGINES.items() if name not in REMOTE},
     "of one's own": TimedEngine,

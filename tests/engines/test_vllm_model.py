@@ -54,7 +54,8 @@ LARGEST_GAP = 1e-3
 """Nats between log-probabilities in float32; 6e-5 was the largest that was seen."""
 REWARD = """
 def short(completions, **kwargs):
-    return [-len(text if isinstance(text, str) else text[0]["content"]) / 100 for text in completions]
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    return [-len(text) / 100 for text in texts]
 """
 
 
