@@ -92,8 +92,11 @@ LORA = {"type": "adapter", "text": "the rain", "method": {"type": "lora", "rank"
 def test_a_run_draws_on_its_servers_and_corrects_for_them(tmp_path: Path) -> None:
     with fake_vllm(noise=1e-3) as one, fake_vllm(noise=1e-3) as two:
         engine = {"type": "vllm", "urls": [one.url, two.url]}
-        training = {"steps": 3, "queries_per_step": 2}
-        tiny_trainer(tmp_path, tmp_path / "run", engine=engine, training=training).run()
+        changes = {
+            "training": {"steps": 3, "queries_per_step": 2},
+            "evaluation": {"every": 3, "completions_per_query": 1},
+        }
+        tiny_trainer(tmp_path, tmp_path / "run", engine=engine, **changes).run()
         for server in (one, two):
             assert {body["model"] for body in server.completions} == {"tiny"}
             assert sum("prompt_embeds" in body for body in server.completions) > 3
@@ -108,7 +111,10 @@ def test_a_run_draws_on_its_servers_and_corrects_for_them(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["in turn", "ahead"])
 def test_a_resumed_run_goes_on_on_servers_elsewhere(tmp_path: Path, overlap: bool) -> None:
-    changes: dict[str, Any] = {"training": {"steps": 2, "overlap_rollouts": overlap}}
+    changes: dict[str, Any] = {
+        "training": {"steps": 2, "overlap_rollouts": overlap},
+        "evaluation": {"every": 3, "completions_per_query": 1},
+    }
     with fake_vllm() as server:
         engine = {"type": "vllm", "urls": server.url}
         tiny_trainer(tmp_path, tmp_path / "run", engine=engine, **changes).run()
@@ -124,7 +130,7 @@ def test_a_resumed_run_goes_on_on_servers_elsewhere(tmp_path: Path, overlap: boo
 def test_lora_learns_on_a_server(tmp_path: Path) -> None:
     with fake_vllm() as server:
         engine = {"type": "vllm", "urls": server.url, "adapter_folder": str(tmp_path / "versions")}
-        plain = tiny_recipe(tmp_path).plain()
+        plain = tiny_recipe(tmp_path, evaluation={"every": 3, "completions_per_query": 1}).plain()
         recipe = Recipe.model_validate({**plain, "engine": engine, "prompt": LORA})
         build_single_run(recipe, tmp_path, tmp_path / "run").run()
         assert len([each for each in server.history if each.startswith("load")]) >= 3
