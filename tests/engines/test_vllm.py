@@ -95,10 +95,10 @@ def test_it_draws_what_the_base_draws_under_the_prompt(
     got = scores(policy, prompt, queries(3), rows, SAMPLING.temperature)
     flat = [c for row in rows for c in row]
     stop = policy.stop_ids | set(SAMPLING.stop_token_ids)
-    for logprobs, each in zip(got.logprobs, flat, strict=True):
-        sampled = torch.tensor(each.sampling_logprobs)
+    for logprobs, completion in zip(got.logprobs, flat, strict=True):
+        sampled = torch.tensor(completion.sampling_logprobs)
         torch.testing.assert_close(logprobs[: len(sampled)], sampled, rtol=0, atol=1e-4)
-        assert each.terminated == (each.token_ids[-1] in stop)
+        assert completion.terminated == (completion.token_ids[-1] in stop)
 
 
 def test_a_request_says_everything_and_nothing_is_tokenised_there(policy: Policy) -> None:
@@ -219,6 +219,19 @@ def test_adapters_are_loaded_by_version_and_again_where_they_are_lost(
         server.loaded.clear()  # it was started anew
         assert engine.generate(queries(2), 2, SAMPLING, seed=1).groups == drawn
         assert list(server.loaded) == [name]
+
+
+def test_ranks_share_an_adapter(policy: Policy, tmp_path: Path) -> None:
+    """Each rank has an engine of its own; all load the same versions, and unload the same ones."""
+    with fake_vllm() as server:
+        ranks = [engine_on(policy, server, adapter_folder=str(tmp_path)) for _ in range(2)]
+        for seed in range(2):
+            for rank in ranks:
+                rank.sync(lora(policy, seed))
+        drawn = [rank.generate(queries(1), 2, SAMPLING, seed=1).groups for rank in ranks]
+        assert drawn[0] == drawn[1]
+        assert [each.split()[0] for each in server.history] == ["load", "load", "unload"]
+        assert len(list(tmp_path.iterdir())) == len(server.loaded) == 1
 
 
 def test_a_temporary_folder_of_adapters_is_removed(policy: Policy) -> None:
