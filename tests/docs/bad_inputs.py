@@ -401,7 +401,8 @@ ENDPOINTS = [
     ("a budget without a limit", lambda p: _remote(p, budget={})),
     ("a base in shards for an endpoint", lambda p: _remote(p, distributed__base="sharded")),
 ]
-VLLM = {"type": "vllm", "urls": ["http://127.0.0.1:9/v1"], "start_timeout": 0.0, "retries": 0}
+ADDRESS = "http://127.0.0.1:9/v1"
+VLLM = {"type": "vllm", "urls": [ADDRESS], "start_timeout": 0.0, "retries": 0}
 
 
 def _vllm(project: Project, engine: Mapping[str, Any] | None = None, **changes: Any) -> Any:
@@ -412,7 +413,7 @@ def _vllm(project: Project, engine: Mapping[str, Any] | None = None, **changes: 
 SERVERS = [
     ("nobody at a server's address", lambda p: _vllm(p)),
     ("no server", lambda p: _vllm(p, {"urls": []})),
-    ("a server named twice", lambda p: _vllm(p, {"urls": VLLM["urls"] * 2})),
+    ("a server named twice", lambda p: _vllm(p, {"urls": [ADDRESS, ADDRESS]})),
     ("an address that is none", lambda p: _vllm(p, {"urls": "gpu1:8000"})),
     (
         "a server's key in the clear",
