@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field
@@ -127,6 +127,15 @@ class Signal:
         return self.advantages.sum(1) / self.counted_lengths.clamp_min(1)
 
 
+class Importance(NamedTuple):
+    """What corrects a loss for tokens that another program drew, which rounds in its own way."""
+
+    sampling_logprobs: Tensor
+    """[b, T] as it gave them, 0 in the padding."""
+    cap: float
+    """The largest weight."""
+
+
 @dataclass(frozen=True)
 class MicroSignal:
     """The rows of a micro-batch; groups are whole where the algorithm asks for `whole_groups`."""
@@ -150,6 +159,9 @@ class MicroSignal:
     row_weights: Tensor | None = None
     """[b]: what a robust objective makes of the row's query, 1 on average; None = all 1. Contained
     in `weights`; for losses that are not sums over tokens."""
+    importance: Importance | None = None
+    """What a policy gradient is corrected by where tokens were drawn elsewhere; None = by nothing,
+    since the same numbers drew them, or the ratio is taken against what drew them already."""
 
 
 @dataclass(frozen=True)

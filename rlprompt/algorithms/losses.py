@@ -29,6 +29,15 @@ class Surrogate(NamedTuple):
     """bool [B, T]: ratio over its bound while the advantage is positive."""
 
 
+class ImportanceWeights(NamedTuple):
+    """Factors of a policy gradient, and where they were cut."""
+
+    weights: Tensor
+    """[B, T], without gradient."""
+    cut: Tensor
+    """bool [B, T]: the ratio is over the cap."""
+
+
 class ValueLoss(NamedTuple):
     """A value regression and where it was clipped."""
 
@@ -59,6 +68,27 @@ def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, ratio: Ratio
     if ratio == "sequence_mean":
         total = total / mask.sum(dim=1, keepdim=True).clamp_min(1)
     return total.expand_as(gap)
+
+
+def importance_weights(
+    old_logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor, ratio: Ratio, cap: float
+) -> ImportanceWeights:
+    """Truncated importance weights for tokens that another program drew.
+
+    min(p_old / p_sampling, cap), of Ionides (2008, "Truncated Importance Sampling"), as Yao et al.
+    (2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training") apply them to
+    rollout engines that round in another way than training: the surrogate's own ratio starts from
+    `old_logprobs`, and this factor leads from what drew the tokens to there.
+
+    Args:
+        old_logprobs: [B, T] under the policy before the first update, as training computes it.
+        sampling_logprobs: [B, T] as the program gave them that drew the tokens.
+        mask: bool [B, T], the tokens of the completions.
+        ratio: what the surrogate's ratio is about; the weight is about the same (`log_ratio`).
+        cap: the largest weight.
+    """
+    exact = log_ratio(old_logprobs, sampling_logprobs, mask, ratio).detach().exp()
+    return ImportanceWeights(exact.clamp(max=cap), exact > cap)
 
 
 def clipped_surrogate(

@@ -24,7 +24,13 @@ from rlprompt.algorithms.base import (
     TokenLosses,
 )
 from rlprompt.algorithms.kl import Estimator, adapted_kl_coef, kl_estimate
-from rlprompt.algorithms.losses import Ratio, Surrogate, clipped_surrogate, log_ratio
+from rlprompt.algorithms.losses import (
+    Ratio,
+    Surrogate,
+    clipped_surrogate,
+    importance_weights,
+    log_ratio,
+)
 from rlprompt.algorithms.shaping import overlong_penalty
 from rlprompt.errors import InputError
 from rlprompt.policy import TokenScores
@@ -222,6 +228,14 @@ class PolicyGradient(Algorithm):
         ratios = log_ratio(scores.logprobs, old, scores.mask, self.ratio)
         surrogate = self.surrogate(ratios, scores.logprobs, micro.advantages)
         metrics = {"entropy": scores.entropy.detach()}
+        of_ratio = self._clip_metrics(surrogate)
+        rl = weights * surrogate.loss
+        if micro.importance is not None:
+            drawn, cap = micro.importance
+            factors = importance_weights(old, drawn, scores.mask, self.ratio, cap)
+            rl = rl * factors.weights
+            of_ratio["sampling/importance_sampling_ratio/mean"] = factors.weights
+            of_ratio["sampling/importance_sampling_ratio/truncated"] = factors.cut.float()
         kl = None
         if micro.ref_logprobs is not None:
             distance = kl_estimate(scores.logprobs, micro.ref_logprobs, settings.kl_estimator)
@@ -233,14 +247,13 @@ class PolicyGradient(Algorithm):
         ce = None
         if self.entropy_grad:
             ce = -settings.entropy_coef * (weights * scores.entropy).sum()
-        clipped = self._clip_metrics(surrogate)
         per_token = self.ratio == "token"
         return TokenLosses(
-            rl=(weights * surrogate.loss).sum(),
+            rl=rl.sum(),
             kl=kl,
             ce=ce,
-            metrics=metrics | clipped if per_token else metrics,
-            row_metrics=None if per_token else {k: v[:, 0] for k, v in clipped.items()},
+            metrics=metrics | of_ratio if per_token else metrics,
+            row_metrics=None if per_token else {k: v[:, 0] for k, v in of_ratio.items()},
         )
 
     def _clip_metrics(self, surrogate: Surrogate) -> dict[str, Tensor]:

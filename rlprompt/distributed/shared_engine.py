@@ -50,6 +50,14 @@ class SharedEngine(Engine):
         """Whether the engine does."""
         return self._engine.supports(prompt)
 
+    def objection(self, prompt: Prompt) -> str:
+        """The engine's."""
+        return self._engine.objection(prompt)
+
+    def rehearse(self, prompt: Prompt) -> None:
+        """On every rank."""
+        self._engine.rehearse(prompt)
+
     def sync(self, prompt: Prompt) -> None:
         """On every rank."""
         self._engine.sync(prompt)

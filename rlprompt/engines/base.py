@@ -19,6 +19,11 @@ from rlprompt.types import Group, Query
 class EngineSettings(ChosenSettings):
     """What every engine can be told: nothing but which one it is."""
 
+    @property
+    def importance_weight_cap(self) -> float | None:
+        """The largest weight that corrects the loss for how tokens were drawn; None = none does."""
+        return None
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -87,6 +92,24 @@ class Engine(ABC):
     @abstractmethod
     def supports(self, prompt: Prompt) -> bool:
         """Whether this engine can apply the prompt exactly."""
+
+    def objection(self, prompt: Prompt) -> str:
+        """Why a prompt is not supported, as the middle of "engine.type is ..., which ...".
+
+        Args:
+            prompt: prompt of which `supports` is false.
+        """
+        return f"cannot apply a prompt of the kind {prompt.kind}"
+
+    def rehearse(self, prompt: Prompt) -> None:  # noqa: B027 (an engine need not be elsewhere)
+        """Prove before a run that completions can be drawn under a prompt; nothing by default.
+
+        Args:
+            prompt: prompt that is supported.
+
+        Raises:
+            InputError: they cannot, or not as they should be.
+        """
 
     @abstractmethod
     def sync(self, prompt: Prompt) -> None:

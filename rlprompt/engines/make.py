@@ -8,6 +8,7 @@ from typing import Annotated
 from rlprompt.engines.base import Engine, EngineSettings
 from rlprompt.engines.endpoint import EndpointEngine
 from rlprompt.engines.native import NativeEngine
+from rlprompt.engines.vllm.engine import VllmEngine
 from rlprompt.errors import InputError
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
@@ -16,6 +17,7 @@ from rlprompt.settings import OneOf
 ENGINES: Mapping[str, type[Engine]] = {
     "native": NativeEngine,
     "endpoint": EndpointEngine,
+    "vllm": VllmEngine,
 }
 """The built-in engines: what `engine.type` says -> the class."""
 
@@ -51,11 +53,12 @@ def require_support(engine: Engine, prompts: Iterable[Prompt]) -> None:
         prompts: the prompts that it will be asked to draw under.
 
     Raises:
-        InputError: the engine does not support one.
+        InputError: the engine does not support one, or see `Engine.rehearse`.
     """
     for prompt in prompts:
         if not engine.supports(prompt):
             raise InputError(
-                f"engine.type is {engine.settings.type}, which cannot apply a prompt of the kind "
-                f"{prompt.kind}; choose another engine, or another prompt"
+                f"engine.type is {engine.settings.type}, which {engine.objection(prompt)}; choose "
+                "another engine, or another prompt"
             )
+        engine.rehearse(prompt)

@@ -98,7 +98,7 @@ def plan(
     if not isinstance(engine, NativeSettings):
         raise InputError(
             f"engine.type is {engine.type}, and a plan knows the memory of the native engine only; "
-            "plan with engine.type=native"
+            "plan with 'engine={type: native}'"
         )
     require_work(recipe, ranks)
     overlaps = recipe.training.overlap_rollouts

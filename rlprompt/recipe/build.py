@@ -437,6 +437,7 @@ def _gradient_step(recipe: Recipe, shared: Shared, rewards: RewardRunner) -> Gra
             constraints=_constraints(recipe, rewards),
             query_weights=_query_weights(recipe, shared.data),
             ranks=shared.ranks,
+            importance_cap=recipe.engine.importance_weight_cap,
         )
     )
 

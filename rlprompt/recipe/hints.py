@@ -80,7 +80,17 @@ FOREIGN_NAMES: Mapping[str, Mapping[str, Ours]] = {
         "repetition_penalty": Ours((), "watch or reward builtin:repetition"),
         "chat_template": Ours(("model.template",)),
         "chat_template_path": Ours(("model.template",)),
-        "use_vllm": Ours(("engine.type",)),
+        "use_vllm": Ours(("engine.type",), "type: vllm, with addresses as engine.urls"),
+        "vllm_mode": Ours(("engine.type",), "a server always; start `vllm serve` beside the run"),
+        "vllm_server_base_url": Ours(("engine.urls",), "with /v1 at its end"),
+        "vllm_server_host": Ours(("engine.urls",)),
+        "vllm_server_port": Ours(("engine.urls",)),
+        "vllm_server_timeout": Ours(("engine.start_timeout",)),
+        "vllm_importance_sampling_correction": Ours(
+            ("engine.importance_cap",), "null = not corrected"
+        ),
+        "vllm_importance_sampling_clip_max": Ours(("engine.importance_cap",), "3 in TRL"),
+        "vllm_importance_sampling_cap": Ours(("engine.importance_cap",)),
         "use_transformers_paged": Ours(("engine.type",)),
         "max_prompt_length": Ours((), "queries are never cut; shorten the data"),
     },

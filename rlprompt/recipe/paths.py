@@ -38,7 +38,7 @@ _CLASSES = (
     "tracking.trackers.*.type",
 )
 """Classes of the user's own, found in the same way."""
-_FOLDERS = ("model.path", "distributed.nvme_path")
+_FOLDERS = ("model.path", "distributed.nvme_path", "engine.adapter_folder")
 """Folders relative to the working directory."""
 _MODELS = ("", "model.", "members.*.")
 """Where the options of a built-in reward name a model."""

@@ -40,6 +40,7 @@ from rlprompt.recipe.endpoints import check_endpoints
 from rlprompt.recipe.extensions import extended, load_named
 from rlprompt.recipe.paths import with_absolute_paths
 from rlprompt.recipe.secrets import secret_in
+from rlprompt.recipe.vllm import check_vllm
 from rlprompt.recipe.yaml_file import apply_override, explain, read_tree, set_value
 from rlprompt.rewards.base import RewardSettings
 from rlprompt.runs.claim_folder import recipe_folder
@@ -132,6 +133,11 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _can_ask_endpoints(self) -> Recipe:
         check_endpoints(self)
+        return self
+
+    @model_validator(mode="after")
+    def _can_draw_on_vllm(self) -> Recipe:
+        check_vllm(self)
         return self
 
     @model_validator(mode="after")

@@ -107,6 +107,9 @@ def foreign_parts(tree: Mapping[str, Any]) -> dict[str, Any]:
     for section, settings in asked.items():
         if isinstance(settings, dict) and settings.get("base_url") is not None:
             found[f"{section}.base_url"] = settings["base_url"]
+    for key in ("urls", "adapter_folder"):
+        if isinstance(engine := tree.get("engine"), dict) and engine.get(key) is not None:
+            found[f"engine.{key}"] = engine[key]
     model = tree.get("model")
     if isinstance(model, dict) and model.get("trust_remote_code"):
         found["model.trust_remote_code"] = True

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlprompt.algorithms.base import BatchView, MicroSignal, Signal
+from rlprompt.algorithms.base import BatchView, Importance, MicroSignal, Signal
 from rlprompt.policy import TokenScores
 from rlprompt.rollout.collect import RolloutBatch
 from rlprompt.types import Completion
@@ -82,6 +82,7 @@ def micro_signal(
     token_weights: Tensor,
     robust_weights: Tensor | None,
     scores: TokenScores,
+    importance_cap: float | None = None,
 ) -> MicroSignal:
     """The part of a signal that belongs to the rows of a micro-batch.
 
@@ -91,6 +92,7 @@ def micro_signal(
         token_weights: [B] what one token of each row counts for in this update.
         robust_weights: [B] what a robust objective makes of each row; None = nothing.
         scores: scores of the micro-batch.
+        importance_cap: largest weight that corrects for how tokens were drawn; None = none does.
     """
     index = torch.tensor([row.index for row in rows])
     device, width = scores.logprobs.device, scores.mask.shape[1]
@@ -110,7 +112,16 @@ def micro_signal(
         returns=None if returns is None else returns[index][:, :width].to(device),
         teacher_states=torch.cat(teacher) if teacher else None,
         row_weights=None if robust is None else robust.to(device),
+        importance=_importance(rows, scores, importance_cap),
     )
+
+
+def _importance(rows: Sequence[Row], scores: TokenScores, cap: float | None) -> Importance | None:
+    """The correction of rows whose ratio is not taken against what drew them."""
+    if cap is None or any(row.sampling_logprobs is not None for row in rows):
+        return None
+    drawn = sampling_logprobs(rows, scores)
+    return None if drawn is None else Importance(drawn, cap)
 
 
 def sampling_logprobs(rows: Sequence[Row], scores: TokenScores) -> Tensor | None:

@@ -77,6 +77,8 @@ class StepParts:
     """A robust objective; None when all queries count alike."""
     ranks: Ranks = field(default_factory=Ranks)
     """Among whom the work is divided; alone by default."""
+    importance_cap: float | None = None
+    """Largest weight that corrects for how the engine drew tokens; None when none does."""
 
 
 class GradientStep:
@@ -105,6 +107,7 @@ class GradientStep:
             teacher=parts.teacher,
             query_weights=parts.query_weights,
             ranks=parts.ranks,
+            importance_cap=parts.importance_cap,
         )
         parts.ranks.copy_first(self.updater.trained)
         self._updates = 0

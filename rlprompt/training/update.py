@@ -91,6 +91,7 @@ class Updater:
         teacher: Prompt | None = None,
         query_weights: QueryWeights | None = None,
         ranks: Ranks | None = None,
+        importance_cap: float | None = None,
     ) -> None:
         """Join the parts.
 
@@ -103,7 +104,10 @@ class Updater:
             teacher: the prompt of the teacher; None when none is needed.
             query_weights: a robust objective; None when all queries count alike.
             ranks: the ranks among whom completions are divided; None when this process is alone.
+            importance_cap: the largest weight that corrects for how the engine drew tokens; None
+                when none does.
         """
+        self._importance_cap = importance_cap
         self._ranks = ranks or Ranks()
         self._policy = policy
         self._algorithm = algorithm
@@ -245,7 +249,9 @@ class Updater:
             if not is_own:
                 (0.0 * scores.logprobs.sum()).backward()
                 continue
-            part = micro_signal(rows, batch.signal, weights, batch.robust, scores)
+            part = micro_signal(
+                rows, batch.signal, weights, batch.robust, scores, self._importance_cap
+            )
             losses = self._algorithm.losses(scores, part)
             clock.lap("forward")
             losses.total().backward()

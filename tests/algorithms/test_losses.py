@@ -12,6 +12,7 @@ from rlprompt.algorithms.losses import (
     cispo_surrogate,
     clipped_surrogate,
     clipped_value_loss,
+    importance_weights,
     log_ratio,
 )
 
@@ -103,3 +104,45 @@ def test_value_loss_by_cases(
     free = clipped_value_loss(values, torch.zeros(1, 1), torch.tensor([[target]]), None)
     assert free.loss.item() == pytest.approx(0.5 * (value - target) ** 2, abs=1e-6)
     assert not free.clipped.any()
+
+
+def test_importance_weights_undo_that_another_program_drew_the_tokens() -> None:
+    """Under their weights, the gradient over all tokens that one may draw is that of the policy."""
+    logits = torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    there = (logits + 0.3 * torch.arange(5)).log_softmax(0)
+    advantages = torch.tensor([[1.0, -2.0, 0.5, 3.0, -1.0]], dtype=torch.float64).t()
+    gradients = []
+    for drawn in (None, there):
+        own = logits.clone().requires_grad_()
+        logprobs = own.log_softmax(0)[:, None]  # [B, 1]: each token drawn once
+        old = logprobs.detach()
+        loss = clipped_surrogate(logprobs - old, advantages, LOW, HIGH).loss
+        chance = old.exp()
+        if drawn is not None:
+            mask = torch.ones(5, 1, dtype=torch.bool)
+            weights = importance_weights(old, drawn[:, None], mask, "token", 100.0).weights
+            loss, chance = loss * weights, drawn.exp()[:, None]
+        (chance * loss).sum().backward()
+        assert own.grad is not None
+        gradients.append(own.grad)
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize(
+    ("ratio", "weights", "cut"),
+    [
+        ("token", [[1.5, 0.5, 1.0], [1.0, 1.0, 1.5]], [[True, False, False], [False, False, True]]),
+        ("sequence_product", [[1.0] * 3, [1.5] * 3], [[False] * 3, [True] * 3]),
+        ("sequence_mean", [[1.0] * 3, [1.5] * 3], [[False] * 3, [True] * 3]),
+    ],
+)
+def test_importance_weights_are_about_what_the_ratio_is_about(
+    ratio: Ratio, weights: list[list[float]], cut: list[list[bool]]
+) -> None:
+    old = torch.tensor([[-1.0, -2.0, 0.0], [-1.0, -1.0, -1.0]], requires_grad=True)
+    drawn = old.detach() - torch.tensor([[2.0, 0.5, 1.0], [1.0, 1.0, 4.0]]).log()
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    out = importance_weights(old, drawn, mask, ratio, 1.5)
+    torch.testing.assert_close(out.weights, torch.tensor(weights))
+    assert out.cut.tolist() == cut
+    assert not out.weights.requires_grad

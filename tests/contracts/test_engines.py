@@ -16,10 +16,14 @@ from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.text import NonePrompt, TextPrompt
 from tests.fixtures.runs import queries, tiny_policy
+from tests.fixtures.vllm_server import fake_vllm
 from tests.invariants.oracle import scores
 
-REMOTE = {"endpoint": {"base_url": "http://127.0.0.1:9/v1", "model": "m"}}
-"""Settings of engines that draw elsewhere; tests/engines/test_endpoint.py is about those."""
+REMOTE: dict[str, dict[str, Any]] = {
+    "endpoint": {"base_url": "http://127.0.0.1:9/v1", "model": "m"},
+    "vllm": {"urls": ("http://127.0.0.1:9/v1",)},
+}
+"""Settings of engines that draw elsewhere; test_endpoint.py and test_vllm.py are about those."""
 KINDS: dict[str, type[Engine]] = {
     **{name: each for name, each in ENGINES.items() if name not in REMOTE},
     "of one's own": TimedEngine,
@@ -137,9 +141,11 @@ def test_several_prompts_are_drawn_under_as_one_after_the_other(name: str) -> No
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_settings_choose_it_and_survive_being_written(name: str) -> None:
-    settings: Any = ENGINES[name].Settings(type=name, **REMOTE.get(name, {}))
-    assert type(settings).model_validate(settings.model_dump(mode="json")) == settings
-    assert type(make_engine(tiny_policy(), settings)) is ENGINES[name]
+    with fake_vllm() as server:
+        given = {"urls": (server.url,)} if name == "vllm" else REMOTE.get(name, {})
+        settings: Any = ENGINES[name].Settings(type=name, **given)
+        assert type(settings).model_validate(settings.model_dump(mode="json")) == settings
+        assert type(make_engine(tiny_policy(), settings)) is ENGINES[name]
 
 
 def test_a_prompt_that_is_not_supported_is_refused() -> None:

@@ -401,6 +401,35 @@ ENDPOINTS = [
     ("a budget without a limit", lambda p: _remote(p, budget={})),
     ("a base in shards for an endpoint", lambda p: _remote(p, distributed__base="sharded")),
 ]
+ADDRESS = "http://127.0.0.1:9/v1"
+VLLM = {"type": "vllm", "urls": [ADDRESS], "start_timeout": 0.0, "retries": 0}
+
+
+def _vllm(project: Project, engine: Mapping[str, Any] | None = None, **changes: Any) -> Any:
+    """The recipe with its completions drawn on a vLLM server, which is not there."""
+    return project.recipe(engine={**VLLM, **(engine or {})}, **changes)
+
+
+SERVERS = [
+    ("nobody at a server's address", lambda p: _vllm(p)),
+    ("no server", lambda p: _vllm(p, {"urls": []})),
+    ("a server named twice", lambda p: _vllm(p, {"urls": [ADDRESS, ADDRESS]})),
+    ("an address that is none", lambda p: _vllm(p, {"urls": "gpu1:8000"})),
+    (
+        "a server's key in the clear",
+        lambda p: _vllm(p, {"urls": "http://gpu1:8000/v1", "api_key": "${HOME}"}),
+    ),
+    ("a prefix on a vLLM server", lambda p: _vllm(p, prompt={"type": "prefix"})),
+    (
+        "IA3 on a vLLM server",
+        lambda p: _vllm(p, prompt={"type": "adapter", "method": {"type": "ia3"}}),
+    ),
+    ("draws that leave tokens out", lambda p: _vllm(p, sampling__top_p=0.9)),
+    ("a temperature that vLLM refuses", lambda p: _vllm(p, sampling__temperature=2.5)),
+    ("a base in shards beside a server", lambda p: _vllm(p, distributed__base="sharded")),
+    ("a folder of adapters without any", lambda p: _vllm(p, {"adapter_folder": "adapters"})),
+    ("a weight below one", lambda p: _vllm(p, {"importance_cap": 0.5})),
+]
 MODELS = [
     ("a path with a typo", lambda p: p.recipe(model__path="modle")),
     ("a folder that is not there", lambda p: p.recipe(model__path="models/tiny")),
@@ -911,6 +940,7 @@ SECTIONS: dict[str, list[tuple[str, Callable[[Project], Sequence[str]]]]] = {
     "Classes of your own": OWN,
     "Search": SEARCHES,
     "Models behind endpoints": ENDPOINTS,
+    "vLLM servers": SERVERS,
     "Models": MODELS,
     "Rewards": REWARDS,
     "Rewards that ask a model": ASKING,

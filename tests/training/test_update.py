@@ -41,11 +41,19 @@ def learn(
     reference: Prompt | None = None,
     max_grad_norm: float | None = None,
     temperature: float = 1.0,
+    importance_cap: float | None = None,
     **settings: Any,
 ) -> dict[str, float]:
     """One `Updater.learn` with plain gradient descent; its metrics."""
     algorithm = GRPO(GRPOSettings(group_size=4, **settings), 10)
-    updater = Updater(policy, algorithm, reference, temperature=temperature, token_budget=budget)
+    updater = Updater(
+        policy,
+        algorithm,
+        reference,
+        temperature=temperature,
+        token_budget=budget,
+        importance_cap=importance_cap,
+    )
     optimizer = torch.optim.SGD(policy.parameters(), lr=lr)
     _, metrics = updater.learn(batch, optimizer, lambda: lr, max_grad_norm, PhaseClock())
     return metrics
@@ -109,6 +117,61 @@ def test_a_prompt_that_changes_between_sampling_and_learning_shows_in_the_gap() 
     with torch.no_grad():
         policy.parameters()[0].mul_(-1)
     assert learn(policy, batch)[f"{name}/mean"] > 1e-2
+
+
+def with_drawn(batch: RolloutBatch, factor: float) -> RolloutBatch:
+    """The batch as if every token had been drawn with so many times its probability."""
+    groups = [
+        replace(
+            group,
+            completions=tuple(
+                replace(
+                    each,
+                    sampling_logprobs=tuple(v + math.log(factor) for v in each.sampling_logprobs),
+                )
+                for each in group.completions
+            ),
+        )
+        for group in batch.groups
+    ]
+    return replace(batch, groups=tuple(groups))
+
+
+@pytest.mark.parametrize(("factor", "weight", "cut"), [(2.0, 0.5, 0.0), (0.5, 1.5, 1.0)])
+def test_tokens_that_were_drawn_elsewhere_are_weighed(
+    factor: float, weight: float, cut: float
+) -> None:
+    policy = tiny_policy("llama", torch.float64)
+    batch = sampled_batch(policy)
+    plain = learn(policy, batch, importance_cap=1.5)
+    assert plain["sampling/importance_sampling_ratio/mean"] == pytest.approx(1.0, abs=1e-6)
+    expected = gradient(policy)
+    metrics = learn(policy, with_drawn(batch, factor), importance_cap=1.5)
+    torch.testing.assert_close(gradient(policy), weight * expected, rtol=1e-3, atol=1e-6)
+    assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(weight, rel=1e-5)
+    assert metrics["sampling/importance_sampling_ratio/truncated"] == cut
+    gap = metrics["sampling/sampling_logp_difference/mean"]
+    assert gap == pytest.approx(math.log(2.0), rel=1e-5)
+    learn(policy, with_drawn(batch, factor))  # without a cap nothing is corrected
+    torch.testing.assert_close(gradient(policy), expected, rtol=1e-5, atol=1e-12)
+
+
+def test_later_updates_keep_the_weight_of_the_first_policy() -> None:
+    """What drew the tokens against the policy before the first update, whatever came since."""
+    policy = tiny_policy()
+    batch = with_drawn(sampled_batch(policy), 2.0)
+    metrics = learn(policy, batch, lr=0.5, importance_cap=3.0, num_epochs=3)
+    assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(0.5, rel=1e-3)
+
+
+def test_a_batch_drawn_ahead_is_corrected_by_its_own_ratio_alone() -> None:
+    policy = tiny_policy("llama", torch.float64)
+    batch = replace(with_drawn(sampled_batch(policy), 0.9), prefetched=True)
+    learn(policy, batch)
+    expected = gradient(policy)
+    metrics = learn(policy, batch, importance_cap=1.5)
+    torch.testing.assert_close(gradient(policy), expected, rtol=0, atol=0)
+    assert "sampling/importance_sampling_ratio/truncated" not in metrics
 
 
 def test_temperature_of_the_sampling_is_that_of_the_scores() -> None:

@@ -1,0 +1,1 @@
+"""Drawing completions on running vLLM servers."""
