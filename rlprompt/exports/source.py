@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rlprompt.errors import InputError
 from rlprompt.policy import Policy
-from rlprompt.prompts.base import EmbeddedPrompt, Prompt
-from rlprompt.prompts.sequence import SequencePrompt
+from rlprompt.prompts.base import Prompt
+from rlprompt.prompts.embedded import is_embedded, slot_embeddings
 from rlprompt.types import PrefixKV
 
 
@@ -36,7 +36,7 @@ class Source:
     @property
     def is_embedded(self) -> bool:
         """Whether the prompt is input embeddings, and nothing else."""
-        return _is_embedded(self.prompt)
+        return is_embedded(self.prompt)
 
     def embeddings(self) -> Tensor:
         """The slot's input embeddings [m, d], in the base's dtype.
@@ -45,7 +45,7 @@ class Source:
             ValueError: the prompt is more than that.
         """
         with torch.no_grad():
-            return torch.cat(_embeddings(self.prompt, self.policy)).contiguous()
+            return slot_embeddings(self.prompt, self.policy)
 
     def head_embeddings(self) -> Tensor:
         """The input embeddings [h, d] of what stands before the slot."""
@@ -80,22 +80,6 @@ class Source:
         made: PreTrainedTokenizerBase = copy.deepcopy(self.policy.base.tokenizer)
         made.chat_template = template
         return made
-
-
-def _is_embedded(prompt: Prompt) -> bool:
-    if isinstance(prompt, SequencePrompt):
-        return all(_is_embedded(part) for part in prompt.parts)
-    # A class derived from it may make another prefix.
-    own = getattr(prompt.prefix, "__func__", None)
-    return isinstance(prompt, EmbeddedPrompt) and own is EmbeddedPrompt.prefix
-
-
-def _embeddings(prompt: Prompt, policy: Policy) -> list[Tensor]:
-    if isinstance(prompt, SequencePrompt):
-        return [each for part in prompt.parts for each in _embeddings(part, policy)]
-    if not isinstance(prompt, EmbeddedPrompt):
-        raise ValueError(f"a {prompt.kind} prompt is more than input embeddings")
-    return [prompt.input_embeddings(policy)[len(policy.head_ids) :]]
 
 
 def require_one_shape(prefix: PrefixKV) -> None:
