@@ -63,9 +63,9 @@ def make_prefix(prompt: Prompt, conditioner: Conditioner) -> VllmPrefix:
         return VllmPrefix((), (), ids=(*head, *conditioner.slot_ids(prompt.init_text)))
     if not is_embedded(prompt):
         raise InputError(
-            f"a {prompt.kind} prompt is neither tokens nor input embeddings nor a LoRA adapter, and "
-            "vLLM takes nothing else (no request can bring keys and values); serve it with --engine "
-            "native, or see `rlprompt export` for the programs that read it"
+            f"a {prompt.kind} prompt is neither tokens nor input embeddings nor a LoRA adapter, "
+            "and vLLM takes nothing else (no request can bring keys and values); serve it with "
+            "--engine native, or see `rlprompt export` for the programs that read it"
         )
     with torch.no_grad():
         if isinstance(prompt, EmbeddedPrompt):

@@ -471,7 +471,7 @@ def _why_no_adapter(error: VllmError) -> str:
         )
     if error.answered is not None and 400 <= error.answered < 500:
         return (
-            "vLLM refuses the adapter (its log says why); let --max-lora-rank be at least its rank, "
-            "or serve it with --engine native"
+            "vLLM refuses the adapter (its log says why); let --max-lora-rank be at least its "
+            "rank, or serve it with --engine native"
         )
     return f"the adapter could not be loaded: {error.sentence}"
