@@ -25,6 +25,9 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tiny_policy(), folder, "Answer in one line.")
 
 
+VLLM = ["a={artifact}", "--engine", "vllm", "--vllm-url"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -43,6 +46,14 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["a={artifact}", "--log-requests", "/nowhere/x"], "cannot be written to '/nowhere/x'"),
         (["a={artifact}", "--dtype", "int3"], "--dtype is 'int3'"),
         (["a={artifact}", "--model", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["a={artifact}", "--engine", "vlm"], "--engine is 'vlm'"),
+        (["a={artifact}", "--engine", "vllm"], "add --vllm-url"),
+        (["a={artifact}", "--vllm-url", "http://127.0.0.1:1"], "no effect without --engine vllm"),
+        (["a={artifact}", "--vllm-wait", "5"], "--vllm-wait has no effect without"),
+        ([*VLLM, "127.0.0.1:8000"], "is no address"),
+        ([*VLLM, "http://me:secret@127.0.0.1:8000"], "use VLLM_API_KEY instead"),
+        ([*VLLM, "http://gpu7:8000"], "let vLLM listen on 127.0.0.1, or use https"),
+        ([*VLLM, "http://127.0.0.1:8000/v1?x=1"], "holds more than an address"),
     ],
 )
 def test_what_cannot_be_served_is_told_in_a_sentence(
