@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from rlprompt.engines.continuous import Token
 from rlprompt.errors import InputError
+from rlprompt.model.cpu.fused_modules import give_back
 from rlprompt.policy import Policy
 from rlprompt.prompts.adapter import AdapterPrompt
 from rlprompt.prompts.base import Conditioner, Prompt
@@ -80,6 +81,7 @@ class VllmScheduler:
         self._policy, self._settings, self._metrics = policy, settings, metrics
         self._stop_ids = sorted(policy.stop_ids)
         self._probes = make_probes(policy)
+        give_back(policy.base.model)  # from here on only embeddings are read
         self._lock = threading.Lock()
         self._waiting: deque[Job] = deque()
         self._running: dict[Job, asyncio.Task[None]] = {}

@@ -19,6 +19,7 @@ from openai import NotFoundError, OpenAI
 from rlprompt.artifacts.identity import prompt_hash
 from rlprompt.errors import InputError
 from rlprompt.model.chat.slot import ChatSlot
+from rlprompt.model.cpu.fused_modules import give_back
 from rlprompt.policy import Policy
 from rlprompt.prompts.adapter import AdapterPrompt
 from rlprompt.prompts.base import Prompt
@@ -30,6 +31,7 @@ from rlprompt.serving.access import Access, KeySettings
 from rlprompt.serving.loaded import Model
 from rlprompt.serving.prompt_server import PromptServer
 from rlprompt.serving.scheduler import SchedulerLimits
+from rlprompt.serving.vllm.base_check import make_probes
 from rlprompt.serving.vllm.client import VllmSettings
 from tests.fixtures.server import BASE, call, chat, save, serving, tiny_policy
 from tests.fixtures.tiny import tiny_base
@@ -646,3 +648,11 @@ def test_prompts_that_vllm_has_no_place_for_are_refused(
         with pytest.raises(InputError, match=advice):
             server.shelf.place(name, str(folder))
         assert chat(server, name, "the sun")[0] == 404
+
+
+def test_memory_that_is_given_back_returns_where_it_is_read() -> None:
+    base = tiny_base("llama", torch.bfloat16)
+    packed = Policy(base, ChatSlot.from_tokenizer(base.tokenizer))
+    before = make_probes(packed)
+    give_back(base.model)
+    assert make_probes(packed) == before
