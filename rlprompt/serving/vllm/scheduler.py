@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from rlprompt.engines.continuous import Token
 from rlprompt.errors import InputError
@@ -46,6 +46,14 @@ _MARK = "token_id:"
 _GREEDY = 1e-5
 """Temperature below which vLLM draws the likeliest token."""
 _UNAVAILABLE = "engine_unavailable"
+
+
+class _Drawn(NamedTuple):
+    """What vLLM tells of one token; see `engines.continuous.Token`."""
+
+    token_id: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(eq=False)
@@ -441,10 +449,6 @@ class VllmScheduler:
         await self._client.close()
 
 
-_Drawn = tuple[int, float | None, tuple[tuple[int, float], ...]]
-"""A token, its log-probability, and the likeliest tokens with theirs."""
-
-
 def _tokens(choice: dict[str, Any], vocabulary: int, top: int | None) -> list[_Drawn]:
     """The tokens of a choice of an event.
 
@@ -455,13 +459,13 @@ def _tokens(choice: dict[str, Any], vocabulary: int, top: int | None) -> list[_D
     if not all(type(each) is int and 0 <= each < vocabulary for each in ids):
         raise ValueError("token ids that are none of the base's")
     if top is None:
-        return [(each, None, ()) for each in ids]
+        return [_Drawn(each, None, ()) for each in ids]
     told = choice["logprobs"]
     drawn: list[_Drawn] = []
     for each, own, others in zip(ids, told["token_logprobs"], told["top_logprobs"], strict=True):
         pairs = [(int(k.removeprefix(_MARK)), float(v)) for k, v in (others or {}).items()]
         pairs.sort(key=lambda pair: -pair[1])
-        drawn.append((each, float(own), tuple(pairs[:top])))
+        drawn.append(_Drawn(each, float(own), tuple(pairs[:top])))
     return drawn
 
 
