@@ -74,7 +74,10 @@ def make_probes(policy: Policy) -> list[Probe]:
 
 
 async def check_base(
-    client: VllmClient, base: str, probes: Sequence[Probe], embed: Callable[[Sequence[int]], Tensor]
+    client: VllmClient,
+    base: str,
+    probes: Sequence[Probe],
+    embed: Callable[[Sequence[int]], Tensor] | None,
 ) -> Checked:
     """Compare a server with our base.
 
@@ -82,7 +85,7 @@ async def check_base(
         client: the server.
         base: id of our base.
         probes: what our base says.
-        embed: function from token ids to our base's input embeddings.
+        embed: function from token ids to our base's input embeddings; None = only ids are told.
 
     Raises:
         InputError: it serves another model, or reads embeddings in another way.
@@ -104,6 +107,8 @@ async def check_base(
             f"{_shown(distance)}; {advice}"
         )
     logger.info("vLLM serves %s; log-probabilities differ by %.4f", model.root, distance)
+    if embed is None:
+        return Checked(model, takes_embeddings=False)
     last = probes[-1]
     rows = encoded(embed(last.ids).detach().cpu())
     try:

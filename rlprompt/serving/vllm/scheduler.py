@@ -96,6 +96,7 @@ class VllmScheduler:
         self._timers: dict[Job, asyncio.TimerHandle] = {}
         self._draining = self._closing = self._closed = False
         self._wrong: str | None = None
+        self._takes_rows = self._takes_adapters = False
         self._watcher: asyncio.Task[None] | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run_loop, name="rlprompt-vllm", daemon=True)
@@ -148,12 +149,14 @@ class VllmScheduler:
             InputError: vLLM has no place for it, or was started without what it needs.
         """
         made = make_prefix(prompt, conditioner)
+        self._require_one_kind(prompt, made)
         if made.rows is not None and not self._checked.takes_embeddings:
             raise InputError(
                 f"a {prompt.kind} prompt is input embeddings, and the vLLM server takes none; "
                 "start it with --enable-prompt-embeds"
             )
         if not isinstance(prompt, AdapterPrompt):
+            self._takes_rows = self._takes_rows or made.rows is not None
             return made
         stored = prompt.artifact_files(self._policy.id)
         files = {
@@ -169,7 +172,26 @@ class VllmScheduler:
             raise InputError(
                 f"the adapter cannot be written for vLLM ({error.strerror}); make room in TMPDIR"
             ) from error
+        self._takes_adapters = True
         return VllmPrefix((), (), ids=made.ids, lora=lora)
+
+    def _require_one_kind(self, prompt: Prompt, made: VllmPrefix) -> None:
+        """Refuse adapters beside embeddings: vLLM 0.32 dies of a batch that has both.
+
+        A request that is cancelled may be in a batch for a while, so keeping them apart by when
+        they are sent would not do.
+
+        Raises:
+            InputError: the other kind has been served.
+        """
+        is_adapter = isinstance(prompt, AdapterPrompt)
+        if (is_adapter and self._takes_rows) or (made.rows is not None and self._takes_adapters):
+            has, wants = ("soft prompts", "LoRA") if is_adapter else ("LoRA", "soft prompts")
+            raise InputError(
+                f"this server has {has}, and vLLM's engine ends where input embeddings and LoRA "
+                f"adapters meet in a batch; serve {wants} by a second `rlprompt serve` before a "
+                "vLLM server of its own"
+            )
 
     def submit(self, job: Job) -> None:
         """Put a request into the queue; see `serving.scheduler.Scheduler.submit`."""
@@ -241,7 +263,9 @@ class VllmScheduler:
             ) from error
 
     async def _check(self) -> Checked:
-        checked = await check_base(self._client, self._policy.id, self._probes, self._policy.embed)
+        # Requests under adapters may be running where it is compared again.
+        embed = None if self._takes_adapters else self._policy.embed
+        checked = await check_base(self._client, self._policy.id, self._probes, embed)
         self._metrics.set("rlprompt_engine_up", 1)
         return checked
 

@@ -61,8 +61,6 @@ def folders(policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     for seed in range(2):
         soft = SoftPrompt.create(SoftPrompt.Settings(init_text=text), policy, seed)
         prompts[f"soft{seed}"] = moved(soft, seed, 0.03)
-    lora = AdapterPrompt.create(AdapterPrompt.Settings(text=text), policy, 0)
-    prompts["lora"] = moved(lora, 0, 0.02)
     return {name: save(policy, root / name, prompt) for name, prompt in prompts.items()}
 
 
@@ -80,20 +78,21 @@ def answers(policy: Policy, folders: dict[str, Path]) -> dict[tuple[str, str], s
 
 
 @pytest.fixture(scope="module")
-def server(
+def url(
     smollm2_dir: Path,
-    policy: Policy,
-    folders: dict[str, Path],
     answers: dict[tuple[str, str], str],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[PromptServer]:
+) -> Iterator[str]:
     assert PYTHON is not None and answers  # before vLLM takes the cores
     log = tmp_path_factory.mktemp("vllm") / "vllm.log"
     more = ["--max-num-seqs", "8", "--enable-lora", "--max-lora-rank", "16"]
-    with (
-        vllm_process(PYTHON, str(smollm2_dir), log, more=more) as url,
-        serving(policy, folders, vllm=vllm_settings(f"{url}/v1")) as made,
-    ):
+    with vllm_process(PYTHON, str(smollm2_dir), log, more=more) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def server(url: str, policy: Policy, folders: dict[str, Path]) -> Iterator[PromptServer]:
+    with serving(policy, folders, vllm=vllm_settings(f"{url}/v1")) as made:
         yield made
 
 
@@ -156,7 +155,7 @@ def test_a_name_is_swapped_while_requests_run(
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:
         thread.start()
-    for name in ("soft1", "lora", "text", "soft1"):
+    for name in ("soft1", "text", "soft0", "soft1"):
         server.shelf.place("mine", str(folders[name]))
         got = ask(client, "mine", QUESTIONS[0])
         content = prompt_hash(folders[name])
@@ -169,3 +168,15 @@ def test_a_name_is_swapped_while_requests_run(
         thread.join()
     assert wrong == [] and met
     server.shelf.take_away("mine")
+
+
+def test_an_adapter_answers_as_in_the_native_engine(
+    url: str, policy: Policy, tmp_path: Path
+) -> None:
+    settings = AdapterPrompt.Settings(text="Answer in one line.")
+    lora = moved(AdapterPrompt.create(settings, policy, 0), 0, 0.02)
+    folder = save(policy, tmp_path / "lora", lora)
+    expected = Model(policy).load(folder).generate(QUESTIONS[0], temperature=0.0, max_tokens=TOKENS)
+    with serving(policy, {"lora": folder}, vllm=vllm_settings(url)) as server:
+        client = OpenAI(base_url=f"{server.origin}/v1", api_key="unused", max_retries=0)
+        assert ask(client, "lora", QUESTIONS[0]).choices[0].message.content == expected
