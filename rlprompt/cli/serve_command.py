@@ -25,6 +25,23 @@ _KEYS = typer.Option(
 _CERTIFICATE = typer.Option(
     None, "--certificate", metavar="FILE", help="PEM with certificate and key, for https."
 )
+_ENGINE = typer.Option(
+    "native", "--engine", metavar="NAME", help="What draws the answers: native, or vllm."
+)
+_VLLM_URL = typer.Option(
+    None,
+    "--vllm-url",
+    metavar="URL",
+    help="The vLLM server of --engine vllm, on this machine; its key is VLLM_API_KEY's.",
+)
+_VLLM_WAIT = typer.Option(
+    None,
+    "--vllm-wait",
+    min=0,
+    max=86400,
+    metavar="SECONDS",
+    help="How long to wait for it at the start; by default not at all.",
+)
 _DTYPE = typer.Option("auto", "--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16.")
 _REWARD = typer.Option(
     None, "--reward", metavar="PATH", help="Scores answers on request; may be given again."
@@ -101,6 +118,9 @@ def serve(
     port: int = _PORT,
     keys: Path | None = _KEYS,
     certificate: Path | None = _CERTIFICATE,
+    engine: str = _ENGINE,
+    vllm_url: str | None = _VLLM_URL,
+    vllm_wait: float | None = _VLLM_WAIT,
     dtype: str = _DTYPE,
     reward: list[str] = _REWARD,
     monitor: str | None = _MONITOR,
@@ -137,6 +157,9 @@ def serve(
         port=port,
         keys=keys,
         certificate=certificate,
+        engine=engine,
+        vllm_url=vllm_url,
+        vllm_wait=vllm_wait,
         dtype=dtype,
         rewards=tuple(reward or ()),
         monitor=monitor,

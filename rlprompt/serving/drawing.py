@@ -99,8 +99,10 @@ class Drawing:
         else:
             got = self.events.get_nowait()
         if isinstance(got, Failure):
-            headers = {"Retry-After": "5"} if got.status == 503 else {}
-            raise Refusal(got.status, got.sentence, {**headers, **self.reply.headers})
+            headers = {"Retry-After": "5"} if got.status in (429, 503) else {}
+            raise Refusal(
+                got.status, got.sentence, {**headers, **self.reply.headers}, code=got.code
+            )
         return got
 
     def take(self, piece: Piece) -> None:

@@ -48,9 +48,19 @@ from rlprompt.serving.metrics import Described, Metrics
 from rlprompt.serving.registry_api import registry_endpoints
 from rlprompt.serving.registry_clients import client_endpoints
 from rlprompt.serving.request_log import RequestLog, RequestRecord, Trace
-from rlprompt.serving.scheduler import Event, Full, Job, Scheduler, SchedulerLimits, Told
+from rlprompt.serving.scheduler import (
+    Answerer,
+    Event,
+    Full,
+    Job,
+    Scheduler,
+    SchedulerLimits,
+    Told,
+)
 from rlprompt.serving.shelf import ServedPrompt, Shelf, UnknownModelError
 from rlprompt.serving.sources import Source
+from rlprompt.serving.vllm.client import VllmSettings
+from rlprompt.serving.vllm.scheduler import VllmScheduler
 from rlprompt.serving.watch import Answered, Scorer, Watch, WatchSettings
 
 logger = logging.getLogger(__name__)
@@ -63,7 +73,10 @@ METRICS: Mapping[str, Described] = {
     "rlprompt_prompt_tokens_total": Described("counter", "Tokens of conversations and prompts."),
     "rlprompt_completion_tokens_total": Described("counter", "Tokens drawn."),
     "rlprompt_cancelled_requests_total": Described("counter", "Requests whose client has gone."),
-    "rlprompt_failed_steps_total": Described("counter", "Decode steps that failed."),
+    "rlprompt_failed_steps_total": Described(
+        "counter", "Decode steps, or requests to vLLM, that failed."
+    ),
+    "rlprompt_engine_up": Described("gauge", "1 where the vLLM server can be asked."),
     "rlprompt_swaps": Described("gauge", "Times that a name has got other content."),
     "rlprompt_waiting_requests": Described("gauge", "Requests in the queue."),
     "rlprompt_running_rows": Described("gauge", "Answers that are being decoded."),
@@ -98,6 +111,8 @@ class PromptServerOptions:
     """The registry that can be read."""
     log: RequestLog | None = None
     """Where requests for answers are written down; closed by its owner."""
+    vllm: VllmSettings | None = None
+    """The vLLM server that draws the answers; None = the base draws them here."""
 
 
 class PromptServer(HttpServer):
@@ -123,17 +138,19 @@ class PromptServer(HttpServer):
         """
         self.metrics = Metrics(METRICS)
         self._options, self._scorer = options, scorer
-        self.scheduler = Scheduler(ContinuousDecoder(policy), options.queue, self.metrics)
-        self.shelf = Shelf(
-            policy, self.scheduler.between_steps, force=options.force, kinds=options.kinds
-        )
-        for name, source in prompts.items():
-            self.shelf.place(name, source)
-        self._policy = policy
-        super().__init__(json_app(self._endpoints(), openai_error), options.address)
-        self._watch: Watch | None = None
-        if options.watch is not None and scorer is not None:
-            self._watch = Watch(scorer, options.watch, self.shelf, self.metrics)
+        self.scheduler = _answerer(policy, options, self.metrics)
+        try:
+            self.shelf = Shelf(policy, self.scheduler, force=options.force, kinds=options.kinds)
+            for name, source in prompts.items():
+                self.shelf.place(name, source)
+            self._policy = policy
+            super().__init__(json_app(self._endpoints(), openai_error), options.address)
+            self._watch: Watch | None = None
+            if options.watch is not None and scorer is not None:
+                self._watch = Watch(scorer, options.watch, self.shelf, self.metrics)
+        except BaseException:
+            self.scheduler.close()
+            raise
         self._render = ThreadPoolExecutor(1, thread_name_prefix="rlprompt-render")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = threading.Event()
@@ -286,7 +303,7 @@ class PromptServer(HttpServer):
 
     def _ask(self, asked: ChatRequest, served: ServedPrompt, ids: list[int]) -> Ask:
         """What is to be drawn, where there is room for it."""
-        most = self._policy.forward.max_positions
+        most = self.scheduler.max_positions
         used = served.prefix.num_tokens + len(ids)
         wanted = asked.max_tokens or 1
         if used + wanted > most:
@@ -422,8 +439,9 @@ class PromptServer(HttpServer):
         return answer({"status": "ok", "version": __version__})
 
     async def _ready(self, request: Request) -> Response:
-        if not self.scheduler.is_ready:
-            raise Refusal(503, "the server is stopping", {"Retry-After": "5"})
+        why = self.scheduler.unready
+        if why is not None:
+            raise Refusal(503, why, {"Retry-After": "5"})
         return answer({"status": "ready"})
 
     async def _metrics_text(self, request: Request) -> Response:
@@ -436,6 +454,13 @@ class PromptServer(HttpServer):
         while not self._stopping.wait(seconds or None):
             for name in self.shelf.follow():
                 logger.warning("'%s' follows its registry", name)
+
+
+def _answerer(policy: Policy, options: PromptServerOptions, metrics: Metrics) -> Answerer:
+    if options.vllm is not None:
+        return VllmScheduler(policy, options.vllm, options.queue, metrics)
+    policy.head_prefix()
+    return Scheduler(ContinuousDecoder(policy), options.queue, metrics)
 
 
 def _hand_out(events: list[Told]) -> None:

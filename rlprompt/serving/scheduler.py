@@ -14,16 +14,23 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
+
+import torch
 
 from rlprompt.engines.continuous import Ask, ContinuousDecoder, Token
 from rlprompt.errors import limit_reached
+from rlprompt.prompts.base import Conditioner, Prompt
 from rlprompt.serving.answer_text import AnswerText
 from rlprompt.serving.metrics import Metrics
+from rlprompt.types import PrefixKV
 
 logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
+
+STOPPING = "the server is stopping"
+"""Why a server that drains takes nothing."""
 
 
 class Full(Exception):
@@ -41,6 +48,8 @@ class Failure(NamedTuple):
     """HTTP status."""
     sentence: str
     """What was wrong and what to do."""
+    code: str | None = None
+    """What programs know it by."""
 
 
 class Piece(NamedTuple):
@@ -99,6 +108,19 @@ class Job:
         each = ask.prefix.num_tokens + len(ask.query_ids) + ask.sampling.max_tokens
         return each * ask.copies
 
+    def take(self, token: Token) -> Piece:
+        """Take up a token; a string that ends an answer may make it its last one.
+
+        Args:
+            token: one token of one of its answers.
+        """
+        text = self.texts[token.copy]
+        new = text.push(token.token_id, last=token.finish is not None)
+        finish = "stop" if text.stopped else token.finish
+        if finish is not None:
+            self.unfinished -= 1
+        return Piece(token.copy, new, token, finish)
+
 
 class Told(NamedTuple):
     """An event, and the request that it belongs to."""
@@ -107,6 +129,69 @@ class Told(NamedTuple):
     """The request."""
     event: Event
     """What has happened to it."""
+
+
+class Answerer(Protocol):
+    """What draws the answers of a server's requests: the base here, or a server of another kind."""
+
+    limits: SchedulerLimits
+    post: Callable[[list[Told]], None]
+
+    @property
+    def unready(self) -> str | None:
+        """Why no requests are taken; None = they are."""
+        ...
+
+    @property
+    def max_positions(self) -> int:
+        """The longest conversation, answer included."""
+        ...
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the queue."""
+        ...
+
+    @property
+    def num_running(self) -> int:
+        """Requests that are being answered."""
+        ...
+
+    def start(self) -> None:
+        """Begin."""
+        ...
+
+    def between_steps(self, work: Callable[[], _Result]) -> _Result:
+        """Do something that needs the base; see `Scheduler.between_steps`."""
+        ...
+
+    def prefix_of(self, prompt: Prompt, conditioner: Conditioner) -> PrefixKV:
+        """What requests under a prompt bring with them.
+
+        Raises:
+            InputError: there is no place for such a prompt.
+        """
+        ...
+
+    def submit(self, job: Job) -> None:
+        """Put a request into the queue.
+
+        Raises:
+            Full: there is no place, or the server is stopping.
+        """
+        ...
+
+    def cancel(self, job: Job) -> None:
+        """Take a request out; nobody waits for it any more."""
+        ...
+
+    def drain(self) -> None:
+        """Take no more requests; those that are here are answered."""
+        ...
+
+    def close(self, seconds: float = 0.0) -> None:
+        """Drain, give up what has not ended after so many seconds, and end all threads."""
+        ...
 
 
 class Scheduler:
@@ -123,7 +208,7 @@ class Scheduler:
             metrics: where steps and tokens are counted.
         """
         self.limits = limits
-        self.post: Callable[[list[Told]], None] = _deliver
+        self.post: Callable[[list[Told]], None] = deliver
         """How events reach those who wait for them; called by the thread, once per step."""
         self._decoder = decoder
         self._metrics = metrics
@@ -140,9 +225,14 @@ class Scheduler:
         self._thread.start()
 
     @property
-    def is_ready(self) -> bool:
-        """Whether requests are taken."""
-        return self._thread.is_alive() and not self._draining
+    def unready(self) -> str | None:
+        """Why no requests are taken; None = they are."""
+        return None if self._thread.is_alive() and not self._draining else STOPPING
+
+    @property
+    def max_positions(self) -> int:
+        """The longest conversation, answer included."""
+        return self._decoder.policy.forward.max_positions
 
     @property
     def num_waiting(self) -> int:
@@ -164,16 +254,22 @@ class Scheduler:
             Full: there is no place, or the server is stopping.
         """
         with self._wake:
-            if self._draining:
-                raise Full("the server is stopping; ask another one", 5, stopping=True)
-            if len(self._waiting) >= self.limits.waiting:
-                raise Full(
-                    f"{len(self._waiting)} requests are waiting, as many as may; ask again later",
-                    1 + len(self._waiting) // max(1, self.limits.rows),
-                )
+            require_place(len(self._waiting), self.limits, draining=self._draining)
             job.unfinished = job.ask.copies
             self._waiting.append(job)
             self._wake.notify()
+
+    def prefix_of(self, prompt: Prompt, conditioner: Conditioner) -> PrefixKV:
+        """The prefix of a prompt, which no update changes any more.
+
+        Args:
+            prompt: the prompt.
+            conditioner: the base, whose forwards run between two steps.
+        """
+        with torch.no_grad():
+            made = prompt.prefix(conditioner).snapshot()
+        keys, values = [k.detach() for k in made.keys], [v.detach() for v in made.values]
+        return PrefixKV(keys, values, made.adapter)
 
     def cancel(self, job: Job) -> None:
         """Take a request out at the next step; nobody waits for it any more."""
@@ -314,16 +410,10 @@ class Scheduler:
         return events
 
     def _piece(self, job: Job, token: Token) -> Piece:
-        text = job.texts[token.copy]
-        new = text.push(token.token_id, last=token.finish is not None)
-        finish = token.finish
-        if text.stopped:
-            if finish is None:
-                self._decoder.leave(job.ask, token.copy)
-            finish = "stop"
-        if finish is not None:
-            job.unfinished -= 1
-        return Piece(token.copy, new, token, finish)
+        piece = job.take(token)
+        if piece.finish is not None and token.finish is None:
+            self._decoder.leave(job.ask, token.copy)
+        return piece
 
     def _fail(self, error: Exception) -> list[Told]:
         """Give up all that runs: what state the batch is in is not known."""
@@ -336,6 +426,31 @@ class Scheduler:
         return [Told(job, Failure(500, why)) for job in jobs]
 
 
-def _deliver(events: list[Told]) -> None:
+def require_place(waiting: int, limits: SchedulerLimits, *, draining: bool) -> None:
+    """Refuse a request for which there is no place.
+
+    Args:
+        waiting: number of requests that wait.
+        limits: what the queue holds.
+        draining: whether no more are taken.
+
+    Raises:
+        Full: there is none.
+    """
+    if draining:
+        raise Full(f"{STOPPING}; ask another one", 5, stopping=True)
+    if waiting >= limits.waiting:
+        raise Full(
+            f"{waiting} requests are waiting, as many as may; ask again later",
+            1 + waiting // max(1, limits.rows),
+        )
+
+
+def deliver(events: list[Told]) -> None:
+    """Hand events over to those who wait for them, in this thread.
+
+    Args:
+        events: what has happened.
+    """
     for job, event in events:
         job.deliver(event)

@@ -29,6 +29,7 @@ from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.registry.records import Target, check_name
 from rlprompt.registry.store import chosen
 from rlprompt.serving.loaded import parsed_section, recipe_section
+from rlprompt.serving.scheduler import Answerer
 from rlprompt.serving.sources import ArtifactSource, Found, Source, source_of
 from rlprompt.types import Adapter, PrefixKV
 
@@ -114,7 +115,7 @@ class Shelf:
     def __init__(
         self,
         policy: Policy,
-        between_steps: BetweenSteps,
+        answerer: Answerer,
         *,
         force: bool = False,
         kinds: Sequence[type[Prompt]] = (),
@@ -123,7 +124,7 @@ class Shelf:
 
         Args:
             policy: the policy over the base.
-            between_steps: runs work where no forward is running.
+            answerer: what answers under the prompts, and makes their prefixes.
             force: whether prompts of another base or template are loaded too.
             kinds: classes of the user's own that prompts may be of.
         """
@@ -133,8 +134,8 @@ class Shelf:
         """What clients call the base."""
         self.swaps = 0
         """Times that a name has got other content."""
-        policy.head_prefix()
-        self._policy = LoadingPolicy(policy, between_steps, self.rendering)
+        self._answerer = answerer
+        self._policy = LoadingPolicy(policy, answerer.between_steps, self.rendering)
         self._force, self._kinds = force, tuple(kinds)
         self._lock = threading.RLock()
         self._loading = threading.Lock()
@@ -390,10 +391,7 @@ class Shelf:
         return ServedPrompt(content, prompt, prefix, sampling, said, certificate)
 
     def _prefix(self, prompt: Prompt) -> PrefixKV:
-        with torch.no_grad():
-            made = prompt.prefix(self._policy).snapshot()
-        keys, values = [k.detach() for k in made.keys], [v.detach() for v in made.values]
-        return PrefixKV(keys, values, made.adapter)
+        return self._answerer.prefix_of(prompt, self._policy)
 
 
 def base_name(model: str) -> str:

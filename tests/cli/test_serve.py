@@ -8,13 +8,17 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from rlprompt.serving.loaded import Model
 from tests.cli.runs import rlprompt
 from tests.fixtures.server import save, tiny_policy
 from tests.fixtures.tiny import save_tiny
+from tests.fixtures.vllm_upstream import vllm
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,6 +27,9 @@ ROOT = Path(__file__).parents[2]
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("serve") / "mine"
     return save(tiny_policy(), folder, "Answer in one line.")
+
+
+VLLM = ["a={artifact}", "--engine", "vllm", "--vllm-url"]
 
 
 @pytest.mark.parametrize(
@@ -43,6 +50,14 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["a={artifact}", "--log-requests", "/nowhere/x"], "cannot be written to '/nowhere/x'"),
         (["a={artifact}", "--dtype", "int3"], "--dtype is 'int3'"),
         (["a={artifact}", "--model", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["a={artifact}", "--engine", "vlm"], "--engine is 'vlm'"),
+        (["a={artifact}", "--engine", "vllm"], "add --vllm-url"),
+        (["a={artifact}", "--vllm-url", "http://127.0.0.1:1"], "no effect without --engine vllm"),
+        (["a={artifact}", "--vllm-wait", "5"], "--vllm-wait has no effect without"),
+        ([*VLLM, "127.0.0.1:8000"], "is no address"),
+        ([*VLLM, "http://me:secret@127.0.0.1:8000"], "use VLLM_API_KEY instead"),
+        ([*VLLM, "http://gpu7:8000"], "let vLLM listen on 127.0.0.1, or use https"),
+        ([*VLLM, "http://127.0.0.1:8000/v1?x=1"], "holds more than an address"),
     ],
 )
 def test_what_cannot_be_served_is_told_in_a_sentence(
@@ -54,11 +69,11 @@ def test_what_cannot_be_served_is_told_in_a_sentence(
     assert done.err.count("\n") == 1
 
 
-@pytest.mark.slow
-def test_it_serves_until_sigterm_and_ends_with_0(artifact: Path, tmp_path: Path) -> None:
-    model = save_tiny(tmp_path / "model")
+@contextmanager
+def started(artifact: Path, model: Path, *more: str) -> Iterator[str]:
+    """`rlprompt serve` in a process of its own, and its address; SIGTERM ends it with 0."""
     command = [sys.executable, "-m", "rlprompt", "serve", f"mine={artifact}", "--model", str(model)]
-    command += ["--port", "0", "--dtype", "float32", "--force"]
+    command += ["--port", "0", "--dtype", "float32", "--force", *more]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -69,11 +84,37 @@ def test_it_serves_until_sigterm_and_ends_with_0(artifact: Path, tmp_path: Path)
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line.startswith("serving model, model@mine at http://127.0.0.1:"), line
-        url = line.rsplit(" at ", 1)[1].strip()
-        with urllib.request.urlopen(f"{url}/models", timeout=120) as got:
-            assert [each["id"] for each in json.load(got)["data"]] == ["model", "model@mine"]
+        yield line.rsplit(" at ", 1)[1].strip()
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=120) == 0
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.slow
+def test_it_serves_until_sigterm_and_ends_with_0(artifact: Path, tmp_path: Path) -> None:
+    with (
+        started(artifact, save_tiny(tmp_path / "model")) as url,
+        urllib.request.urlopen(f"{url}/models", timeout=120) as got,
+    ):
+        assert [each["id"] for each in json.load(got)["data"]] == ["model", "model@mine"]
+
+
+@pytest.mark.slow
+def test_it_serves_before_vllm(artifact: Path, tmp_path: Path) -> None:
+    policy = tiny_policy()
+    model = save_tiny(tmp_path / "model")
+    question = {"model": "mine", "messages": [{"role": "user", "content": "the sea"}]}
+    data = json.dumps({**question, "temperature": 0, "max_tokens": 8}).encode()
+    headers = {"Content-Type": "application/json"}
+    with (
+        vllm(policy) as upstream,
+        started(artifact, model, "--engine", "vllm", "--vllm-url", upstream.url) as url,
+    ):
+        request = urllib.request.Request(f"{url}/chat/completions", data, headers)
+        with urllib.request.urlopen(request, timeout=120) as got:
+            said = json.load(got)["choices"][0]["message"]["content"]
+    prompt = Model(tiny_policy()).load(artifact)
+    assert said == prompt.generate("the sea", temperature=0.0, max_tokens=8)
+    assert len(upstream.completions) == 1

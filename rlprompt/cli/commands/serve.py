@@ -6,7 +6,7 @@ import logging
 import signal
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -31,11 +31,15 @@ from rlprompt.serving.prompt_server import PromptServer, PromptServerOptions
 from rlprompt.serving.request_log import RequestLog
 from rlprompt.serving.scheduler import SchedulerLimits
 from rlprompt.serving.sources import Source, parse_source
+from rlprompt.serving.vllm.client import VllmSettings, vllm_settings
 from rlprompt.serving.watch import Scorer, WatchSettings
 from rlprompt.standard_streams import outlive_output
 from rlprompt.tracking.console import PlainConsole
 
 logger = logging.getLogger(__name__)
+
+ENGINES = ("native", "vllm")
+"""What can draw the answers."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,9 @@ class ServeOptions:
     port: int = 8000
     keys: Path | None = None
     certificate: Path | None = None
+    engine: str = "native"
+    vllm_url: str | None = None
+    vllm_wait: float | None = None
     dtype: str = "auto"
     rewards: tuple[str, ...] = ()
     monitor: str | None = None
@@ -69,6 +76,28 @@ class ServeOptions:
     force: bool = False
     trust_remote_code: bool = False
     prompt_classes: tuple[str, ...] = ()
+
+    def vllm(self) -> VllmSettings | None:
+        """The vLLM server that draws the answers.
+
+        Raises:
+            InputError: there is no such engine, its server is not named, or an option has no effect
+                on it.
+        """
+        if self.engine not in ENGINES:
+            raise InputError(f"--engine is '{self.engine}'; {choices(self.engine, ENGINES)}")
+        given = {"--vllm-url": self.vllm_url, "--vllm-wait": self.vllm_wait}
+        for name in (name for name, value in given.items() if value is not None):
+            if self.engine != "vllm":
+                raise InputError(f"{name} has no effect without --engine vllm; add that")
+        if self.engine == "native":
+            return None
+        if self.vllm_url is None:
+            raise InputError(
+                "--engine vllm asks a vLLM server, and none is named; add --vllm-url "
+                "http://127.0.0.1:PORT"
+            )
+        return vllm_settings(self.vllm_url, self.vllm_wait or 0.0)
 
     def watch(self) -> WatchSettings | None:
         """What is watched.
@@ -122,17 +151,18 @@ def run(prompts: Sequence[str], options: ServeOptions, *, verbose: bool) -> None
         if name in sources:
             raise InputError(f"two prompts are named '{name}'; give each a name of its own")
         sources[name] = source
+    vllm = options.vllm()
     watch = options.watch()
     if watch is not None and not options.rewards:
         raise InputError("--monitor has no effect without --reward; give the reward that watches")
     access = open_access(options.keys, options.host)  # before the minutes that a base may take
     settings = _base(sources, options)
     log = _request_log(options.log_requests)
-    server_options = _server_options(options, access, watch, log)
+    server_options = replace(_server_options(options, access, watch, log), vllm=vllm)
     scorer = _scorer(options.rewards)
     try:
         policy = open_policy(settings)
-        if policy.device.type == "cpu" and not fix_rows(policy.base.model):
+        if vllm is None and policy.device.type == "cpu" and not fix_rows(policy.base.model):
             logger.info("answers may differ in near ties with what is decoded beside them")
         with PromptServer(policy, sources, server_options, scorer) as server:
             _until_signal(server, console)
@@ -169,7 +199,10 @@ def _base(sources: Mapping[str, Source], options: ServeOptions) -> ModelSettings
     """What to load: the base that is named, or that of the first artifact."""
     if options.dtype not in (known := _dtypes()):
         raise InputError(f"--dtype is '{options.dtype}'; {choices(options.dtype, known)}")
-    changes: dict[str, Any] = {"dtype": options.dtype}
+    # The accelerator is vLLM's.
+    changes: dict[str, Any] = {"device": "cpu"} if options.engine == "vllm" else {}
+    if options.dtype != "auto":
+        changes["dtype"] = options.dtype
     if not sources and options.model is None:
         raise InputError("nothing is to be served; name a prompt, or a base with --model")
     if not sources:
@@ -178,7 +211,7 @@ def _base(sources: Mapping[str, Source], options: ServeOptions) -> ModelSettings
     folder = next(iter(sources.values())).find()[0].folder
     info = read_artifact_info(folder)
     settings = base_of_artifact(info, folder, options.model, options.trust_remote_code)
-    return settings if options.dtype == "auto" else settings.model_copy(update=changes)
+    return settings.model_copy(update=changes)
 
 
 def _dtypes() -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from rlprompt.kernels.cpu import ops
 from rlprompt.model.cpu.packed_linear import PackedLinear, PackedWeight
+from rlprompt.model.cpu.paging import page_out
 from rlprompt.model.cpu.rollout_products import ProductRows
 from rlprompt.model.forward.attention import AttentionContext, LayerCall, attention_function
 
@@ -54,6 +55,10 @@ class JoinedLinear:
         for layer in self._layers:
             if isinstance(layer, PackedLinear):
                 layer.packed.forget()
+
+    def forget(self) -> None:
+        """Give the packed copy back; it is made again where it is used again."""
+        self._packed.forget()
 
     def __call__(
         self, x: Tensor, layers: list[nn.Module], products: ProductRows | None = None
@@ -360,6 +365,20 @@ def _is_one_forward(layer: nn.Module, body: Any) -> bool:
         logger.debug("%s runs its own forward: %s", type(layer).__name__, error)
         return False
     return isinstance(expected, Tensor) and torch.equal(ours, expected)
+
+
+def give_back(model: nn.Module) -> None:
+    """Give back what packed copies and mapped weights take in memory; both return where used again.
+
+    Args:
+        model: model whose layers are not needed for now.
+    """
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, PackedWeight | JoinedLinear):
+                value.forget()
+    for parameter in model.parameters():
+        page_out(parameter.detach())
 
 
 def _frozen(

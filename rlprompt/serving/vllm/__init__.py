@@ -1,0 +1,1 @@
+"""Answers of a vLLM server on this machine, under prompts that only this side knows."""
