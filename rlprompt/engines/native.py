@@ -20,6 +20,7 @@ from torch import Tensor
 from rlprompt.engines.base import Engine, EngineSettings, Generation, require_prompts
 from rlprompt.engines.cache import DecodeCache, StepCache
 from rlprompt.engines.decode_cpp import CppDecoder, agrees, cpp_decoder
+from rlprompt.engines.graph_loop import GraphLoop, graph_loop
 from rlprompt.engines.sampling import Drawer, SamplingSettings
 from rlprompt.engines.token_loop import Decoder, ModuleDecoder, Progress, Row, TokenLoop
 from rlprompt.errors import InputError
@@ -43,6 +44,10 @@ class NativeSettings(EngineSettings):
     max_rows: int = Field(default=256, ge=1, le=65536)
     """Most completions decoded at once, those under all candidates of a search together; more are
     decoded in turns. Bounds the cache's memory."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Record decode steps on a GPU as CUDA graphs, so that a token is one launch: auto = where a
+    step can be recorded, on = an error where it cannot, off = each kernel is launched by itself.
+    Rows go in whole buckets, which may round products in another way."""
     reuse_mib: int = Field(default=128, ge=0, le=2**20)
     """Memory for products of a rollout that the update need not compute again, in MiB: where the
     C++ kernels multiply, for the first update under the prompt that was sampled under (IA3 is
@@ -55,9 +60,24 @@ class NativeEngine(Engine):
     Settings = NativeSettings
     settings: NativeSettings
 
-    def __init__(self, policy: Policy, settings: NativeSettings | None = None) -> None:
-        """Decode with `policy`'s base; `sync` a prompt before generating."""
+    def __init__(
+        self,
+        policy: Policy,
+        settings: NativeSettings | None = None,
+        graphs: GraphLoop | None = None,
+    ) -> None:
+        """Decode with `policy`'s base; `sync` a prompt before generating.
+
+        Args:
+            policy: the policy over the base.
+            settings: the settings; None = the defaults.
+            graphs: a loop of recorded steps on the same base; None = as the device has it.
+
+        Raises:
+            InputError: CUDA graphs are asked for, and the base is not where they are.
+        """
         super().__init__(policy, settings or NativeSettings())
+        self._graphs = graphs or graph_loop(policy.forward, self.settings.cuda_graphs)
         self._modules = ModuleDecoder(policy.forward)
         self._cpp: CppDecoder | None = None
         self._plain: Decoder | None = None
@@ -220,7 +240,11 @@ class NativeEngine(Engine):
                 if keep_products and place == 0 and decoder.store is not None:
                     most_tokens = uniform.shape[0] * uniform.shape[1] * (loop.max_tokens - 1)
                     writer = decoder.store.start(tasks[0].under.prefix, most_tokens)
-                rows = loop.run(decoder, cache, states, numbers.flatten(0, 1).t(), writer)
+                flat, rows = numbers.flatten(0, 1).t(), None
+                if self._graphs is not None and writer is None:
+                    rows = self._graphs.run(loop, cache, states, flat, adapter)
+                if rows is None:
+                    rows = loop.run(decoder, cache, states, flat, writer)
                 done = [self._completion(row, loop.stop) for row in rows]
                 if writer is not None:
                     writer.end_turn(done)
