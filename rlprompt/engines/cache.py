@@ -30,8 +30,8 @@ from torch.nn import functional
 
 from rlprompt.kernels.cpu.cache_layout import LANES, lay_out_keys, lay_out_values
 from rlprompt.kernels.cpu.ops import decode_attention
-from rlprompt.kernels.dispatch import fused_decode, uses_triton
-from rlprompt.kernels.operands import KeyValue, Packed, Scoring, Spans
+from rlprompt.kernels.dispatch import fused_decode
+from rlprompt.kernels.operands import KeyValue, Packed, Spans
 from rlprompt.kernels.reference import mask_bias
 from rlprompt.model.forward.attention import LayerCall
 from rlprompt.types import PrefixKV
@@ -393,7 +393,7 @@ class DecodeContext:
         key, value = cache.layer(call.layer)
         fused = self._fused
         if fused is None:
-            fused = uses_triton(key.device, key.dtype, key.shape[-1])
+            fused = call.is_fused("decode")
         if fused:
             return self._attend_fused(call, key, value)
         query = call.query[0].transpose(0, 1)[:, :, None]  # [B, H, 1, D]
@@ -407,8 +407,8 @@ class DecodeContext:
             self._spans = cache.spans()
         own = KeyValue(key[:, :, shared:], value[:, :, shared:])
         prefix = KeyValue(key[0, :, :shared], value[0, :, :shared])
-        scoring = Scoring(call.scaling, call.softcap, call.window)
-        out = fused_decode(call.query[0].transpose(0, 1), own, prefix, self._spans, scoring)
+        query = call.query[0].transpose(0, 1)
+        out = fused_decode(query, own, prefix, self._spans, call.scoring)
         return out.transpose(0, 1)[None]
 
     def _bias(self, window: int | None) -> Tensor:

@@ -83,8 +83,12 @@ def warmed(function: Function, undo: Function) -> Function:
     return function
 
 
-def loop_of(policy: Policy, capture: Capture = warmed, **limits: Any) -> GraphLoop:
-    return GraphLoop(policy.forward, GraphLimits(**{"most_bytes": ROOM, **limits}), lambda: capture)
+def loop_of(
+    policy: Policy, capture: Capture = warmed, is_required: bool = True, **limits: Any
+) -> GraphLoop:
+    """Recorded steps, an error where they cannot be."""
+    given = GraphLimits(**{"most_bytes": ROOM, **limits})
+    return GraphLoop(policy.forward, given, lambda: capture, is_required)
 
 
 def engines(
@@ -318,7 +322,9 @@ def test_what_cannot_be_recorded_is_called_plainly(
     works: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     policy = policy_of("llama")
-    plain, recorded = engines(policy, TextPrompt(TEXT), capture=failing_after(works))
+    plain, recorded = engines(
+        policy, TextPrompt(TEXT), capture=failing_after(works), is_required=False
+    )
     with RowByRow(), caplog.at_level(logging.WARNING):
         for seed in range(3):
             assert drawn(recorded, sampling_of("plain"), seed) == drawn(
@@ -349,7 +355,7 @@ def test_a_base_that_decides_by_numbers_is_found_out_before_it_is_recorded(
 ) -> None:
     policy = policy_of("llama")
     with deciding(policy), RowByRow():
-        plain, recorded = engines(policy, TextPrompt(TEXT))
+        plain, recorded = engines(policy, TextPrompt(TEXT), is_required=False)
         expected = drawn(plain, sampling_of("plain"))
         assert drawn(recorded, sampling_of("plain")) == expected
     (record,) = caplog.records
@@ -371,7 +377,7 @@ def test_a_warm_up_undoes_both_calls() -> None:
 
 def test_too_much_memory_is_not_taken(caplog: pytest.LogCaptureFixture) -> None:
     policy = policy_of("llama")
-    plain, recorded = engines(policy, TextPrompt(TEXT), most_bytes=2**19)
+    plain, recorded = engines(policy, TextPrompt(TEXT), most_bytes=2**19, is_required=False)
     for _ in range(2):
         assert drawn(recorded, sampling_of("plain")) == drawn(plain, sampling_of("plain"))
     (record,) = caplog.records  # 2 layers x (keys, values) x 2 heads x 16 x 4 bytes x 16 x 128
@@ -406,7 +412,7 @@ def test_memory_grows_and_starts_anew_where_both_do_not_fit() -> None:
 
 def test_ia3_is_decoded_plainly_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     policy = policy_of("llama")
-    plain, recorded = engines(policy, make("ia3", policy, 0.3))
+    plain, recorded = engines(policy, make("ia3", policy, 0.3), is_required=False)
     assert drawn(recorded, sampling_of("plain")) == drawn(plain, sampling_of("plain"))
     (record,) = caplog.records
     assert record.getMessage().endswith("the adapter is not of low rank, as LoRA is")
