@@ -54,8 +54,8 @@ def interpreted_attention() -> Iterator[None]:
     """Inside it attention goes through the Triton kernels on a CPU too, in the interpreter."""
     from rlprompt.model.forward import attention
 
-    before = attention.uses_triton
     replaced: Any = attention
+    before = replaced.uses_triton
     replaced.uses_triton = lambda *_: True
     try:
         yield

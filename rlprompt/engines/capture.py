@@ -65,7 +65,7 @@ def warm_up(function: Function, undo: Function) -> None:
     """
     function()
     undo()
-    with _NoHostDecisions():
+    with _NoHostDecisions():  # type: ignore[no-untyped-call]  # torch has no types there
         function()
     undo()
 

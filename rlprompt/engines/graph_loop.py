@@ -303,13 +303,14 @@ class GraphLoop:
         Raises:
             InputError: recordings are required and cannot be made.
         """
-        if self._broken or loop.max_tokens == 1:
+        if not self._works() or loop.max_tokens == 1:
             return None
         fixed = None
         if adapter is not None:
             fixed = self._fixed(adapter)
             if fixed is None:
-                return self._refuse("adapter", "the adapter is not of low rank, as LoRA is")
+                self._refuse("adapter", "the adapter is not of low rank, as LoRA is")
+                return None
         memory = self._fitting_memory(loop, cache)
         if memory is None:
             return None
@@ -317,9 +318,13 @@ class GraphLoop:
         with self._forward.adapted(fixed):
             decoding = _Decoding(self, loop, memory, cache, uniform.to(states.device), fixed)
             rows = decoding.run(states)
-        if self._broken:
+        if not self._works():  # found out on the way
             self._release()
         return rows
+
+    def _works(self) -> bool:
+        """Whether no step has failed to be recorded."""
+        return not self._broken
 
     def step(self, loop: TokenLoop, memory: _Memory, key: _Key) -> Function:
         """A decode step of a bucket, recorded unless it cannot be.
@@ -387,7 +392,8 @@ class GraphLoop:
     def _fitting_memory(self, loop: TokenLoop, cache: DecodeCache) -> _Memory | None:
         """Fixed memory that these rows fit into; None = it would be too much."""
         if any(cache.has_cpp_layout(layer) for layer in range(cache.data.shape[0] // 2)):
-            return self._refuse("kernels", "the C++ kernels decode this base")
+            self._refuse("kernels", "the C++ kernels decode this base")
+            return None
         limits, held = self.limits, self._memory
         rows = limits.rows(cache.num_rows)
         columns = _whole(cache.column + loop.max_tokens - 1)
@@ -399,12 +405,13 @@ class GraphLoop:
                 rows, columns = both
         needed = _Memory.bytes_for(cache.data, rows, columns)
         if needed > limits.most_bytes:
-            return self._refuse(
+            self._refuse(
                 "memory",
                 f"{needed / 2**20:.0f} MiB of keys and values at fixed addresses for {rows} rows "
                 f"are more than the {limits.most_bytes / 2**20:.0f} MiB that may stay between "
                 "rollouts; a smaller engine.max_rows or sampling.max_tokens needs less",
             )
+            return None
         self._release()
         self._memory = _Memory(cache.data, rows, columns, limits.check_every)
         return self._memory

@@ -41,13 +41,13 @@ class NativeSettings(EngineSettings):
     """Decode each token by one call of the C++ kernels, where they serve every layer of the base
     (Llama-shaped, bfloat16 on a CPU; `model.cpu_kernels`); false = by the base's own modules. The
     results are the same bits."""
-    max_rows: int = Field(default=256, ge=1, le=65536)
-    """Most completions decoded at once, those under all candidates of a search together; more are
-    decoded in turns. Bounds the cache's memory."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
     """Record decode steps on a GPU as CUDA graphs, so that a token is one launch: auto = where a
     step can be recorded, on = an error where it cannot, off = each kernel is launched by itself.
     Rows go in whole buckets, which may round products in another way."""
+    max_rows: int = Field(default=256, ge=1, le=65536)
+    """Most completions decoded at once, those under all candidates of a search together; more are
+    decoded in turns. Bounds the cache's memory."""
     reuse_mib: int = Field(default=128, ge=0, le=2**20)
     """Memory for products of a rollout that the update need not compute again, in MiB: where the
     C++ kernels multiply, for the first update under the prompt that was sampled under (IA3 is

@@ -69,6 +69,10 @@ class RowByRow(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def each_row_alone() -> RowByRow:
+    return RowByRow()  # type: ignore[no-untyped-call]  # torch's base class has no types
+
+
 PRODUCTS = (torch.ops.aten.matmul.default, torch.ops.aten.mm.default)
 
 
@@ -112,7 +116,7 @@ def lengths(made: Generation) -> list[int]:
     return [len(c.token_ids) for group in made.groups for c in group.completions]
 
 
-SAMPLINGS = {
+SAMPLINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "greedy": {"temperature": 0.0},
     "cold": {"temperature": 0.7, "top_p": 0.9},
@@ -161,7 +165,7 @@ def test_rows_in_buckets_and_late_looks_change_no_bit(name: str) -> None:
         engines(policy, TextPrompt(TEXT), check_every=3)[1],
         engines(policy, TextPrompt(TEXT), check_every=64)[1],
     )
-    with RowByRow():
+    with each_row_alone():
         for seed in range(2):
             expected = drawn(plain, sampling, seed)
             for engine in recorded[: 1 if seed else None]:
@@ -180,7 +184,7 @@ def test_in_other_precisions(dtype: torch.dtype) -> None:
     plain, recorded = engines(policy, TextPrompt(TEXT))
     if policy.forward.cpp:
         pytest.skip("the C++ kernels decode this base")
-    with RowByRow():
+    with each_row_alone():
         for name in ("plain", "cold"):
             assert drawn(recorded, sampling_of(name)) == drawn(plain, sampling_of(name))
 
@@ -190,7 +194,7 @@ def test_several_turns_and_several_prompts_at_once() -> None:
     settings = NativeSettings(max_rows=6)
     plain, recorded = engines(policy, TextPrompt(TEXT), settings)
     prompts = [TextPrompt(TEXT), NonePrompt(), make("soft", policy, 0.3), make("lora", policy, 0.3)]
-    with RowByRow():
+    with each_row_alone():
         assert drawn(recorded, sampling_of("plain")) == drawn(plain, sampling_of("plain"))
         ours, theirs = (
             engine.generate_each(prompts, QUERIES, 2, sampling_of("cold"), 1)
@@ -203,7 +207,7 @@ def test_long_completions_cross_buckets_of_columns() -> None:
     policy = policy_of("llama")
     sampling = SamplingSettings(max_tokens=90, temperature=0.5)
     plain, recorded = engines(policy, TextPrompt(TEXT), columns=lambda columns: columns // 16 * 32)
-    with RowByRow():
+    with each_row_alone():
         expected, made = (each.generate(QUERIES, 1, sampling, 0) for each in (plain, recorded))
     assert made == expected
     assert max(lengths(expected)) > 64
@@ -264,7 +268,7 @@ def test_what_an_earlier_rollout_left_is_not_seen() -> None:
     assert graphs._memory is not None
     with torch.inference_mode():
         graphs._memory.data.fill_(torch.nan)
-    with RowByRow():
+    with each_row_alone():
         expected = drawn(plain, sampling_of("plain"))
         assert drawn(recorded, sampling_of("plain")) == expected
 
@@ -325,7 +329,7 @@ def test_what_cannot_be_recorded_is_called_plainly(
     plain, recorded = engines(
         policy, TextPrompt(TEXT), capture=failing_after(works), is_required=False
     )
-    with RowByRow(), caplog.at_level(logging.WARNING):
+    with each_row_alone(), caplog.at_level(logging.WARNING):
         for seed in range(3):
             assert drawn(recorded, sampling_of("plain"), seed) == drawn(
                 plain, sampling_of("plain"), seed
@@ -354,7 +358,7 @@ def test_a_base_that_decides_by_numbers_is_found_out_before_it_is_recorded(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     policy = policy_of("llama")
-    with deciding(policy), RowByRow():
+    with deciding(policy), each_row_alone():
         plain, recorded = engines(policy, TextPrompt(TEXT), is_required=False)
         expected = drawn(plain, sampling_of("plain"))
         assert drawn(recorded, sampling_of("plain")) == expected
@@ -369,10 +373,17 @@ def test_a_warm_up_undoes_both_calls() -> None:
     def step() -> None:
         number.add_(1)
 
-    warm_up(step, lambda: number.sub_(1) and None)
+    def undo() -> None:
+        number.sub_(1)
+
+    warm_up(step, undo)
     assert float(number) == 0.0
-    with pytest.raises(HostDecisionError, match="_local_scalar_dense"):
-        warm_up(lambda: number.add_(float(number)) and None, lambda: None)
+
+    def decide() -> None:
+        number.add_(float(number))
+
+    with pytest.raises(HostDecisionError, match="makes Python wait"):
+        warm_up(decide, undo)
 
 
 def test_too_much_memory_is_not_taken(caplog: pytest.LogCaptureFixture) -> None:
@@ -395,7 +406,7 @@ def test_memory_grows_and_starts_anew_where_both_do_not_fit() -> None:
     for each in (engine, plain):
         each.sync(TextPrompt(TEXT))
     short, long = SamplingSettings(max_tokens=4), SamplingSettings(max_tokens=100)
-    with RowByRow():
+    with each_row_alone():
         for copies, sampling, held in [
             (5, short, (16, 128)),
             (1, long, (16, 256)),
