@@ -55,13 +55,16 @@ class Part(NamedTuple):
 
 PARTS = (
     Part("machine", "benchmarks.gpu.speed:machine", 25, "versions, the GPU's own peaks"),
-    Part("kernel_tests", "benchmarks.gpu.suites:kernel_tests", 100, "every kernel test"),
-    Part("cuda_tests", "benchmarks.gpu.suites:cuda_tests", 85, "engines, policy, training"),
+    Part("kernel_tests", "benchmarks.gpu.suites:kernel_tests", 90, "every kernel test"),
+    Part("cuda_tests", "benchmarks.gpu.suites:cuda_tests", 80, "engines, policy, training"),
     Part("agreement", "benchmarks.gpu.correct:agreement", 45, "GPU against CPU, greedy tokens"),
-    Part("training", "benchmarks.gpu.correct:training", 50, "GRPO, a checkpoint resumed"),
-    Part("kernels", "benchmarks.gpu.suites:kernel_speed", 70, "kernels against their peers"),
+    Part("training", "benchmarks.gpu.correct:training", 45, "GRPO, a checkpoint resumed"),
+    Part("kernels", "benchmarks.gpu.suites:kernel_speed", 60, "kernels against their peers"),
     Part("step_1b", "benchmarks.gpu.speed:step_1b", 50, "a step of 1B against TRL + PEFT"),
-    Part("step_8b", "benchmarks.gpu.speed:step_8b", 75, "a step of 8B against TRL + PEFT"),
+    Part("step_8b", "benchmarks.gpu.speed:step_8b", 70, "a step of 8B against TRL + PEFT"),
+    Part(
+        "decode_graphs", "benchmarks.gpu.graphs:decode_graphs", 38, "recorded steps against plain"
+    ),
     Part("decode_profile", "benchmarks.gpu.speed:decode_profile", 25, "where decoding goes"),
 )
 

@@ -52,18 +52,15 @@ def even(completion_ids, trainer_state=None, **columns):
 @contextmanager
 def interpreted_attention() -> Iterator[None]:
     """Inside it attention goes through the Triton kernels on a CPU too, in the interpreter."""
-    from rlprompt.engines import cache
-    from rlprompt.model.forward import forest, tree
+    from rlprompt.model.forward import attention
 
-    places: list[Any] = [cache, forest, tree]
-    before = [place.uses_triton for place in places]
-    for place in places:
-        place.uses_triton = lambda *_: True
+    replaced: Any = attention
+    before = replaced.uses_triton
+    replaced.uses_triton = lambda *_: True
     try:
         yield
     finally:
-        for place, function in zip(places, before, strict=True):
-            place.uses_triton = function
+        replaced.uses_triton = before
 
 
 def queries(count: int = len(TEXTS)) -> list[Query]:

@@ -159,7 +159,8 @@ def _side(
     }
 
 
-def _policy(world: World, name: str, work: Work) -> Policy:
+def model_policy(world: World, name: str, work: Work) -> Policy:
+    """A soft prompt on random weights of a shape."""
     tokenizer = byte_tokenizer()
     base = base_in_memory(world.random_model(name), tokenizer)
     policy = Policy(base, ChatSlot.from_tokenizer(base.tokenizer))
@@ -170,7 +171,7 @@ def _policy(world: World, name: str, work: Work) -> Policy:
 
 
 def _ours(world: World, name: str, work: Work) -> dict[str, Any]:
-    policy = _policy(world, name, work)
+    policy = model_policy(world, name, work)
     engine = NativeEngine(policy, NativeSettings(reuse_mib=0))
     reward = world.scratch / "reward.py"
     reward.write_text("from benchmarks.gpu.speed import even\n", encoding="utf-8")
@@ -317,7 +318,7 @@ def decode_profile(world: World) -> dict[str, Any]:
 
     world.require_device()
     work = TINY_WORK if world.dry_run else Work(8, 8, 32)
-    policy = _policy(world, "llama-3.2-1b", work)
+    policy = model_policy(world, "llama-3.2-1b", work)
     engine = NativeEngine(policy, NativeSettings(reuse_mib=0))
     engine.sync(policy.prompt)
     sampling = SamplingSettings(max_tokens=work.tokens, min_tokens=work.tokens)

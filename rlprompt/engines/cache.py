@@ -30,8 +30,8 @@ from torch.nn import functional
 
 from rlprompt.kernels.cpu.cache_layout import LANES, lay_out_keys, lay_out_values
 from rlprompt.kernels.cpu.ops import decode_attention
-from rlprompt.kernels.dispatch import fused_decode, uses_triton
-from rlprompt.kernels.operands import KeyValue, Packed, Scoring, Spans
+from rlprompt.kernels.dispatch import fused_decode
+from rlprompt.kernels.operands import KeyValue, Packed, Spans
 from rlprompt.kernels.reference import mask_bias
 from rlprompt.model.forward.attention import LayerCall
 from rlprompt.types import PrefixKV
@@ -65,18 +65,8 @@ class Prefilled(Protocol):
         ...
 
 
-class StepCache(Protocol):
-    """What a decode step asks of a cache: where its B rows stand, and to write one column more."""
-
-    @property
-    def block(self) -> int:
-        """What the number of rows is always a multiple of."""
-        ...
-
-    @property
-    def num_rows(self) -> int:
-        """Rows still decoding."""
-        ...
+class AttendedCache(Protocol):
+    """What attention asks of a cache: the columns of its B rows, and to write one more."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -88,26 +78,6 @@ class StepCache(Protocol):
         """Columns at the front that are equal in all rows."""
         ...
 
-    @property
-    def data(self) -> Tensor:
-        """The whole block, [2 L, at least B, H_kv, S, D]: keys of all layers, then values."""
-        ...
-
-    @property
-    def table(self) -> Tensor:
-        """Padding and leader of each row; see `decode_attention`."""
-        ...
-
-    @property
-    def shared(self) -> int:
-        """Columns that a row without padding may read in its leader."""
-        ...
-
-    @property
-    def column(self) -> int:
-        """The column that a row without padding writes next."""
-        ...
-
     def reserve(self) -> None:
         """Make room for the column about to be written."""
         ...
@@ -117,7 +87,7 @@ class StepCache(Protocol):
         ...
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, [B, H_kv, S, D], contiguous views."""
+        """Keys and values of one layer, [B, H_kv, S, D], views."""
         ...
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
@@ -138,6 +108,40 @@ class StepCache(Protocol):
 
     def spans(self) -> Spans:
         """The columns behind the prefix that each row sees, the one to be written included."""
+        ...
+
+
+class StepCache(AttendedCache, Protocol):
+    """What a decode step in one call asks beside: where everything stands."""
+
+    @property
+    def block(self) -> int:
+        """What the number of rows is always a multiple of."""
+        ...
+
+    @property
+    def num_rows(self) -> int:
+        """Rows still decoding."""
+        ...
+
+    @property
+    def data(self) -> Tensor:
+        """The whole block, [2 L, at least B, H_kv, S, D]: keys of all layers, then values."""
+        ...
+
+    @property
+    def table(self) -> Tensor:
+        """Padding and leader of each row; see `decode_attention`."""
+        ...
+
+    @property
+    def shared(self) -> int:
+        """Columns that a row without padding may read in its leader."""
+        ...
+
+    @property
+    def column(self) -> int:
+        """The column that a row without padding writes next."""
         ...
 
 
@@ -281,19 +285,12 @@ class DecodeCache:
 
     def seen(self, window: int | None) -> Tensor:
         """The columns that the token about to be written may see, bool [B, 1, S]."""
-        place = torch.arange(self._data.shape[3], device=self.padding.device)[None]
-        padding = self.padding[: self._rows, None]
-        hidden = (place >= self.prefix_tokens) & (place < self.prefix_tokens + padding)
-        seen = ~hidden & (place <= self.column)
-        if window is not None:
-            positions = torch.where(place < self.prefix_tokens, place, place - padding)
-            seen = seen & (self.positions()[:, None] - positions < window)
-        return seen[:, None]
+        columns, padding = self._data.shape[3], self.padding[: self._rows]
+        return seen_columns(columns, padding, self.column, self.prefix_tokens, window)
 
     def spans(self) -> Spans:
         """The columns behind the prefix that each row sees, the one to be written included."""
-        firsts = self.padding[: self._rows].int()
-        return Spans(firsts, self.column + 1 - self.prefix_tokens - firsts)
+        return own_spans(self.padding[: self._rows], self.column, self.prefix_tokens)
 
     def drop(self, finished: Tensor) -> Tensor:
         """Drop finished rows: the last rows that go on move into their places.
@@ -335,12 +332,44 @@ class DecodeCache:
             self._data[:, leaders[moved], :, led] = self._data[:, before[moved], :, led]
 
 
+def seen_columns(
+    columns: int, padding: Tensor, column: int | Tensor, prefix_tokens: int, window: int | None
+) -> Tensor:
+    """Which columns the token about to be written may see, where a row's padding stands unseen.
+
+    Args:
+        columns: the columns that are held, S.
+        padding: int64 [B], unseen columns between prefix and query.
+        column: the column about to be written; a tensor [1] where it is known on the device only.
+        prefix_tokens: the columns of the prefix.
+        window: the sliding window; None = all positions are seen.
+
+    Returns:
+        Bool [B, 1, S].
+    """
+    place = torch.arange(columns, device=padding.device)[None]
+    padding = padding[:, None]
+    hidden = (place >= prefix_tokens) & (place < prefix_tokens + padding)
+    seen = ~hidden & (place <= column)
+    if window is not None:
+        positions = torch.where(place < prefix_tokens, place, place - padding)
+        seen = seen & (column - padding - positions < window)
+    return seen[:, None]
+
+
+def own_spans(padding: Tensor, column: int | Tensor, prefix_tokens: int) -> Spans:
+    """The same columns behind the prefix as ranges; arguments as of `seen_columns`."""
+    firsts = padding.int()
+    lengths = column + 1 - prefix_tokens - firsts
+    return Spans(firsts, lengths.int())
+
+
 class DecodeContext:
     """Attention of one new token per row over its cache."""
 
     products = None
 
-    def __init__(self, cache: StepCache, fused: bool | None = None) -> None:
+    def __init__(self, cache: AttendedCache, fused: bool | None = None) -> None:
         """Attend over `cache`, whose `column` is written by this forward.
 
         Args:
@@ -364,7 +393,7 @@ class DecodeContext:
         key, value = cache.layer(call.layer)
         fused = self._fused
         if fused is None:
-            fused = uses_triton(key.device, key.dtype, key.shape[-1])
+            fused = call.is_fused("decode")
         if fused:
             return self._attend_fused(call, key, value)
         query = call.query[0].transpose(0, 1)[:, :, None]  # [B, H, 1, D]
@@ -378,8 +407,8 @@ class DecodeContext:
             self._spans = cache.spans()
         own = KeyValue(key[:, :, shared:], value[:, :, shared:])
         prefix = KeyValue(key[0, :, :shared], value[0, :, :shared])
-        scoring = Scoring(call.scaling, call.softcap, call.window)
-        out = fused_decode(call.query[0].transpose(0, 1), own, prefix, self._spans, scoring)
+        query = call.query[0].transpose(0, 1)
+        out = fused_decode(query, own, prefix, self._spans, call.scoring)
         return out.transpose(0, 1)[None]
 
     def _bias(self, window: int | None) -> Tensor:

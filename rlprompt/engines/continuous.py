@@ -18,9 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlprompt.engines.native import Decoder, NativeEngine
+from rlprompt.engines.native import NativeEngine
 from rlprompt.engines.row_cache import RowCache
 from rlprompt.engines.sampling import Drawer, SamplingSettings
+from rlprompt.engines.token_loop import Decoder
 from rlprompt.kernels.cpu.product import MOST_ROWS
 from rlprompt.kernels.lm_head import head_logits
 from rlprompt.model.cpu.row_blocks import fixed_rows

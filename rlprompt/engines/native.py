@@ -11,44 +11,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from rlprompt.engines.base import Engine, EngineSettings, Generation, require_prompts
-from rlprompt.engines.cache import DecodeCache, DecodeContext, StepCache
+from rlprompt.engines.cache import DecodeCache, StepCache
 from rlprompt.engines.decode_cpp import CppDecoder, agrees, cpp_decoder
+from rlprompt.engines.graph_loop import GraphLoop, graph_loop
 from rlprompt.engines.sampling import Drawer, SamplingSettings
+from rlprompt.engines.token_loop import Decoder, ModuleDecoder, Progress, Row, TokenLoop
 from rlprompt.errors import InputError
-from rlprompt.model.cpu.rollout_products import ProductStore, ProductWriter, StepProducts
+from rlprompt.model.cpu.rollout_products import ProductWriter
 from rlprompt.model.forward.forest import ForestContext, build_forest
-from rlprompt.model.forward.prefix_forward import PrefixForward
 from rlprompt.model.forward.tree import TreeContext
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.types import Adapter, Completion, Group, PrefixKV, Query
-
-Progress = Callable[[int, int], None]
-"""Called with (tokens drawn in the longest row, max_tokens)."""
-
-
-class Decoder(Protocol):
-    """Decode steps of one base under one adapter, or none."""
-
-    @property
-    def store(self) -> ProductStore | None:
-        """Where steps can keep their products; None = they cannot."""
-        ...
-
-    def hidden(self, tokens: Tensor, cache: StepCache, kept: StepProducts | None = None) -> Tensor:
-        """Final hidden states [B, d] of one new token per row; writes the cache's next column."""
-        ...
-
-    def is_current(self) -> bool:
-        """Whether the base is still the one that the steps were made for."""
-        ...
 
 
 class NativeSettings(EngineSettings):
@@ -60,6 +41,10 @@ class NativeSettings(EngineSettings):
     """Decode each token by one call of the C++ kernels, where they serve every layer of the base
     (Llama-shaped, bfloat16 on a CPU; `model.cpu_kernels`); false = by the base's own modules. The
     results are the same bits."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Record decode steps on a GPU as CUDA graphs, so that a token is one launch: auto = where a
+    step can be recorded, on = an error where it cannot, off = each kernel is launched by itself.
+    Rows go in whole buckets, which may round products in another way."""
     max_rows: int = Field(default=256, ge=1, le=65536)
     """Most completions decoded at once, those under all candidates of a search together; more are
     decoded in turns. Bounds the cache's memory."""
@@ -75,9 +60,24 @@ class NativeEngine(Engine):
     Settings = NativeSettings
     settings: NativeSettings
 
-    def __init__(self, policy: Policy, settings: NativeSettings | None = None) -> None:
-        """Decode with `policy`'s base; `sync` a prompt before generating."""
+    def __init__(
+        self,
+        policy: Policy,
+        settings: NativeSettings | None = None,
+        graphs: GraphLoop | None = None,
+    ) -> None:
+        """Decode with `policy`'s base; `sync` a prompt before generating.
+
+        Args:
+            policy: the policy over the base.
+            settings: the settings; None = the defaults.
+            graphs: a loop of recorded steps on the same base; None = as the device has it.
+
+        Raises:
+            InputError: CUDA graphs are asked for, and the base is not where they are.
+        """
         super().__init__(policy, settings or NativeSettings())
+        self._graphs = graphs or graph_loop(policy.forward, self.settings.cuda_graphs)
         self._modules = ModuleDecoder(policy.forward)
         self._cpp: CppDecoder | None = None
         self._plain: Decoder | None = None
@@ -179,7 +179,7 @@ class NativeEngine(Engine):
         unders: Sequence[_Under],
         queries: Sequence[Query],
         uniform: Tensor,
-        loop: _TokenLoop,
+        loop: TokenLoop,
     ) -> list[Generation]:
         """One generation of the same queries, by the same numbers, per prompt."""
         plain = [under for under in unders if under.prefix.adapter is None]
@@ -236,13 +236,13 @@ class NativeEngine(Engine):
         sampling: SamplingSettings,
         progress: Progress | None,
         heard: Callable[[int], None] | None = None,
-    ) -> _TokenLoop:
+    ) -> TokenLoop:
         drawer = Drawer(self.policy.forward.head, sampling)
         stop = self.policy.stop_ids | set(sampling.stop_token_ids)
-        return _TokenLoop(drawer, stop, progress, heard)
+        return TokenLoop(drawer, stop, progress, heard)
 
     def _drawn(
-        self, tasks: Sequence[_Task], uniform: Tensor, loop: _TokenLoop, keep_products: bool
+        self, tasks: Sequence[_Task], uniform: Tensor, loop: TokenLoop, keep_products: bool
     ) -> Generation:
         """Completions by uniform numbers [tasks, completions, max_tokens], turn by turn.
 
@@ -262,7 +262,11 @@ class NativeEngine(Engine):
                 if keep_products and place == 0 and decoder.store is not None:
                     most_tokens = uniform.shape[0] * uniform.shape[1] * (loop.max_tokens - 1)
                     writer = decoder.store.start(tasks[0].under.prefix, most_tokens)
-                rows = loop.run(decoder, cache, states, numbers.flatten(0, 1).t(), writer)
+                flat, rows = numbers.flatten(0, 1).t(), None
+                if self._graphs is not None and writer is None:
+                    rows = self._graphs.run(loop, cache, states, flat, adapter)
+                if rows is None:
+                    rows = loop.run(decoder, cache, states, flat, writer)
                 done = [self._completion(row, loop.stop) for row in rows]
                 if writer is not None:
                     writer.end_turn(done)
@@ -360,35 +364,10 @@ class NativeEngine(Engine):
     def _agrees(self, decoder: CppDecoder, cache: StepCache) -> bool:
         return agrees(decoder, self.policy.forward, cache, self._modules.hidden)
 
-    def _completion(self, row: _Row, stop: frozenset[int]) -> Completion:
+    def _completion(self, row: Row, stop: frozenset[int]) -> Completion:
         text = self.policy.slot.decode(row.token_ids)
         ended = row.token_ids[-1] in stop
         return Completion(tuple(row.token_ids), tuple(row.logprobs), text, ended)
-
-
-class ModuleDecoder:
-    """Decode steps through the base's own modules, which serve every base and keep nothing."""
-
-    store = None
-
-    def __init__(self, forward: PrefixForward) -> None:
-        """Decode with a base."""
-        self._forward = forward
-
-    def hidden(self, tokens: Tensor, cache: StepCache, kept: StepProducts | None = None) -> Tensor:
-        """See `Decoder.hidden`.
-
-        Raises:
-            ValueError: products are to be kept.
-        """
-        if kept is not None:
-            raise ValueError("a base's own modules keep no products")
-        context = DecodeContext(cache)
-        return self._forward.hidden(self._forward.embed(tokens), cache.positions(), context)
-
-    def is_current(self) -> bool:
-        """True: modules are called as they are."""
-        return True
 
 
 @dataclass(frozen=True)
@@ -412,85 +391,6 @@ class _Task(NamedTuple):
 
     under: _Under
     query: Query
-
-
-class _Row(NamedTuple):
-    """What was drawn in one row."""
-
-    token_ids: list[int]
-    logprobs: list[float]
-
-
-@dataclass(frozen=True)
-class _TokenLoop:
-    """Draws tokens until every row has ended."""
-
-    drawer: Drawer
-    stop: frozenset[int]
-    """Tokens that end a row."""
-    progress: Progress | None
-    heard: Callable[[int], None] | None = None
-    """Called with each token of the first row."""
-
-    @property
-    def max_tokens(self) -> int:
-        """The tokens of the longest row."""
-        return self.drawer.sampling.max_tokens
-
-    def run(
-        self,
-        decoder: Decoder,
-        cache: DecodeCache,
-        states: Tensor,
-        uniform: Tensor,
-        writer: ProductWriter | None,
-    ) -> list[_Row]:
-        """Decode the rows of a cache.
-
-        Args:
-            decoder: the decoder that makes the steps.
-            cache: B rows, the same number for each of G groups.
-            states: [G, d], what the first tokens are drawn from.
-            uniform: [max_tokens, B] in [0, 1).
-            writer: what says where products are kept; None = nowhere.
-
-        Returns:
-            What was drawn, in the first order of the rows.
-        """
-        sampling, device = self.drawer.sampling, states.device
-        total = cache.num_rows
-        logits = self.drawer.logits(states).repeat_interleave(total // len(states), 0)
-        uniform = uniform.to(device)
-        stop_ids = torch.tensor(sorted(self.stop), device=device, dtype=torch.int64)
-        token_rows = torch.zeros(total, sampling.max_tokens, dtype=torch.int64, device=device)
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        logprob_rows = logits.new_zeros(total, sampling.max_tokens, dtype=wide)
-        lengths = torch.zeros(total, dtype=torch.int64, device=device)
-        row_ids = torch.arange(total, device=device)
-        if writer is not None:
-            writer.begin_turn(total, sampling.max_tokens)
-        for step in range(sampling.max_tokens):
-            banned = stop_ids if step < sampling.min_tokens else None
-            tokens, logprobs = self.drawer.draw(logits, uniform[step, row_ids], banned)
-            token_rows[row_ids, step] = tokens
-            logprob_rows[row_ids, step] = logprobs
-            lengths[row_ids] = step + 1
-            if self.progress is not None:
-                self.progress(step + 1, sampling.max_tokens)
-            if self.heard is not None:
-                self.heard(int(tokens[0]))
-            finished = torch.isin(tokens, stop_ids)
-            if bool(finished.any()):
-                going_on = cache.drop(finished)
-                row_ids, tokens = row_ids[going_on], tokens[going_on]
-            if row_ids.numel() == 0 or step + 1 == sampling.max_tokens:
-                break
-            kept = None if writer is None else writer.begin_step(row_ids, step)
-            logits = self.drawer.logits(decoder.hidden(tokens, cache, kept))
-            cache.advance()
-        ends = lengths.tolist()
-        ids, scores = token_rows.tolist(), logprob_rows.tolist()
-        return [_Row(ids[i][: ends[i]], scores[i][: ends[i]]) for i in range(total)]
 
 
 def _uniform(first: int, queries: int, copies: int, max_tokens: int, seed: int) -> Tensor:

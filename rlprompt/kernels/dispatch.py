@@ -1,7 +1,7 @@
 """Which attention runs: Triton kernels on a GPU that they are made for, matrix products elsewhere.
 
-The choice is made once per device, dtype and head dim, and logged. Triton is imported only where it
-is chosen.
+The choice is made once per device, dtype and heads, by comparing results, and logged. Triton is
+imported only where it is asked for.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from rlprompt.kernels.operands import KeyValue, Packed, Scoring, Spans
+from rlprompt.kernels.operands import Heads, KeyValue, Packed, Scoring, Spans
+from rlprompt.kernels.self_check import Kind, attention_fault, head_fault
 from rlprompt.kernels.triton.attention_rows import MAX_HEAD_DIM, AttentionRows
 
 logger = logging.getLogger(__name__)
@@ -22,18 +23,30 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @lru_cache
-def uses_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+def uses_triton(
+    kind: Kind, device: torch.device, dtype: torch.dtype, heads: Heads, scoring: Scoring
+) -> bool:
     """Whether attention of this kind goes through the Triton kernels.
 
-    Both ways compute the same; written out, attention holds a score for each query and key.
+    Both ways compute the same; written out, attention holds a score for each query and key. The
+    first question compiles the kernels and holds them against attention written out.
+
+    Args:
+        kind: the kernels: of packed tokens with gradients, or of decoding.
+        device: the device.
+        dtype: the dtype of queries, keys and values.
+        heads: the heads of the layer.
+        scoring: how its scores come about.
     """
     if device.type != "cuda":
         return False
-    reason = _obstacle(device, dtype, head_dim)
+    reason = _obstacle(device, dtype, heads.dim)
     if reason is None:
-        logger.info("attention: Triton kernels (%s, head dim %d)", dtype, head_dim)
+        reason = attention_fault(kind, device, dtype, heads, scoring)
+    if reason is None:
+        logger.info("attention (%s): Triton kernels (%s, head dim %d)", kind, dtype, heads.dim)
         return True
-    logger.warning("attention: written out, which takes more memory, because %s", reason)
+    logger.warning("attention (%s): written out, which takes more memory, because %s", kind, reason)
     return False
 
 
@@ -53,9 +66,23 @@ def _obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | 
 
 
 @lru_cache
-def uses_triton_head(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether rows of logits are scored by the Triton kernel."""
-    return device.type == "cuda" and _obstacle(device, dtype, 0) is None
+def uses_triton_head(
+    device: torch.device, dtype: torch.dtype, vocab_size: int, softcap: float | None
+) -> bool:
+    """Whether rows of logits are scored by the Triton kernel; see `uses_triton`.
+
+    Args:
+        device: the device.
+        dtype: the dtype of the logits.
+        vocab_size: the logits of a row.
+        softcap: the soft cap of the head; None = no cap.
+    """
+    if device.type != "cuda" or _obstacle(device, dtype, 0) is not None:
+        return False
+    reason = head_fault(device, dtype, vocab_size, softcap)
+    if reason is not None:
+        logger.warning("logits: scored in PyTorch, because of the Triton kernels %s", reason)
+    return reason is None
 
 
 def fused_head_rows(

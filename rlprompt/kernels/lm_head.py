@@ -183,7 +183,7 @@ def _row_kernel(head: Head, device: torch.device) -> RowScores | None:
     """The kernel of this device, or None: then the rows are scored in PyTorch."""
     if head.cpp:
         return cpp_scores
-    if uses_triton_head(device, head.dtype):
+    if uses_triton_head(device, head.dtype, head.vocab_size, head.softcap):
         return partial(fused_head_rows, head.softcap)
     return None
 

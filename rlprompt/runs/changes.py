@@ -71,6 +71,7 @@ CHANGEABLE: Mapping[str, str] = {
     "model.device": "a run may go on elsewhere; changes rounding only",
     "model.threads": "changes the order of sums only",
     "model.cpu_kernels": "changes rounding only",
+    "engine.cuda_graphs": "changes rounding only",
     "data.path": "the same queries may lie elsewhere; their fingerprint is compared",
     "data.heldout_path": "the same queries may lie elsewhere; their fingerprint is compared",
     "data.test.path": "the same queries may lie elsewhere; their fingerprint is compared",

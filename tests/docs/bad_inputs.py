@@ -453,6 +453,7 @@ MODELS = [
         "C++ kernels for float32",
         lambda p: p.recipe(model__cpu_kernels="on", model__dtype="float32"),
     ),
+    ("CUDA graphs on a CPU", lambda p: p.recipe(engine__cuda_graphs="on")),
     ("a tokenizer without chat template", _no_template),
     (
         "a chat template without a place for the system message",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from rlprompt.engines.cache import DecodeCache, DecodeContext
 from rlprompt.kernels import dispatch
+from rlprompt.kernels.operands import Heads, Scoring
 from rlprompt.kernels.oracle import rms_ratio
-from rlprompt.model.forward import tree as tree_module
+from rlprompt.kernels.self_check import Kind
+from rlprompt.model.forward import attention as attention_module
 from rlprompt.model.forward.attention import LayerCall
 from rlprompt.model.forward.tree import TokenTree, TreeContext, build_tree
 from rlprompt.types import PrefixKV
@@ -73,7 +76,7 @@ def test_log_probabilities_and_the_prompts_gradient_are_alike(
     batch = sampled_batch(policy, group_size=2, count=2)
     scores, grads = [], []
     for fused in (False, True):
-        monkeypatch.setattr(tree_module, "uses_triton", lambda *_, on=fused: on)
+        monkeypatch.setattr(attention_module, "uses_triton", lambda *_, on=fused: on)
         prefix = policy.prefix()
         queries = [group.query for group in batch.groups]
         rows = [group.completions for group in batch.groups]
@@ -111,25 +114,58 @@ def test_decoding_over_a_cache_is_alike() -> None:
             cache.drop(torch.tensor([False, True, True, False, False, False], device=DEVICE))
 
 
+def uses(device: torch.device, dtype: torch.dtype, dim: int, kind: Kind = "decode") -> bool:
+    return dispatch.uses_triton(kind, device, dtype, Heads(4, 2, dim), Scoring(dim**-0.5))
+
+
+GPU = torch.device("cuda")
+
+
+@pytest.fixture
+def _gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A GPU that is new enough, as far as it is asked about itself."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    dispatch.uses_triton.cache_clear()
+    dispatch.uses_triton_head.cache_clear()
+    yield
+    dispatch.uses_triton.cache_clear()
+    dispatch.uses_triton_head.cache_clear()
+
+
 def test_a_cpu_computes_in_matrix_products() -> None:
-    assert not dispatch.uses_triton(torch.device("cpu"), torch.float32, 64)
+    assert not uses(torch.device("cpu"), torch.float32, 64)
 
 
+@pytest.mark.usefixtures("_gpu")
 def test_a_gpu_without_fitting_kernels_says_why(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    gpu = torch.device("cuda")
-    dispatch.uses_triton.cache_clear()
+    monkeypatch.setattr(dispatch, "attention_fault", lambda *_: None)
     with caplog.at_level(logging.INFO, logger="rlprompt.kernels.dispatch"):
-        assert dispatch.uses_triton(gpu, torch.bfloat16, 256)
-        assert not dispatch.uses_triton(gpu, torch.bfloat16, 512)
-        assert not dispatch.uses_triton(gpu, torch.float32, 256)
-        assert not dispatch.uses_triton(gpu, torch.float64, 64)
-        assert not dispatch.uses_triton(gpu, torch.float64, 64)  # said once
+        assert uses(GPU, torch.bfloat16, 256)
+        assert not uses(GPU, torch.bfloat16, 512)
+        assert not uses(GPU, torch.float32, 256)
+        assert not uses(GPU, torch.float64, 64)
+        assert not uses(GPU, torch.float64, 64)  # said once
     assert len(caplog.records) == 4
     assert "head dim 512 is beyond 256" in caplog.text
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     dispatch.uses_triton.cache_clear()
-    assert not dispatch.uses_triton(gpu, torch.bfloat16, 64)
-    dispatch.uses_triton.cache_clear()
+    assert not uses(GPU, torch.bfloat16, 64)
+
+
+@pytest.mark.usefixtures("_gpu")
+def test_kernels_that_are_wrong_are_not_used_and_one_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(dispatch, "attention_fault", lambda *_: "their outputs differ")
+    monkeypatch.setattr(dispatch, "head_fault", lambda *_: "their outputs differ")
+    for _ in range(3):
+        assert not uses(GPU, torch.bfloat16, 64)
+        assert not uses(GPU, torch.bfloat16, 64, "tree")
+        assert not dispatch.uses_triton_head(GPU, torch.bfloat16, 304, None)
+    assert [record.getMessage() for record in caplog.records] == [
+        "attention (decode): written out, which takes more memory, because their outputs differ",
+        "attention (tree): written out, which takes more memory, because their outputs differ",
+        "logits: scored in PyTorch, because of the Triton kernels their outputs differ",
+    ]

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from rlprompt.errors import InputError
 from rlprompt.kernels.cpu.ops import serves_dim, tree_attention
-from rlprompt.kernels.operands import KeyValue, Packed
+from rlprompt.kernels.dispatch import uses_triton
+from rlprompt.kernels.operands import Heads, KeyValue, Packed, Scoring
 from rlprompt.kernels.reference import masked_attention
+from rlprompt.kernels.self_check import Kind
 from rlprompt.model.cpu.rollout_products import ProductRows
 from rlprompt.types import PrefixKV
 
@@ -58,6 +60,17 @@ class LayerCall:
         self.softcap = softcap
         plain = window is None and softcap is None and serves_dim(self.query.shape[-1])
         self.cpp = cpp and plain and self.query.dtype == torch.bfloat16
+
+    @property
+    def scoring(self) -> Scoring:
+        """How scores come about."""
+        return Scoring(self.scaling, self.softcap, self.window)
+
+    def is_fused(self, kind: Kind) -> bool:
+        """Whether the Triton kernels of a kind serve this layer; see `uses_triton`."""
+        like = self.query
+        heads = Heads(like.shape[1], self.key.shape[1], like.shape[-1])
+        return uses_triton(kind, like.device, like.dtype, heads, self.scoring)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Masked attention with this layer's scaling and soft cap; see `masked_attention`."""
@@ -207,13 +220,12 @@ def _unknown_features(given: dict[str, Any]) -> list[str]:
     return sorted(asked)
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Masks belong to the context; transformers builds none."""
-
-
 def register() -> None:
-    """Make `rlprompt` known to transformers as an attention implementation; safe to repeat."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+    """Make `rlprompt` known to transformers as an attention implementation; safe to repeat.
+
+    No mask function goes with it: masks belong to the context. transformers then builds none, and
+    does not look through the positions first, for which Python would wait for the device.
+    """
+    from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION_NAME, attention_function)
-    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from rlprompt.kernels.cpu.ops import tree_attention
-from rlprompt.kernels.dispatch import fused_attention, uses_triton
-from rlprompt.kernels.operands import KeyValue, Packed, Scoring
+from rlprompt.kernels.dispatch import fused_attention
+from rlprompt.kernels.operands import KeyValue, Packed
 from rlprompt.kernels.reference import mask_bias
 from rlprompt.kernels.triton.attention_rows import AttentionRows
 from rlprompt.model.forward.attention import LayerCall, windowed
@@ -180,10 +180,9 @@ class ForestContext:
             return tree_attention(packed, shared, forest.spans, call.scaling)
         fused = self._fused
         if fused is None:
-            fused = uses_triton(like.device, like.dtype, like.shape[-1])
+            fused = call.is_fused("tree")
         if fused:
-            scoring = Scoring(call.scaling, call.softcap, call.window)
-            return fused_attention(packed, shared, self._rows(), scoring)
+            return fused_attention(packed, shared, self._rows(), call.scoring)
         key, value = forest.unfold(packed.key), forest.unfold(packed.value)
         bias = self._bias(call.window, like.dtype)
         return forest.rows.fold(call.attend(forest.rows.unfold(like), key, value, bias))

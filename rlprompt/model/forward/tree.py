@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from rlprompt.kernels.cpu.ops import tree_attention
-from rlprompt.kernels.dispatch import fused_attention, uses_triton
+from rlprompt.kernels.dispatch import fused_attention
 from rlprompt.kernels.gather import fold, repeat_rows, unfold
-from rlprompt.kernels.operands import KeyValue, Packed, Scoring
+from rlprompt.kernels.operands import KeyValue, Packed
 from rlprompt.kernels.reference import mask_bias
 from rlprompt.kernels.triton.attention_rows import AttentionRows, attention_rows
 from rlprompt.model.cpu.rollout_products import ProductRows
@@ -258,10 +258,7 @@ class TreeContext:
         if call.cpp:
             return self._attend_cpp(call)
         tree = self._tree
-        like = call.query
-        if self._fused or (
-            self._fused is None and uses_triton(like.device, like.dtype, like.shape[-1])
-        ):
+        if self._fused or (self._fused is None and call.is_fused("tree")):
             return self._attend_fused(call)
         query_bias, completion_bias = self._bias(call.window, call.query.dtype)
         queries, keys, values = (self._split(t) for t in (call.query, call.key, call.value))
@@ -292,8 +289,7 @@ class TreeContext:
             self.query_values.append(self._tree.queries.unfold(self._split(call.value)[0]))
         packed = Packed(*(t[0].transpose(0, 1) for t in (call.query, call.key, call.value)))
         prefix = KeyValue(self._prefix.keys[call.layer], self._prefix.values[call.layer])
-        scoring = Scoring(call.scaling, call.softcap, call.window)
-        out = fused_attention(packed, prefix, self._rows, scoring)
+        out = fused_attention(packed, prefix, self._rows, call.scoring)
         return out.transpose(0, 1)[None]
 
     def _attend_cpp(self, call: LayerCall) -> Tensor:
