@@ -1,4 +1,4 @@
-"""Updates on queries that are asked among other system text: they learn under what was drawn under."""
+"""Updates on queries that are asked among other system text, as they were drawn."""
 
 from __future__ import annotations
 
