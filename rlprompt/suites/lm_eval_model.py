@@ -31,6 +31,7 @@ from rlprompt.engines.native import NativeEngine, NativeSettings
 from rlprompt.errors import InputError
 from rlprompt.policy import open_policy
 from rlprompt.prompts.base import Prompt
+from rlprompt.prompts.text import NonePrompt
 from rlprompt.reading import json_text
 from rlprompt.serving.loaded import Model, artifact_folder, base_of_artifact, checked_sampling
 from rlprompt.suites.bench import TOKEN_BUDGET
@@ -56,6 +57,7 @@ class PromptLM(LM):
         artifact: str | None = None,
         *,
         model: str | None = None,
+        base_only: bool = False,
         force: bool = False,
         trust_remote_code: bool = False,
         max_gen_toks: int = _MOST_TOKENS,
@@ -68,6 +70,7 @@ class PromptLM(LM):
         Args:
             artifact: path of an artifact or a run.
             model: another base to load; None = its own.
+            base_only: whether the base is asked without the prompt, to compare with.
             force: whether to load the prompt on another base or template all the same.
             trust_remote_code: whether Python code of the base may run.
             max_gen_toks: longest answer where the task says nothing.
@@ -84,7 +87,7 @@ class PromptLM(LM):
         if others:
             raise InputError(
                 f"there is no model argument '{min(others)}'; known are artifact, model, force, "
-                "trust_remote_code, max_gen_toks and seed"
+                "base_only, trust_remote_code, max_gen_toks and seed"
             )
         if not isinstance(artifact, str):
             raise InputError("no artifact is named; write --model_args artifact=PATH")
@@ -93,7 +96,8 @@ class PromptLM(LM):
         if device not in (None, _DEFAULT_DEVICE):
             base = base.model_copy(update={"device": str(device)})
         self._loaded = Model(open_policy(base)).load(folder, force=force)
-        self._name = str(artifact)
+        self._prompt: Prompt = NonePrompt() if base_only else self._loaded.prompt
+        self._name = f"{artifact}{', base only' if base_only else ''}"
         self._seed = int(seed)
         self._most = int(max_gen_toks)
         rows = {} if batch_size in (None, "auto") else {"max_rows": _rows(batch_size)}
@@ -150,7 +154,7 @@ class PromptLM(LM):
         """
         del disable_tqdm
         texts = [str(request.args[0]) for request in requests]
-        prompt = self._loaded.prompt
+        prompt = self._prompt
         found = rolling_likelihoods(self._loaded.policy, prompt, texts, TOKEN_BUDGET)
         for request, result in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, result)
@@ -189,7 +193,7 @@ class PromptLM(LM):
 
     def _under(self, system: str) -> Prompt:
         """The prompt, with a task's system text behind it."""
-        prompt = self._loaded.prompt
+        prompt = self._prompt
         return among(prompt, System(after=system)) if system.strip() else prompt
 
     def _drawn_as(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

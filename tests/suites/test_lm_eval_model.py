@@ -82,11 +82,12 @@ def lm_eval(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder)},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=560,
     )  # fmt: skip
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @needs_lm_eval
 def test_lm_eval_gives_our_own_numbers(tmp_path: Path) -> None:
     folder = artifact(tmp_path)
@@ -115,6 +116,7 @@ def test_lm_eval_gives_our_own_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @needs_lm_eval
 def test_lm_eval_gives_turns_and_system_text(tmp_path: Path) -> None:
     folder = artifact(tmp_path)
@@ -138,6 +140,7 @@ def test_lm_eval_gives_turns_and_system_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @needs_lm_eval
 def test_a_wrong_argument_is_one_sentence(tmp_path: Path) -> None:
     tasks(tmp_path)
