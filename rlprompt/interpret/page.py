@@ -195,10 +195,15 @@ def _importance(report: Mapping[str, Any]) -> dict[str, Any] | None:
     return _table("Which positions matter", note, columns, rows, charts)
 
 
-def _reward_importance(report: Mapping[str, Any]) -> dict[str, Any] | None:
+def _reward_importance(report: Mapping[str, Any]) -> dict[str, Any]:
     found = report["reward_importance"]
+    title = "Which positions the reward rests on"
     if found is None:
-        return None
+        note = (
+            "Not measured: no reward is known, the prompt is more than vectors (so positions cannot "
+            "be left out of whole answers), there was no time, or --reward-sets is 0."
+        )
+        return _table(title, note, [], [])
     rows, bars = [], []
     for each in found["spans"]:
         label = each["positions"] + (f" {each['near'].strip()}" if each["near"] else "")
@@ -216,13 +221,17 @@ def _reward_importance(report: Mapping[str, Any]) -> dict[str, Any] | None:
     )
     charts = [_figure("Shapley value in reward, two standard errors", svg)]
     columns = ["Positions", "Shapley value \u00b1 error"]
-    return _table("Which positions the reward rests on", note, columns, rows, charts)
+    return _table(title, note, columns, rows, charts)
 
 
-def _readouts(report: Mapping[str, Any]) -> dict[str, Any] | None:
+def _readouts(report: Mapping[str, Any]) -> dict[str, Any]:
     found = report["readouts"]
     if found is None:
-        return None
+        note = (
+            "Not measured: with so few test queries a line fits anything, or the base keeps its "
+            "layers under a name that is not known."
+        )
+        return _table("What a line reads", note, [], [])
     rows, charts = [], []
     kinds = (
         ("apart", "told from", "Accuracy of telling states apart, by layer", "accuracy"),
