@@ -200,8 +200,8 @@ def _reward_importance(report: Mapping[str, Any]) -> dict[str, Any]:
     title = "Which positions the reward rests on"
     if found is None:
         note = (
-            "Not measured: no reward is known, the prompt is more than vectors (so positions cannot "
-            "be left out of whole answers), there was no time, or --reward-sets is 0."
+            "Not measured: no reward is known, the prompt is more than vectors (so positions "
+            "cannot be left out of whole answers), there was no time, or --reward-sets is 0."
         )
         return _table(title, note, [], [])
     rows, bars = [], []
