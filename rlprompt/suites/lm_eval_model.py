@@ -100,8 +100,10 @@ class PromptLM(LM):
         self._name = f"{artifact}{', base only' if base_only else ''}"
         self._seed = int(seed)
         self._most = int(max_gen_toks)
-        rows = {} if batch_size in (None, "auto") else {"max_rows": _rows(batch_size)}
-        self._engine = NativeEngine(self._loaded.policy, NativeSettings(**rows))
+        settings = NativeSettings()
+        if batch_size not in (None, "auto"):
+            settings = NativeSettings(max_rows=_rows(batch_size))
+        self._engine = NativeEngine(self._loaded.policy, settings)
 
     @property
     def tokenizer_name(self) -> str:

@@ -49,7 +49,7 @@ def test_a_feature_that_is_in_the_states_is_foretold_and_another_is_not() -> Non
 def test_predictions_are_of_queries_that_were_not_fitted() -> None:
     """More dimensions than samples fit anything: what was fitted would be told perfectly."""
     wide = [np.random.default_rng(s).normal(size=(COUNT, 1, 500)) for s in (0, 1)]
-    assert told_apart(*wide, 0, 9).scores[0] < 0.8
+    assert told_apart(wide[0], wide[1], 0, 9).scores[0] < 0.8
 
 
 def test_a_prompt_is_read_beside_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,8 @@ def whole(policy: Policy, text: str, user: str, ids: list[int]) -> torch.Tensor:
     tokens = torch.tensor([[*before, *ids]])
     model = tiny_model("llama", torch.float64)
     logits = model(input_ids=tokens).logits[0, len(before) - 1 : -1]
-    return logits.double().log_softmax(dim=1)
+    table: torch.Tensor = logits.double().log_softmax(dim=1)
+    return table
 
 
 @pytest.mark.parametrize("budget", [20, 5000])

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from rlprompt.api import open_model
+from rlprompt.prompts.text import TextPrompt
 from rlprompt.suites.likelihood import GivenAnswer, likelihoods
 from tests.fixtures.tiny import save_tiny
 
@@ -26,11 +27,11 @@ needs_lm_eval = pytest.mark.skipif(
     PYTHON is None and importlib.util.find_spec("lm_eval") is None,
     reason="lm-eval is not installed; install it, or set RLPROMPT_LMEVAL_PYTHON",
 )
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"question": "the rain", "options": ["the sun", "a hand and the land"], "answer": 0},
     {"question": "he is", "options": ["out there", "in"], "answer": 1},
 ]
-TASKS = {
+TASKS: dict[str, dict[str, Any]] = {
     "tiny_choice": {
         "output_type": "multiple_choice",
         "doc_to_choice": "{{options}}",
@@ -106,14 +107,13 @@ def test_lm_eval_gives_our_own_numbers(tmp_path: Path) -> None:
     loaded = open_model(str(tmp_path / "model"), dtype="float32", device="cpu").load(folder)
     for row, sample in zip(ROWS, samples, strict=True):
         user = ({"role": "user", "content": row["question"]},)
-        options: list[str] = row["options"]  # type: ignore[assignment]
-        answers = [GivenAnswer(user, text) for text in options]
+        answers = [GivenAnswer(user, text) for text in row["options"]]
         ours = likelihoods(loaded.policy, loaded.prompt, answers, 1000)
         for (theirs,), expected in zip(sample["resps"], ours, strict=True):
             assert float(theirs[0]) == pytest.approx(expected.logprob, abs=1e-4)
             assert str(theirs[1]) == str(expected.is_greedy)
     for row, sample in zip(ROWS, _samples(tmp_path, "tiny_written"), strict=True):
-        text = loaded.generate(str(row["question"]), temperature=0.0, max_tokens=5)
+        text = loaded.generate(row["question"], temperature=0.0, max_tokens=5)
         assert sample["resps"][0][0].strip() == text.split("\n")[0].strip()
 
 
@@ -130,12 +130,11 @@ def test_lm_eval_gives_turns_and_system_text(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     loaded = open_model(str(tmp_path / "model"), dtype="float32", device="cpu").load(folder)
-    under = loaded.prompt.__class__("Answer in one line.\n\nBe kind.")  # type: ignore[call-arg]
+    under = TextPrompt("Answer in one line.\n\nBe kind.")
     for row, sample in zip(ROWS, _samples(tmp_path, "tiny_choice"), strict=True):
-        user = ({"role": "user", "content": str(row["question"])},)
-        options: list[str] = row["options"]  # type: ignore[assignment]
+        user = ({"role": "user", "content": row["question"]},)
         ours = likelihoods(
-            loaded.policy, under, [GivenAnswer(user, text) for text in options], 1000
+            loaded.policy, under, [GivenAnswer(user, text) for text in row["options"]], 1000
         )
         for (theirs,), expected in zip(sample["resps"], ours, strict=True):
             assert float(theirs[0]) == pytest.approx(expected.logprob, abs=1e-4)
