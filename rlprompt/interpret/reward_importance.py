@@ -92,26 +92,38 @@ def reward_importance(
         )
         if len(rows) < 2:
             return None
+    found: dict[str, Any] = {"sets": game.num_sets, "is_exact": is_exact}
+    found |= {"orders": None if is_exact else 2 * len(rows)}
+    said = _plain(rows, spans, names, whole, empty)
+    return None if said is None else {**said, **found}
+
+
+def _plain(
+    rows: NDArray[np.float64],
+    spans: Sequence[Sequence[int]],
+    names: Sequence[str] | None,
+    whole: NDArray[np.float64],
+    empty: NDArray[np.float64],
+) -> dict[str, Any] | None:
+    """Marginal worths [K, S, Q] and rewards [Q] as plain values, of queries with all rewards."""
     known = np.isfinite(rows).all(axis=(0, 1))
     values = rows[:, :, known]
     if values.shape[2] < 2:
         return None
     errors = standard_errors(values)
+    shown = [
+        {
+            "positions": f"{span[0]}" if len(span) == 1 else f"{span[0]}-{span[-1]}",
+            "near": None if names is None else "".join(names[p] for p in span),
+            "shapley": float(values[:, place].mean()),
+            "error": float(errors[place]),
+        }
+        for place, span in enumerate(spans)
+    ]
     return {
-        "spans": [
-            {
-                "positions": f"{span[0]}" if len(span) == 1 else f"{span[0]}-{span[-1]}",
-                "near": None if names is None else "".join(names[p] for p in span),
-                "shapley": float(values[:, place].mean()),
-                "error": float(errors[place]),
-            }
-            for place, span in enumerate(spans)
-        ],
+        "spans": shown,
         "whole": float(whole[known].mean()),
         "empty": float(empty[known].mean()),
-        "sets": game.num_sets,
-        "is_exact": is_exact,
-        "orders": None if is_exact else 2 * len(rows),
         "num_queries": int(known.sum()),
     }
 
