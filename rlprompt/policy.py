@@ -352,18 +352,27 @@ class Policy:
             for place, prompt in enumerate(prompts)
         ]
 
-    def shared_prefix(self) -> SharedPrefix:
-        """The policy's own prefix for micro-batches; `finish_prefix` ends with it."""
+    def shared_prefix(self, prompt: Prompt | None = None) -> SharedPrefix:
+        """A prompt's prefix for micro-batches; `finish_prefix` ends with it.
+
+        Args:
+            prompt: the policy's own prompt when None.
+        """
         # Under shards no graph may be pending while others run: hooks count one run at a time.
         with torch.set_grad_enabled(self.base.shards is None and torch.is_grad_enabled()):
-            return SharedPrefix(self.prefix())
+            return SharedPrefix(self.prefix(prompt))
 
-    def finish_prefix(self, shared: SharedPrefix) -> None:
-        """Carry a shared prefix's gradients into the prompt."""
+    def finish_prefix(self, shared: SharedPrefix, prompt: Prompt | None = None) -> None:
+        """Carry a shared prefix's gradients into the prompt.
+
+        Args:
+            shared: what `shared_prefix` gave for the same prompt.
+            prompt: the policy's own prompt when None.
+        """
         if self.base.shards is None:
             shared.backward()
             return
-        shared.backward(self.prefix())
+        shared.backward(self.prefix(prompt))
         self.base.shards.release()
 
     def whole_ends(self) -> AbstractContextManager[None]:

@@ -18,6 +18,19 @@ Message = dict[str, str]
 
 
 @dataclass(frozen=True)
+class Surroundings:
+    """Other text in the system turn, before and behind a prompt."""
+
+    before: str = ""
+    """Text before it; empty = none."""
+    after: str = ""
+    """Text behind it; empty = none."""
+    is_frame: bool = False
+    """Whether it is a frame around the trained prompt alone; else reference and teacher stand among
+    it as well."""
+
+
+@dataclass(frozen=True)
 class Query:
     """The conversation given by a dataset or a user; what the completions answer."""
 
@@ -34,6 +47,8 @@ class Query:
     from no file."""
     situation: str = ""
     """Name of the situation that a training query is asked in, where a recipe has any."""
+    around: Surroundings | None = None
+    """Other system text that a training query is asked under, beside the prompt; None = none."""
 
     @property
     def text(self) -> str:

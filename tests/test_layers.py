@@ -69,6 +69,7 @@ OWNERS = {
     "cryptography": ("artifacts.signature",),
     "gepa": ("search.gepa_loop", "search.gepa_reflection"),
     "inspect_ai": ("suites.inspect_model",),
+    "lm_eval": ("suites.lm_eval_model",),
 }
 
 ImportMap = dict[str, set[tuple[str, bool]]]

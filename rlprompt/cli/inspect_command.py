@@ -45,6 +45,12 @@ _WORD = typer.Option(
     metavar="TEXT",
     help="A word or phrase that may switch it; tried whatever the search finds. Again = another.",
 )
+_REWARD_SETS = typer.Option(
+    16,
+    "--reward-sets",
+    metavar="N",
+    help="Sets of positions whose answers are drawn for their worth in reward; 0 = none.",
+)
 _MINUTES = typer.Option(4.5, "--minutes", metavar="M", help="Time to take, loading left out.")
 _MAX_QUERIES = typer.Option(
     36, "--max-queries", min=6, metavar="N", help="Use so many queries at most."
@@ -73,6 +79,7 @@ def inspect(
     library: bool = _LIBRARY,
     triggers: bool = _TRIGGERS,
     word: list[str] = _WORD,
+    reward_sets: int = _REWARD_SETS,
     minutes: float = _MINUTES,
     max_queries: int = _MAX_QUERIES,
     seed: int = _SEED,
@@ -99,6 +106,7 @@ def inspect(
         library=library,
         triggers=triggers,
         words=word or [],
+        reward_sets=reward_sets,
         minutes=minutes,
         max_queries=max_queries,
         seed=seed,

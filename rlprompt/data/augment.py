@@ -3,7 +3,8 @@
 A prompt that is learned on bare queries may fail when an application wraps them, when a user tries
 to talk the model out of its instructions, or when a long text stands before them. The situations
 are those of evaluation suites (`rlprompt.data.situations`), so that a prompt can be trained against
-what a suite has found. They change what is asked and nothing else: not the system turn, not the
+what a suite has found, and frames around the prompt itself (`system_frame`), which make it easier
+to read. They change what is asked and what stands beside the prompt, and nothing else: not the
 row's columns, not the queries of validation and test.
 """
 
@@ -20,21 +21,20 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from rlprompt.data.frames import QUERY
 from rlprompt.data.situations import (
     PLAIN,
-    AnySituation,
+    SITUATIONS,
     Dialogue,
     Frame,
     Quantised,
     Sampling,
     Situation,
-    System,
+    SystemFrame,
     require_labels,
 )
 from rlprompt.errors import InputError
-from rlprompt.settings import Settings
+from rlprompt.settings import OneOf, Settings
 from rlprompt.types import Query
 
 _REFUSED: dict[type[Situation], str] = {
-    System: "puts other text into the system turn, and a batch is learned from under one prompt",
     Sampling: "changes how answers are drawn, and a batch is drawn in one way (see sampling)",
     Quantised: "needs a second base, and a run trains on one",
     Dialogue: "needs answers of the model between the turns, and a training query is asked once",
@@ -44,12 +44,18 @@ _ROUNDING = 1e-9
 """How far a sum of shares such as 0.7 + 0.2 + 0.1 may be from 1."""
 
 
+AnyAugmentation = Annotated[
+    Situation, OneOf({**SITUATIONS, "system_frame": SystemFrame}, is_extensible=False)
+]
+
+
 class AugmentSettings(Settings):
     """A situation that a share of the training queries is asked in."""
 
-    situation: AnySituation
+    situation: AnyAugmentation
     """What becomes of a query: one of the situations of evaluation suites that change the user's
-    turns alone (frame, paraphrase, misspelt, long_context, earlier)."""
+    turns (frame, paraphrase, misspelt, long_context, earlier) or the text beside the prompt
+    (system), or a sentence around the prompt (system_frame)."""
     share: float = Field(default=0.25, gt=0.0, le=1.0)
     """Share of the training queries that are asked so, by chance; all shares of the list together
     are at most 1, and what is left is asked as it is."""
@@ -70,7 +76,7 @@ class AugmentSettings(Settings):
         if type(value) in _REFUSED:
             raise ValueError(
                 f"'{value.type}' {_REFUSED[type(value)]}; choose frame, paraphrase, misspelt, "
-                "long_context or earlier"
+                "long_context, earlier, system or system_frame"
             )
         texts = value.texts if isinstance(value, Frame) else None
         if texts is not None and all(text == QUERY for text in texts):
@@ -110,7 +116,9 @@ class Augmenter:
         self._settings = list(settings)
         for place, entry in enumerate(self._settings):
             situation = entry.situation
-            if all(asked_in(situation, each, 0).messages == each.messages for each in queries):
+            if not situation.places and all(
+                asked_in(situation, each, 0).messages == each.messages for each in queries
+            ):
                 raise InputError(
                     f"augment.{place} ({situation.label}) leaves every training query as it "
                     "is; change its settings or remove it"
@@ -138,12 +146,13 @@ def asked_in(situation: Situation, query: Query, seed: int) -> Query:
     """A query in a situation, with its columns and number.
 
     Args:
-        situation: situation that changes the conversation alone.
+        situation: situation that changes the conversation, or the text beside the prompt.
         query: query as the data has it.
         seed: seed of what is drawn.
     """
     turns = tuple(dict(turn) for turn in situation.asked(query.messages, seed))
-    return replace(query, messages=turns, situation=situation.label)
+    around = situation.around(query.messages, seed)
+    return replace(query, messages=turns, situation=situation.label, around=around)
 
 
 def samples(settings: Sequence[AugmentSettings], query: Query, count: int = 8) -> Iterator[Query]:

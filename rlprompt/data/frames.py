@@ -19,6 +19,8 @@ _SHIPPED = Path(__file__).parent / "shipped"
 
 QUERY = "{query}"
 """What stands for a user's turn in a frame."""
+PROMPT = "{prompt}"
+"""What stands for the prompt in a frame of the system turn."""
 
 
 @cache

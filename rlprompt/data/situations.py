@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from rlprompt.data.frames import QUERY, filled, frames, rows
+from rlprompt.data.frames import PROMPT, QUERY, filled, frames, rows
 from rlprompt.settings import ChosenSettings, Name, OneOf
-from rlprompt.types import Message
+from rlprompt.types import Message, Surroundings
 
 if TYPE_CHECKING:  # engines stand on the data
     from rlprompt.engines.sampling import SamplingSettings
@@ -58,6 +58,21 @@ class Situation(ChosenSettings):
         del seed
         return messages
 
+    @property
+    def places(self) -> Sequence[Surroundings]:
+        """All that may stand beside the prompt in the system turn; empty = nothing does."""
+        return ()
+
+    def around(self, messages: Conversation, seed: int) -> Surroundings | None:
+        """What stands beside the prompt in the system turn; None = nothing.
+
+        Args:
+            messages: turns of user and assistant, the user's last.
+            seed: seed of what is drawn.
+        """
+        del messages, seed
+        return None
+
     def sampled(self, sampling: SamplingSettings) -> SamplingSettings:
         """How answers are drawn.
 
@@ -82,6 +97,55 @@ class System(Situation):
         if not (self.before.strip() or self.after.strip()):
             raise ValueError("before and after are both blank; write a text in one of them")
         return self
+
+    @property
+    def places(self) -> Sequence[Surroundings]:
+        """The two texts, without space at their ends."""
+        return (Surroundings(self.before.strip(), self.after.strip()),)
+
+    def around(self, messages: Conversation, seed: int) -> Surroundings:
+        """The two texts."""
+        del messages, seed
+        return self.places[0]
+
+
+class SystemFrame(Situation):
+    """The prompt as a part of a sentence of instruction, such as "Please ..." or "You should ...".
+
+    A soft prompt that also works inside of sentences has to mean something where words stand, so
+    that the model can tell what it says. Training only: a prompt is used without a frame.
+    """
+
+    type: Literal["system_frame"] = "system_frame"
+    """Situation."""
+    texts: list[str] | None = Field(default=None, min_length=1)
+    """Frames that each hold `{prompt}` once, in the place of the list that ships; the run's seed,
+    step and query say which of them is taken."""
+
+    @field_validator("texts")
+    @classmethod
+    def _hold_the_prompt(cls, value: list[str] | None) -> list[str] | None:
+        for place, text in enumerate(value or ()):
+            if text.count(PROMPT) != 1:
+                raise ValueError(
+                    f"texts[{place}] holds {{prompt}} {text.count(PROMPT)} times; write it in once"
+                )
+            if not text.replace(PROMPT, "").strip():
+                raise ValueError(
+                    f"texts[{place}] has nothing beside {{prompt}}; write words around it"
+                )
+        return value
+
+    @property
+    def places(self) -> Sequence[Surroundings]:
+        """The two sides of each frame, without space at their ends."""
+        known = frames()["instruction"] if self.texts is None else self.texts
+        sides = [frame.split(PROMPT) for frame in known]
+        return [Surroundings(a.strip(), b.strip(), is_frame=True) for a, b in sides]
+
+    def around(self, messages: Conversation, seed: int) -> Surroundings:
+        """The two sides of one of the frames."""
+        return _draws(seed, messages[-1]["content"]).choice(self.places)
 
 
 class Frame(Situation):

@@ -132,13 +132,59 @@ class SharedEngine(Engine):
                 first + group,
                 keep_products,
             )
-        mine = slice(0, count) if self._together else self._ranks.share(count)
+        mine = self._mine(queries)
         if not queries[mine]:
             return Generation(())
         place = first + mine.start
         return engine.generate(
             queries[mine], num_completions, sampling, seed, progress, place, keep_products
         )
+
+    def generate_under(
+        self,
+        prompts: Sequence[Prompt],
+        queries: Sequence[Query],
+        num_completions: int,
+        sampling: SamplingSettings,
+        seed: int,
+        progress: Callable[[int, int], None] | None = None,
+        first: int = 0,
+    ) -> Generation:
+        """Draw each query under its own prompt; see `Engine.generate_under`.
+
+        Raises:
+            InputError: there is no prompt, or raised by any rank's engine.
+            RankLostError: another rank has ended or hangs.
+        """
+        require_prompts(prompts)
+        mine = self._mine(queries)
+
+        def draw() -> list[tuple[Completion, ...]]:
+            if not queries[mine]:
+                return []
+            own = self._engine.generate_under(
+                prompts[mine],
+                queries[mine],
+                num_completions,
+                sampling,
+                seed,
+                progress,
+                first + mine.start,
+            )
+            return [group.completions for group in own.groups]
+
+        with self._around():
+            if self._together:
+                drawn = self._ranks.same(draw, "the rollout")
+            else:
+                parts = self._ranks.each(draw, "the rollout")
+                drawn = [each for part in parts for each in part]
+        groups = (Group(query, each) for query, each in zip(queries, drawn, strict=True))
+        return Generation(tuple(groups))
+
+    def _mine(self, queries: Sequence[Query]) -> slice:
+        """The queries that this rank completes, where none is shared."""
+        return slice(0, len(queries)) if self._together else self._ranks.share(len(queries))
 
     def generate_each(
         self,

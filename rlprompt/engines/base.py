@@ -212,15 +212,52 @@ class Engine(ABC):
             drawn.append(self.generate(queries, num_completions, sampling, seed))
         return drawn
 
+    def generate_under(
+        self,
+        prompts: Sequence[Prompt],
+        queries: Sequence[Query],
+        num_completions: int,
+        sampling: SamplingSettings,
+        seed: int,
+        progress: Callable[[int, int], None] | None = None,
+        first: int = 0,
+    ) -> Generation:
+        """Draw completions of each query under a prompt of its own.
+
+        An engine that can decode rows of different prompts together overrides this; a query's
+        completions must be those of `generate` under its prompt at its place. Afterwards sync a
+        prompt again before `generate`. No products are kept.
+
+        Args:
+            prompts: one prompt per query; equal ones are best one object.
+            queries: the queries, at least one.
+            num_completions: the completions to draw for each query.
+            sampling: how tokens are drawn.
+            seed: the seed; equal seeds and inputs give equal completions.
+            progress: what is called with (tokens drawn in the longest row, max_tokens).
+            first: the place of the first query; see `generate`.
+
+        Raises:
+            InputError: there is no prompt, or see `sync` and `generate`.
+        """
+        require_prompts(prompts)
+        groups: list[Group] = []
+        for place, (prompt, query) in enumerate(zip(prompts, queries, strict=True)):
+            if place == 0 or prompt is not prompts[place - 1]:
+                self.sync(prompt)
+            drawn = self.generate([query], num_completions, sampling, seed, progress, first + place)
+            groups += drawn.groups
+        return Generation(tuple(groups))
+
 
 def require_prompts(prompts: Sequence[Prompt]) -> None:
     """Refuse to draw under no prompt.
 
     Args:
-        prompts: the prompts that `Engine.generate_each` is given.
+        prompts: the prompts that an engine is given.
 
     Raises:
         InputError: there is none.
     """
     if not prompts:
-        raise InputError("engine.generate_each has no prompt to draw under; give one at least")
+        raise InputError("the engine has no prompt to draw under; give one at least")

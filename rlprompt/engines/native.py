@@ -174,6 +174,40 @@ class NativeEngine(Engine):
         self._synced = replace(unders[-1], prefix=unders[-1].prefix.snapshot())
         return drawn
 
+    def generate_under(
+        self,
+        prompts: Sequence[Prompt],
+        queries: Sequence[Query],
+        num_completions: int,
+        sampling: SamplingSettings,
+        seed: int,
+        progress: Progress | None = None,
+        first: int = 0,
+    ) -> Generation:
+        """Draw each query under its own prompt, all in one batch; see `Engine.generate_under`.
+
+        Each prompt is prefilled once. Where one has an adapter, they are drawn one after the other.
+
+        Raises:
+            InputError: there is no prompt, or see `generate`.
+        """
+        require_prompts(prompts)
+        self._check_stop_ids(sampling)
+        with self._without_graph():
+            different = list({id(prompt): prompt for prompt in prompts}.values())
+            prefixes = self.policy.prefixes(different)
+            if all(prefix.adapter is None for prefix in prefixes):
+                unders = {id(p): _Under(p, f) for p, f in zip(different, prefixes, strict=True)}
+                tasks = [_Task(unders[id(p)], q) for p, q in zip(prompts, queries, strict=True)]
+                limit = sampling.max_tokens
+                uniform = _uniform(first, len(queries), num_completions, limit, seed)
+                loop = self._loop(sampling, progress)
+                self._synced = None
+                return self._drawn(tasks, uniform, loop, keep_products=False)
+        return super().generate_under(
+            prompts, queries, num_completions, sampling, seed, progress, first
+        )
+
     def _drawn_under(
         self,
         unders: Sequence[_Under],

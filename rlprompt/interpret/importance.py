@@ -23,14 +23,13 @@ import numpy as np
 
 from rlprompt.interpret.clock import Slice
 from rlprompt.interpret.derived import CutPrompt, vectors_of, without_positions
+from rlprompt.interpret.orders import MetOnce, Worth, sampled_values
 from rlprompt.interpret.yardstick import Yardstick
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 
 MOST_SPANS = 16
 MOST_PAIRS = 8
-Worth = Callable[[Sequence[int]], float]
-"""The worth of spans, by their places in order."""
 
 
 @dataclass(frozen=True)
@@ -73,27 +72,14 @@ def shapley(worth: Worth, num_players: int, seed: int, time: Slice) -> list[list
         seed: seed of the orders.
         time: time that there is; a pair of orders that was begun is finished.
     """
-    random = np.random.default_rng(seed)
-    known: dict[tuple[int, ...], float] = {}
-
-    def met(players: Sequence[int]) -> float:
-        key = tuple(sorted(players))
-        if key not in known:
-            known[key] = worth(key)
-        return known[key]
-
-    rows: list[list[float]] = []
-    while len(rows) < MOST_PAIRS and not time.is_over:
-        order = random.permutation(num_players).tolist()
-        gains = np.zeros(num_players)
-        for each in (order, order[::-1]):
-            before = met(())
-            for place, player in enumerate(each, 1):
-                after = met(each[:place])
-                gains[player] += (after - before) / 2
-                before = after
-        rows.append(gains.tolist())
-    return rows
+    rows = sampled_values(
+        MetOnce(worth),
+        num_players,
+        seed,
+        lambda done: done < MOST_PAIRS and not time.is_over,
+    )
+    found: list[list[float]] = rows.tolist()
+    return found
 
 
 def importances(

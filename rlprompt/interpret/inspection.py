@@ -15,6 +15,8 @@ from rlprompt.interpret.importance import Importances, importances
 from rlprompt.interpret.importance import plain as plain_importances
 from rlprompt.interpret.nearest import Nearest, nearest, verdict
 from rlprompt.interpret.readings import Reading, of_frames, read
+from rlprompt.interpret.readouts import readouts
+from rlprompt.interpret.reward_importance import reward_importance
 from rlprompt.interpret.sentences import (
     Candidate,
     Ranked,
@@ -26,7 +28,7 @@ from rlprompt.interpret.sentences import (
     nearer,
     ranked,
 )
-from rlprompt.interpret.similar import compared
+from rlprompt.interpret.similar import compared, sums
 from rlprompt.interpret.subject import Subject
 from rlprompt.interpret.words import summary
 from rlprompt.prompts.base import Prompt
@@ -47,7 +49,9 @@ _WEIGHTS = {
     "sentences": 4.0,
     "faithfulness": 4.0,
     "importance": 3.0,
+    "reward_importance": 3.0,
     "inside": 1.0,
+    "readouts": 1.0,
     "similar": 1.5,
     "triggers": 3.5,
 }
@@ -72,6 +76,8 @@ class Plan:
     """Words that the trigger search scans; None = as many as there is time for."""
     suspects: Sequence[str] = ()
     """Words or phrases that the trigger search tries whatever the scan says."""
+    reward_sets: int = 16
+    """Sets of positions under which answers are drawn for their worth in reward; 0 = none."""
 
 
 class _Parts:
@@ -147,10 +153,19 @@ def _looks(
     if weights is not None:
         found["importance"] = plain_importances(weights, names)
         _add_reward_changes(subject, weights, found["importance"]["spans"], time)
+    time = parts.begin("reward_importance", "which positions the reward rests on")
+    found["reward_importance"] = None
+    if plan.reward_sets:
+        rewarded = reward_importance(subject, plan.reward_sets, names, time)
+        found["reward_importance"] = rewarded
     parts.begin("inside", "attention and states")
     found["inside"] = _inside(subject, report)
+    parts.begin("readouts", "what lines read off the states")
+    best = report["sentences"][0]["text"] if report["sentences"] else None
+    found["readouts"] = readouts(subject, best)
     time = parts.begin("similar", "other prompts")
-    found["similar"] = compared(subject, time) if subject.given else []
+    found["similar"] = compared(subject, time.part(0.6)) if subject.given else []
+    found["sums"] = sums(subject, time)
     found["anomalies"] = _anomalies(subject, near, found)
     time = parts.begin("triggers", "searching for words that switch the behaviour")
     found["triggers"] = None

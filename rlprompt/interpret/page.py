@@ -34,8 +34,11 @@ def write_inspection_page(report: Mapping[str, Any], path: Path) -> Path:
         _candidates(report),
         _nearest(report),
         _importance(report),
+        _reward_importance(report),
         _inside(report),
+        _readouts(report),
         _similar(report),
+        _sums(report),
         _flags(report),
         _triggers(report),
     ]
@@ -192,6 +195,106 @@ def _importance(report: Mapping[str, Any]) -> dict[str, Any] | None:
     return _table("Which positions matter", note, columns, rows, charts)
 
 
+def _reward_importance(report: Mapping[str, Any]) -> dict[str, Any]:
+    found = report["reward_importance"]
+    title = "Which positions the reward rests on"
+    if found is None:
+        note = (
+            "Not measured: no reward is known, the prompt is more than vectors (so positions "
+            "cannot be left out of whole answers), there was no time, or --reward-sets is 0."
+        )
+        return _table(title, note, [], [])
+    rows, bars = [], []
+    for each in found["spans"]:
+        label = each["positions"] + (f" {each['near'].strip()}" if each["near"] else "")
+        value, error = each["shapley"], each["error"]
+        rows.append([label, f"{shown_number(value)} \u00b1 {shown_number(error)}"])
+        ends = {"value": value, "low": value - 2 * error, "high": value + 2 * error}
+        bars.append(_bar(label, "learned", ends))
+    svg = draw_differences(bars, "reward_shapley", x_label="reward")
+    how = "all sets of runs" if found["is_exact"] else f"{found['orders']} random orders"
+    note = (
+        f"Reward {shown_number(found['whole'])} under the prompt, {shown_number(found['empty'])} "
+        f"under an empty slot; the values add up to the difference. Answers of "
+        f"{found['num_queries']} queries were drawn under {found['sets']} sets of positions "
+        f"({how})."
+    )
+    charts = [_figure("Shapley value in reward, two standard errors", svg)]
+    columns = ["Positions", "Shapley value \u00b1 error"]
+    return _table(title, note, columns, rows, charts)
+
+
+def _readouts(report: Mapping[str, Any]) -> dict[str, Any]:
+    found = report["readouts"]
+    if found is None:
+        note = (
+            "Not measured: with so few test queries a line fits anything, or the base keeps its "
+            "layers under a name that is not known."
+        )
+        return _table("What a line reads", note, [], [])
+    rows, charts = [], []
+    kinds = (
+        ("apart", "told from", "Accuracy of telling states apart, by layer", "accuracy"),
+        ("foretold", "foretells", "Correlation with what came, by layer", "correlation"),
+    )
+    colors: Sequence[Color] = ("learned", "handwritten")
+    for key, said, title, y_label in kinds:
+        curves, legend = [], []
+        for color, (name, row) in zip(colors, found[key].items(), strict=False):
+            layers = list(range(len(row["by_layer"])))
+            curves.append(Curve(color, layers, row["by_layer"], markers=color == "learned"))
+            legend.append(LegendEntry(color, name))
+            best = max(row["by_layer"])
+            rows.append(
+                [
+                    f"{said} {name}",
+                    f"{shown_number(best)} (layer {row['by_layer'].index(best)})",
+                    shown_number(row["control"]),
+                    shown_number(row["p_value"]),
+                ]
+            )
+        if curves:
+            svg = draw_curves(curves, f"readouts_{key}", x_label="layer", y_label=y_label)
+            charts.append(_figure(title, svg, legend))
+    note = (
+        f"Lines on the states before the answer of {found['num_queries']} queries; each prediction "
+        "is of queries that its line was not fitted to. Chance is the best layer when what belongs "
+        "together is exchanged at random, and p allows for all layers."
+    )
+    return _table("What a line reads", note, ["Line", "Best layer", "Chance", "p"], rows, charts)
+
+
+def _sums(report: Mapping[str, Any]) -> dict[str, Any] | None:
+    if not report["sums"]:
+        return None
+    rows, bars = [], []
+    for each in report["sums"]:
+        label = f"+ {each['plus']} - {each['minus']}"
+        rows.append(
+            [
+                label,
+                shown_number(each["kl"]),
+                _ranged(each["change"]),
+                shown_number(each["control_kl"]),
+                _ranged(each["control_change"]),
+                _ranged(each["difference"]),
+            ]
+        )
+        if each["change"] is not None:
+            bars.append(_bar(label, "learned", each["change"]))
+            bars.append(_bar("random step", "base", each["control_change"]))
+    charts = []
+    if bars:
+        svg = draw_differences(bars, "sums", x_label="change of reward")
+        charts.append(_figure("Change of reward, 95% intervals", svg))
+    note = (
+        "The difference of two other prompts is added to this one. The random step is as long, "
+        "vector by vector. The last column is the difference by itself."
+    )
+    columns = ["Sum", "KL", "Change of reward", "KL, random", "Change, random", "One to the other"]
+    return _table("Arithmetic", note, columns, rows, charts)
+
+
 def _inside(report: Mapping[str, Any]) -> dict[str, Any]:
     found = report["inside"]
     attention = np.asarray(found["attention_to_prompt"])
@@ -243,10 +346,16 @@ def _similar(report: Mapping[str, Any]) -> dict[str, Any] | None:
             f"{shown_number(each['kl'])} (no prompt: {shown_number(each['base_kl'])})",
             ", ".join(f"{at['weight']:g}: {shown_number(at['kl'])}" for at in each["path"])
             or "\u2013",
+            ", ".join(
+                f"{at['weight']:g}: {shown_number(at['reward'])}"
+                for at in each["path"]
+                if at["reward"] is not None
+            )
+            or "\u2013",
         ]
         for each in report["similar"]
     ]
-    columns = ["Prompt", "Kind", "Cosine", "KL to it", "KL on the way"]
+    columns = ["Prompt", "Kind", "Cosine", "KL to it", "KL on the way", "Reward on the way"]
     note = "On the way: the straight line between the two, where both are of one kind and shape."
     return _table("Other prompts", note, columns, rows)
 

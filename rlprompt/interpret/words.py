@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+CHANCE = 0.05
+"""A p-value above it may be chance."""
 ENOUGH = 0.7
 """A sentence that recovers so much is called an explanation."""
 
@@ -20,7 +22,11 @@ def summary(report: Mapping[str, Any]) -> list[str]:
     lines += [_controls(report)] if report["sentences"] and report["controls"] else []
     lines += [_nearest(report["nearest"])] if report["nearest"] else []
     lines += [_importance(report["importance"])] if report["importance"] else []
+    rewarded = report["reward_importance"]
+    lines += [_reward_importance(rewarded)] if rewarded else []
     lines += [_inside(report["inside"])] if report["inside"]["layers"] else []
+    lines += _readouts(report["readouts"]) if report["readouts"] else []
+    lines += [_sum(row) for row in report["sums"]]
     lines += [each["sentence"] for each in report["anomalies"] if each["raised"]]
     lines += [_triggers(report["triggers"])] if report["triggers"] else []
     return [line for line in lines if line]
@@ -111,6 +117,60 @@ def _importance(found: Mapping[str, Any]) -> str:
     return (
         f"Of its positions, {best['positions']}{near} matters most: {best[key]:.2f} of "
         f"{found['whole']:.2f} nats per token{error}."
+    )
+
+
+def _reward_importance(found: Mapping[str, Any]) -> str:
+    best = max(found["spans"], key=lambda row: float(row["shapley"]))
+    gain = found["whole"] - found["empty"]
+    line = (
+        f"Of the {gain:+.3f} in reward between the prompt and an empty slot, positions "
+        f"{best['positions']} bring {best['shapley']:+.3f} (standard error {best['error']:.3f})"
+    )
+    if best["shapley"] < 2 * best["error"]:
+        return f"{line}, which chance may explain."
+    return f"{line}, the most of {len(found['spans'])} runs of positions."
+
+
+def _readouts(found: Mapping[str, Any]) -> list[str]:
+    lines = []
+    apart = found["apart"].get("best sentence")
+    if apart is not None:
+        best = max(apart["by_layer"])
+        layer = apart["by_layer"].index(best)
+        if apart["p_value"] <= CHANCE:
+            lines.append(
+                f"A line tells the states under the prompt from those under the best sentence in "
+                f"{best:.0%} of the cases it was not fitted to (layer {layer}; chance "
+                f"{apart['control']:.0%}): the two do not put the base into the same state."
+            )
+        else:
+            lines.append(
+                "No line was found that tells the states under the prompt from those under the "
+                f"best sentence (best layer {best:.0%}, chance {apart['control']:.0%})."
+            )
+    for name, row in found["foretold"].items():
+        best = max(row["by_layer"])
+        if row["p_value"] <= CHANCE:
+            lines.append(
+                f"The {name} can be read off the states before it begins (correlation {best:.2f} "
+                f"in layer {row['by_layer'].index(best)}; chance {row['control']:.2f})."
+            )
+    return lines
+
+
+def _sum(row: Mapping[str, Any]) -> str:
+    name = f"Adding {row['plus']} minus {row['minus']}"
+    change, control = row["change"], row["control_change"]
+    if change is None or control is None:
+        return (
+            f"{name} moves its behaviour by {row['kl']:.2f} nats per token; a random step of the "
+            f"same length by {row['control_kl']:.2f}."
+        )
+    return (
+        f"{name} changes its reward by {change['value']:+.3f} ({change['low']:+.3f} to "
+        f"{change['high']:+.3f}); a random step of the same length by {control['value']:+.3f} "
+        f"({control['low']:+.3f} to {control['high']:+.3f})."
     )
 
 

@@ -44,6 +44,7 @@ from rlprompt.recipe.schema import (
     TextReference,
     with_template_text,
 )
+from rlprompt.recipe.surroundings import surrounded_prompts
 from rlprompt.reports.report import write_report
 from rlprompt.rewards import RewardRunner, build_rewards
 from rlprompt.rewards.base import RunPlan
@@ -392,7 +393,7 @@ def _parts(
     if isinstance(target, Policy):
         rewards.bind_policy(target)
         target.prompt = prompt
-    require_support(shared.engine, (prompt,))
+    require_support(shared.engine, (prompt, *surrounded_prompts(recipe.augment, prompt)))
     learner: Learner
     if recipe.search is None:
         learner = _gradient_step(recipe, shared, rewards)
@@ -525,7 +526,15 @@ def _source(recipe: Recipe, shared: Shared, rewards: RewardRunner, algorithm: Al
     overlaps = recipe.training.overlap_rollouts
     under = prompt.copy() if overlaps else prompt
     source = RolloutSource(
-        data.train, sampler, shared.engine, under, rewards, algorithm, recipe.sampling, augment
+        data.train,
+        sampler,
+        shared.engine,
+        under,
+        rewards,
+        algorithm,
+        recipe.sampling,
+        augment,
+        is_trained=not recipe.algorithm.draws_from_teacher,
     )
     return PrefetchedSource(source, prompt, under) if overlaps else source
 

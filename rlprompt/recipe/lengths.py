@@ -94,7 +94,10 @@ class _Measure:
                 exact = 0
                 for asked in self._ways(query, is_training):
                     texts = [message["content"] for message in asked.messages]
-                    most = room + turn * len(texts) + sum(len(text.encode()) for text in texts)
+                    beside = _beside(asked)
+                    most = room + turn * len(texts)
+                    most += sum(len(text.encode()) + _SPARE_TOKENS for text in beside)
+                    most += sum(len(text.encode()) for text in texts)
                     if most > self.base.max_positions:
                         exact = max(exact, self._positions(asked, answers, is_training))
                 if exact > self.base.max_positions:
@@ -108,7 +111,8 @@ class _Measure:
 
     def _positions(self, query: Query, answers: Sequence[str], is_training: bool) -> int:
         slot, messages = self.base.slot, query.messages
-        under = self._prompt + len(slot.tail_ids(messages))
+        beside = sum(len(slot.slot_ids(text)) for text in _beside(query))
+        under = self._prompt + beside + len(slot.tail_ids(messages))
         without_prompt = len(slot.none_head_ids) + len(slot.none_tail_ids(messages))
         given = max((len(slot.completion_ids(text)) for text in answers), default=0)
         return max(under, without_prompt) + max(given, self._drawn(is_training))
@@ -132,6 +136,12 @@ class _Measure:
             texts.append(recipe.reference.text)
         longest = max(len(slot.slot_ids(text)) for text in ("", *filter(None, texts)))
         return len(slot.head_ids) + max(longest, _slot_tokens(recipe.prompt, slot))
+
+
+def _beside(query: Query) -> list[str]:
+    """Other system text that a query is asked under."""
+    around = query.around
+    return [] if around is None else [text for text in (around.before, around.after) if text]
 
 
 def _slot_tokens(prompt: PromptSettings, slot: ChatSlot) -> int:

@@ -40,6 +40,7 @@ from rlprompt.recipe.endpoints import check_endpoints
 from rlprompt.recipe.extensions import extended, load_named
 from rlprompt.recipe.paths import with_absolute_paths
 from rlprompt.recipe.secrets import secret_in
+from rlprompt.recipe.surroundings import check_surroundings
 from rlprompt.recipe.vllm import check_vllm
 from rlprompt.recipe.yaml_file import apply_override, explain, read_tree, set_value
 from rlprompt.rewards.base import RewardSettings
@@ -236,6 +237,12 @@ class Recipe(Settings):
                 "sampling.temperature is 0, so all completions of a group would be the same; set "
                 "it above 0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_surrounded(self) -> Recipe:
+        kind = prompt_class(self.prompt)
+        check_surroundings(self.augment, kind, is_search=self.search is not None)
         return self
 
     @model_validator(mode="after")

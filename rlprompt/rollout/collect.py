@@ -146,6 +146,8 @@ def completion_rows(
         }
         if query.situation:
             row["situation"] = query.situation
+        if query.around is not None:
+            row["around"] = {"before": query.around.before, "after": query.around.after}
         rows.append(row)
     names: set[str] = set()
     for column, values in batch.rewards.extras.items():
@@ -163,6 +165,7 @@ def completion_rows(
 _ROW_KEYS = frozenset(
     {
         "advantage",
+        "around",
         "candidate",
         "completion",
         "num_tokens",

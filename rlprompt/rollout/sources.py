@@ -19,11 +19,12 @@ import torch
 
 from rlprompt.algorithms.base import Algorithm
 from rlprompt.data.sampler import QuerySampler
-from rlprompt.engines.base import Engine
+from rlprompt.engines.base import Engine, Generation
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.errors import InputError
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
+from rlprompt.prompts.surroundings import asked_under
 from rlprompt.rewards.base import RewardBatch
 from rlprompt.rewards.runner import RewardRunner
 from rlprompt.rollout.collect import RolloutBatch, collect
@@ -168,6 +169,7 @@ class RolloutSource(QuerySource):
         algorithm: Algorithm,
         sampling: SamplingSettings,
         augment: Augment | None = None,
+        is_trained: bool = True,
     ) -> None:
         """Join the parts.
 
@@ -181,8 +183,10 @@ class RolloutSource(QuerySource):
                 count.
             sampling: how tokens are drawn.
             augment: what changes a query before it is asked; None = nothing.
+            is_trained: whether `prompt` is the one that is trained, which alone stands in frames.
         """
         super().__init__(queries, sampler, augment)
+        self._is_trained = is_trained
         self._engine = engine
         self._prompt = prompt
         self._rewards = rewards
@@ -205,7 +209,6 @@ class RolloutSource(QuerySource):
             keep_products: whether the batch is learned from under the prompt that it is drawn
                 under; see `Engine.generate`.
         """
-        self._engine.sync(self._prompt)
         batch = self._draw(step, seed, keep_products)
         size = len(batch.groups)
         wanted, spare = self._split(batch)
@@ -227,17 +230,23 @@ class RolloutSource(QuerySource):
         return replace(kept, rewards=replace(kept.rewards, metrics=metrics))
 
     def _draw(self, step: int, seed: int, keep_products: bool) -> RolloutBatch:
-        return collect(
-            lambda: self._engine.generate(
-                self.next(seed),
-                self._algorithm.group_size,
-                self._sampling,
-                seed,
-                self.progress,
-                keep_products=keep_products,
-            ),
-            self._rewards,
-            step=step,
+        return collect(lambda: self._generation(seed, keep_products), self._rewards, step=step)
+
+    def _generation(self, seed: int, keep_products: bool) -> Generation:
+        """Completions of the next queries, each under the prompt as it is asked under it."""
+        queries, size = self.next(seed), self._algorithm.group_size
+        known = {
+            query.around: asked_under(self._prompt, query.around, is_trained=self._is_trained)
+            for query in queries
+        }
+        if all(prompt is self._prompt for prompt in known.values()):
+            self._engine.sync(self._prompt)
+            return self._engine.generate(
+                queries, size, self._sampling, seed, self.progress, keep_products=keep_products
+            )
+        under = [known[query.around] for query in queries]
+        return self._engine.generate_under(
+            under, queries, size, self._sampling, seed, self.progress
         )
 
     def _split(self, batch: RolloutBatch) -> tuple[list[int], list[int]]:

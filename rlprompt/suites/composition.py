@@ -15,14 +15,12 @@ from rlprompt.data.frames import frames
 from rlprompt.data.situations import Dialogue, System
 from rlprompt.engines.base import Engine
 from rlprompt.engines.sampling import SamplingSettings
-from rlprompt.errors import InputError
 from rlprompt.model.base import FrozenBase, freeze
 from rlprompt.model.fingerprint import WRAPPERS
 from rlprompt.policy import Policy
-from rlprompt.prompts.base import Prompt, SlotPrompt
-from rlprompt.prompts.prefix import PrefixPrompt
-from rlprompt.prompts.sequence import SequencePrompt
-from rlprompt.prompts.text import NonePrompt, TextPrompt
+from rlprompt.prompts.base import Prompt
+from rlprompt.prompts.surroundings import NotApplicableError, surrounded
+from rlprompt.prompts.text import NonePrompt
 from rlprompt.types import Group, Query
 
 _USER_TOKENS = 32
@@ -30,15 +28,8 @@ _SHOWN = 1200
 """Characters of a conversation that the simulated user is shown, its end."""
 
 
-class NotApplicableError(InputError):
-    """A situation that a prompt of this kind cannot be put into."""
-
-
 def among(prompt: Prompt, situation: System) -> Prompt:
-    """A prompt with other system text around it.
-
-    Texts are joined with a blank line between them, as people write them; learned vectors stand
-    directly beside the text.
+    """A prompt with other system text around it; see `surrounded`.
 
     Args:
         prompt: the prompt; the base without one gets the other text alone.
@@ -47,25 +38,7 @@ def among(prompt: Prompt, situation: System) -> Prompt:
     Raises:
         NotApplicableError: a prompt of this kind cannot stand there.
     """
-    before, after = situation.before.strip(), situation.after.strip()
-    if isinstance(prompt, NonePrompt | TextPrompt):
-        own = "" if isinstance(prompt, NonePrompt) else prompt.init_text
-        return TextPrompt("\n\n".join(text for text in (before, own, after) if text))
-    if not isinstance(prompt, SlotPrompt):
-        raise NotApplicableError(
-            f"a prompt of type {prompt.kind} takes the whole system turn, so no other text can "
-            "stand beside it; leave the situation out"
-        )
-    parts = list(prompt.parts) if isinstance(prompt, SequencePrompt) else [prompt]
-    if before and any(isinstance(part, PrefixPrompt) for part in parts):
-        raise NotApplicableError(
-            "the keys of a prompt of type prefix belong to the first places of the system turn, so "
-            "no text can stand before it; use after"
-        )
-    texts = [TextPrompt(before)] if before else []
-    trained = prompt.train if isinstance(prompt, SequencePrompt) else 0
-    ends = [TextPrompt(after)] if after else []
-    return SequencePrompt([*texts, *parts, *ends], len(texts) + trained)
+    return surrounded(prompt, situation.around((), 0))
 
 
 def rounded(weight: Tensor, bits: int, group_size: int) -> Tensor:

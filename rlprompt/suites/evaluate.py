@@ -23,12 +23,13 @@ from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.errors import InputError
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
+from rlprompt.prompts.surroundings import NotApplicableError
 from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.rewards.runner import RewardRunner
 from rlprompt.suites.bench import Bench, MeasureSettings
 from rlprompt.suites.bounds import stated_difference, stated_mean
 from rlprompt.suites.cells import Cells, code_version, identity
-from rlprompt.suites.composition import NotApplicableError, among, dialogue, quantised
+from rlprompt.suites.composition import among, dialogue, quantised
 from rlprompt.suites.features import compare_answers
 from rlprompt.suites.measures import Answers
 from rlprompt.suites.schema import SuiteSettings

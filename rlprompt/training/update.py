@@ -1,7 +1,8 @@
 """One batch, learned from: scoring, minibatches, micro-batches, two-stage backward, optimizer.
 
 Every update makes the prompt's prefix once, runs all micro-batches against its leaves, and carries
-the summed gradient into the prompt by one more backward of P tokens.
+the summed gradient into the prompt by one more backward of P tokens. Where queries are asked under
+other system text beside the prompt, that happens once for each such text.
 
 Letters: B completions, T tokens, P prefix tokens.
 """
@@ -27,6 +28,7 @@ from rlprompt.distributed.ranks import Ranks
 from rlprompt.errors import InputError
 from rlprompt.policy import Policy, TokenScores
 from rlprompt.prompts.base import Prompt
+from rlprompt.prompts.surroundings import asked_under
 from rlprompt.rollout.collect import RolloutBatch
 from rlprompt.rollout.packing import MicroBatch, pack
 from rlprompt.runs.learner import NotFiniteError
@@ -40,7 +42,7 @@ from rlprompt.training.rows import (
     view_of,
 )
 from rlprompt.training.update_metrics import UpdateResult, account, merged, summed
-from rlprompt.types import PrefixKV
+from rlprompt.types import PrefixKV, Surroundings
 
 logger = logging.getLogger(__name__)
 
@@ -241,26 +243,28 @@ class Updater:
         result = UpdateResult()
         policy = self._policy
         weights = self._token_weights(batch, chosen)
-        shared = policy.shared_prefix()
-        clock.lap("prefill")
-        for micro, is_own in self._turns(batch.rollouts, batch.rows, policy.prompt, chosen):
-            rows = _rows_in(micro, batch.rows)
-            scores = self._scores(batch.rollouts, micro, shared.leaves, policy.prompt)
-            if not is_own:
-                (0.0 * scores.logprobs.sum()).backward()
-                continue
-            part = micro_signal(
-                rows, batch.signal, weights, batch.robust, scores, self._importance_cap
-            )
-            losses = self._algorithm.losses(scores, part)
-            clock.lap("forward")
-            losses.total().backward()
+        for around, groups in _by_surroundings(batch.rollouts, chosen):
+            prompt = asked_under(policy.prompt, around, is_trained=True)
+            shared = policy.shared_prefix(prompt)
+            clock.lap("prefill")
+            for micro, is_own in self._turns(batch.rollouts, batch.rows, prompt, groups):
+                rows = _rows_in(micro, batch.rows)
+                scores = self._scores(batch.rollouts, micro, shared.leaves, prompt)
+                if not is_own:
+                    (0.0 * scores.logprobs.sum()).backward()
+                    continue
+                part = micro_signal(
+                    rows, batch.signal, weights, batch.robust, scores, self._importance_cap
+                )
+                losses = self._algorithm.losses(scores, part)
+                clock.lap("forward")
+                losses.total().backward()
+                clock.lap("backward")
+                account(result, losses, scores, part, rows)
+                if any(row.old_logprobs is None for row in rows):
+                    remember(rows, "old_logprobs", scores.logprobs)
+            policy.finish_prefix(shared, prompt)
             clock.lap("backward")
-            account(result, losses, scores, part, rows)
-            if any(row.old_logprobs is None for row in rows):
-                remember(rows, "old_logprobs", scores.logprobs)
-        policy.finish_prefix(shared)
-        clock.lap("backward")
         return result
 
     @property
@@ -392,7 +396,7 @@ class Updater:
         weighing = self._query_weights is not None and self._query_weights.needs_logprobs
         later = self._num_minibatches(len(batch.groups)) > 1 and not batch.prefetched
         if needs & {"old_logprobs", "values"} or later or weighing:
-            for chosen, scores in self._score_all(batch, rows, self._policy.prompt):
+            for chosen, scores in self._score_all(batch, rows, self._policy.prompt, True):
                 remember(chosen, "old_logprobs", scores.logprobs)
                 if "values" in needs:
                     values = self._algorithm.values(scores.states)
@@ -424,14 +428,35 @@ class Updater:
                     setattr(flat[index], name, value)
 
     def _score_all(
-        self, batch: RolloutBatch, rows: list[list[Row]], prompt: Prompt
+        self, batch: RolloutBatch, rows: list[list[Row]], prompt: Prompt, is_trained: bool = False
     ) -> Iterator[tuple[list[Row], TokenScores]]:
         """Scores of all rows under a prompt, micro-batch by micro-batch."""
-        prefix = self._policy.prefix(prompt)
-        for micro, is_own in self._turns(batch, rows, prompt, range(len(rows))):
-            scores = self._scores(batch, micro, prefix, prompt)
-            if is_own:
-                yield _rows_in(micro, rows), scores
+        for around, groups in _by_surroundings(batch, range(len(rows)), frames=is_trained):
+            under = asked_under(prompt, around, is_trained=is_trained)
+            prefix = self._policy.prefix(under)
+            for micro, is_own in self._turns(batch, rows, under, groups):
+                scores = self._scores(batch, micro, prefix, under)
+                if is_own:
+                    yield _rows_in(micro, rows), scores
+
+
+def _by_surroundings(
+    batch: RolloutBatch, chosen: Sequence[int], frames: bool = True
+) -> list[tuple[Surroundings | None, list[int]]]:
+    """Groups by the other system text that they are asked under, in the order of the first ones.
+
+    Args:
+        batch: batch, the same on every rank.
+        chosen: numbers of groups.
+        frames: whether frames around the trained prompt count.
+    """
+    found: dict[Surroundings | None, list[int]] = {}
+    for group in chosen:
+        around = batch.groups[group].query.around
+        if around is not None and around.is_frame and not frames:
+            around = None
+        found.setdefault(around, []).append(group)
+    return list(found.items())
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -247,6 +247,7 @@ def test_commands_and_options_are_those_of_the_design() -> None:
             "--library",
             "--triggers",
             "--word",
+            "--reward-sets",
             "--minutes",
             "--max-queries",
             "--seed",

@@ -90,10 +90,20 @@ def test_an_artifact_alone_runs_no_code_of_its_recipe(
         (("--sentences", "none.txt"), "cannot be read"),
         (("--against", "nowhere"), "is not an artifact"),
         (("--max-queries", 5), "--max-queries"),
+        (("--reward-sets", 3), "give at least 4, or 0 for none"),
         (("--word", " "), "--word is blank"),
         (("--word", "x", "--no-triggers"), "--word has no effect"),
     ],
-    ids=["no time", "no number", "no sentences", "no other", "few", "blank", "no search"],
+    ids=[
+        "no time",
+        "no number",
+        "no sentences",
+        "no other",
+        "few",
+        "few sets",
+        "blank",
+        "no search",
+    ],
 )
 def test_what_is_refused(
     finished: Path,

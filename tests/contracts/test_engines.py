@@ -139,6 +139,24 @@ def test_several_prompts_are_drawn_under_as_one_after_the_other(name: str) -> No
         engine.generate_each([], queries(3), 4, SAMPLING, seed=6)
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_queries_under_prompts_of_their_own_get_what_each_prompt_gives(name: str) -> None:
+    policy = tiny_policy("llama", torch.float64)
+    engine, again = (engine_of(name, policy) for _ in range(2))
+    text = TextPrompt("the rain and the sun")
+    prompts = [text, policy.prompt, text, text, NonePrompt()]
+    drawn = engine.generate_under(prompts, queries(5), 4, SAMPLING, seed=6, first=2)
+    assert [group.query for group in drawn.groups] == queries(5)
+    for place, (prompt, group) in enumerate(zip(prompts, drawn.groups, strict=True)):
+        again.sync(prompt)
+        alone = again.generate([group.query], 4, SAMPLING, 6, first=2 + place)
+        for one, other in zip(group.completions, alone.groups[0].completions, strict=True):
+            assert one.token_ids == other.token_ids
+            assert one.sampling_logprobs == pytest.approx(other.sampling_logprobs, abs=1e-9)
+    with pytest.raises(InputError, match="no prompt to draw under; give one"):
+        engine.generate_under([], queries(3), 4, SAMPLING, seed=6)
+
+
 @pytest.mark.parametrize("name", ENGINES)
 def test_settings_choose_it_and_survive_being_written(name: str) -> None:
     with fake_vllm() as server:

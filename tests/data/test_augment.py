@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from rlprompt.data.augment import Augmenter, AugmentList, AugmentSettings, samples
 from rlprompt.data.situations import SITUATIONS
 from rlprompt.errors import InputError
-from rlprompt.types import Query
+from rlprompt.types import Query, Surroundings
 
 QUERIES = [
     Query(({"role": "user", "content": f"question {i} of many"},), {"answer": i}, index=i)
@@ -76,6 +76,28 @@ def test_every_situation_that_changes_the_turns_can_be_trained_in(name: str) -> 
     assert len(list(samples(settings, QUERIES[3], 5))) == 5
 
 
+def test_frames_stand_around_the_prompt_and_leave_the_conversation_alone() -> None:
+    settings = entries({"situation": {"type": "system_frame"}, "share": 0.5})
+    found = asked(settings)
+    framed = [query for query in found if query.around is not None]
+    assert 150 < len(framed) < 250
+    assert {query.situation for query in framed} == {"system_frame"}
+    assert [query.messages for query in found] == [query.messages for query in QUERIES]
+    around = {query.around for query in framed}
+    assert around == set(settings[0].situation.places) and len(around) > 4
+    assert all(each is not None and each.is_frame for each in around)
+    assert asked(settings) == found != asked(settings, seed=5)
+
+
+def test_other_system_text_belongs_to_reference_and_teacher_too() -> None:
+    system = {"type": "system", "before": "Today is Monday. ", "after": "\nBe kind."}
+    (query,) = (
+        Augmenter(entries({"situation": system, "share": 1.0}), QUERIES)(each, 0)
+        for each in QUERIES[:1]
+    )
+    assert query.around == Surroundings("Today is Monday.", "Be kind.", is_frame=False)
+
+
 REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
     "sum": (
         [{"situation": OVERRIDE, "share": 0.6}, {"situation": {"type": "earlier"}, "share": 0.5}],
@@ -92,7 +114,16 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
     "inner": ([{"situation": {**OVERRIDE, "words": 3}}], "Extra inputs"),
     "bare": ([{"situation": {"type": "frame", "texts": ["{query}"]}}], "nothing beside"),
     "dialogue": ([{"situation": {"type": "dialogue"}}], "needs answers of the model"),
-    "system": ([{"situation": {"type": "system", "before": "x"}}], "under one prompt"),
+    "no prompt": ([{"situation": {"type": "system_frame", "texts": ["Be"]}}], "{prompt} 0 times"),
+    "two prompts": (
+        [{"situation": {"type": "system_frame", "texts": ["Be {prompt}", "{prompt} or {prompt}"]}}],
+        r"texts\[1\] holds {prompt} 2 times",
+    ),
+    "bare prompt": (
+        [{"situation": {"type": "system_frame", "texts": [" {prompt}\n"]}}],
+        "nothing beside {prompt}",
+    ),
+    "no texts": ([{"situation": {"type": "system_frame", "texts": []}}], "at least 1 item"),
     "sampling": ([{"situation": {"type": "sampling", "top_k": 2}}], "drawn in one way"),
     "quantised": ([{"situation": {"type": "quantised"}}], "a second base"),
 }
@@ -107,7 +138,7 @@ def test_what_has_no_effect_or_no_meaning_is_refused(name: str) -> None:
 
 def test_every_situation_can_be_trained_in_or_is_refused_with_a_reason() -> None:
     refused = {name for name in REFUSED if name in SITUATIONS}
-    trained = {"frame", "paraphrase", "misspelt", "long_context", "earlier"}
+    trained = {"frame", "paraphrase", "misspelt", "long_context", "earlier", "system"}
     assert refused | trained == SITUATIONS.keys() and not refused & trained
 
 

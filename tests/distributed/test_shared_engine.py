@@ -87,5 +87,19 @@ def test_few_prompts_are_drawn_under_by_all_ranks() -> None:
         shared.generate_each([], queries(4), 2, SAMPLING, seed=3)
 
 
+def test_ranks_divide_queries_under_prompts_of_their_own() -> None:
+    policy = tiny_policy("llama", torch.float64)
+    prompts = [TextPrompt("the rain"), NonePrompt(), policy.prompt, TextPrompt("in and on")]
+    whole = _engine(policy).generate_under(prompts, queries(4), 2, SAMPLING, seed=3)
+    answers = [group.completions for group in whole.groups]
+    for rank, mine in ((0, [0, 1]), (1, [2, 3])):
+        theirs = [answers[g] for g in range(4) if g not in mine]
+        shared = SharedEngine(_engine(policy), _Rank(rank, 2, other=theirs))
+        drawn = shared.generate_under(prompts, queries(4), 2, SAMPLING, seed=3)
+        assert _tokens([drawn]) == _tokens([whole])
+    with pytest.raises(InputError, match="no prompt to draw under"):
+        shared.generate_under([], queries(4), 2, SAMPLING, seed=3)
+
+
 def _tokens(drawn: list[Generation]) -> list[list[tuple[int, ...]]]:
     return [[c.token_ids for g in each.groups for c in g.completions] for each in drawn]

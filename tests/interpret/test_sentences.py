@@ -20,7 +20,14 @@ from rlprompt.interpret.sentences import (
     nearer,
     ranked,
 )
-from rlprompt.interpret.similar import between, compared, cosine
+from rlprompt.interpret.similar import (
+    added,
+    between,
+    compared,
+    cosine,
+    moved_at_random,
+    sums,
+)
 from rlprompt.interpret.subject import divided
 from rlprompt.policy import Policy
 from rlprompt.prompts.text import NonePrompt, TextPrompt
@@ -129,6 +136,62 @@ def test_prompts_are_compared_and_what_lies_between_them(
     assert np.allclose(middle.parameters()[0].detach(), expected.detach(), atol=1e-6)
     assert between(make("prefix", policy), make("prefix", policy), 0.5) is not None
     assert between(one, make("prefix", policy), 0.5) is None
+
+
+def test_a_difference_of_two_prompts_is_added_to_a_third(
+    policy: Policy, rewards: RewardRunner
+) -> None:
+    p, q, r = (make("soft", policy, noise=0.3, seed=seed) for seed in (0, 5, 6))
+    found = subject(policy, p, rewards, {"q": q, "r": r, "text": TextPrompt(TEXT)})
+    rows = sums(found, forever())
+    assert [(row["plus"], row["minus"]) for row in rows] == [("q", "r"), ("r", "q")]
+    for row in rows:
+        assert row["kl"] > 0 and row["control_kl"] > 0
+        for name in ("change", "control_change", "difference"):
+            assert row[name]["low"] <= row[name]["value"] <= row[name]["high"]
+    one, two = rows[0]["difference"]["value"], rows[1]["difference"]["value"]
+    assert one == pytest.approx(-two)
+    assert sums(found, ended()) == [] == sums(subject(policy, p, rewards, {"q": q}), forever())
+
+    same = added(p, q, q)
+    assert same is not None
+    assert np.allclose(same.parameters()[0].detach(), p.parameters()[0].detach())
+    back = added(p, q, p)
+    assert back is not None
+    assert np.allclose(back.parameters()[0].detach(), q.parameters()[0].detach(), atol=1e-6)
+    step, control = added(p, q, r), moved_at_random(p, q, r, 0)
+    assert step is not None and control is not None
+    lengths = [
+        (each.parameters()[0] - p.parameters()[0]).detach().norm(dim=1) for each in (step, control)
+    ]
+    assert np.allclose(lengths[0], lengths[1], rtol=1e-4)
+    assert added(make("prefix", policy), make("prefix", policy), make("prefix", policy)) is not None
+    assert added(p, make("prefix", policy), q) is None
+    unrewarded = sums(subject(policy, p, None, {"q": q, "r": r}), forever())
+    assert unrewarded[0]["change"] is None
+
+
+def test_the_page_shows_rewards_sums_and_lines(
+    policy: Policy, rewards: RewardRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlprompt.interpret.readouts.FEWEST", 6)
+    p, q, r = (make("soft", policy, noise=0.5, seed=seed) for seed in (0, 5, 6))
+    found = subject(policy, p, rewards, {"q": q, "<b>r</b>": r})
+    plan = Plan(minutes=0.2, readings=1, sentences=OTHERS[:1], triggers=False)
+    report = inspect(found, plan)
+    assert report["reward_importance"] and report["sums"] and report["readouts"]
+    whole = {"name": "x", "kind": "soft", "positions": 3, "base": "tiny", "num_selection": 3}
+    whole |= {"num_test": 6, "notes": [], **report}
+    page = write_inspection_page(whole, tmp_path / "page.html").read_text()
+    for title in ("Which positions the reward rests on", "What a line reads", "Arithmetic"):
+        assert title in page
+    assert "<b>r</b>" not in page
+    told = " ".join(report["summary"])
+    assert "in reward between the prompt and an empty slot" in told
+    assert "Adding q minus" in told and "a random step of the same length" in told
+    assert "A line tells the states" in told or "No line was found" in told
+    none = inspect(found, Plan(minutes=0.01, readings=1, triggers=False, reward_sets=0))
+    assert none["reward_importance"] is None
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))

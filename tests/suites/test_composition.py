@@ -12,9 +12,9 @@ from rlprompt.model.base import freeze
 from rlprompt.policy import Policy
 from rlprompt.prompts.prefix import PrefixPrompt, PrefixSettings
 from rlprompt.prompts.sequence import SequencePrompt
+from rlprompt.prompts.surroundings import NotApplicableError
 from rlprompt.prompts.text import NonePrompt, TextPrompt
 from rlprompt.suites.composition import (
-    NotApplicableError,
     among,
     dialogue,
     quantised,

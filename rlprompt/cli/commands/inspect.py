@@ -21,6 +21,7 @@ from rlprompt.errors import InputError
 from rlprompt.files import to_json, write_atomic, writing_to
 from rlprompt.interpret.inspection import Plan, inspect
 from rlprompt.interpret.page import write_inspection_page
+from rlprompt.interpret.reward_importance import FEWEST_SETS
 from rlprompt.interpret.subject import Sides, Subject, divided
 from rlprompt.policy import open_policy
 from rlprompt.prompts.base import Prompt
@@ -52,6 +53,7 @@ class InspectOptions:
     library: bool = True
     triggers: bool = True
     words: Sequence[str] = ()
+    reward_sets: int = 16
     minutes: float = 4.5
     max_queries: int = 36
     seed: int = 0
@@ -97,6 +99,7 @@ def run(artifact: Path, options: InspectOptions, *, verbose: bool = False) -> No
         sentences=_sentences(options.sentences),
         triggers=options.triggers,
         suspects=_words(options),
+        reward_sets=_reward_sets(options),
     )
     with writing_to(options.output):
         pass  # before anything takes minutes
@@ -239,6 +242,15 @@ def _words(options: InspectOptions) -> list[str]:
     if any(not word.strip() for word in options.words):
         raise InputError("--word is blank; give a word or a phrase")
     return list(dict.fromkeys(word.strip() for word in options.words))
+
+
+def _reward_sets(options: InspectOptions) -> int:
+    """The budget of sets."""
+    if options.reward_sets and options.reward_sets < FEWEST_SETS:
+        raise InputError(
+            f"--reward-sets is {options.reward_sets}; give at least {FEWEST_SETS}, or 0 for none"
+        )
+    return options.reward_sets
 
 
 def _loaded(
