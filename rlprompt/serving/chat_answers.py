@@ -182,6 +182,7 @@ class Reply:
         (choice,) = self.choices
         cut = choice.finish == "length"
         usage = self.usage()
+        wanted = self.request.answer_format
         return {
             "id": f"resp_{self.id}",
             "object": "response",
@@ -198,7 +199,7 @@ class Reply:
             "reasoning": {"effort": None, "summary": None},
             "store": False,
             "temperature": self.request.sampling.get("temperature"),
-            "text": {"format": {"type": "text"}},
+            "text": {"format": {"type": "text"} if wanted is None else dict(wanted.told)},
             "tool_choice": "auto",
             "tools": [],
             "top_p": self.request.sampling.get("top_p"),
