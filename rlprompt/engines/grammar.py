@@ -68,9 +68,7 @@ class GrammarRow:
         others[self._banned] = False
         kept = others if others.any() else mask
         if not kept.any():
-            raise GrammarFaultError(
-                "no token of the model goes on with JSON of the schema; change it"
-            )
+            raise GrammarFaultError("no token of the model goes on with JSON of it; change it")
         return torch.from_numpy(kept)
 
     def push(self, token_id: int) -> None:

@@ -201,7 +201,7 @@ HOSTILE: Mapping[str, tuple[Schema, str]] = {
     "circle": ({"$ref": "#/$defs/a", "$defs": _LAST}, "no JSON fits"),
     "choices": ({"allOf": _EITHER}, "too large"),
     "regexes": (
-        {"allOf": [{"type": "string", "pattern": ".*a.{%d}b" % i} for i in range(10, 20)]},
+        {"allOf": [{"type": "string", "pattern": f".*a.{{{i}}}b"} for i in range(10, 20)]},
         "regex",
     ),
     "look-ahead": ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
