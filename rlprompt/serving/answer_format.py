@@ -152,7 +152,7 @@ def _schema(value: Any, where: str, beside: tuple[str, ...]) -> AnswerFormat:
         "name": name,
         "description": description,
         "schema": value["schema"],
-        "strict": strict,
+        "strict": bool(strict),
     }
     return AnswerFormat(value["schema"], told, f"{where}.schema")
 

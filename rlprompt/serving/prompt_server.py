@@ -249,8 +249,9 @@ class PromptServer(HttpServer):
         ids = await self._rendered(self._query_ids, asked, served)
         ask = self._ask(asked, served, ids, await self._grammars.of(asked.answer_format))
         prompt_tokens = served.prefix.num_tokens + len(ids)
+        decode = self._policy.decode
         reply = Reply(
-            asked, record.model, served.hash, prompt_tokens, self._policy.decode, id=record.id
+            asked, record.model, served.hash, prompt_tokens, decode, ask.sampling, id=record.id
         )
         record.reply = reply
         watched = self._watch is not None and self._watch.wants()
