@@ -27,7 +27,8 @@ PASSES = {
     },
     "open-responses": {
         "basic-response", "system-prompt", "multi-turn", "streaming-response", "streaming-usage",
-        "response-output-phase-schema", "compact-response", "compact-missing-model", "error-handling",
+        "response-output-phase-schema", "compact-response", "compact-missing-model",
+        "error-handling",
     },
 }  # fmt: skip
 REFUSED = {
