@@ -7,6 +7,7 @@ library that reads it, or keep it busy: the kernel then ends this process and no
 
 from __future__ import annotations
 
+import importlib
 import resource
 import sys
 from typing import Any
@@ -36,7 +37,7 @@ LIMITS: dict[str, Any] = {
 def main() -> None:
     """Try the schema on stdin."""
     cpu_seconds, memory_bytes = (int(word) for word in sys.argv[1:3])
-    import llguidance
+    llguidance: Any = importlib.import_module("llguidance")
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))

@@ -112,7 +112,7 @@ def decoded(decoder: ContinuousDecoder) -> dict[tuple[Ask, int], list[Token]]:
 def test_rows_beside_it_keep_every_bit(family: str, temperature: float) -> None:
     policy = tiny_policy(family)
     made = JsonGrammars(policy).of(PERSON)
-    values = {"temperature": temperature, "max_tokens": 20}
+    values: dict[str, Any] = {"temperature": temperature, "max_tokens": 20}
     beside = [ask_of(policy, text, **values) for text in ("the sun", "the rain and the land")]
     free = ask_of(policy, "the men", **values)
     runs = []
@@ -147,11 +147,11 @@ def test_all_copies_of_a_request_are_held(policy: Policy, temperature: float) ->
 def test_a_stop_token_of_the_prompt_does_not_end_it_in_the_middle(policy: Policy) -> None:
     made = JsonGrammars(policy).of({"type": "string", "maxLength": 3})
     tokenizer = policy.base.tokenizer
-    ends = (tokenizer.convert_tokens_to_ids("a"), tokenizer.convert_tokens_to_ids('"'))
-    row = made.begin(ends)
-    assert row.allowed()[ends[1]], "the only token that goes on"
-    row.push(ends[1])
-    assert not row.allowed()[ends[0]] and row.allowed()[tokenizer.convert_tokens_to_ids("b")]
+    letter, quote, other = (tokenizer.encode(each)[0] for each in ("a", '"', "b"))
+    row = made.begin([letter, quote])
+    assert row.allowed()[quote], "the only token that goes on"
+    row.push(quote)
+    assert not row.allowed()[letter] and row.allowed()[other]
 
 
 class _Faulty(JsonGrammar):
