@@ -50,7 +50,7 @@ class GrammarRow:
 
         Args:
             matcher: an `llguidance.LLMatcher` of its own.
-            vocab_size: V.
+            vocab_size: number of tokens, V.
             banned: tokens that would end the answer in the middle of it.
         """
         self._matcher, self._vocab, self._banned = matcher, vocab_size, list(banned)

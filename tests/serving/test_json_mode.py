@@ -14,9 +14,6 @@ import pytest
 from openai import OpenAI
 
 from rlprompt.engines.grammar import GrammarFaultError, GrammarRow, JsonGrammar
-from rlprompt.model.base import FrozenBase
-from rlprompt.model.chat.slot import ChatSlot
-from rlprompt.policy import Policy
 from rlprompt.serving.prompt_server import PromptServer
 from tests.fixtures.server import BASE, call, chat, save, serving, tiny_policy
 
@@ -191,16 +188,3 @@ def test_without_the_library_the_client_is_told(
         status, body, _ = chat(made, BASE, "the rain", response_format={"type": "json_object"})
         assert status == 400 and "rlprompt[serve]" in body["error"]["message"]
         assert chat(made, BASE, "the rain")[0] == 200
-
-
-@pytest.mark.slow
-@pytest.mark.model
-def test_smollm2_answers_in_json(smollm2: FrozenBase) -> None:
-    policy = Policy(smollm2, ChatSlot.from_tokenizer(smollm2.tokenizer))
-    with serving(policy, {}) as made:
-        model = made.shelf.base
-        status, body, _ = chat(
-            made, model, "Who was Ada Lovelace?", response_format=PERSON_FORMAT, max_tokens=40
-        )
-        assert status == 200 and body["choices"][0]["finish_reason"] == "stop"
-        jsonschema.validate(json.loads(said(body)), PERSON)
