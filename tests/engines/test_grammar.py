@@ -18,8 +18,6 @@ from rlprompt.engines.continuous import Ask, ContinuousDecoder, Token
 from rlprompt.engines.grammar import GrammarFaultError, JsonGrammar, JsonGrammars
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.errors import InputError
-from rlprompt.model.base import FrozenBase
-from rlprompt.model.chat.slot import ChatSlot
 from rlprompt.policy import Policy
 from rlprompt.prompts.text import TextPrompt
 from rlprompt.types import Query
@@ -242,15 +240,3 @@ def test_without_the_library_it_is_said_what_to_install(
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(InputError, match=r"pip install 'rlprompt\[serve\]'"):
         JsonGrammars(policy).of(PERSON)
-
-
-@pytest.mark.slow
-@pytest.mark.model
-def test_smollm2_answers_in_json(smollm2: FrozenBase) -> None:
-    policy = Policy(smollm2, ChatSlot.from_tokenizer(smollm2.tokenizer))
-    made = JsonGrammars(policy).of(PERSON)
-    decoder = ContinuousDecoder(policy)
-    decoder.join([ask_of(policy, "Who was Ada Lovelace?", made)])
-    ((_, tokens),) = decoded(decoder).items()
-    assert tokens[-1].finish == "stop"
-    jsonschema.validate(json.loads(policy.decode([each.token_id for each in tokens])), PERSON)
