@@ -68,6 +68,7 @@ OWNERS = {
     "cma": ("search.cmaes",),
     "cryptography": ("artifacts.signature",),
     "gepa": ("search.gepa_loop", "search.gepa_reflection"),
+    "llguidance": ("engines.grammar", "engines.grammar_check"),
     "inspect_ai": ("suites.inspect_model",),
     "lm_eval": ("suites.lm_eval_model",),
 }

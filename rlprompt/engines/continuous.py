@@ -18,9 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlprompt.engines.grammar import GrammarFaultError, GrammarRow, JsonGrammar
 from rlprompt.engines.native import NativeEngine
 from rlprompt.engines.row_cache import RowCache
-from rlprompt.engines.sampling import Drawer, SamplingSettings
+from rlprompt.engines.sampling import Drawer, SamplingSettings, next_tokens
 from rlprompt.engines.token_loop import Decoder
 from rlprompt.kernels.cpu.product import MOST_ROWS
 from rlprompt.kernels.lm_head import head_logits
@@ -48,6 +49,8 @@ class Ask:
     top_logprobs: int | None = None
     """How many of the likeliest tokens are told with each one that is drawn; None = not even the
     log-probability of that one."""
+    grammar: JsonGrammar | None = None
+    """What the answers are held to; None = any text."""
 
 
 class Token(NamedTuple):
@@ -66,6 +69,9 @@ class Token(NamedTuple):
     """The likeliest tokens with theirs, the likeliest first."""
     finish: str | None
     """`stop`, or `length` where it is the last token that is allowed; None = more will come."""
+    fault: str | None = None
+    """Why the answer cannot go on: its grammar has become too much work. The token means nothing
+    then, and the row has left."""
 
 
 @dataclass(eq=False)
@@ -77,6 +83,28 @@ class _Row:
     uniform: Tensor
     """float64 [max_tokens]."""
     drawn: int = 0
+    grammar: GrammarRow | None = None
+    """Where it is in what it is held to."""
+    fault: str | None = None
+    """Why it cannot go on."""
+
+    def allowed(self, vocab_size: int) -> Tensor:
+        """Tokens that it may draw, bool [V]; all of them where it cannot go on."""
+        assert self.grammar is not None
+        try:
+            return self.grammar.allowed()
+        except GrammarFaultError as error:
+            self.fault = str(error)
+            return torch.ones(vocab_size, dtype=torch.bool)
+
+    def push(self, token_id: int) -> None:
+        """Take note of what it has drawn."""
+        if self.grammar is None or self.fault is not None:
+            return
+        try:
+            self.grammar.push(token_id)
+        except GrammarFaultError as error:
+            self.fault = str(error)
 
 
 @dataclass(eq=False)
@@ -238,17 +266,27 @@ class ContinuousDecoder:
         for sampling, places in _alike(rows):
             drawer = self._drawer(sampling)
             numbers = torch.stack([rows[place].uniform[rows[place].drawn] for place in places])
+            numbers = numbers.to(states.device)
             logits = drawer.logits(states[places])
-            ids[places] = drawer.draw(logits, numbers.to(states.device), None)[0]
+            # The others are drawn as if no row were held to anything: they keep their bits.
+            held = [n for n, place in enumerate(places) if rows[place].grammar is not None]
+            apart = logits[held] if held else None
+            ids[places] = drawer.draw(logits, numbers, None)[0]
+            if apart is not None:
+                kept = [rows[places[n]] for n in held]
+                ids[[places[n] for n in held]] = _draw_held(kept, apart, numbers[held], sampling)
         told = self._logprobs(rows, states, ids)
         tokens = []
         for place, (row, token) in enumerate(zip(rows, ids.tolist(), strict=True)):
             row.drawn += 1
+            row.push(token)
             stop = self.policy.stop_ids | set(row.ask.sampling.stop_token_ids)
             is_last = row.drawn >= row.ask.sampling.max_tokens
             finish = "stop" if token in stop else "length" if is_last else None
             logprob, top = told.get(place, (None, ()))
-            tokens.append(Token(row.ask, row.copy, token, logprob, top, finish))
+            if row.fault is not None:
+                finish = "stop"
+            tokens.append(Token(row.ask, row.copy, token, logprob, top, finish, row.fault))
         return tokens, ids
 
     def _drawer(self, sampling: SamplingSettings) -> Drawer:
@@ -278,6 +316,15 @@ class ContinuousDecoder:
         return told
 
 
+def _draw_held(
+    rows: Sequence[_Row], logits: Tensor, numbers: Tensor, sampling: SamplingSettings
+) -> Tensor:
+    """The next tokens of rows that are held to a grammar, int64 [B], from logits [B, V]."""
+    allowed = torch.stack([row.allowed(logits.shape[1]) for row in rows]).to(logits.device)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return next_tokens(logits.masked_fill(~allowed, -torch.inf), numbers, sampling)[0]
+
+
 def _without_graph() -> AbstractContextManager[object]:
     return torch.inference_mode()
 
@@ -291,7 +338,11 @@ def _rows(ask: Ask) -> list[_Row]:
         # The numbers that `NativeEngine.generate` draws one query by.
         generator = torch.Generator().manual_seed(ask.seed)
         uniform = torch.rand((1, *shape), generator=generator, dtype=torch.float64)[0]
-    return [_Row(ask, copy, uniform[copy]) for copy in range(ask.copies)]
+    rows = [_Row(ask, copy, uniform[copy]) for copy in range(ask.copies)]
+    if ask.grammar is not None:
+        for row in rows:
+            row.grammar = ask.grammar.begin(ask.sampling.stop_token_ids)
+    return rows
 
 
 def _alike(rows: Sequence[_Row]) -> Iterator[tuple[SamplingSettings, list[int]]]:

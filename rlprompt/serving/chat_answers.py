@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlprompt.engines.continuous import Token
+from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.serving.chat_requests import ChatRequest
 from rlprompt.serving.json_api import Refusal
 from rlprompt.serving.scheduler import Piece
@@ -58,6 +59,8 @@ class Reply:
     prompt_tokens: int
     """Of the conversation and its prompt."""
     decode: Decode
+    sampling: SamplingSettings
+    """How it is drawn, once what the client leaves open is known."""
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
     choices: list[Choice] = field(default_factory=list)
@@ -110,7 +113,12 @@ class Reply:
             "choices": [
                 {
                     "index": place,
-                    "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                    "message": {
+                        "role": "assistant",
+                        "content": choice.text,
+                        "refusal": None,
+                        "annotations": [],
+                    },
                     "logprobs": self._logprobs(choice.logprobs),
                     "finish_reason": choice.finish,
                 }
@@ -182,10 +190,12 @@ class Reply:
         (choice,) = self.choices
         cut = choice.finish == "length"
         usage = self.usage()
+        wanted = self.request.answer_format
         return {
             "id": f"resp_{self.id}",
             "object": "response",
             "created_at": self.created,
+            "completed_at": int(time.time()) if status is None and not cut else None,
             "status": status or ("incomplete" if cut else "completed"),
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
@@ -197,11 +207,19 @@ class Reply:
             "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None},
             "store": False,
-            "temperature": self.request.sampling.get("temperature"),
-            "text": {"format": {"type": "text"}},
+            "temperature": self.sampling.temperature,
+            "text": {"format": {"type": "text"} if wanted is None else dict(wanted.told)},
             "tool_choice": "auto",
             "tools": [],
-            "top_p": self.request.sampling.get("top_p"),
+            "top_p": self.sampling.top_p,
+            "top_logprobs": 0,
+            "presence_penalty": 0,
+            "frequency_penalty": 0,
+            "max_tool_calls": None,
+            "background": False,
+            "service_tier": "default",
+            "safety_identifier": None,
+            "prompt_cache_key": None,
             "truncation": "disabled",
             "metadata": dict(self.request.echoed.get("metadata") or {}),
             "system_fingerprint": self.prompt_hash,

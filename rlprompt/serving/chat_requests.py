@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlprompt.serving.answer_format import AnswerFormat, chat_format, response_format
 from rlprompt.serving.json_api import Refusal
 from rlprompt.types import Message
 
@@ -33,9 +34,7 @@ _WITHOUT_EFFECT: Mapping[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
     "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    "text": ({"format": {"type": "text"}}, {}),
     "reasoning": ({},),
 }
 """Fields that would change the answer, with the values that do not."""
@@ -79,6 +78,8 @@ class ChatRequest:
     """Whether a stream ends with the numbers of tokens."""
     user: str = ""
     """Whom the answer is for: who always gets the same version of an alias with shares."""
+    answer_format: AnswerFormat | None = None
+    """Form of the answer; None = text."""
     echoed: Mapping[str, Any] = field(default_factory=dict)
     """What the answer repeats."""
 
@@ -113,6 +114,7 @@ def parse_chat(body: Any, limits: RequestLimits) -> ChatRequest:
         stream=stream,
         include_usage=_stream_options(fields, stream),
         user=_user(fields),
+        answer_format=chat_format(fields.take("response_format")),
     )
     fields.end("chat completions")
     return request
@@ -151,6 +153,7 @@ def parse_response(body: Any, limits: RequestLimits) -> ChatRequest:
         stream=fields.boolean("stream"),
         include_usage=True,
         user=_user(fields),
+        answer_format=response_format(fields.take("text")),
         echoed={"instructions": instructions, "metadata": _metadata(fields)},
     )
     fields.end("responses")

@@ -32,12 +32,14 @@ from starlette.responses import Response
 
 from rlprompt import __version__
 from rlprompt.engines.continuous import Ask, ContinuousDecoder
+from rlprompt.engines.grammar import JsonGrammar
 from rlprompt.engines.sampling import SamplingSettings
 from rlprompt.errors import InputError
 from rlprompt.policy import Policy
 from rlprompt.prompts.base import Prompt
 from rlprompt.registry.catalog import Catalog
 from rlprompt.serving.access import Access
+from rlprompt.serving.answer_format import Grammars
 from rlprompt.serving.answer_text import AnswerText
 from rlprompt.serving.chat_answers import Reply, openai_error
 from rlprompt.serving.chat_requests import ChatRequest, RequestLimits, parse_chat
@@ -148,6 +150,7 @@ class PromptServer(HttpServer):
             self._watch: Watch | None = None
             if options.watch is not None and scorer is not None:
                 self._watch = Watch(scorer, options.watch, self.shelf, self.metrics)
+            self._grammars = Grammars(policy)
         except BaseException:
             self.scheduler.close()
             raise
@@ -172,6 +175,7 @@ class PromptServer(HttpServer):
         self.scheduler.close()
         self._follower.join()
         self._render.shutdown(cancel_futures=True)
+        self._grammars.close()
         if self._watch is not None:
             self._watch.close()
         super().close()
@@ -259,10 +263,19 @@ class PromptServer(HttpServer):
         form: Form,
         record: RequestRecord,
     ) -> Response:
+        if asked.answer_format is not None and self._options.vllm is not None:
+            raise Refusal(
+                400,
+                "this server lets vLLM draw, and holds no answers to JSON there; ask for text, or "
+                "serve with the native engine",
+                param=asked.answer_format.param,
+            )
         ids = await self._rendered(self._query_ids, asked, served)
+        ask = self._ask(asked, served, ids, await self._grammars.of(asked.answer_format))
         prompt_tokens = served.prefix.num_tokens + len(ids)
+        decode = self._policy.decode
         reply = Reply(
-            asked, record.model, served.hash, prompt_tokens, self._policy.decode, id=record.id
+            asked, record.model, served.hash, prompt_tokens, decode, ask.sampling, id=record.id
         )
         record.reply = reply
         watched = self._watch is not None and self._watch.wants()
@@ -270,7 +283,7 @@ class PromptServer(HttpServer):
         self._loop = asyncio.get_running_loop()
         texts = [AnswerText(self._policy.slot.decode, asked.stop) for _ in range(asked.copies)]
         job = Job(
-            self._ask(asked, served, ids),
+            ask,
             texts,
             events.put_nowait,
             time.monotonic() + self._options.deadline_seconds,
@@ -301,7 +314,13 @@ class PromptServer(HttpServer):
         except InputError as error:
             raise Refusal(400, str(error), param="messages") from error
 
-    def _ask(self, asked: ChatRequest, served: ServedPrompt, ids: list[int]) -> Ask:
+    def _ask(
+        self,
+        asked: ChatRequest,
+        served: ServedPrompt,
+        ids: list[int],
+        grammar: JsonGrammar | None,
+    ) -> Ask:
         """What is to be drawn, where there is room for it."""
         most = self.scheduler.max_positions
         used = served.prefix.num_tokens + len(ids)
@@ -329,7 +348,13 @@ class PromptServer(HttpServer):
         values = {key: getattr(own, key) for key in kept}
         sampling = SamplingSettings(**{**values, **asked.sampling, "max_tokens": length})
         return Ask(
-            served.prefix, tuple(ids), sampling, asked.seed, asked.copies, asked.top_logprobs
+            served.prefix,
+            tuple(ids),
+            sampling,
+            asked.seed,
+            asked.copies,
+            asked.top_logprobs,
+            grammar,
         )
 
     async def _rendered(self, work: Callable[..., _Result], *arguments: Any) -> _Result:

@@ -397,7 +397,14 @@ class Scheduler:
         tokens = self._decoder.step()
         events: list[Told] = []
         for token in tokens:
-            job = self._running[token.ask]
+            job = self._running.get(token.ask)
+            if job is None:  # another of its answers could not go on
+                continue
+            if token.fault is not None:
+                self._decoder.leave(token.ask)
+                del self._running[token.ask]
+                events.append(Told(job, Failure(400, token.fault)))
+                continue
             events.append(Told(job, self._piece(job, token)))
             if not job.started:
                 job.started = True

@@ -196,7 +196,10 @@ def test_a_system_message_stands_on_the_base_alone(client: OpenAI, policy: Polic
     [
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"logit_bias": {"5": 3}}, "logit_bias"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "grammar"}}, "response_format.type"),
+        ({"response_format": "json"}, "response_format.type"),
+        ({"response_format": {"type": "json_object", "schema": {}}}, "response_format.schema"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"frobnicate": 1}, "frobnicate"),
         ({"temperature": True}, "temperature"),
