@@ -56,7 +56,7 @@ def test_all_checks_pass_that_apply(
             [
                 PYTHON or sys.executable, "-m", "llm_comply.cli", "--base-url",
                 f"{server.origin}/v1", "--api-key", "unused", "--model", BASE, "--format", form,
-                "--json",
+                "--json", "--timeout", "200",
             ],
             cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False,
         )  # fmt: skip
