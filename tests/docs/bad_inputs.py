@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from tests.cli.runs import with_changes, write_recipe
 from tests.docs.bad_classes import OWN
 from tests.docs.bad_registry import REGISTRY
+from tests.docs.bad_shipping import EXPORTS, INSPECTIONS, SERVING, SUITES
 from tests.fixtures.gguf_bytes import line, pair, text, whole
 from tests.fixtures.tiny import tiny_model, tiny_tokenizer
 
@@ -951,6 +952,10 @@ SECTIONS: dict[str, list[tuple[str, Callable[[Project], Sequence[str]]]]] = {
     "Registry": REGISTRY,
     "Certificates": CERTIFICATES,
     "Forecasts": FORECASTS,
+    "Suites": SUITES,
+    "Inspections": INSPECTIONS,
+    "Exports": EXPORTS,
+    "Serving": SERVING,
     "Clusters": CLUSTER,
 }
 CASES = [

@@ -89,10 +89,6 @@ def run(artifact: Path, options: InspectOptions, *, verbose: bool = False) -> No
     setup_logging(notes, logging.WARNING, verbose)
     if not (math.isfinite(options.minutes) and options.minutes > 0):
         raise InputError(f"--minutes is {options.minutes:g}; give a number above 0")
-    folder = artifact_folder(artifact)
-    info = read_artifact_info(folder)
-    asked = _asked(folder, options)
-    sides = divided(asked.queries, options.max_queries)
     plan = Plan(
         minutes=options.minutes,
         library=read_library(None, built_in=True) if options.library else None,
@@ -101,6 +97,10 @@ def run(artifact: Path, options: InspectOptions, *, verbose: bool = False) -> No
         suspects=_words(options),
         reward_sets=_reward_sets(options),
     )
+    folder = artifact_folder(artifact)
+    info = read_artifact_info(folder)
+    asked = _asked(folder, options)
+    sides = divided(asked.queries, options.max_queries)
     with writing_to(options.output):
         pass  # before anything takes minutes
     runner = build_rewards(asked.rewards, asked.base_dir) if asked.rewards else None
