@@ -53,9 +53,42 @@ class Conversation:
         """The keys of a request that hold it."""
         if self.embeddings is None:
             return {"prompt": list(self.token_ids or ())}
-        stored = io.BytesIO()
-        torch.save(self.embeddings.detach().cpu().contiguous().clone(), stored)
-        return {"prompt_embeds": base64.b64encode(stored.getvalue()).decode()}
+        return {"prompt_embeds": encoded(self.embeddings)}
+
+
+def encoded(embeddings: Tensor) -> str:
+    """Input embeddings as vLLM reads them: `torch.save` in base64.
+
+    Args:
+        embeddings: embeddings [n, d].
+    """
+    stored = io.BytesIO()
+    torch.save(embeddings.detach().cpu().contiguous().clone(), stored)
+    return base64.b64encode(stored.getvalue()).decode()
+
+
+def drawing_fields(sampling: SamplingSettings, stop_ids: Collection[int]) -> dict[str, Any]:
+    """The keys of a request that say how tokens are drawn, every one of them, and given as ids.
+
+    Args:
+        sampling: how tokens are drawn.
+        stop_ids: every token that ends a completion.
+    """
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k or 0,
+        "min_p": sampling.min_p,
+        "max_tokens": sampling.max_tokens,
+        "min_tokens": sampling.min_tokens,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "stop_token_ids": sorted(stop_ids),
+        "ignore_eos": True,
+        "return_token_ids": True,
+        "skip_special_tokens": False,
+    }
 
 
 def completion_request(
@@ -82,20 +115,8 @@ def completion_request(
         **conversation.fields(),
         "n": count,
         "seed": int.from_bytes(hashlib.sha256(draw.encode()).digest()[:4], "big") >> 1,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k or 0,
-        "min_p": sampling.min_p,
-        "max_tokens": sampling.max_tokens,
-        "min_tokens": sampling.min_tokens,
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-        "stop_token_ids": sorted(stop_ids),
-        "ignore_eos": True,
+        **drawing_fields(sampling, stop_ids),
         "logprobs": 0,
-        "return_token_ids": True,
-        "skip_special_tokens": False,
         "stream": False,
     }
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from rlprompt.engines.continuous import Ask, ContinuousDecoder, Token
 from rlprompt.engines.sampling import SamplingSettings
+from rlprompt.engines.vllm.requests import encoded
 from rlprompt.errors import InputError
 from rlprompt.policy import Policy
 from rlprompt.prompts.text import NonePrompt
 from rlprompt.serving.vllm.client import UpstreamModel, VllmClient, VllmError
-from rlprompt.serving.vllm.prompts import encoded
 from rlprompt.types import Query
 
 logger = logging.getLogger(__name__)

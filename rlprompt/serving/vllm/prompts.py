@@ -9,8 +9,6 @@ Letters: P prefix tokens, d model width.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rlprompt.engines.continuous import Ask
+from rlprompt.engines.vllm.requests import drawing_fields, encoded
 from rlprompt.errors import InputError
 from rlprompt.prompts.adapter import AdapterPrompt
 from rlprompt.prompts.base import Conditioner, EmbeddedPrompt, Prompt
@@ -117,20 +116,9 @@ def completion_body(
         "model": model if prefix.lora is None else prefix.lora.name,
         "add_special_tokens": False,
         "n": ask.copies,
-        "max_tokens": sampling.max_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k or 0,
-        "min_p": sampling.min_p,
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
+        **drawing_fields(sampling, {*stop_ids, *sampling.stop_token_ids}),
         "seed": ask.seed,
-        "ignore_eos": True,
-        "stop_token_ids": sorted({*stop_ids, *sampling.stop_token_ids}),
-        "skip_special_tokens": False,
         "stream": True,
-        "return_token_ids": True,
     }
     if ask.top_logprobs is not None:
         body |= {"logprobs": ask.top_logprobs, "return_tokens_as_token_ids": True}
@@ -139,14 +127,3 @@ def completion_body(
     with torch.no_grad():
         query = conditioner.embed(ask.query_ids).detach().cpu()
     return {**body, "prompt_embeds": encoded(torch.cat([prefix.rows, query]))}
-
-
-def encoded(rows: Tensor) -> str:
-    """Embeddings as vLLM reads them: `torch.save` in base64.
-
-    Args:
-        rows: input embeddings, [P, d].
-    """
-    stored = io.BytesIO()
-    torch.save(rows.contiguous(), stored)
-    return base64.b64encode(stored.getvalue()).decode()
