@@ -46,6 +46,7 @@ class _FailuresAsTheyCome:
             self.reporter.write_line(f"\nfailed ({report.when}): {report.nodeid}", red=True)
 
 
+@pytest.hookimpl(trylast=True)  # the reporter is made in a hook of this name
 def pytest_configure(config: pytest.Config) -> None:
     """Only the process that prints has a terminal; the workers of xdist have none."""
     reporter = config.pluginmanager.get_plugin("terminalreporter")
