@@ -37,7 +37,7 @@ FUNCTIONS = {
     ),
     "load_recipe": "(path, overrides=(), remembered=None)",
     "load_queries": "(settings, base_dir, given=None, answers=())",
-    "build_rewards": "(settings, base_dir, *, needs_score=True, given=None)",
+    "build_rewards": "(settings, base_dir, *, needs_score=True, given=None, ranks=None)",
 }
 
 MEMBERS = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import io
 import re
 import tokenize
@@ -124,8 +125,8 @@ def resolves(dotted: str) -> bool:
         try:
             found: object = importlib.import_module(".".join(parts[:count]))
         except ModuleNotFoundError as error:
-            if not (error.name or "").startswith("rlprompt"):
-                raise
+            if not (error.name or "").startswith("rlprompt"):  # an optional package is missing
+                return set(parts[count:][:1]) <= set(defined(".".join(parts[:count])))
             continue
         for name in parts[count:]:
             fields = getattr(found, "__annotations__", {})
@@ -134,6 +135,15 @@ def resolves(dotted: str) -> bool:
             found = getattr(found, name, None)
         return True
     return False
+
+
+def defined(module: str) -> list[str]:
+    """What a module that cannot be imported here makes at its top."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None
+    body = ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body
+    kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    return [node.name for node in body if isinstance(node, kinds)]
 
 
 def missing_names(text: str) -> list[str]:

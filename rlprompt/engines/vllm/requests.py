@@ -22,7 +22,7 @@ from torch import Tensor
 from rlprompt.engines.sampling import SamplingSettings
 
 _LEAST_TEMPERATURE = 0.01
-"""vLLM raises lower ones to this (`vllm/sampling_params.py`, `_MAX_TEMP`)."""
+"""vLLM raises lower ones to this (`_MAX_TEMP` in its module `sampling_params`)."""
 _LARGEST_TEMPERATURE = 2.0
 """Its servers refuse higher ones."""
 

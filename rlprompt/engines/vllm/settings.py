@@ -52,7 +52,7 @@ class VllmSettings(EngineSettings):
     """Folder that this process writes LoRA adapters into and the servers load them from, under the
     same path on both; null = a temporary one, where all servers are on this machine."""
 
-    @field_validator("urls", mode="before")
+    @field_validator("urls", mode="before", json_schema_input_type=str | tuple[str, ...])
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value

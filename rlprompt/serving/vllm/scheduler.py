@@ -85,7 +85,7 @@ class VllmScheduler:
         """
         self.limits = limits
         self.post: Callable[[list[Told]], None] = deliver
-        """See `serving.scheduler.Scheduler.post`."""
+        """See `Scheduler.post`."""
         self._policy, self._settings, self._metrics = policy, settings, metrics
         self._stop_ids = sorted(policy.stop_ids)
         self._probes = make_probes(policy)
