@@ -1,6 +1,6 @@
 """`rlprompt serve --engine vllm` before a real vLLM: the native engine's answers, swapped at will.
 
-Runs where RLPROMPT_VLLM_PYTHON names an interpreter with vLLM; see `tests/fixtures/vllm_process.py`.
+Runs where RLPROMPT_VLLM_PYTHON names an interpreter with vLLM (`tests/fixtures/vllm_process.py`).
 """
 
 from __future__ import annotations
