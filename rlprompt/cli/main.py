@@ -82,7 +82,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.stdout.flush()  # here an end of the output still decides the exit code
 
 
+_RESERVE = 16 * 2**20
+"""Bytes that are given back to say that memory is out, and to end; until then they are address
+space alone."""
+
+
 def _run(arguments: list[str] | None) -> None:
+    reserve = bytearray(_RESERVE)
     try:
         app(args=arguments, prog_name="rlprompt")
     except InputError as error:
@@ -91,6 +97,7 @@ def _run(arguments: list[str] | None) -> None:
         report_error(error)
         sys.exit(2)
     except Exception as error:
+        del reserve
         sentence = machine_fault(error)
         if sentence is None or os.environ.get("RLPROMPT_DEBUG") == "1":
             raise

@@ -24,6 +24,7 @@ from rlprompt.runs.run import Run
 from rlprompt.search.make import SEARCHERS
 from tests.fixtures.endpoint import serving
 from tests.fixtures.tiny import tiny_model, tiny_tokenizer
+from tests.fixtures.vllm_server import fake_vllm
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(p for p in FOLDER.rglob("*.y*ml") if p.parent.name != "reward_models")
@@ -122,8 +123,24 @@ def test_a_recipe_for_an_endpoint_is_built_and_stepped_twice(path: Path, tmp_pat
     assert summary["endpoint"]["cost"] > 0.0
 
 
+SERVED = [path for path in RECIPES if load_recipe(path).engine.type == "vllm"]
+"""Recipes whose completions a vLLM server draws."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [p for p in RECIPES if p not in REMOTE], ids=name_of)
+@pytest.mark.parametrize("path", SERVED, ids=name_of)
+def test_a_recipe_for_vllm_is_built_and_stepped_twice(
+    path: Path, tmp_path: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlprompt.recipe.build.write_report", write_empty_report)
+    with fake_vllm() as server:
+        own = (f"model.path={tiny_dir}", "model.dtype=float32", f"engine.urls={server.url}")
+        step_twice(path, tmp_path, *own)
+        assert server.completions
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [p for p in RECIPES if p not in (*REMOTE, *SERVED)], ids=name_of)
 def test_a_recipe_is_built_and_stepped_twice(
     path: Path, tmp_path: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,8 +57,6 @@ def test_a_recorded_request_is_answered(server: PromptServer, client: str, name:
 def test_what_asks_for_more_than_there_is_gets_a_sentence(server: PromptServer) -> None:
     good = RECORDED["litellm 1.110.2"]["completion"]
     for fields in (
-        {"response_format": {"type": "json_object"}},
-        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}},
         {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
         {"tool_choice": "required"},
     ):
