@@ -25,6 +25,7 @@ _MEMORY = (
     "failed to map segment",
     "out of memory",
     "std::bad_alloc",
+    "<function _find_and_load",  # "returned NULL without setting an exception": an import's end
 )
 
 

@@ -30,6 +30,10 @@ NOBODY = 65_534
             "not enough memory",
         ),
         (ImportError("libx.so: failed to map segment from shared object"), "not enough memory"),
+        (
+            SystemError("<function _find_and_load at 0x7f> returned NULL without setting an error"),
+            "not enough memory",
+        ),
         (OSError(errno.EMFILE, "Too many open files", "/x"), "too many files are open"),
         (RuntimeError("can't start new thread"), "no more threads"),
     ],
