@@ -25,7 +25,6 @@ _MEMORY = (
     "failed to map segment",
     "out of memory",
     "std::bad_alloc",
-    "<function _find_and_load",  # "returned NULL without setting an exception": an import's end
 )
 
 
@@ -118,7 +117,10 @@ def limit_reached(error: BaseException) -> str | None:
     """
     text = str(error).lower()
     code = error.errno if isinstance(error, OSError) else None
-    if isinstance(error, MemoryError) or code == errno.ENOMEM or any(w in text for w in _MEMORY):
+    # "returned NULL without setting an exception": how CPython ends where it cannot make one.
+    unsaid = isinstance(error, SystemError) and "without" in text and "exception" in text
+    memory = isinstance(error, MemoryError) or unsaid or code == errno.ENOMEM
+    if memory or any(words in text for words in _MEMORY):
         return (
             f"there is not enough memory ({describe_error(error)}); free some, raise the limit if "
             "one is set (`ulimit -v`), or make batches or model smaller"

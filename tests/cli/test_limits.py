@@ -31,9 +31,10 @@ NOBODY = 65_534
         ),
         (ImportError("libx.so: failed to map segment from shared object"), "not enough memory"),
         (
-            SystemError("<function _find_and_load at 0x7f> returned NULL without setting an error"),
+            SystemError("<function f at 0x7f> returned NULL without setting an exception"),
             "not enough memory",
         ),
+        (SystemError("error return without exception set"), "not enough memory"),
         (OSError(errno.EMFILE, "Too many open files", "/x"), "too many files are open"),
         (RuntimeError("can't start new thread"), "no more threads"),
     ],
