@@ -139,6 +139,10 @@ def measure(flags: Mapping[str, Any], steps: int) -> dict[str, dict[int, list[fl
                 for side, worker in turn if number % 2 == 0 else reversed(turn):
                     taken = float(worker.step(counts=True)["seconds"])
                     seconds[side].setdefault(count, []).append(taken)
+                    said = (
+                        f"{count} neighbours, step {number + 1} of {steps}, {side}: {taken:.1f} s"
+                    )
+                    print(said, file=sys.stderr, flush=True)
     for worker in workers.values():
         worker.quit()
     return seconds
