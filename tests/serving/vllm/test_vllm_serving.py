@@ -41,8 +41,8 @@ CONTROLS = {0, 1, 2}
 EMBEDDED = ("both", "soft", "text")
 """What one server takes; adapters are for another."""
 SETTINGS = {
-    "model", "add_special_tokens", "n", "max_tokens", "temperature", "top_p", "top_k", "min_p",
-    "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "ignore_eos",
+    "model", "add_special_tokens", "n", "max_tokens", "min_tokens", "temperature", "top_p",
+    "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "ignore_eos",
     "stop_token_ids", "skip_special_tokens", "stream", "return_token_ids",
 }  # fmt: skip
 
