@@ -88,6 +88,8 @@ class GRPO(PolicyGradient):
         try:
             advantages = group_advantages(rewards, view.group_size, self.settings.scale_rewards)
         except ValueError as error:
+            if self.settings.scale_rewards != "mean":
+                raise
             raise InputError(
                 f"algorithm.scale_rewards is mean, but {error}: shift the rewards, take penalties "
                 "out of them, or use scale_rewards: group"

@@ -95,8 +95,9 @@ def moved_at_random(one: Prompt, plus: Prompt, minus: Prompt, seed: int) -> Prom
 
 def _same_place(one: Prompt, other: Prompt) -> bool:
     """Whether keys were made at the same positions; embeddings have none."""
-    both = isinstance(one, PrefixPrompt) and isinstance(other, PrefixPrompt)
-    return not both or one.position == other.position  # type: ignore[attr-defined]
+    if isinstance(one, PrefixPrompt) and isinstance(other, PrefixPrompt):
+        return one.position == other.position
+    return True
 
 
 def _like(one: Prompt, made: Tensor) -> Prompt:
